@@ -1,0 +1,291 @@
+"""Paired comparison of evaluated methods: differences per image, bootstrap intervals, wins, losses, config diff."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from evaluation.metrics import METRICS, Metric
+from evaluation.results import EvaluationResult, MethodScores, load_result
+from infra.errors import ConfigError, DataError
+from infra.seeding import rng_for
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One metric of `candidate` minus that of the baseline, over the images that both have.
+
+    `differences`: float64 (num_images,), in the metric's unit, in the order of `keys`. `low`, `high`: the 95 %
+    bootstrap interval of their mean. `direction`: +1 where higher is better, -1 where lower is, 0 where neither.
+    """
+
+    candidate: str
+    metric: str
+    direction: int
+    keys: list[str]
+    differences: np.ndarray
+    baseline_mean: float
+    candidate_mean: float
+    low: float
+    high: float
+
+    @property
+    def mean(self) -> float:
+        return float(self.differences.mean())
+
+    @property
+    def wins(self) -> int:
+        """Images on which the candidate is better."""
+        return int(np.count_nonzero(self.differences * self.direction > 0))
+
+    @property
+    def losses(self) -> int:
+        return int(np.count_nonzero(self.differences * self.direction < 0))
+
+    @property
+    def verdict(self) -> str:
+        """ "better" or "worse" where the interval excludes 0, "unclear" where it does not, "" without a direction."""
+        if self.direction == 0:
+            return ""
+        low, high = sorted((self.low * self.direction, self.high * self.direction))
+        return "better" if low > 0 else "worse" if high < 0 else "unclear"
+
+    def worse_images(self) -> list[tuple[str, float]]:
+        """Images on which the candidate is worse, with their differences, the worst first."""
+        signed = self.differences * self.direction
+        return [(self.keys[i], float(self.differences[i])) for i in np.argsort(signed, kind="stable") if signed[i] < 0]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found. `config_diff`: dotted config key -> its value per label, where the labels differ."""
+
+    baseline: str
+    differences: list[Difference]
+    config_diff: dict[str, dict[str, Any]]
+    notes: list[str] = field(default_factory=list)
+
+    def tables(self) -> "list[Table]":
+        """For the terminal: a table per candidate and, where the configs differ, the differing values."""
+        candidates = list(dict.fromkeys(row.candidate for row in self.differences))
+        tables = [self._difference_table(candidate) for candidate in candidates]
+        return [*tables, *([self._config_table()] if self.config_diff else [])]
+
+    def _difference_table(self, candidate: str) -> "Table":
+        """One row per metric; below it up to three images that got worse in each."""
+        from rich.markup import escape
+
+        rows = [row for row in self.differences if row.candidate == candidate]
+        worse = [(row.metric, ", ".join(key for key, _ in row.worse_images()[:3])) for row in rows]
+        caption = [f"worse in {metric}: {keys}" for metric, keys in worse if keys] + self.notes
+        table = _plain_table(f"{candidate} against {self.baseline}", caption)
+        table.add_column("metric", no_wrap=True)
+        for name in ("baseline", "value", "differs", "95 % interval", "wins", "losses"):
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("", no_wrap=True)
+        colours = {"better": "green", "worse": "red"}
+        for row in rows:
+            table.add_row(
+                f"{'↓ ↑'[row.direction + 1]} {escape(row.metric)}",
+                f"{row.baseline_mean:.4f}",
+                f"{row.candidate_mean:.4f}",
+                f"{row.mean:+.4f}",
+                f"{row.low:+.4f} .. {row.high:+.4f}",
+                str(row.wins) if row.direction else "",
+                str(row.losses) if row.direction else "",
+                f"[{colours[row.verdict]}]{row.verdict}[/]" if row.verdict in colours else row.verdict,
+            )
+        return table
+
+    def _config_table(self) -> "Table":
+        from rich.markup import escape
+
+        table = _plain_table("config differences", [])
+        labels = list(next(iter(self.config_diff.values())))
+        for name in ("key", *labels):
+            table.add_column(escape(name), overflow="fold")
+        for key, values in self.config_diff.items():
+            table.add_row(escape(key), *(escape(str(values[label])) for label in labels))
+        return table
+
+    def write_csv(self, path: str | Path) -> None:
+        """One row per (candidate, metric, image), every image of every comparison; a mean's row has no image."""
+        with Path(path).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            columns = ["difference", "low", "high", "wins", "losses", "verdict"]
+            writer.writerow(["baseline", "method", "metric", "image", *columns])
+            for row in self.differences:
+                head = [self.baseline, row.candidate, row.metric]
+                writer.writerow([*head, "", row.mean, row.low, row.high, row.wins, row.losses, row.verdict])
+                for key, value in zip(row.keys, row.differences, strict=True):
+                    better = value * row.direction
+                    verdict = "better" if better > 0 else "worse" if better < 0 else ""
+                    writer.writerow([*head, key, float(value), "", "", "", "", verdict])
+
+
+def bootstrap_interval(differences: np.ndarray, *, seed: int = 0, num_resamples: int = 10_000) -> tuple[float, float]:
+    """The 2.5 and 97.5 percentiles of the mean of resampled images (Efron 1979): the 95 % interval of the mean.
+
+    `differences`: float64 (num_images,). Equal `seed` and num_images give equal resamples, so metrics stay paired.
+    """
+    num_images = len(differences)
+    rng = rng_for(seed, "bootstrap")
+    rows = max(1, 4_000_000 // num_images)  # caps the index table at 32 MB
+    means = [
+        differences[rng.integers(num_images, size=(min(rows, num_resamples - start), num_images))].mean(axis=1)
+        for start in range(0, num_resamples, rows)
+    ]
+    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def compare(
+    results: Sequence[str | Path | EvaluationResult], *, seed: int = 0, num_resamples: int = 10_000
+) -> Comparison:
+    """Compare every method against the first one, image by image.
+
+    `results`: result folders, `FOLDER:METHOD` for one method of a folder (a folder alone stands for all of its
+    methods), or loaded results. Scores are averaged over an image's runs; G-STD and L-STD are compared between
+    methods of equally many runs, because their expectation grows with the number.
+    Raises DataError where dataset, crop or images differ, ConfigError for an unknown method or fewer than two.
+    """
+    entries = [entry for one in results for entry in _select(one)]
+    if len(entries) < 2:
+        raise ConfigError(
+            "there is nothing to compare",
+            where=", ".join(label for label, _, _ in entries) or "no result",
+            todo="give at least two results or methods (FOLDER or FOLDER:METHOD)",
+        )
+    entries = [(_unique(label, i, entries), result, method) for i, (label, result, method) in enumerate(entries)]
+    (baseline, base_result, base), *others = entries
+    for label, result, method in others:
+        _require_same_set((baseline, base_result, base), (label, result, method))
+    notes, rows = [], []
+    base_values = _per_image(base)
+    for label, _, method in others:
+        values = _per_image(method)
+        unlike_runs = method.num_runs != base.num_runs and min(method.num_runs, base.num_runs) > 1
+        if unlike_runs:
+            notes.append(f"{label}: {method.num_runs} runs against {base.num_runs}, so stability is not compared")
+        for metric in base_values:
+            if metric not in values or (unlike_runs and (metric == "l_std" or metric.startswith("g_std_"))):
+                continue
+            both = np.isfinite(values[metric]) & np.isfinite(base_values[metric])
+            if not both.any():
+                continue
+            differences = values[metric][both] - base_values[metric][both]
+            low, high = bootstrap_interval(differences, seed=seed, num_resamples=num_resamples)
+            rows.append(
+                Difference(
+                    candidate=label,
+                    metric=metric,
+                    direction=-1
+                    if metric.startswith("g_std_")
+                    else METRICS.get(metric, Metric(metric, 0, 4)).direction,
+                    keys=[key for key, known in zip(base.keys, both, strict=True) if known],
+                    differences=differences,
+                    baseline_mean=float(base_values[metric][both].mean()),
+                    candidate_mean=float(values[metric][both].mean()),
+                    low=low,
+                    high=high,
+                )
+            )
+        absent = sorted(set(base_values) ^ set(values))
+        if absent:
+            notes.append(f"{label}: not compared, because only one side has it: {', '.join(absent)}")
+    configs = {label: _flat(result.run.get("config", {})) for label, result, _ in entries}
+    return Comparison(baseline, rows, _differing(configs), notes)
+
+
+_Entry = tuple[str, EvaluationResult, MethodScores]
+
+
+def _select(one: str | Path | EvaluationResult) -> list[_Entry]:
+    name = ""
+    if not isinstance(one, EvaluationResult):
+        folder, _, name = str(one).rpartition(":")
+        if "/" in name or not folder or Path(one).exists():  # no method: the colon, if any, belongs to the folder
+            folder, name = str(one), ""
+        one = load_result(folder)
+    if name and name not in one.methods:
+        raise ConfigError(
+            f"there is no method {name!r} in this result",
+            where=one.folder,
+            todo=f"choose one of {', '.join(one.methods)}",
+        )
+    return [(f"{one.name}:{m}", one, one.methods[m]) for m in ([name] if name else one.methods)]
+
+
+def _plain_table(title: str, caption: list[str]) -> "Table":
+    """A table without vertical lines, so that its numbers fit into 80 columns."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    below = Text("\n".join(caption)) if caption else None
+    table = Table(title=Text(title), caption=below, box=box.SIMPLE_HEAD, padding=0)
+    table.title_justify = table.caption_justify = "left"
+    return table
+
+
+def _unique(label: str, index: int, entries: list[_Entry]) -> str:
+    """Two folders may have one name; then a number tells the labels apart."""
+    same = [i for i, (other, _, _) in enumerate(entries) if other == label]
+    return f"{label} #{same.index(index) + 1}" if len(same) > 1 else label
+
+
+def _require_same_set(first: _Entry, second: _Entry) -> None:
+    (label, result, method), (other_label, other_result, other) = first, second
+    for name in ("dataset_id", "crop_border"):
+        ours, theirs = result.run.get(name), other_result.run.get(name)
+        if ours is None or ours != theirs:
+            raise DataError(
+                f"these results cannot be compared: their {name} differs or is unknown",
+                where=f"{label} has {ours!r}, {other_label} has {theirs!r}",
+                todo="evaluate both on the same test set with the same crop_border",
+            )
+    if method.keys != other.keys:
+        only, only_other = (sorted(a) for a in (set(method.keys) - set(other.keys), set(other.keys) - set(method.keys)))
+        examples = "; ".join(
+            f"only {name} has {len(keys)} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+            for name, keys in ((label, only), (other_label, only_other))
+            if keys
+        )
+        raise DataError(
+            "these results cannot be compared: their images differ",
+            where=examples,
+            todo="evaluate both on the same images",
+        )
+
+
+def _per_image(method: MethodScores) -> dict[str, np.ndarray]:
+    """Per image: every metric's mean over the runs, its std over the runs, L-STD and sharpness; NaN = unavailable."""
+    values = {}
+    for metric, scores in method.scores.items():
+        first = scores[:, :1]  # means of equal numbers would round away from them
+        values[metric] = first[:, 0] + (scores - first).mean(axis=1)
+        values[f"g_std_{metric}"] = np.std(scores - first, axis=1)
+    return values | {"l_std": method.l_std, "sharpness": method.sharpness}
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> plain value; the entries of a list are told apart by their `name`, else by their place."""
+    if isinstance(value, Mapping):
+        items = list(value.items())
+    elif isinstance(value, list) and value and all(isinstance(entry, Mapping) for entry in value):
+        items = [(entry.get("name", i), entry) for i, entry in enumerate(value)]
+    else:
+        return {prefix: value}
+    return {key: plain for name, entry in items for key, plain in _flat(entry, f"{prefix}.{name}".lstrip(".")).items()}
+
+
+def _differing(configs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    keys = list(dict.fromkeys(key for config in configs.values() for key in config))
+    values = {key: {label: config.get(key, "(not set)") for label, config in configs.items()} for key in keys}
+    return {key: row for key, row in values.items() if any(value != row[next(iter(row))] for value in row.values())}

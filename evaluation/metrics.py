@@ -1,0 +1,226 @@
+"""PSNR-Y, SSIM-Y, NIQE and sharpness of 8-bit RGB images, as the CCSR paper computes them (docs/metrics.md)."""
+
+import math
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from infra.errors import DataError
+
+CROP_BORDER = 4
+
+
+class Metric(NamedTuple):
+    """How a metric is shown; `direction`: +1 where higher is better, -1 where lower is, 0 where neither."""
+
+    label: str
+    direction: int
+    digits: int
+
+
+METRICS = {
+    "psnr_y": Metric("PSNR", 1, 2),
+    "ssim_y": Metric("SSIM", 1, 4),
+    "lpips": Metric("LPIPS", -1, 4),
+    "dists": Metric("DISTS", -1, 4),
+    "l_std": Metric("L-STD", -1, 4),
+    "fid": Metric("FID", -1, 2),
+    "niqe": Metric("NIQE", -1, 2),
+    "clipiqa": Metric("CLIPIQA", 1, 4),
+    "musiq": Metric("MUSIQ", 1, 2),
+    "sharpness": Metric("sharpness", 0, 3),
+}
+
+_LUMA = np.array([[65.481, 128.553, 24.966]])  # of RGB / 255, on the 16..235 scale (ITU-R BT.601 studio swing)
+_SSIM_KERNEL = cv2.getGaussianKernel(11, 1.5, cv2.CV_64F)
+_SSIM_C1, _SSIM_C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+_NIQE_BLOCK = 96
+# Mean and covariance of pristine photographs as BasicSR 1.4.2 publishes them (Apache-2.0), unchanged; estimated by
+# the authors of NIQE (Mittal, Soundararajan, Bovik 2013).
+_NIQE_PRISTINE = Path(__file__).with_name("niqe_pris_params.npz")
+_NIQE_SHIFTS = ((0, 1), (1, 0), (1, 1), (1, -1))
+
+
+def psnr_y(sr: np.ndarray, gt: np.ndarray, *, crop_border: int = CROP_BORDER) -> float:
+    """Peak signal-to-noise ratio of the unrounded luma, in dB; 80 for identical images.
+
+    `sr`, `gt`: uint8 RGB (H, W, 3) of one shape; `crop_border` px are cut from every side first. Luma Y is BT.601
+    studio swing in [0, 1]; 10 log10(1 / (MSE + 1e-8)), pyiqa's `psnr` with `color_space='ycbcr'`.
+    Raises DataError for any other shape or dtype.
+    """
+    sr, gt = _cropped_pair(sr, gt, crop_border)
+    # Luma is linear: one transform of the difference instead of two of the images.
+    difference = cv2.transform(cv2.subtract(sr, gt, dtype=cv2.CV_64F), _LUMA / 255**2)
+    return -10 * math.log10(cv2.norm(difference, cv2.NORM_L2SQR) / difference.size + 1e-8)
+
+
+def ssim_y(sr: np.ndarray, gt: np.ndarray, *, crop_border: int = CROP_BORDER) -> float:
+    """Structural similarity of the rounded luma (Wang et al. 2004, doi:10.1109/TIP.2003.819861), at most 1.
+
+    11x11 Gaussian window of sigma 1.5, 'valid' area, biased moments, no down-sampling, contrast-structure term
+    clipped at 0 (pyiqa). Arguments and errors as for `psnr_y`; both sides must keep 11 px after the crop.
+    """
+    sr, gt = _cropped_pair(sr, gt, crop_border)
+    if min(sr.shape[:2]) < 11:
+        raise DataError(
+            f"SSIM needs 11 px on both sides, but {sr.shape[0]} x {sr.shape[1]} are left",
+            where=f"image after a crop of {crop_border} px",
+            todo="use larger images or leave ssim_y out",
+        )
+    x, y = _rounded_luma(sr), _rounded_luma(gt)
+    mean_x, mean_y, mean_xy = _window_mean(x), _window_mean(y), _window_mean(x * y)
+    squares = _window_mean(x * x + y * y)  # only the sum of the two variances is needed
+    product, mean_squares = mean_x * mean_y, mean_x * mean_x + mean_y * mean_y
+    contrast = (2 * (mean_xy - product) + _SSIM_C2) / (squares - mean_squares + _SSIM_C2)
+    luminance = (2 * product + _SSIM_C1) / (mean_squares + _SSIM_C1)
+    return float(np.mean(luminance * np.maximum(contrast, 0)))
+
+
+def sharpness(sr: np.ndarray, reference: np.ndarray, *, crop_border: int = CROP_BORDER) -> float:
+    """Mean gradient energy of `sr` over that of `reference`: 1 is as sharp, below 1 blurrier, above 1 busier.
+
+    Energy of an image: the mean squared difference of horizontally neighbouring luma values plus that of vertically
+    neighbouring ones. It stands beside L-STD because blur lowers L-STD too. Arguments and errors as for `psnr_y`
+    (the reference is the ground truth, or the bicubic image where there is none). NaN if the reference is flat.
+    """
+    sr, reference = _cropped_pair(sr, reference, crop_border)
+    of_reference = _gradient_energy(reference)
+    return _gradient_energy(sr) / of_reference if of_reference > 0 else math.nan
+
+
+def niqe(sr: np.ndarray, *, crop_border: int = CROP_BORDER) -> float:
+    """Natural image quality evaluator (Mittal et al. 2013, doi:10.1109/LSP.2012.2227726); lower is better.
+
+    `sr`: uint8 RGB (H, W, 3). Rounded BT.601 luma, 96 px blocks at two scales, the published pristine parameters.
+    Raises DataError where no two blocks can be described: a side under 96 px, none of 192 px, or flat blocks.
+    """
+    luma = _rounded_luma(_cropped(sr, crop_border, "image"))
+    rows, columns = (side // _NIQE_BLOCK for side in luma.shape)
+    if rows * columns < 2:
+        raise DataError(
+            f"NIQE needs two blocks of 96 px, but {luma.shape[0]} x {luma.shape[1]} px are left",
+            where=f"image after a crop of {crop_border} px",
+            todo="use larger images or leave niqe out",
+        )
+    luma = luma[: rows * _NIQE_BLOCK, : columns * _NIQE_BLOCK]
+    features = np.hstack([_niqe_features(luma, _NIQE_BLOCK), _niqe_features(_halved(luma), _NIQE_BLOCK // 2)])
+    described = features[~np.isnan(features).any(axis=1)]
+    if len(described) < 2:
+        raise DataError(
+            "NIQE found fewer than two textured blocks of 96 px",
+            where=f"image of {sr.shape[0]} x {sr.shape[1]} px",
+            todo="leave niqe out for flat images",
+        )
+    pristine_mean, pristine_covariance = _niqe_pristine()
+    distance = np.nanmean(features, axis=0) - pristine_mean
+    covariance = (pristine_covariance + np.cov(described, rowvar=False)) / 2
+    return math.sqrt(distance @ np.linalg.pinv(covariance) @ distance)
+
+
+def _cropped(image: np.ndarray, crop_border: int, name: str) -> np.ndarray:
+    """`image` without `crop_border` px on every side, after checking that it is uint8 RGB (H, W, 3)."""
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        found = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise DataError(
+            f"a metric takes uint8 RGB images of shape (H, W, 3), not {found}",
+            where=name,
+            todo="score the 8-bit image as it is saved",
+        )
+    height, width = image.shape[:2]
+    if crop_border < 0 or min(height, width) <= 2 * crop_border:
+        raise DataError(
+            f"a crop of {crop_border} px leaves nothing of {height} x {width}",
+            where=name,
+            todo="use larger images or a smaller, non-negative crop_border",
+        )
+    return image[crop_border : height - crop_border, crop_border : width - crop_border]
+
+
+def _cropped_pair(sr: np.ndarray, gt: np.ndarray, crop_border: int) -> tuple[np.ndarray, np.ndarray]:
+    pair = _cropped(sr, crop_border, "first image"), _cropped(gt, crop_border, "second image")
+    if sr.shape != gt.shape:
+        raise DataError(
+            "the two images differ in size",
+            where=f"{sr.shape[0]} x {sr.shape[1]} against {gt.shape[0]} x {gt.shape[1]} px (height x width)",
+            todo="pair each output with its own ground truth at the same scale",
+        )
+    return pair
+
+
+def _rounded_luma(image: np.ndarray) -> np.ndarray:
+    """Luma on the 16..235 scale, rounded, float64 (H, W)."""
+    return np.rint(cv2.transform(image.astype(np.float64), _LUMA / 255) + 16)
+
+
+def _window_mean(plane: np.ndarray) -> np.ndarray:
+    return cv2.sepFilter2D(plane, -1, _SSIM_KERNEL, _SSIM_KERNEL)[5:-5, 5:-5]
+
+
+def _gradient_energy(image: np.ndarray) -> float:
+    luma = cv2.transform(image.astype(np.float64), _LUMA / 255)
+    return sum(float(np.mean(np.square(d))) for d in (np.diff(luma, axis=0), np.diff(luma, axis=1)) if d.size)
+
+
+@cache
+def _niqe_pristine() -> tuple[np.ndarray, np.ndarray]:
+    with np.load(_NIQE_PRISTINE) as published:
+        return published["mu_pris_param"][0], published["cov_pris_param"]
+
+
+@cache
+def _shape_grid() -> tuple[np.ndarray, ...]:
+    """Generalised Gaussian shapes 0.2, 0.201, ... 10, the midpoints of their moment ratios, and two gamma ratios."""
+    shapes = 0.2 + 0.001 * np.arange(9801)
+    gamma1, gamma2, gamma3 = (np.array([math.gamma(k / shape) for shape in shapes]) for k in (1, 2, 3))
+    ratios = gamma2**2 / (gamma1 * gamma3)  # increases with the shape
+    return shapes, (ratios[1:] + ratios[:-1]) / 2, np.sqrt(gamma1 / gamma3), gamma2 / gamma1
+
+
+def _asymmetric_gaussian(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Moment fit of (n, pixels) samples: shape, mean, left and right scale, each (n,) (Lasmar et al. 2009)."""
+    negative, positive = np.minimum(blocks, 0), np.maximum(blocks, 0)
+    left_energy, right_energy = np.einsum("ij,ij->i", negative, negative), np.einsum("ij,ij->i", positive, positive)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        left = np.sqrt(left_energy / np.count_nonzero(blocks < 0, axis=1))
+        right = np.sqrt(right_energy / np.count_nonzero(blocks > 0, axis=1))
+        ratio = left / right
+        absolute = (positive.sum(axis=1) - negative.sum(axis=1)) / blocks.shape[1]
+        moments = absolute**2 / ((left_energy + right_energy) / blocks.shape[1])
+        moments *= (ratio**3 + 1) * (ratio + 1) / (ratio**2 + 1) ** 2
+    shapes, midpoints, scale, mean = _shape_grid()
+    # A flat block has no ratio; the published argmin then returns the first shape.
+    nearest = np.where(np.isnan(moments), 0, np.searchsorted(midpoints, moments))
+    left, right = left * scale[nearest], right * scale[nearest]
+    return shapes[nearest], (right - left) * mean[nearest], left, right
+
+
+def _niqe_features(luma: np.ndarray, block: int) -> np.ndarray:
+    """The 18 features of every `block` x `block` part of `luma`, whose sides are multiples of it: (num_blocks, 18)."""
+    kernel = cv2.getGaussianKernel(7, 7 / 6, cv2.CV_64F)
+    mean, mean_square = (
+        cv2.sepFilter2D(plane, -1, kernel, kernel, borderType=cv2.BORDER_REPLICATE) for plane in (luma, luma * luma)
+    )
+    contrast = (luma - mean) / (np.sqrt(np.abs(mean_square - mean * mean)) + 1)
+    contrast[np.abs(contrast) < 1e-9] = 0  # rounding noise of flat areas has no sign to count
+    rows, columns = luma.shape[0] // block, luma.shape[1] // block
+    blocks = contrast.reshape(rows, block, columns, block).swapaxes(1, 2).reshape(-1, block, block)
+    shape, _, left, right = _asymmetric_gaussian(blocks.reshape(len(blocks), -1))
+    features = [shape, (left + right) / 2]
+    for shift in _NIQE_SHIFTS:
+        neighbours = blocks * np.roll(blocks, shift, axis=(1, 2))
+        features.extend(_asymmetric_gaussian(neighbours.reshape(len(blocks), -1)))
+    return np.stack(features, axis=1)
+
+
+def _halved(plane: np.ndarray) -> np.ndarray:
+    """Bicubic (a = -0.5) down-sampling by 2 with antialiasing and mirrored borders, as MATLAB's imresize."""
+    distance = np.abs(np.arange(8) - 3.5) / 2
+    inner = (1.5 * distance - 2.5) * distance**2 + 1
+    outer = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
+    kernel = np.where(distance < 1, inner, outer)
+    kernel /= kernel.sum()
+    # Output pixel i covers inputs 2i-3 .. 2i+4.
+    return cv2.sepFilter2D(plane, -1, kernel, kernel, anchor=(3, 3), borderType=cv2.BORDER_REFLECT)[::2, ::2]

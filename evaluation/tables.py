@@ -1,0 +1,137 @@
+"""The table in the paper's layout: metric / G-STD per method, best and second marked, for terminal and HTML."""
+
+import html
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evaluation.metrics import METRICS, Metric
+from infra.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# Tables 1, 3, 4 and 5 of arXiv 2401.00877v1: group -> method -> metric -> mean or [mean, G-STD].
+_PUBLISHED = Path(__file__).with_name("published.json")
+_ARROWS = {1: "↑ ", -1: "↓ ", 0: ""}
+UNAVAILABLE = "unavailable"
+
+
+@dataclass
+class Number:
+    """One number of a cell; `rank`: 1 best, 2 second, 0 neither or not ranked."""
+
+    text: str
+    rank: int = 0
+
+
+def table_rows(summary: Mapping[str, Any]) -> list[tuple[str, list[list[Number]]]]:
+    """Rows of the paper's table: a label and, per method of `summary`, one or two numbers (docs/metrics.md).
+
+    `summary` is `evaluation.results.summarise`'s. The first number is the mean, the second the G-STD; L-STD stands
+    beside sharpness. Stability is ranked among methods with two or more runs only.
+    """
+    present = {metric for method in summary.values() for metric in method["metrics"]}
+    rows = []
+    for metric in [*(m for m in METRICS if m in present or m == "l_std"), *sorted(present - set(METRICS))]:
+        label, direction, digits = METRICS.get(metric, Metric(metric, 0, 4))
+        if metric == "l_std":
+            first = [method["l_std"] for method in summary.values()]
+            second = [method["sharpness"] for method in summary.values()]
+            has_second = any(value is not None for value in second)
+            label = "↓ L-STD / sharpness" if has_second else "↓ L-STD"
+            numbers = [_ranked(_stochastic(first, summary), first, -1, digits)]
+            numbers += [_ranked(second, second, 0, METRICS["sharpness"].digits)] if has_second else []
+        else:
+            cells = [method["metrics"].get(metric, {"mean": None, "g_std": None}) for method in summary.values()]
+            first, second = [cell["mean"] for cell in cells], [cell["g_std"] for cell in cells]
+            has_second = any(value is not None for value in second)
+            label = _ARROWS[direction] + label + (" / G-STD ↓" if has_second else "")
+            numbers = [_ranked(first, first, direction, digits)]
+            numbers += [_ranked(_stochastic(second, summary), second, -1, 4)] if has_second else []
+        columns = [[number for number in column if number.text] for column in zip(*numbers, strict=True)]
+        rows.append((label, [column or [Number(UNAVAILABLE)] for column in columns]))
+    return rows
+
+
+def table_notes(summary: Mapping[str, Any]) -> list[str]:
+    """What a reader of the table must know: runs, deterministic methods, metrics that some images lack."""
+    runs = sorted({method["num_runs"] for method in summary.values() if method["num_runs"] > 1})
+    notes = [f"Mean over {' or '.join(map(str, runs))} runs. Best bold, second best underlined."] if runs else []
+    single = [name for name, method in summary.items() if method["num_runs"] == 1]
+    if single:
+        notes.append(f"Deterministic, so exactly 0 stability, which is not ranked: {', '.join(single)}.")
+    for name, method in summary.items():
+        for metric, numbers in method["metrics"].items():
+            if 0 < numbers["num_images"] < method["num_images"]:
+                label = METRICS.get(metric, Metric(metric, 0, 4)).label
+                notes.append(f"{label} of {name}: {numbers['num_images']} of {method['num_images']} images.")
+    return notes
+
+
+def terminal_table(summary: Mapping[str, Any], title: str = "") -> "Table":
+    """`summary` as a rich table: methods in columns, metric / G-STD in rows."""
+    from rich.table import Table
+    from rich.text import Text
+
+    styles = {0: "", 1: "bold", 2: "underline"}
+    table = Table(title=title or None, caption="\n".join(table_notes(summary)), caption_justify="left")
+    table.add_column("metric")
+    for name in summary:
+        table.add_column(Text(name), justify="right", overflow="fold")
+    for label, cells in table_rows(summary):
+        texts = [Text(" / ").join(Text(number.text, styles[number.rank]) for number in cell) for cell in cells]
+        table.add_row(Text(label), *texts)
+    return table
+
+
+def html_table(summary: Mapping[str, Any]) -> str:
+    """`summary` as an HTML table with its notes."""
+    tags = {0: "{}", 1: "<b>{}</b>", 2: "<u>{}</u>"}
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in summary)
+    body = ""
+    for label, cells in table_rows(summary):
+        shown = (" <i>/</i> ".join(tags[n.rank].format(html.escape(n.text)) for n in cell) for cell in cells)
+        body += f"<tr><th>{html.escape(label)}</th>{''.join(f'<td>{cell}</td>' for cell in shown)}</tr>\n"
+    notes = "<br>".join(map(html.escape, table_notes(summary)))
+    return f'<div class="scroll"><table><tr><th></th>{head}</tr>\n{body}</table></div><p class="note">{notes}</p>'
+
+
+def published_summary(group: str) -> dict[str, Any]:
+    """The paper's numbers of one table and test set, such as "Table 1, RealSR", in the form of a summary.
+
+    Raises ConfigError for an unknown group.
+    """
+    groups = json.loads(_PUBLISHED.read_text(encoding="utf-8"))
+    if group not in groups:
+        raise ConfigError(
+            f"the paper has no numbers for {group!r}", where="published", todo=f"choose one of: {'; '.join(groups)}"
+        )
+    summary = {}
+    for name, row in groups[group].items():
+        pairs = {metric: value if isinstance(value, list) else [value, None] for metric, value in row.items()}
+        l_std = pairs.pop("l_std", [0.0, None])[0]
+        summary[name] = {
+            "num_images": 0,
+            "num_runs": 10 if l_std else 1,
+            "l_std": l_std,
+            "sharpness": None,
+            "metrics": {m: {"mean": mean, "g_std": g_std, "num_images": 0} for m, (mean, g_std) in pairs.items()},
+        }
+    return summary
+
+
+def _stochastic(values: list[float | None], summary: Mapping[str, Any]) -> list[float | None]:
+    return [value if method["num_runs"] > 1 else None for value, method in zip(values, summary.values(), strict=True)]
+
+
+def _ranked(ranked: list[float | None], shown: list[float | None], direction: int, digits: int) -> list[Number]:
+    """Numbers from `shown`; those in `ranked` compete, equal values share a rank. One competitor is not marked."""
+    order = sorted({value for value in ranked if value is not None}, reverse=direction > 0)
+    rank = {value: i + 1 for i, value in enumerate(order[:2])} if direction and len(order) > 1 else {}
+    return [
+        Number("" if value is None else f"{value:.{digits}f}" if value else "0", 0 if key is None else rank.get(key, 0))
+        for key, value in zip(ranked, shown, strict=True)
+    ]

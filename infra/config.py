@@ -1,0 +1,169 @@
+"""One YAML per run: strict models, `--set` overrides, and the fingerprint of what a result depends on."""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from infra.errors import ConfigError
+
+
+class Config(BaseModel):
+    """Base of every config: unknown keys are refused, values are frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+Location = Annotated[str, "location"]
+"""A path or s3:// URI. It says where something is, not what it is, so it stays out of the fingerprint."""
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML mapping. Raises ConfigError for a missing file, a syntax error or anything but a mapping."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"the config cannot be read ({error.strerror})", where=str(path), todo="check the path given to -c"
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        place = getattr(error, "problem_mark", None)
+        raise ConfigError(
+            f"the config is not valid YAML ({getattr(error, 'problem', error)})",
+            where=f"{path}, line {place.line + 1}" if place else str(path),
+            todo="correct the syntax there",
+        ) from error
+    if not isinstance(values, dict):
+        raise ConfigError("the config is not a mapping of keys to values", where=str(path), todo="see configs/demo")
+    return values
+
+
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of `values` with each `a.b=c` applied; c is parsed as YAML, a number in the path indexes a list."""
+    values = json.loads(json.dumps(values))
+    for override in overrides:
+        path, separator, text = override.partition("=")
+        if not separator or not path:
+            raise ConfigError(f"--set {override} is not of the form key=value", where="--set", todo="write a.b=c")
+        *parents, last = path.split(".")
+        node: Any = values
+        try:
+            for part in parents:
+                node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+            node[int(last) if isinstance(node, list) else last] = yaml.safe_load(text)
+        except (TypeError, ValueError, IndexError, AttributeError, yaml.YAMLError) as error:
+            raise ConfigError(
+                f"--set {override} does not fit the config", where=path, todo="see `ccsr config show` for the keys"
+            ) from error
+    return values
+
+
+def parse_config(values: Mapping[str, Any], config_class: type[ConfigT], *, where: str) -> ConfigT:
+    """Validate `values`. Raises ConfigError naming the first wrong key (and its nearest right one) or value."""
+    try:
+        return config_class.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        others = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        if first["type"] == "extra_forbidden":
+            name = str(first["loc"][-1])
+            known = sorted(_keys_at(config_class, first["loc"][:-1]))
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            todo = f"did you mean `{near[0]}`?" if near else f"the keys here are: {', '.join(known)}"
+            raise ConfigError(f"unknown key `{name}`{others}", where=f"{where}: {key}", todo=todo) from error
+        if first["type"] == "missing":
+            raise ConfigError(f"`{key}` is missing{others}", where=f"{where}: {key}", todo="add it") from error
+        message = first["msg"].removeprefix("Value error, ")
+        value = repr(first.get("input"))
+        raise ConfigError(
+            f"{message}, not {value if len(value) < 80 else value[:77] + '...'}{others}",
+            where=f"{where}: {key}",
+            todo="correct the value",
+        ) from error
+
+
+def _keys_at(config_class: Any, path: Sequence[str | int]) -> set[str]:
+    """The keys that any config class reachable along an error's `path` knows (list indices and tags are passed over)."""
+    classes = [config_class]
+    for part in path:
+        fields = [cls.model_fields[part].annotation for cls in classes if part in cls.model_fields]
+        if fields:
+            classes = [cls for field in fields for cls in _config_classes(field)]
+    return {name for cls in classes for name in cls.model_fields}
+
+
+def _config_classes(annotation: Any) -> Iterator[type[Config]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation  # type: ignore[misc]
+    elif get_origin(annotation) is not None or isinstance(annotation, Union):  # type: ignore[arg-type]
+        for argument in get_args(annotation):
+            yield from _config_classes(argument)
+
+
+def load_config(path: str | Path, config_class: type[ConfigT], overrides: Sequence[str] = ()) -> ConfigT:
+    """Read, override and validate one YAML file."""
+    return parse_config(apply_overrides(load_yaml(path), overrides), config_class, where=str(path))
+
+
+def result_part(config: Config) -> dict[str, Any]:
+    """What the result depends on: every field but `runtime`, `tracking` and locations, as plain JSON-able values."""
+    return _without_locations(config, skip={"runtime", "tracking"})
+
+
+def _without_locations(value: Any, skip: frozenset[str] | set[str] = frozenset()) -> Any:
+    if isinstance(value, BaseModel):
+        return {
+            name: _without_locations(getattr(value, name))
+            for name, field in type(value).model_fields.items()
+            if name not in skip and "location" not in field.metadata and not _names_location(field.annotation)
+        }
+    if isinstance(value, list | tuple):
+        return [_without_locations(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _without_locations(item) for key, item in value.items()}
+    return value
+
+
+def _names_location(annotation: Any) -> bool:
+    return "location" in getattr(annotation, "__metadata__", ()) or any(map(_names_location, get_args(annotation)))
+
+
+def canonical_json(value: Any) -> bytes:
+    """Sorted, compact JSON: equal values give equal bytes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def fingerprint_of(result: Mapping[str, Any]) -> str:
+    """SHA-256 (hex) of what a result depends on."""
+    return hashlib.sha256(canonical_json(result)).hexdigest()
+
+
+def library_versions(*names: str) -> dict[str, str]:
+    """Installed versions of the libraries that make a job's bytes."""
+    return {name: version(name) for name in names}
+
+
+def difference(old: Any, new: Any, path: str = "") -> list[str]:
+    """Lines `a.b: old -> new` for every leaf in which two JSON-able values differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        missing = object()
+        lines: list[str] = []
+        for key in sorted(old.keys() | new.keys()):
+            before, after = old.get(key, missing), new.get(key, missing)
+            place = f"{path}.{key}" if path else str(key)
+            if before is missing or after is missing:
+                lines.append(f"{place}: {'absent' if before is missing else before} -> "
+                             f"{'absent' if after is missing else after}")
+            else:
+                lines += difference(before, after, place)
+        return lines
+    return [] if old == new else [f"{path}: {old} -> {new}"]

@@ -1,0 +1,59 @@
+"""User errors: three lines (what happened, where, what to do) and an exit code."""
+
+
+class CcsrError(Exception):
+    """A mistake or mishap that a user can act on; shown as three lines, without a traceback.
+
+    `what` happened, `where` (file, key, field), `todo`: what to do about it.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: str, todo: str) -> None:
+        super().__init__(what, where, todo)
+        self.what, self.where, self.todo = what, where, todo
+
+    def __str__(self) -> str:
+        return f"{self.what}\n  where: {self.where}\n  to do: {self.todo}"
+
+    def __reduce__(self) -> tuple:
+        return _rebuild, (type(self), self.what, self.where, self.todo)
+
+
+def _rebuild(cls: type[CcsrError], what: str, where: str, todo: str) -> CcsrError:
+    """Unpickle an error that crossed a process boundary (keyword arguments defeat the default)."""
+    return cls(what, where=where, todo=todo)
+
+
+class PartialResultError(CcsrError):
+    """The job ended, but something is missing or was set aside. Exit code 1."""
+
+
+class ConfigError(CcsrError):
+    """A wrong key, type or value in a config or on the command line. Exit code 2."""
+
+    exit_code = 2
+
+
+class DataError(CcsrError):
+    """An image, shard or array that cannot be used as asked. Exit code 3."""
+
+    exit_code = 3
+
+
+class ModelError(CcsrError):
+    """A checkpoint, model directory or weight file that does not fit. Exit code 4."""
+
+    exit_code = 4
+
+
+class StorageError(CcsrError):
+    """A place that cannot be read or written. Exit code 5."""
+
+    exit_code = 5
+
+
+class ClusterError(CcsrError):
+    """Ray, a worker or a server that is missing or failed. Exit code 6."""
+
+    exit_code = 6

@@ -1,0 +1,92 @@
+"""Image files in and out: 8-bit RGB arrays, with a clear reason for every file that is refused."""
+
+import io
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from infra.errors import DataError
+from infra.storage import list_files, read_bytes
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+MAX_PIXELS = 256_000_000
+Image.MAX_IMAGE_PIXELS = None  # our own limit below applies before any pixel is decoded
+
+
+class UnusableImageError(DataError):
+    """A file that is not an 8-bit RGB photograph; `reason` is one word to count by."""
+
+    def __init__(self, what: str, *, where: str, todo: str, reason: str = "unusable") -> None:
+        super().__init__(what, where=where, todo=todo)
+        self.reason = reason
+
+
+def _refuse(reason: str, what: str, where: str) -> UnusableImageError:
+    return UnusableImageError(what, where=where, todo="replace, convert or remove the file", reason=reason)
+
+
+def decode_image(data: bytes, *, where: str) -> np.ndarray:
+    """Decode an image file to uint8 RGB (H, W, 3), turned upright by its EXIF orientation.
+
+    Greyscale is repeated on three channels, palettes are resolved, a fully opaque alpha channel is dropped.
+    Raises UnusableImageError (reason `empty`, `unreadable`, `too_large`, `animated`, `sixteen_bit`, `cmyk`,
+    `transparent` or `truncated`) for anything else.
+    """
+    if not data:
+        raise _refuse("empty", "the file is empty", where)
+    try:
+        image = Image.open(io.BytesIO(data))
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+        raise _refuse("unreadable", "the file is not an image that can be read", where) from error
+    if image.width * image.height > MAX_PIXELS:
+        raise _refuse("too_large", f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels", where)
+    if getattr(image, "n_frames", 1) > 1:
+        raise _refuse("animated", f"the file holds {image.n_frames} frames", where)
+    if image.mode.startswith(("I", "F")):
+        raise _refuse("sixteen_bit", f"mode {image.mode} has more than 8 bits a channel", where)
+    if image.mode not in ("RGB", "L", "P", "RGBA", "LA", "1"):
+        raise _refuse("cmyk", f"colour mode {image.mode} is not RGB", where)
+    try:
+        image = ImageOps.exif_transpose(image)
+        if image.mode in ("RGBA", "LA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            if image.getchannel("A").getextrema()[0] < 255:
+                raise _refuse("transparent", "the picture has transparent pixels", where)
+        return np.asarray(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        raise _refuse("truncated", f"the picture data is damaged ({error})", where) from error
+
+
+def read_image(uri: str) -> np.ndarray:
+    """Read and decode one file; see `decode_image`."""
+    return decode_image(read_bytes(uri), where=uri)
+
+
+def encode_png(image: np.ndarray) -> bytes:
+    """Encode uint8 RGB (H, W, 3) or uint16 grey (H, W); the same array gives the same bytes."""
+    pixels = image[..., ::-1] if image.ndim == 3 else image
+    done, data = cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, 1])
+    if not done:
+        raise DataError(
+            f"an array of shape {image.shape} cannot be written as PNG", where="encode_png", todo="check the image"
+        )
+    return data.tobytes()
+
+
+def list_images(folder: str) -> dict[str, int]:
+    """URI -> size in bytes of all image files below a folder or s3:// prefix, sorted. DataError if there are none."""
+    found = {uri: size for uri, size in list_files(folder).items() if Path(uri).suffix.lower() in IMAGE_SUFFIXES}
+    if not found:
+        raise DataError(
+            f"no images ({', '.join(IMAGE_SUFFIXES)}) here", where=folder, todo="check the path of the image folder"
+        )
+    return found
+
+
+def resize_bicubic(image: np.ndarray, width: int, height: int) -> np.ndarray:
+    """PIL's bicubic (a = -0.5, antialiased when shrinking), uint8 RGB in and out."""
+    if image.shape[:2] == (height, width):
+        return image
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))

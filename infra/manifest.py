@@ -1,0 +1,156 @@
+"""A shard set's ledger: one committed record per shard, then a manifest and a byte index over all of them."""
+
+import dataclasses
+import hashlib
+import io
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from infra.errors import DataError, PartialResultError
+from infra.shards import Entry
+from infra.storage import exists, join, list_files, put_if_absent, read_bytes
+
+FORMAT = "ccsr-shards-1"
+
+
+@dataclass(frozen=True)
+class Quarantined:
+    """A sample that was set aside: its key, source, one-word reason, message and the SHA-256 of the source bytes."""
+
+    key: str
+    source: str
+    reason: str
+    message: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What one shard holds; written after the shard's tar is in its place, and only once."""
+
+    index: int
+    shard: str
+    sha256: str
+    num_bytes: int
+    entries: list[Entry]
+    quarantined: list[Quarantined] = field(default_factory=list)
+
+    def to_bytes(self) -> bytes:
+        return json.dumps(dataclasses.asdict(self), sort_keys=True).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "ShardRecord":
+        values = json.loads(data)
+        values["entries"] = [Entry(**entry) for entry in values["entries"]]
+        values["quarantined"] = [Quarantined(**item) for item in values["quarantined"]]
+        return cls(**values)
+
+
+def record_uri(output: str, index: int) -> str:
+    return join(output, "records", f"{index:06d}.json")
+
+
+def commit_record(output: str, record: ShardRecord) -> None:
+    """Commit a shard's record. A second commit must say the same: a record that disagrees is an error."""
+    place = record_uri(output, record.index)
+    if not put_if_absent(place, record.to_bytes()):
+        present = ShardRecord.from_bytes(read_bytes(place))
+        if present != record:
+            raise DataError(
+                f"two runs made different bytes for shard {record.index} "
+                f"({present.sha256[:12]} is committed, {record.sha256[:12]} is new)",
+                where=place,
+                todo="compare the library versions of the two runs; keep this output as it is and use a new one",
+            )
+
+
+def committed_records(output: str) -> dict[int, ShardRecord]:
+    """Every committed record by shard index."""
+    places = [place for place in list_files(join(output, "records")) if place.endswith(".json")]
+    records = [ShardRecord.from_bytes(read_bytes(place)) for place in places]
+    return {record.index: record for record in records}
+
+
+def write_manifest(output: str, num_shards: int, **facts: Any) -> "Manifest":
+    """Close a shard set: index.parquet, then manifest.json, from the records of all `num_shards` shards."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    records = committed_records(output)
+    missing = sorted(set(range(num_shards)) - records.keys())
+    if missing:
+        raise PartialResultError(
+            f"{len(missing)} of {num_shards} shards are missing (first: {missing[0]})",
+            where=output,
+            todo="run the same command again: it makes only what is missing",
+        )
+    ordered = [records[index] for index in range(num_shards)]
+    rows = [dataclasses.asdict(entry) for record in ordered for entry in record.entries]
+    if not rows:
+        raise DataError("no sample could be used", where=output, todo="see the reasons in records/*.json")
+    table = pa.Table.from_pylist(rows)
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    shards = [
+        {"shard": r.shard, "sha256": r.sha256, "num_bytes": r.num_bytes, "num_samples": len(r.entries)} for r in ordered
+    ]
+    manifest = {
+        "format": FORMAT,
+        "dataset_id": hashlib.sha256(json.dumps(shards, sort_keys=True).encode()).hexdigest()[:16],
+        "num_samples": len(rows),
+        "num_bytes": sum(record.num_bytes for record in ordered),
+        "index_sha256": hashlib.sha256(buffer.getvalue()).hexdigest(),
+        "quarantined": [dataclasses.asdict(item) for record in ordered for item in record.quarantined],
+        "shards": shards,
+        **facts,
+    }
+    put_if_absent(join(output, "index.parquet"), buffer.getvalue())
+    put_if_absent(join(output, "manifest.json"), json.dumps(manifest, indent=1, sort_keys=True).encode())
+    return Manifest.load(output)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A complete shard set: `uri` is its folder, `facts` the content of manifest.json."""
+
+    uri: str
+    facts: dict[str, Any]
+
+    @classmethod
+    def load(cls, uri: str) -> "Manifest":
+        """Read manifest.json. DataError if the set is not complete, or of another format."""
+        place = join(uri, "manifest.json")
+        if not exists(place):
+            raise DataError(
+                "there is no complete shard set here (manifest.json is missing)",
+                where=uri,
+                todo="make it with `ccsr shard`, or run the same `ccsr shard` again if it was interrupted",
+            )
+        facts = json.loads(read_bytes(place))
+        if facts.get("format") != FORMAT:
+            raise DataError(f"unknown manifest format {facts.get('format')!r}", where=place, todo=f"expected {FORMAT}")
+        return cls(uri, facts)
+
+    @property
+    def dataset_id(self) -> str:
+        return self.facts["dataset_id"]
+
+    @property
+    def num_samples(self) -> int:
+        return self.facts["num_samples"]
+
+    @cached_property
+    def entries(self) -> list[Entry]:
+        """The byte index, one entry per sample in shard order; its hash is checked against the manifest's."""
+        import pyarrow.parquet as pq
+
+        data = read_bytes(join(self.uri, "index.parquet"))
+        if hashlib.sha256(data).hexdigest() != self.facts["index_sha256"]:
+            raise DataError(
+                "the byte index is not the one that the manifest was written with",
+                where=join(self.uri, "index.parquet"),
+                todo="`ccsr verify` the set",
+            )
+        return [Entry(**row) for row in pq.read_table(io.BytesIO(data)).to_pylist()]

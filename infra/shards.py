@@ -1,0 +1,67 @@
+"""Shards: deterministic WebDataset tars, and samples read back by one range read each."""
+
+import io
+import re
+import tarfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from infra.errors import DataError
+from infra.storage import read_range
+
+KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,80}")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one sample lies: `shard` (path below the shard set) and the byte span of its members in the tar."""
+
+    key: str
+    shard: str
+    offset_bytes: int
+    length_bytes: int
+
+
+def write_tar(path: Path, shard: str, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> list[Entry]:
+    """Write samples (key, {extension: bytes}) as KEY.EXTENSION members; returns their index.
+
+    The bytes depend on the samples alone: ustar headers with fixed owner, mode and time, members in the given order.
+    """
+    entries = []
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for key, members in samples:
+            if not KEY_PATTERN.fullmatch(key):
+                raise DataError(
+                    f"sample key {key!r} has other characters than letters, digits, - and _ (or over 80)",
+                    where=shard,
+                    todo="rename the source file",
+                )
+            start = tar.offset
+            for extension, data in members.items():
+                header = tarfile.TarInfo(f"{key}.{extension}")
+                header.size = len(data)
+                tar.addfile(header, io.BytesIO(data))
+            entries.append(Entry(key, shard, start, tar.offset - start))
+    return entries
+
+
+def read_sample(base: str, entry: Entry) -> dict[str, bytes]:
+    """The members {extension: bytes} of one sample of the shard set at `base`, by one range read."""
+    place = f"{base.rstrip('/')}/{entry.shard}"
+    span = read_range(place, entry.offset_bytes, entry.length_bytes)
+    try:
+        with tarfile.open(fileobj=io.BytesIO(span), mode="r:") as tar:
+            names = [member.name.partition(".") for member in tar]
+            members = {name[2]: tar.extractfile("".join(name)).read() for name in names}  # type: ignore[union-attr]
+    except (tarfile.TarError, KeyError, AttributeError) as error:
+        raise DataError(
+            f"sample {entry.key} cannot be read from its shard ({error})", where=place, todo="`ccsr verify` the set"
+        ) from error
+    if {name[0] for name in names} != {entry.key}:
+        raise DataError(
+            f"the index promises sample {entry.key}, the shard holds {sorted({name[0] for name in names})} there",
+            where=place,
+            todo="`ccsr verify` the set",
+        )
+    return members

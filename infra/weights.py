@@ -1,0 +1,222 @@
+"""Third-party weight files by name: where each is had, where it lies, and whether it is the right one."""
+
+import json
+import os
+import shutil
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import yaml
+
+from infra.errors import ConfigError, ModelError, StorageError
+from infra.progress import progress
+from infra.storage import download, exists, is_s3, join, sha256_file
+
+ENVIRONMENT = "CCSR_WEIGHTS"
+RECORD = "sha256.json"
+HUB = "https://huggingface.co"
+_CHUNK_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """One file. `path` is its place below the weights folder; files that belong together share their `name`."""
+
+    name: str
+    purpose: str
+    path: str
+    url: str | None  # None: only by hand, see `source`
+    source: str
+    licence: str
+    sha256: str | None  # None: not published; recorded at the first fetch
+
+
+@cache
+def weight_files() -> list[WeightFile]:
+    """The table in weights.yaml, one entry per file."""
+    entries = yaml.safe_load((Path(__file__).parent / "weights.yaml").read_text())
+    files = []
+    for entry in entries:
+        members = entry.pop("files", None)
+        if members is None:
+            files.append(WeightFile(**{"sha256": None, **entry}))
+        else:
+            folder = {**entry, "sha256": None}
+            files += [
+                WeightFile(**{**folder, "path": f"{entry['path']}/{member}", "url": f"{entry['url']}/{member}"})
+                for member in members
+            ]
+    return files
+
+
+def find_weights(name: str, folder: str | None = None) -> Path:
+    """The local path of a weight file, or the folder of those that share `name`.
+
+    Looked up in `folder`, else where the environment variable CCSR_WEIGHTS points (a folder or an s3:// prefix, whose
+    files are copied to the user's cache), else in the cache. Raises ModelError, saying how to get it, where one is
+    missing or where its sha256 is not the published one.
+    """
+    files = _named(name)
+    place = _place(folder)
+    for file in files:
+        if is_s3(place) and not (_cache() / file.path).is_file() and exists(join(place, file.path)):
+            (_cache() / file.path).parent.mkdir(parents=True, exist_ok=True)
+            download(join(place, file.path), (_cache() / file.path).parent)
+        if not (_local(place) / file.path).exists():
+            raise ModelError(f"{name} is not there: {file.purpose}", where=join(place, file.path), todo=_how(file))
+    if len(files) > 1:
+        return _local(place) / name
+    path = _local(place) / files[0].path
+    if files[0].sha256 and sha256_file(path) != files[0].sha256:
+        raise ModelError(
+            f"{path.name} is truncated or another file: its sha256 is not the published one",
+            where=str(path),
+            todo=f"delete it, then: {_how(files[0])}",
+        )
+    return path
+
+
+def list_weights(folder: str | None = None) -> list[dict[str, str]]:
+    """One row per file: name, purpose, path, source, licence, sha256, state ("present" or "missing")."""
+    place = _place(folder)
+    return [
+        {
+            "name": file.name,
+            "purpose": file.purpose,
+            "path": file.path,
+            "source": file.url or file.source,
+            "licence": file.licence,
+            "sha256": file.sha256 or "unknown, recorded at first fetch",
+            "state": "present" if _present(place, file) else "missing",
+        }
+        for file in weight_files()
+    ]
+
+
+def check_weights(folder: str | None = None) -> list[dict[str, str]]:
+    """One row per file: name, path, state and detail.
+
+    States: "ok" (the sha256 is the published one, or the one recorded when it was fetched), "unverified" (present, no
+    sha256 known), "wrong", "missing". Files in S3 are "unverified" until they are copied by `find_weights`.
+    """
+    place = _place(folder)
+    recorded = _recorded(_local(place))
+    rows = []
+    for file in weight_files():
+        path = _local(place) / file.path
+        expected, state, detail = file.sha256 or recorded.get(file.path), "missing", _how(file)
+        if path.is_file() and expected:
+            found = sha256_file(path)
+            state, detail = ("ok", found) if found == expected else ("wrong", f"sha256 {found}, expected {expected}")
+        elif _present(place, file):
+            state, detail = "unverified", "no sha256 is known"
+        rows.append({"name": file.name, "path": file.path, "state": state, "detail": detail})
+    return rows
+
+
+def fetch_weights(name: str, folder: str | None = None, mirror: str | None = None) -> Path:
+    """Download the files of `name` into `folder` (default as in `find_weights`) and return their path.
+
+    `mirror` (http(s) or s3:// prefix, or a folder) replaces the published addresses: it holds the files under the same
+    relative paths. HF_ENDPOINT replaces the hub's address. A file that is there is kept. Raises StorageError where a
+    place cannot be reached, ModelError where the bytes are not the published ones; neither leaves a file behind.
+    """
+    place = _place(folder)
+    if is_s3(place):
+        raise ConfigError(
+            "weights are fetched into a local folder",
+            where=place,
+            todo="fetch into a folder, then copy the folder to S3",
+        )
+    root = Path(place)
+    for file in _named(name):
+        if not (root / file.path).exists():
+            _fetch(file, root, mirror)
+    return find_weights(name, place)
+
+
+def _fetch(file: WeightFile, root: Path, mirror: str | None) -> None:
+    target = root / file.path
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        source = join(mirror, file.path) if mirror else file.url
+        if source is None:
+            raise ModelError(f"{file.name} cannot be downloaded by a program", where=file.source, todo=_how(file))
+        _copy(source.replace(HUB, os.environ.get("HF_ENDPOINT", HUB).rstrip("/"), 1), partial)
+        digest = sha256_file(partial)
+        expected = file.sha256 or _recorded(root).get(file.path, digest)
+        if digest != expected:
+            raise ModelError(
+                f"{file.path}: the sha256 of what came is {digest}, expected {expected}",
+                where=source,
+                todo="fetch it again, or from another mirror",
+            )
+        partial.replace(target)
+        record = {**_recorded(root), file.path: digest}
+        (root / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _copy(source: str, target: Path) -> None:
+    if is_s3(source):
+        shutil.move(download(source, target.parent), target)
+    elif not source.startswith(("http://", "https://")):
+        if not Path(source).is_file():
+            raise StorageError("there is no such file", where=source, todo="check the mirror's path")
+        shutil.copyfile(source, target)
+    else:
+        try:
+            with urllib.request.urlopen(source, timeout=60) as reply, target.open("wb") as out:
+                total = int(reply.headers.get("Content-Length") or 0)
+                with progress(target.name.strip("."), max(1, total // _CHUNK_BYTES)) as advance:
+                    while chunk := reply.read(_CHUNK_BYTES):
+                        out.write(chunk)
+                        advance()
+        except (urllib.error.URLError, OSError) as error:
+            raise StorageError(
+                f"cannot download ({error})",
+                where=source,
+                todo="check the network, give --mirror or HF_ENDPOINT, or put the file there by hand",
+            ) from error
+        if total and target.stat().st_size != total:
+            raise StorageError("the download ended early", where=source, todo="fetch it again")
+
+
+def _named(name: str) -> list[WeightFile]:
+    files = [file for file in weight_files() if file.name == name]
+    if not files:
+        known = ", ".join(sorted({file.name for file in weight_files()}))
+        raise ConfigError(f"no weights are called {name!r}", where="weights", todo=f"choose one of {known}")
+    return files
+
+
+def _place(folder: str | None) -> str:
+    return folder or os.environ.get(ENVIRONMENT) or str(_cache())
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ccsr" / "weights"
+
+
+def _local(place: str) -> Path:
+    return _cache() if is_s3(place) else Path(place)
+
+
+def _present(place: str, file: WeightFile) -> bool:
+    return (_local(place) / file.path).exists() or (is_s3(place) and exists(join(place, file.path)))
+
+
+def _recorded(root: Path) -> dict[str, str]:
+    path = root / RECORD
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _how(file: WeightFile) -> str:
+    if file.url is None:
+        return f"download it by hand from {file.source} and put it below the weights folder as {file.path}"
+    return f"ccsr weights fetch {file.name}, or set {ENVIRONMENT} to a folder or s3:// prefix that has {file.path}"

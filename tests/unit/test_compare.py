@@ -1,0 +1,182 @@
+"""Comparison of results: differences, intervals, wins and losses, config diff, refusals."""
+
+import csv
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from result_folder import noisy, photographs, write_result
+from rich.console import Console
+
+from evaluation.compare import Comparison, Difference, bootstrap_interval, compare
+from evaluation.results import load_result
+from infra import ConfigError, DataError, rng_for
+
+KEYS = [f"img{i}" for i in range(6)]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    base, hr = tmp_path_factory.mktemp("runs"), photographs(6)
+    first = {"bicubic": (1, lambda bicubic, rng: bicubic), "ccsr": (3, noisy(5))}
+    a = write_result(base / "a", hr, first, run={"config": {"seed": 0, "model": {"t_max": 0.66, "steps": 15}}})
+    b = write_result(
+        base / "b", hr, {"ccsr": (3, noisy(14))}, seed=7, run={"config": {"seed": 0, "model": {"steps": 15}}}
+    )
+    return a, b
+
+
+def find(comparison: Comparison, candidate: str, metric: str) -> Difference:
+    (found,) = [d for d in comparison.differences if (d.candidate, d.metric) == (candidate, metric)]
+    return found
+
+
+def test_differences_are_paired_by_image(folders: tuple[Path, Path]) -> None:
+    a, b = folders
+    comparison = compare([f"{a}:ccsr", b])
+    psnr = find(comparison, "b:ccsr", "psnr_y")
+    ours, theirs = (load_result(folder).methods["ccsr"].scores["psnr_y"].mean(axis=1) for folder in (a, b))
+    np.testing.assert_allclose(psnr.differences, theirs - ours, atol=1e-12)
+    assert psnr.keys == KEYS
+    assert psnr.mean == pytest.approx(psnr.candidate_mean - psnr.baseline_mean, abs=1e-12)
+    assert (psnr.wins, psnr.losses, psnr.verdict) == (0, 6, "worse")
+    assert psnr.low < psnr.mean < psnr.high < 0
+    stability = find(comparison, "b:ccsr", "l_std")
+    assert (stability.direction, stability.wins, stability.losses, stability.verdict) == (-1, 0, 6, "worse")
+    assert stability.low > 0
+    assert find(comparison, "b:ccsr", "g_std_psnr_y").direction == -1
+    assert find(comparison, "b:ccsr", "sharpness").direction == 0
+    worst = stability.worse_images()
+    assert [value for _, value in worst] == sorted((value for _, value in worst), reverse=True)
+
+
+def test_a_result_against_itself_differs_by_exactly_0(folders: tuple[Path, Path]) -> None:
+    comparison = compare([f"{folders[0]}:ccsr", f"{folders[0]}:ccsr"])
+    assert comparison.baseline == "a:ccsr #1"
+    assert {d.candidate for d in comparison.differences} == {"a:ccsr #2"}
+    for difference in comparison.differences:
+        assert not difference.differences.any()
+        assert (difference.low, difference.high, difference.wins, difference.losses) == (0, 0, 0, 0)
+        assert difference.verdict == ("" if difference.metric == "sharpness" else "unclear")
+    assert comparison.config_diff == {}
+    assert len(comparison.tables()) == 1
+
+
+def test_a_folder_stands_for_all_its_methods(folders: tuple[Path, Path]) -> None:
+    comparison = compare([*folders])
+    assert comparison.baseline == "a:bicubic"
+    assert list(dict.fromkeys(d.candidate for d in comparison.differences)) == ["a:ccsr", "b:ccsr"]
+    by_string = compare([load_result(folders[0]), str(folders[1])])
+    assert [d.mean for d in by_string.differences] == [d.mean for d in comparison.differences]
+
+
+def test_a_metric_that_nobody_has_gives_no_row(folders: tuple[Path, Path]) -> None:
+    assert not [d for d in compare([*folders]).differences if "lpips" in d.metric]
+
+
+def test_config_diff_names_dotted_keys(folders: tuple[Path, Path]) -> None:
+    a, b = folders
+    assert compare([f"{a}:ccsr", b]).config_diff == {"model.t_max": {"a:ccsr": 0.66, "b:ccsr": "(not set)"}}
+
+
+def test_config_diff_of_lists_goes_by_name(tmp_path: Path) -> None:
+    folders = [
+        write_result(tmp_path / name, photographs(1), {name: (2, noisy(5))}, run={"config": {"methods": methods}})
+        for name, methods in (("a", [{"name": "x", "steps": 4}]), ("b", [{"name": "y"}, {"name": "x", "steps": 6}]))
+    ]
+    assert compare(folders).config_diff == {
+        "methods.x.steps": {"a:a": 4, "b:b": 6},
+        "methods.y.name": {"a:a": "(not set)", "b:b": "y"},
+    }
+
+
+def test_interval_is_seeded_and_chunks_change_nothing() -> None:
+    differences = rng_for(0, "d").normal(0.3, 1, 50)
+    assert bootstrap_interval(differences) == bootstrap_interval(differences)
+    assert bootstrap_interval(differences, seed=1) != bootstrap_interval(differences)
+    rng = rng_for(0, "bootstrap")
+    means = [differences[rng.integers(50, size=50)].mean() for _ in range(10_000)]
+    assert bootstrap_interval(differences) == pytest.approx(tuple(np.percentile(means, [2.5, 97.5])), abs=1e-12)
+    many = rng_for(0, "many").normal(0, 1, 3000)  # more than one chunk
+    low, high = bootstrap_interval(many, num_resamples=4000)
+    assert high - low == pytest.approx(2 * 1.96 * many.std() / np.sqrt(3000), rel=0.1)
+
+
+def test_interval_covers_the_true_mean_about_95_times_in_100() -> None:
+    inside = 0
+    for i in range(200):
+        low, high = bootstrap_interval(rng_for(i, "sample").normal(0.5, 1, 60), num_resamples=1000)
+        inside += low <= 0.5 <= high
+    assert 180 <= inside <= 199
+
+
+def test_unlike_numbers_of_runs_do_not_compare_stability(tmp_path: Path) -> None:
+    hr = photographs(2)
+    few, many = (write_result(tmp_path / str(n), hr, {"m": (n, noisy(5))}) for n in (2, 4))
+    comparison = compare([few, many])
+    assert {d.metric for d in comparison.differences} == {"psnr_y", "ssim_y", "sharpness"}
+    assert "4 runs against 2" in comparison.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("run", "expected"),
+    [
+        ({"dataset_id": "set-2"}, "dataset_id differs"),
+        ({"crop_border": 0}, "crop_border differs"),
+    ],
+)
+def test_unlike_test_sets_are_refused(run: dict, expected: str, folders: tuple[Path, Path], tmp_path: Path) -> None:
+    other = write_result(tmp_path / "c", photographs(6), {"ccsr": (2, noisy(5))}, run=run)
+    with pytest.raises(DataError, match=expected) as caught:
+        compare([folders[1], other])
+    assert "b:ccsr has" in caught.value.where
+    assert repr(next(iter(run.values()))) in caught.value.where
+
+
+def test_unknown_test_sets_are_refused(tmp_path: Path) -> None:
+    unnamed = write_result(tmp_path, photographs(1), {"m": (2, noisy(5))}, run={"dataset_id": None})
+    with pytest.raises(DataError, match="dataset_id differs or is unknown"):
+        compare([f"{unnamed}:m", f"{unnamed}:m"])
+
+
+def test_unlike_images_are_refused_and_named(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    fewer = write_result(tmp_path / "c", photographs(6), {"ccsr": (3, noisy(5))}, keys=KEYS[:-2])
+    with pytest.raises(DataError, match="images differ") as caught:
+        compare([folders[1], fewer])
+    assert caught.value.where == "only b:ccsr has 2 (img4, img5)"
+
+
+def test_unknown_methods_and_single_results_are_refused(folders: tuple[Path, Path]) -> None:
+    with pytest.raises(ConfigError, match="no method 'ccrs'") as caught:
+        compare([f"{folders[0]}:ccrs", folders[1]])
+    assert caught.value.todo == "choose one of bicubic, ccsr"
+    with pytest.raises(ConfigError, match="nothing to compare"):
+        compare([folders[1]])
+
+
+def test_terminal_and_csv_say_the_same(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    comparison = compare([f"{folders[0]}:ccsr", folders[1]])
+    psnr = find(comparison, "b:ccsr", "psnr_y")
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(*comparison.tables())
+    text = console.export_text()
+    for expected in (
+        "b:ccsr against a:ccsr",
+        f"{psnr.mean:+.4f}",
+        f"{psnr.low:+.4f} .. {psnr.high:+.4f}",
+        "↑ psnr_y",
+        "↓ l_std",
+        "worse in psnr_y: img",
+        "model.t_max",
+        "(not set)",
+    ):
+        assert expected in text
+    comparison.write_csv(tmp_path / "c.csv")
+    rows = list(csv.DictReader((tmp_path / "c.csv").open()))
+    of_psnr = [row for row in rows if row["metric"] == "psnr_y"]
+    assert [row["image"] for row in of_psnr] == ["", *KEYS]
+    assert float(of_psnr[0]["difference"]) == psnr.mean
+    assert (of_psnr[0]["losses"], of_psnr[0]["verdict"]) == ("6", "worse")
+    assert float(of_psnr[3]["difference"]) == psnr.differences[2]
+    assert {row["verdict"] for row in of_psnr[1:]} == {"worse"}

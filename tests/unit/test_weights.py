@@ -1,0 +1,155 @@
+"""Third-party weight files: the table, where they are looked for, fetching, checking, and what is said when missing."""
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+import infra.weights
+from infra import ConfigError, ModelError, StorageError
+from infra.weights import WeightFile, check_weights, fetch_weights, find_weights, list_weights, weight_files
+
+GOOD = b"weights" * 1000
+
+
+@pytest.fixture(autouse=True)
+def table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Three small files in place of the real table; no environment of the machine's."""
+    sha256 = hashlib.sha256(GOOD).hexdigest()
+    files = [
+        WeightFile("known", "test", "known.pth", "https://example.invalid/known.pth", "here", "MIT", sha256),
+        WeightFile("pair", "test", "pair/a.bin", "https://huggingface.co/x/y/a.bin", "here", "MIT", None),
+        WeightFile("pair", "test", "pair/b.bin", "https://huggingface.co/x/y/b.bin", "here", "MIT", None),
+        WeightFile("manual", "test", "manual.ckpt", None, "the authors' drive", "MIT", None),
+    ]
+    monkeypatch.setattr(infra.weights, "weight_files", lambda: files)
+    monkeypatch.delenv("CCSR_WEIGHTS", raising=False)
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def mirror(tmp_path: Path) -> Path:
+    place = tmp_path / "mirror"
+    (place / "pair").mkdir(parents=True)
+    (place / "known.pth").write_bytes(GOOD)
+    (place / "pair" / "a.bin").write_bytes(b"a")
+    (place / "pair" / "b.bin").write_bytes(b"b")
+    return place
+
+
+@pytest.fixture
+def server(mirror: Path) -> Iterator[str]:
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *args: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(mirror))) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{http.server_port}"
+        http.shutdown()
+
+
+def states(folder: Path) -> dict[str, str]:
+    return {row["path"]: row["state"] for row in check_weights(str(folder))}
+
+
+def test_fetch_from_a_folder_then_check(mirror: Path, tmp_path: Path) -> None:
+    place = tmp_path / "weights"
+    assert set(states(place).values()) == {"missing"}
+    assert fetch_weights("known", str(place), str(mirror)) == place / "known.pth"
+    assert fetch_weights("pair", str(place), str(mirror)) == place / "pair"
+    expected = {"known.pth": "ok", "pair/a.bin": "ok", "pair/b.bin": "ok", "manual.ckpt": "missing"}
+    assert states(place) == expected
+    (place / "pair" / "b.bin").write_bytes(b"c")  # no published sha256, but the one of the first fetch
+    assert states(place)["pair/b.bin"] == "wrong"
+    (place / "sha256.json").unlink()
+    assert states(place) == expected | {"pair/a.bin": "unverified", "pair/b.bin": "unverified"}
+    assert [row["state"] for row in list_weights(str(place))] == ["present"] * 3 + ["missing"]
+
+
+def test_fetch_over_http_and_from_the_hubs_mirror(
+    mirror: Path, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "weights"
+    fetch_weights("known", str(place), server)
+    assert (place / "known.pth").read_bytes() == GOOD
+    (mirror / "x").mkdir()
+    (mirror / "pair").rename(mirror / "x" / "y")
+    monkeypatch.setenv("HF_ENDPOINT", server + "/")
+    assert (fetch_weights("pair", str(place)) / "b.bin").read_bytes() == b"b"
+    (mirror / "x" / "y" / "b.bin").unlink()
+    with pytest.raises(StorageError, match="404"):
+        fetch_weights("pair", str(tmp_path / "other"))
+    assert not (tmp_path / "other" / "pair" / "b.bin").exists()
+
+
+def test_a_fetched_file_with_other_bytes_is_refused_and_removed(mirror: Path, tmp_path: Path) -> None:
+    (mirror / "known.pth").write_bytes(GOOD[:-1])
+    with pytest.raises(ModelError, match="sha256 of what came"):
+        fetch_weights("known", str(tmp_path / "weights"), str(mirror))
+    assert os.listdir(tmp_path / "weights") == []
+
+
+def test_a_file_that_is_there_is_kept_and_verified_when_found(mirror: Path, tmp_path: Path) -> None:
+    fetch_weights("known", str(mirror), "http://127.0.0.1:1")
+    (mirror / "known.pth").write_bytes(b"cut")
+    with pytest.raises(ModelError, match="truncated or another file"):
+        find_weights("known", str(mirror))
+
+
+def test_lookup_order(mirror: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ModelError, match="ccsr weights fetch known"):
+        find_weights("known")
+    fetch_weights("known", mirror=str(mirror))
+    assert find_weights("known") == tmp_path / "cache" / "ccsr" / "weights" / "known.pth"
+    monkeypatch.setenv("CCSR_WEIGHTS", str(mirror))
+    assert find_weights("known") == mirror / "known.pth"
+    with pytest.raises(ModelError, match="known is not there"):
+        find_weights("known", str(tmp_path / "empty"))
+
+
+def test_s3_prefix_is_copied_to_the_cache(mirror: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Storage is replaced by a folder here; tests/integration run it against a server."""
+
+    def download(uri: str, folder: Path) -> Path:
+        target = folder / uri.rsplit("/", 1)[-1]
+        target.write_bytes((mirror / uri.removeprefix("s3://bucket/w/")).read_bytes())
+        return target
+
+    monkeypatch.setattr(infra.weights, "download", download)
+    monkeypatch.setattr(infra.weights, "exists", lambda uri: (mirror / uri.removeprefix("s3://bucket/w/")).is_file())
+    monkeypatch.setenv("CCSR_WEIGHTS", "s3://bucket/w")
+    assert [row["state"] for row in list_weights()] == ["present"] * 3 + ["missing"]
+    assert find_weights("pair") == tmp_path / "cache" / "ccsr" / "weights" / "pair"
+    assert find_weights("known").read_bytes() == GOOD
+    assert fetch_weights("known", str(tmp_path / "weights"), "s3://bucket/w").read_bytes() == GOOD
+    with pytest.raises(ConfigError, match="local folder"):
+        fetch_weights("known")
+
+
+def test_what_a_program_cannot_fetch_and_unknown_names(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="by hand from the authors' drive"):
+        fetch_weights("manual", str(tmp_path))
+    with pytest.raises(ConfigError, match="choose one of known, manual, pair"):
+        find_weights("vgg")
+
+
+def test_the_real_table_is_complete(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    files = weight_files()
+    assert {file.name for file in files} >= {"sd21-base", "vgg16", "lpips-vgg", "dino", "dinov2", "inception"}
+    assert len({file.path for file in files}) == len(files)
+    for file in files:
+        assert file.url is None or file.url.startswith("https://")
+        assert file.sha256 is None or (len(file.sha256) == 64 and int(file.sha256, 16) > 0)
+        # torch's hub names its files after the first digits of their sha256
+        name = Path(file.path).stem
+        if file.sha256 and "-" in name:
+            assert file.sha256.startswith(name.rsplit("-", 1)[1])
+    json.dumps(list_weights("nowhere"))

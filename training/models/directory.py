@@ -1,0 +1,227 @@
+"""Model directories: vae/, unet/ and controlnet/ as diffusers writes them, prompt.safetensors, and ccsr.json last."""
+
+import hashlib
+import json
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError  # what torch.load(weights_only=True) raises; nothing is unpickled here
+from typing import Any, Literal, TypeVar
+
+import torch
+from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from infra.errors import ModelError, StorageError
+from training.models.ccsr import CcsrModel
+from training.models.networks import ModelConfig, with_latent_condition
+
+PARTS = {"vae": AutoencoderKL, "unet": UNet2DConditionModel, "controlnet": ControlNetModel}
+NetworkT = TypeVar("NetworkT", bound=nn.Module)
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+class ModelRecord(ModelConfig):
+    """ccsr.json: what the directory holds, and the sha256 of each of its other files."""
+
+    format: Literal[1]
+    sha256: dict[str, str]
+
+
+def save_model(model: CcsrModel, directory: Path | str) -> None:
+    """Write `model` as a directory, all or nothing; a complete directory of the same name is replaced.
+
+    Each part is loadable by plain diffusers; in the ControlNet, replace `controlnet_cond_embedding` by
+    Conv2d(4, C, 3, padding=1) before loading the weights (`training.models.with_latent_condition`).
+    Raises ModelError where a weight is not finite.
+    """
+    with replacing(Path(directory)) as partial:
+        for name in PARTS:
+            part = getattr(model, name)
+            check_finite(part.state_dict(), where=name)
+            part.save_config(partial / name)
+            state = {key: tensor.detach().cpu().contiguous() for key, tensor in part.state_dict().items()}
+            save_file(state, partial / name / WEIGHTS, metadata={"format": "pt"})
+        prompts = {text: embedding.float().cpu().contiguous() for text, embedding in model.prompts.items()}
+        save_file(prompts, partial / "prompt.safetensors")
+        files = sorted(path for path in partial.rglob("*") if path.is_file())
+        for path in files:
+            path.chmod(0o644)  # safetensors leaves its files readable to their owner alone
+        hashes = {path.relative_to(partial).as_posix(): _sha256(path) for path in files}
+        record = ModelRecord(format=1, sha256=hashes, **model.config.model_dump())
+        (partial / "ccsr.json").write_text(record.model_dump_json(indent=1) + "\n")
+
+
+def load_model(
+    directory: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> CcsrModel:
+    """The model in `directory`, in eval mode on `device`. Peak host memory is the networks' own size.
+
+    Raises ModelError naming the first difference: a missing file, another format, bytes that are not those that were
+    written, a missing, surplus or misshapen tensor, a weight that is not finite.
+    """
+    directory = Path(directory)
+    try:
+        record = ModelRecord(**read_json(directory / "ccsr.json"))
+    except ValidationError as error:
+        raise ModelError(
+            f"ccsr.json is not a model's record of format 1 ({error.errors()[0]['msg']})",
+            where=str(directory / "ccsr.json"),
+            todo="convert the original weights again: ccsr convert",
+        ) from error
+    for name, expected in record.sha256.items():
+        if not (directory / name).is_file():
+            raise _missing(directory / name)
+        if _sha256(directory / name) != expected:
+            raise ModelError(
+                f"{name} is truncated or changed: its sha256 is not the one in ccsr.json",
+                where=str(directory / name),
+                todo="copy the directory again, or convert again",
+            )
+    parts = {name: load_part(directory / name, name) for name in PARTS}
+    prompts = read_weights(directory / "prompt.safetensors")
+    config = ModelConfig(preset=record.preset, family=record.family)
+    return CcsrModel(config=config, prompts=prompts, **parts).to(device, dtype)
+
+
+def load_part(directory: Path, name: str) -> Any:
+    """One diffusers network (`name` in PARTS) from config.json and weights in `directory`, float32, in eval mode."""
+    network = part_from_config(read_json(directory / "config.json"), name, where=directory / "config.json")
+    return fill(network, read_weights(directory / WEIGHTS), where=directory / WEIGHTS)
+
+
+def part_from_config(config: Mapping[str, Any], name: str, where: Path) -> nn.Module:
+    """The network that a diffusers config describes, without memory (on the meta device)."""
+    expected = PARTS[name]
+    if config.get("_class_name") != expected.__name__:
+        raise ModelError(
+            f"the config is of a {config.get('_class_name')}, not of a {expected.__name__}",
+            where=str(where),
+            todo=f"give a directory whose {name}/ holds that network",
+        )
+    with torch.device("meta"):
+        network = expected.from_config(dict(config))
+        return with_latent_condition(network) if name == "controlnet" else network
+
+
+def fill(network: NetworkT, state: Mapping[str, Tensor], where: Path | str) -> NetworkT:
+    """Give a network, which may be on the meta device, the tensors of `state` as float32; strict. In eval mode then."""
+    check_keys(network.state_dict(), state, where)
+    check_finite(state, where)
+    network.load_state_dict({key: tensor.float() for key, tensor in state.items()}, assign=True)
+    return network.eval()
+
+
+def check_keys(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where: Path | str) -> None:
+    """Raise ModelError at the first tensor that is missing, has another shape, or has no place."""
+    for key, tensor in expected.items():
+        if key not in found:
+            what = f"tensor {key} is missing"
+        elif found[key].shape != tensor.shape:
+            what = f"tensor {key} has shape {tuple(found[key].shape)}, not {tuple(tensor.shape)}"
+        else:
+            continue
+        raise ModelError(what, where=str(where), todo="check that the file is complete and of this kind of network")
+    surplus = [key for key in found if key not in expected]
+    if surplus:
+        raise ModelError(
+            f"tensor {surplus[0]} has no place in this network ({len(surplus)} such)",
+            where=str(where),
+            todo="check that the file is of this kind of network",
+        )
+
+
+def check_finite(state: Mapping[str, Tensor], where: Path | str) -> None:
+    """Raise ModelError at the first tensor that holds NaN or infinity."""
+    for key, tensor in state.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ModelError(
+                f"tensor {key} holds NaN or infinity",
+                where=str(where),
+                todo="take an earlier checkpoint; this one cannot be repaired",
+            )
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file."""
+    if not path.is_file():
+        raise _missing(path)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ModelError(
+            f"{path.name} is not a complete safetensors file ({error})", where=str(path), todo="copy or fetch it again"
+        ) from error
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """The tensors of a `.ckpt`, `.pth` or `.safetensors` by name, without Lightning's wrapper or leading `module.`."""
+    if path.suffix == ".safetensors" or not path.is_file():
+        content: Any = read_weights(path)
+    else:
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        except (RuntimeError, UnpicklingError, EOFError, ValueError, KeyError) as error:
+            raise ModelError(
+                f"not a complete checkpoint of tensors ({str(error).splitlines()[0]})",
+                where=str(path),
+                todo="copy or fetch the file again and compare its sha256",
+            ) from error
+    content = content.get("state_dict", content) if isinstance(content, dict) else {}
+    state = {key.removeprefix("module."): value for key, value in content.items() if isinstance(value, Tensor)}
+    if not state:
+        raise ModelError("no tensors by name in this file", where=str(path), todo="give a checkpoint's state_dict")
+    return state
+
+
+@contextmanager
+def replacing(directory: Path) -> Iterator[Path]:
+    """A temporary sibling that becomes `directory` when the block ends well, and vanishes otherwise.
+
+    Raises StorageError where `directory` holds something that is not a model.
+    """
+    if directory.exists() and not (directory / "ccsr.json").is_file() and any(directory.iterdir()):
+        raise StorageError(
+            "the output folder holds something that is not a model directory",
+            where=str(directory),
+            todo="choose another folder, or empty this one",
+        )
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        (partial / "new").mkdir()
+        yield partial / "new"
+        if directory.exists():
+            directory.rename(partial / "old")
+        (partial / "new").rename(directory)
+    finally:
+        if (partial / "old").exists() and not directory.exists():
+            (partial / "old").rename(directory)
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
+    if not path.is_file():
+        raise _missing(path)
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ModelError(f"{path.name} is not JSON ({error})", where=str(path), todo="copy it again") from error
+
+
+def _missing(path: Path) -> ModelError:
+    return ModelError(
+        f"{path.name} is missing", where=str(path), todo="give a complete directory, or make one with ccsr convert"
+    )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,94 @@
+"""The networks of CCSR, as configurations of diffusers classes: VAE, UNet, and a ControlNet that sees the LR latent."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+from torch import nn
+
+from infra.config import Config
+
+
+class ModelConfig(Config):
+    """Which networks. `family` says whose habits the weights were trained with: v1 conditions on the posterior's mean,
+    v2 on a sample of it. `custom` marks converted networks of another size; it can be loaded, not built."""
+
+    preset: Literal["tiny", "sd21", "custom"] = "tiny"
+    family: Literal["v1", "v2"] = "v2"
+
+
+# tiny: 4.36 M parameters, a 4-fold VAE and no text.  sd21: Stable Diffusion 2.1-base (Rombach et al., CVPR 2022).
+VAE_CONFIGS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "block_out_channels": (32, 48, 96),
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "norm_num_groups": 4,
+        "mid_block_add_attention": False,
+    },
+    "sd21": {
+        "block_out_channels": (128, 256, 512, 512),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "layers_per_block": 2,
+        "sample_size": 512,
+    },
+}
+UNET_CONFIGS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "block_out_channels": (64, 96),
+        "down_block_types": ("DownBlock2D",) * 2,
+        "up_block_types": ("UpBlock2D",) * 2,
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "cross_attention_dim": 16,
+    },
+    "sd21": {
+        "sample_size": 64,
+        "block_out_channels": (320, 640, 1280, 1280),
+        "attention_head_dim": (5, 10, 20, 20),  # diffusers' name; the numbers are head counts, every head is 64 wide
+        "cross_attention_dim": 1024,
+        "use_linear_projection": True,
+    },
+}
+PROMPT_TOKENS = {"tiny": 1, "sd21": 77}
+
+
+@contextmanager
+def seeded_init(seed: int) -> Iterator[None]:
+    """Let torch's CPU initialisers draw from `seed` inside the block; the caller's generator is as before after it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)
+        yield
+
+
+def latent_controlnet(unet: UNet2DConditionModel) -> ControlNetModel:
+    """A ControlNet for `unet` whose condition is a latent: sample = conv_in(x_t) + conv(z_lr), no RGB hint encoder.
+
+    Encoder and middle start as copies of the UNet's; the output convolutions and the condition's are zero. One
+    convolution over concat([x_t, z_lr]), as in CCSR v1, is the same map with its weight split in two; v2 calls the
+    second half `condition_conv_in`. Here it takes diffusers' name for the place, `controlnet_cond_embedding`.
+    """
+    controlnet = ControlNetModel.from_unet(
+        unet, conditioning_channels=unet.config.in_channels, conditioning_embedding_out_channels=(16,)
+    )
+    return with_latent_condition(controlnet)
+
+
+def with_latent_condition(controlnet: ControlNetModel) -> ControlNetModel:
+    """Replace the RGB hint encoder by one zero 3x3 convolution over a latent."""
+    channels = controlnet.config.conditioning_channels, controlnet.config.block_out_channels[0]
+    condition = nn.Conv2d(*channels, kernel_size=3, padding=1)
+    nn.init.zeros_(condition.weight)
+    nn.init.zeros_(condition.bias)
+    controlnet.controlnet_cond_embedding = condition
+    return controlnet
+
+
+def build_networks(preset: str) -> tuple[AutoencoderKL, UNet2DConditionModel, ControlNetModel]:
+    """VAE, UNet and ControlNet of a preset, initialised by torch's defaults on the current default device."""
+    vae = AutoencoderKL(**VAE_CONFIGS[preset])
+    unet = UNet2DConditionModel(**UNET_CONFIGS[preset])
+    return vae, unet, latent_controlnet(unet)

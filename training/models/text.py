@@ -1,0 +1,112 @@
+"""Prompt embeddings, computed once when weights are converted; no text tower is needed after that."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from infra.errors import ModelError
+from training.models.directory import check_finite, check_keys
+from training.models.ldm import open_clip_names
+
+# CCSR v2's inference defaults (its README); they act only where the guidance scale is above 1.
+V2_PROMPT = "clean, high-resolution, 8k"
+V2_NEGATIVE_PROMPT = "blurry, dotted, noise, raster lines, unclear, lowres, over-smoothed"
+
+
+def embed_prompts(base: Path, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """{prompt: float32 (1, L, C)}: last hidden state of `base`/text_encoder, a Stable Diffusion 2 directory.
+
+    Texts other than the empty one are cut into tokens by `base`/tokenizer. Raises ModelError where a file is missing,
+    incomplete or of another kind.
+    """
+    from transformers import CLIPTextModel
+
+    place = base / "text_encoder"
+    if not (place / "config.json").is_file():
+        raise ModelError(
+            "the text encoder is missing",
+            where=str(place),
+            todo="give a complete Stable Diffusion 2.1-base directory: ccsr weights fetch sd21-base",
+        )
+    try:
+        encoder, info = CLIPTextModel.from_pretrained(place, local_files_only=True, output_loading_info=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ModelError(
+            f"the text encoder cannot be read ({error})", where=str(place), todo="fetch it again"
+        ) from error
+    wrong = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
+    if wrong:
+        raise ModelError(
+            f"tensor {wrong[0]} is missing or has no place in a CLIP text encoder",
+            where=str(place),
+            todo="fetch the file again; it is incomplete or of another kind",
+        )
+    check_finite(encoder.state_dict(), where=place)
+    return {text: _embed(encoder, _tokens(encoder, base, text)) for text in prompts}
+
+
+def embed_empty_prompt_open_clip(state: Mapping[str, Tensor], where: Path | str) -> Tensor:
+    """The empty prompt's embedding, float32 (1, L, C), from an OpenCLIP text tower's tensors.
+
+    Stable Diffusion 2 reads it after the last block but one, through the final norm. Heads are 64 wide.
+    """
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    num_blocks = len({key.split(".")[2] for key in state if key.startswith("transformer.resblocks.")})
+    names = open_clip_names(num_blocks - 1)
+    missing = [source for source in names.values() if source not in state]
+    if missing:
+        raise ModelError(
+            f"the text tower's tensor {missing[0]} is missing",
+            where=str(where),
+            todo="copy or fetch the checkpoint again",
+        )
+    vocabulary, width = state["token_embedding.weight"].shape
+    encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=vocabulary,
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=num_blocks - 1,
+            num_attention_heads=max(1, width // 64),
+            max_position_embeddings=len(state["positional_embedding"]),
+            hidden_act="gelu",
+        )
+    )
+    found = {}
+    for key in encoder.state_dict():
+        name = key.removeprefix("text_model.")
+        tensor = state[names[name]]
+        if "in_proj" in names[name]:  # q, k and v, one below the other
+            tensor = tensor.chunk(3)["qkv".index(name.split("_proj.")[0][-1])]
+        found[key] = tensor
+    check_keys(encoder.state_dict(), found, where)
+    check_finite(found, where)
+    encoder.load_state_dict(found)
+    return _embed(encoder, _empty_tokens(encoder))
+
+
+def _tokens(encoder: torch.nn.Module, base: Path, text: str) -> list[int]:
+    if not text:
+        return _empty_tokens(encoder)
+    from transformers import CLIPTokenizer
+
+    place = base / "tokenizer"
+    if not (place / "vocab.json").is_file():
+        raise ModelError("the tokenizer is missing", where=str(place), todo="ccsr weights fetch sd21-base")
+    tokenizer = CLIPTokenizer.from_pretrained(place, local_files_only=True)
+    length = encoder.config.max_position_embeddings
+    return tokenizer(text, padding="max_length", max_length=length, truncation=True).input_ids
+
+
+def _empty_tokens(encoder: torch.nn.Module) -> list[int]:
+    """Start, end, then padding with 0: CLIP's start and end are the vocabulary's last two, and SD 2 pads with "!"."""
+    vocabulary, length = encoder.config.vocab_size, encoder.config.max_position_embeddings
+    return [vocabulary - 2, vocabulary - 1] + [0] * (length - 2)
+
+
+def _embed(encoder: torch.nn.Module, tokens: list[int]) -> Tensor:
+    with torch.no_grad():
+        return encoder.eval()(input_ids=torch.tensor([tokens])).last_hidden_state.float()

@@ -1,0 +1,155 @@
+"""The modules that DeepSpeed wraps, one per stage: their forward is the loss."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from infra.seeding import noise_for, rng_for
+from training.config import TrainConfig
+from training.ingest import Batch
+from training.models import CcsrModel, PatchDiscriminator
+from training.stage1 import eps_loss, stage1_loss_v1, stage1_loss_v2
+from training.stage2 import discriminator_loss, generator_loss, stage2_latents_v1, stage2_latents_v2
+
+LAST_TIMESTEP = 999
+
+
+class Stage(nn.Module):
+    """Base of both stages: `trained` is what the optimiser sees; everything else of the model is frozen.
+
+    All randomness of a batch depends on (seed, position) of its samples.
+    """
+
+    def __init__(self, model: CcsrModel, trained: nn.Module, config: TrainConfig) -> None:
+        super().__init__()
+        for network in (model.vae, model.unet, model.controlnet):
+            network.requires_grad_(False)
+        self.trained = trained.requires_grad_(True)
+        self.config = config
+        # Not registered as submodules: DeepSpeed is to see the trained parameters only.
+        self._frozen = (model,)
+
+    @property
+    def model(self) -> CcsrModel:
+        return self._frozen[0]
+
+    def _noise(self, batch: Batch, purpose: str) -> Callable[..., Tensor]:
+        keys = [("noise", purpose, position) for position in batch.positions]
+        return noise_for(self.config.seed, keys, batch.hr.device, torch.float32)
+
+    def _timesteps(self, batch: Batch, end: int) -> Tensor:
+        draws = [int(rng_for(self.config.seed, "timestep", p).integers(end)) for p in batch.positions]
+        return torch.tensor(draws, device=batch.hr.device)
+
+    @torch.no_grad()
+    def _latents(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Scaled latents of HR (a posterior sample) and LR (v1: the mean, v2: a sample)."""
+        mean, std = self.model.encode_moments(batch.hr)
+        z_hr = mean + std * self._noise(batch, "hr")(mean.shape)
+        mean, std = self.model.encode_moments(batch.lr)
+        sampled = self.model.config.family == "v2"
+        return z_hr, mean + std * self._noise(batch, "lr")(mean.shape) if sampled else mean
+
+
+class NoiseStage(Stage):
+    """Stages 0 and 1: the ControlNet learns to predict noise, and in stage 1 x0 at T and t_max too."""
+
+    def __init__(self, model: CcsrModel, config: TrainConfig) -> None:
+        super().__init__(model, model.controlnet, config)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Named terms and "loss" of one micro-batch; see `training.stage1`."""
+        z_hr, z_lr = self._latents(batch)
+        denoise = self.model.denoiser(z_lr)
+        noise = self._noise(batch, "steps")
+        if self.config.stage == 0:
+            t = self._timesteps(batch, LAST_TIMESTEP + 1)
+            loss = eps_loss(denoise, z_hr, t=t, noise=noise(z_hr.shape))
+            return {"l_diff": loss, "loss": loss}
+        t_max = round(self.config.t_max * (LAST_TIMESTEP + 1))
+        stage1_loss = stage1_loss_v1 if self.model.config.family == "v1" else stage1_loss_v2
+        return stage1_loss(
+            denoise,
+            z_hr,
+            t=self._timesteps(batch, t_max),
+            noise_t=noise(z_hr.shape),
+            noise_T=noise(z_hr.shape),
+            noise_tmax=noise(z_hr.shape),
+            x_start=z_lr if self.config.start_from == "lr" else None,
+            t_max=t_max,
+        )
+
+
+class DecoderStage(Stage):
+    """Stage 2: the VAE decoder learns to turn the truncated chain's x0 into the HR image.
+
+    One chain serves both generator and discriminator; the published v1 runs it anew for each.
+    """
+
+    def __init__(self, model: CcsrModel, config: TrainConfig) -> None:
+        # v1 trains post_quant_conv too, v2 only what is called "decoder".
+        parts = {"decoder": model.vae.decoder}
+        if model.config.family == "v1":
+            parts["post_quant_conv"] = model.vae.post_quant_conv
+        super().__init__(model, nn.ModuleDict(parts), config)
+        loss = config.decoder_loss
+        # Not registered either: it has an optimiser of its own.
+        self._adversary = (PatchDiscriminator(ndf=loss.discriminator_width, seed=config.seed),)
+        self._perceptual = perceptual_loss(model) if loss.perceptual == "encoder_features" else None
+
+    @property
+    def discriminator(self) -> PatchDiscriminator:
+        return self._adversary[0]
+
+    def forward(self, batch: Batch, gan_weight: float) -> dict[str, Tensor]:
+        """The generator's terms and "loss" of one micro-batch; see `training.generator_loss`."""
+        config = self.config
+        loss = config.decoder_loss
+        z_hr, z_lr = self._latents(batch)
+        noise = self._noise(batch, "steps")
+        chain: dict[str, Any] = {"num_steps": config.num_steps, "t_max": config.t_max, "t_min": config.t_min}
+        denoise = self.model.denoiser(z_lr)
+        if self.model.config.family == "v1":
+            x0 = stage2_latents_v1(denoise, z_hr, noise=noise, **chain)
+        else:
+            x0 = stage2_latents_v2(denoise, z_lr if config.start_from == "lr" else z_hr, noise=noise, **chain)
+        decoded = self.model.decode(x0)
+        if self.model.config.family == "v2":
+            decoded = decoded.clamp(-1, 1)
+        target = 2 * batch.hr - 1
+        self._last_pair = (target, decoded.detach())
+        self.discriminator.requires_grad_(False)  # the generator's backward leaves no gradient there
+        terms = generator_loss(
+            decoded,
+            target,
+            perceptual=self._perceptual,
+            discriminator=self.discriminator,
+            last_layer=self.model.vae.decoder.conv_out.weight,
+            gan_weight=gan_weight,
+            adaptive=loss.adaptive,
+            divide_by_batch=loss.divide_by_batch,
+            reconstruction=loss.reconstruction,
+        )
+        self.discriminator.requires_grad_(True)
+        return terms
+
+    def discriminator_loss(self) -> Tensor:
+        """The discriminator's loss on the images of the last forward; not a result of `forward`, because DeepSpeed
+        hooks the backward of whatever that returns."""
+        target, decoded = self._last_pair
+        return discriminator_loss(self.discriminator(target), self.discriminator(decoded))
+
+
+def perceptual_loss(model: CcsrModel) -> Callable[[Tensor, Tensor], Tensor]:
+    """Distance of two images in [-1, 1] in the frozen VAE encoder's features, scaled like the latent."""
+
+    def distance(a: Tensor, b: Tensor) -> Tensor:
+        return torch.stack([(model.encode_moments((x + 1) / 2)[0]) for x in (a, b)]).diff(dim=0).square().mean()
+
+    return distance
+
+
+def build_stage(model: CcsrModel, config: TrainConfig) -> Stage:
+    return DecoderStage(model, config) if config.stage == 2 else NoiseStage(model, config)
