@@ -67,7 +67,7 @@ def draw_bsrgan_plus(config: BsrganPlus, height: int, width: int, rng: np.random
         elif name == "poisson":
             if rng.random() < config.poisson:
                 gray, photons = bool(rng.random() >= 0.5), float(10 ** rng.uniform(2, 4))
-                steps.append({"op": "poisson_counts", "photons": photons, "gray": gray, "seed": draw_seed(rng)})
+                steps.append({"op": "poisson", "photons": photons, "gray": gray, "seed": draw_seed(rng)})
         elif name == "speckle":
             if rng.random() < config.speckle:
                 steps.append({**_gaussian(config, rng), "speckle": True})

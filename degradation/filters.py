@@ -27,7 +27,7 @@ def blur(planes: np.ndarray, kernel: np.ndarray) -> np.ndarray:
 
 def blur_separable(planes: np.ndarray, vertical: np.ndarray, horizontal: np.ndarray) -> np.ndarray:
     """Correlate each plane with the outer product of two odd-sized kernels."""
-    out = np.empty_like(planes)
+    out = np.empty(planes.shape, np.float32)
     for plane, result in zip(planes, out, strict=True):
         cv2.sepFilter2D(plane, -1, horizontal, vertical, dst=result, borderType=cv2.BORDER_REFLECT_101)
     return out

@@ -16,6 +16,11 @@ _LUMA_TABLE = """
 _CHROMA_CORNER = ((17, 18, 24, 47), (18, 21, 26, 66), (24, 26, 56, 99), (47, 66, 99, 99))
 
 
+# Black up to the next multiple of 16 is DiffJPEG's padding; more changes nothing, and oneDNN, which compiles a
+# convolution for every new shape, then meets few shapes.
+_PADDING = 64
+
+
 def diffjpeg(planes: np.ndarray, quality: float) -> np.ndarray:
     """DiffJPEG (Shin and Song 2017) with hard rounding, `quality` real: 4:2:0, no 8-bit step, tables never rounded.
 
@@ -23,7 +28,7 @@ def diffjpeg(planes: np.ndarray, quality: float) -> np.ndarray:
     replicated on decoding. The result is in [0, 1].
     """
     height, width = planes.shape[1:]
-    padded = np.zeros((3, -(-height // 16) * 16, -(-width // 16) * 16), np.float32)
+    padded = np.zeros((3, -(-height // _PADDING) * _PADDING, -(-width // _PADDING) * _PADDING), np.float32)
     np.clip(planes, 0, 1, out=padded[:, :height, :width])
     padded *= 255
     red, green, blue = padded

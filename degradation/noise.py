@@ -1,26 +1,85 @@
-"""Noise fields from a seed: a counter-free generator gives 16-bit numbers, quantile tables turn them into noise."""
+"""Noise on planes (float32 (3, H, W) in [0, 1]) from seeds: random 16-bit numbers look up quantiles; works in place."""
 
 from functools import lru_cache
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
 
+Step = dict[str, Any]
 # torchvision's grey weights (Real-ESRGAN's Poisson noise) and OpenCV's (BSRGAN's)
-TORCHVISION_GRAY = (0.2989, 0.587, 0.114)
-BSRGAN_GRAY = (0.299, 0.587, 0.114)
+_TORCHVISION_GRAY = (0.2989, 0.587, 0.114)
+_OPENCV_GRAY = (0.299, 0.587, 0.114)
 _POISSON_BITS = 12
+# From this rate on, rounded Cornish-Fisher quantiles keep Poisson's distribution function to 3e-4.
+_LARGE_RATE = 64
 
 
-def normal_field(seed: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Standard normal noise, float32: 65,536 equiprobable values, the largest 4.3 sigma."""
-    return np.take(_normal_quantiles(), _uint16(seed, shape))
+def gaussian(planes: np.ndarray, step: Step) -> np.ndarray:
+    """Add noise of `sigma` / 255, grey or per channel, or mixed by a 3 x 3 matrix; times the image if `speckle`; clip.
+
+    A value is one of 65,536 equiprobable ones, the largest 4.2 sigma.
+    """
+    height, width = planes.shape[1:]
+    mixing = step.get("mixing")
+    scale = 1.0 if mixing else step["sigma"] / 255
+    index = _uint16(step["seed"], (1 if step.get("gray") else 3, height, width)).astype(np.int32)
+    field = _look_up(_normal_quantiles() * np.float32(scale), index)
+    if mixing:
+        first, second, third = field
+        field = np.stack([a * first + b * second + c * third for a, b, c in np.array(mixing, np.float32)])
+    if step.get("speckle"):
+        field = field * planes
+    return _add(planes, field)
+
+
+def poisson(planes: np.ndarray, step: Step) -> np.ndarray:
+    """Add Poisson noise to 8-bit levels, per channel or (`gray`) that of the luma on all three; clip.
+
+    With `scale` (Real-ESRGAN): `scale` times the noise, whose photons per unit are the power of two not under the
+    number of distinct levels. With `photons` (BSRGAN): that many photons, and the image itself is rounded too.
+    """
+    levels = to_levels(planes)
+    if "photons" in step:
+        np.multiply(levels, np.float32(1 / 255), out=planes)
+    source = to_levels(_luma(planes, _OPENCV_GRAY if "photons" in step else _TORCHVISION_GRAY)) if step["gray"] else levels
+    if "photons" in step:
+        return _add(planes, _poisson_field(source, _poisson_quantiles(step["photons"]), step["seed"]))
+    histogram = cv2.calcHist([source.reshape(-1, source.shape[2])], [0], None, [256], [0, 256])
+    distinct = np.count_nonzero(histogram)
+    field = _poisson_field(source, _common_quantiles(int(distinct - 1).bit_length()), step["seed"])
+    field *= np.float32(step["scale"])
+    return _add(planes, field)
+
+
+def to_levels(planes: np.ndarray) -> np.ndarray:
+    """[0, 1] float32 (C, H, W) to uint8, clipped, halves to even."""
+    levels = np.empty(planes.shape, np.uint8)
+    for plane, out in zip(planes, levels, strict=True):
+        cv2.convertScaleAbs(np.maximum(plane, 0), dst=out, alpha=255)
+    return levels
+
+
+def _add(planes: np.ndarray, field: np.ndarray) -> np.ndarray:
+    planes += field
+    return np.clip(planes, 0, 1, out=planes)
+
+
+def _luma(planes: np.ndarray, weights: tuple[float, float, float]) -> np.ndarray:
+    red, green, blue = weights
+    return (red * planes[0] + green * planes[1] + blue * planes[2])[None]
 
 
 def _uint16(seed: int, shape: tuple[int, ...]) -> np.ndarray:
     count = int(np.prod(shape))
     words = np.random.SFC64(seed).random_raw(-(-count // 4))
     return words.astype("<u8", copy=False).view("<u2")[:count].reshape(shape)
+
+
+def _look_up(table: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """`table[index]` for int32, which NumPy would first convert to int64."""
+    return torch.from_numpy(table).index_select(0, torch.from_numpy(index.ravel())).numpy().reshape(index.shape)
 
 
 @lru_cache(maxsize=1)
@@ -30,65 +89,34 @@ def _normal_quantiles() -> np.ndarray:
     return (values / values.std()).astype(np.float32)
 
 
-def gaussian(planes: np.ndarray, step: dict) -> np.ndarray:
-    """Add noise of `sigma` / 255, grey or per channel or mixed by a 3 x 3 matrix, times the image if `speckle`; clip."""
-    height, width = planes.shape[1:]
-    if "mixing" in step:
-        field = normal_field(step["seed"], (3, height * width))
-        field = (np.array(step["mixing"], np.float32) @ field).reshape(3, height, width)
-    else:
-        field = normal_field(step["seed"], (1 if step["gray"] else 3, height, width))
-        field *= np.float32(step["sigma"] / 255)
-    if step.get("speckle"):
-        field = field * planes
-    return np.clip(planes + field, 0, 1)
-
-
-def poisson(planes: np.ndarray, step: dict) -> np.ndarray:
-    """Add `scale` times Poisson noise whose photons per unit are a power of two from the content; clip (Real-ESRGAN)."""
-    levels = to_levels(_luma(planes, TORCHVISION_GRAY) if step["gray"] else planes)
-    distinct = np.count_nonzero(cv2.calcHist([levels.reshape(-1, 1)], [0], None, [256], [0, 256]))
-    table = _poisson_quantiles(int(distinct - 1).bit_length())
-    index = levels.astype(np.int32) << _POISSON_BITS
-    index |= _uint16(step["seed"], levels.shape) >> (16 - _POISSON_BITS)
-    noise = np.take(table, index)
-    noise *= np.float32(step["scale"])
-    return np.clip(planes + noise, 0, 1)
+def _poisson_field(levels: np.ndarray, quantiles: np.ndarray, seed: int) -> np.ndarray:
+    index = levels.astype(np.int32)
+    index <<= _POISSON_BITS
+    index |= _uint16(seed, levels.shape) >> (16 - _POISSON_BITS)
+    return _look_up(quantiles, index)
 
 
 @lru_cache(maxsize=9)
-def _poisson_quantiles(log2_photons: int) -> np.ndarray:
-    """(256 * 4096,) float32: for each 8-bit level n/255, 4096 equiprobable values of Poisson(n/255 v)/v - n/255."""
-    photons = 2**log2_photons
-    rate = np.arange(256)[:, None] / 255 * photons
-    count = np.arange(int(photons + 10 * photons**0.5 + 10))
-    log_factorial = np.concatenate([[0], np.cumsum(np.log(count[1:]))])
-    with np.errstate(divide="ignore", invalid="ignore"):
-        log_pmf = np.where(rate > 0, count * np.log(rate) - rate, np.where(count == 0, 0, -np.inf)) - log_factorial
-    cdf = np.cumsum(np.exp(log_pmf), axis=1)
-    middle = (np.arange(1 << _POISSON_BITS) + 0.5) / (1 << _POISSON_BITS)
-    counts = np.stack([np.searchsorted(row, middle) for row in cdf])
-    return ((counts - rate) / photons).astype(np.float32).ravel()
+def _common_quantiles(log2_photons: int) -> np.ndarray:
+    return _poisson_quantiles(2**log2_photons)
 
 
-def poisson_counts(planes: np.ndarray, step: dict) -> np.ndarray:
-    """BSRGAN's Poisson noise: `photons` per unit of the 8-bit image, per channel or (`gray`) of its luma; clip."""
-    levels = to_levels(planes)
-    rounded = levels * np.float32(1 / 255)
-    source = to_levels(_luma(rounded, BSRGAN_GRAY)) if step["gray"] else levels
-    rate = np.arange(256) / 255 * step["photons"]
-    drawn = np.random.Generator(np.random.SFC64(step["seed"])).poisson(rate[source])
-    noise = (drawn / step["photons"]).astype(np.float32)
-    if step["gray"]:
-        noise = rounded + (noise - source * np.float32(1 / 255))
-    return np.clip(noise, 0, 1)
-
-
-def to_levels(planes: np.ndarray) -> np.ndarray:
-    """[0, 1] float32 to uint8, clipped, halves to even."""
-    return np.rint(np.clip(planes, 0, 1) * np.float32(255)).astype(np.uint8)
-
-
-def _luma(planes: np.ndarray, weights: tuple[float, float, float]) -> np.ndarray:
-    red, green, blue = (np.float32(w) for w in weights)
-    return (planes[0] * red + planes[1] * green + planes[2] * blue)[None]
+def _poisson_quantiles(photons: float) -> np.ndarray:
+    """(256 * 4096,) float32: for each level n, 4096 equiprobable values of Poisson(n/255 photons)/photons - n/255."""
+    rate = np.arange(256) / 255 * photons
+    middle = (torch.arange(1 << _POISSON_BITS, dtype=torch.float64) + 0.5) / (1 << _POISSON_BITS)
+    z = torch.special.ndtri(middle).numpy().astype(np.float32)
+    root = np.sqrt(rate).astype(np.float32)[:, None]
+    # Cornish and Fisher (1938), to the second order in 1 / root, around the rate
+    noise = np.rint(root * z + ((z**2 - 1) / 6 + rate[:, None].astype(np.float32)))
+    exact = np.searchsorted(rate, _LARGE_RATE)
+    count = np.arange(2 * _LARGE_RATE + 20)
+    log_factorial = np.append(0, np.cumsum(np.log(count[1:])))
+    with np.errstate(divide="ignore"):
+        log_pmf = count * np.log(rate[1:exact, None]) - rate[1:exact, None] - log_factorial
+    for level, cdf in enumerate(np.cumsum(np.exp(log_pmf), axis=1), start=1):
+        noise[level] = np.searchsorted(cdf, middle.numpy())
+    noise[0] = 0
+    noise -= rate[:, None].astype(np.float32)
+    noise /= np.float32(photons)
+    return noise.ravel()

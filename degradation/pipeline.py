@@ -31,7 +31,7 @@ def degrade(hr: np.ndarray, config: DegradationConfig, rng: np.random.Generator)
     """Degrade one HR image by draws from `rng`.
 
     `hr` is uint8 (H, W, 3) RGB, its sides multiples of the scale and at least 32 px; grey (H, W) or (H, W, 1) is
-    repeated on three channels, the alpha of (H, W, 4) is dropped. DataError for any other array.
+    repeated on three channels, an opaque alpha channel is dropped. DataError for any other array.
     """
     hr = _as_rgb(hr)
     return apply(hr, draw(config, hr.shape[0], hr.shape[1], rng))
@@ -86,7 +86,6 @@ _STEPS: dict[str, Callable[[np.ndarray, dict], np.ndarray]] = {
     "clip": lambda planes, step: np.clip(planes, 0, 1),
     "gaussian": noise.gaussian,
     "poisson": noise.poisson,
-    "poisson_counts": noise.poisson_counts,
     "diffjpeg": lambda planes, step: jpeg.diffjpeg(planes, step["quality"]),
     "libjpeg": lambda planes, step: jpeg.libjpeg(planes, step["quality"]),
 }
@@ -111,6 +110,12 @@ def _as_rgb(image: np.ndarray) -> np.ndarray:
             f"hr has shape {image.shape}; it must be (H, W, 3) RGB, (H, W, 4) RGBA or (H, W) or (H, W, 1) grey",
             where="hr",
             todo="pass one image, its channels last",
+        )
+    if image.shape[2] == 4 and image[:, :, 3].min() < 255:
+        raise DataError(
+            "hr has transparent pixels, whose colours are not defined",
+            where="hr",
+            todo="compose the image onto a background first",
         )
     return np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image[:, :, :3]
 

@@ -69,13 +69,7 @@ def _tasks(config: EvaluateConfig, manifests: list[Manifest]) -> list[dict[str, 
         if not manifest.facts["has_lr"]:
             raise DataError("these shards hold no LR images", where=manifest.uri, todo="shard with a degradation")
     return [
-        {
-            "method": number,
-            "uri": uri,
-            "key": entry.key,
-            "shard": entry.shard,
-            "span": [entry.offset_bytes, entry.length_bytes],
-        }
+        {"method": number, "uri": uri, "entry": dataclasses.asdict(entry)}
         for number in range(len(config.methods))
         for uri, entry in images
     ]
@@ -97,9 +91,14 @@ def _score(config: EvaluateConfig, tasks: list[dict[str, Any]]) -> None:
 
             logging.getLogger("ray.data").setLevel(logging.ERROR)
             DataContext.get_current().enable_progress_bars = False
+
+            class ConfiguredScorer(Scorer):
+                # Ray warns of constructor arguments, because they would be lost with the object store's node.
+                def __init__(self) -> None:
+                    super().__init__(config)
+
             scored = ray.data.from_items(pending, override_num_blocks=len(pending)).map(
-                Scorer,
-                fn_constructor_args=(config,),
+                ConfiguredScorer,
                 compute=ActorPoolStrategy(size=config.runtime.num_actors),
                 num_cpus=0 if config.runtime.use_gpu else 1,
                 num_gpus=1 if config.runtime.use_gpu else 0,
@@ -203,13 +202,12 @@ def _write_tables(config: EvaluateConfig, tasks: list[dict[str, Any]]) -> None:
 
 
 def _flat_summary(summary: dict[str, Any]) -> dict[str, float]:
-    flat: dict[str, float] = {}
+    flat: dict[str, float | None] = {}
     for name, method in summary.items():
-        values = {"l_std": method["l_std"], "sharpness": method["sharpness"]}
+        flat |= {f"{name}/l_std": method["l_std"], f"{name}/sharpness": method["sharpness"]}
         for metric, numbers in method["metrics"].items():
-            values |= {metric: numbers["mean"], f"g_std_{metric}": numbers["g_std"]}
-        flat |= {f"{name}/{key}": value for key, value in values.items() if value is not None}
-    return flat
+            flat |= {f"{name}/{metric}": numbers["mean"], f"{name}/g_std_{metric}": numbers["g_std"]}
+    return {key: value for key, value in flat.items() if value is not None}
 
 
 def _log_artifacts(tracker: Any, config: EvaluateConfig, result: EvaluationResult) -> None:

@@ -92,7 +92,7 @@ def parse_config(values: Mapping[str, Any], config_class: type[ConfigT], *, wher
 
 
 def _keys_at(config_class: Any, path: Sequence[str | int]) -> set[str]:
-    """The keys that any config class reachable along an error's `path` knows (list indices and tags are passed over)."""
+    """The keys of every config class along an error's `path`; list indices and union tags are passed over."""
     classes = [config_class]
     for part in path:
         fields = [cls.model_fields[part].annotation for cls in classes if part in cls.model_fields]
@@ -161,8 +161,9 @@ def difference(old: Any, new: Any, path: str = "") -> list[str]:
             before, after = old.get(key, missing), new.get(key, missing)
             place = f"{path}.{key}" if path else str(key)
             if before is missing or after is missing:
-                lines.append(f"{place}: {'absent' if before is missing else before} -> "
-                             f"{'absent' if after is missing else after}")
+                lines.append(
+                    f"{place}: {'absent' if before is missing else before} -> {'absent' if after is missing else after}"
+                )
             else:
                 lines += difference(before, after, place)
         return lines

@@ -37,13 +37,13 @@ def decode_image(data: bytes, *, where: str) -> np.ndarray:
     if not data:
         raise _refuse("empty", "the file is empty", where)
     try:
-        image = Image.open(io.BytesIO(data))
+        image: Image.Image = Image.open(io.BytesIO(data))
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
         raise _refuse("unreadable", "the file is not an image that can be read", where) from error
     if image.width * image.height > MAX_PIXELS:
         raise _refuse("too_large", f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels", where)
-    if getattr(image, "n_frames", 1) > 1:
-        raise _refuse("animated", f"the file holds {image.n_frames} frames", where)
+    if (num_frames := getattr(image, "n_frames", 1)) > 1:
+        raise _refuse("animated", f"the file holds {num_frames} frames", where)
     if image.mode.startswith(("I", "F")):
         raise _refuse("sixteen_bit", f"mode {image.mode} has more than 8 bits a channel", where)
     if image.mode not in ("RGB", "L", "P", "RGBA", "LA", "1"):
@@ -52,7 +52,7 @@ def decode_image(data: bytes, *, where: str) -> np.ndarray:
         image = ImageOps.exif_transpose(image)
         if image.mode in ("RGBA", "LA") or "transparency" in image.info:
             image = image.convert("RGBA")
-            if image.getchannel("A").getextrema()[0] < 255:
+            if np.asarray(image)[..., 3].min() < 255:
                 raise _refuse("transparent", "the picture has transparent pixels", where)
         return np.asarray(image.convert("RGB"))
     except (OSError, ValueError, SyntaxError, EOFError) as error:

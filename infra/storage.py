@@ -62,7 +62,8 @@ def _explained(action: str, uri: str) -> Iterator[None]:
             f"{action}: permission denied", where=uri, todo="choose another place or ask for the right to it"
         ) from error
     except OSError as error:
-        raise StorageError(f"{action}: {error.strerror or error}", where=uri, todo="check the place and retry") from error
+        reason = error.strerror or str(error)
+        raise StorageError(f"{action}: {reason}", where=uri, todo="check the place and retry") from error
 
 
 def exists(uri: str) -> bool:

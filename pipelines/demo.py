@@ -1,6 +1,8 @@
 """`ccsr demo`: the whole job on photographs that come with scikit-image and scikit-learn."""
 
+import os
 import shlex
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -59,5 +61,6 @@ def run_demo(out: str) -> None:
     )
     database = shlex.quote(f"sqlite:///{out}/mlflow.db")
     console.print(f"report:  {result.folder}/report.html", soft_wrap=True)
-    console.print(f"MLflow:  mlflow ui --backend-store-uri {database}", soft_wrap=True)
+    mlflow = shlex.quote(os.path.relpath(Path(sys.executable).with_name("mlflow")))
+    console.print(f"MLflow:  {mlflow} ui --backend-store-uri {database}", soft_wrap=True)
     console.print(f"done in {time.monotonic() - began:.0f} s")

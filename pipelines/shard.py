@@ -7,6 +7,7 @@ import pickle
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,7 @@ def run_shard(config: ShardConfig) -> Manifest:
     recipe = resolve_degradation(config)
     files = list_sources(config.sources)
     shards = plan_shards(files, config)
-    run = claim_output(
-        config.output, config, job="shard", inputs={"source_id": source_id(files)}, libraries=LIBRARIES
-    )
+    run = claim_output(config.output, config, job="shard", inputs={"source_id": source_id(files)}, libraries=LIBRARIES)
     if not exists(join(config.output, "manifest.json")):
         _write_shards(config, recipe, shards)
         write_manifest(
@@ -123,22 +122,21 @@ def _samples(
     planned: tuple[PlannedSample, ...],
     quarantined: list[Quarantined],
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
-    previous, image, digest, failure = None, None, "", None
-    for sample in planned:
-        if sample.file != previous:  # a file's crops and draws stand together: it is decoded once
-            previous, image, failure = sample.file, None, None
-            data = read_bytes(sample.file.uri)
-            digest = hashlib.sha256(data).hexdigest()
-            try:
-                image = decode_image(data, where=sample.file.uri)
-            except UnusableImageError as error:
-                failure = (error.reason, error.what)
+    for file, samples in groupby(planned, key=lambda sample: sample.file):  # a file is decoded once for all its crops
+        data = read_bytes(file.uri)
+        digest = hashlib.sha256(data).hexdigest()
+        image: np.ndarray | UnusableImageError
         try:
-            if image is None:
-                raise UnusableImageError(failure[1], where=sample.file.uri, todo="", reason=failure[0])
-            yield sample.key, make_sample(image, digest, sample, config, recipe)
+            image = decode_image(data, where=file.uri)
         except UnusableImageError as error:
-            quarantined.append(Quarantined(sample.key, sample.file.name, error.reason, error.what, digest))
+            image = error
+        for sample in samples:
+            try:
+                if isinstance(image, UnusableImageError):
+                    raise image
+                yield sample.key, make_sample(image, digest, sample, config, recipe)
+            except UnusableImageError as error:
+                quarantined.append(Quarantined(sample.key, file.name, error.reason, error.what, digest))
 
 
 def make_sample(
@@ -200,7 +198,8 @@ def _shrink_short_side(image: np.ndarray, size: int) -> np.ndarray:
     while min(picture.size) >= 2 * size:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
     ratio = size / min(picture.size)
-    return np.asarray(picture.resize((round(picture.width * ratio), round(picture.height * ratio)), Image.BICUBIC))
+    size_wh = (round(picture.width * ratio), round(picture.height * ratio))
+    return np.asarray(picture.resize(size_wh, Image.Resampling.BICUBIC))
 
 
 def _report_quarantine(config: ShardConfig, manifest: Manifest) -> None:

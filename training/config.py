@@ -23,7 +23,7 @@ class OptimizerConfig(Config):
 
 
 class DecoderLossConfig(Config):
-    """Stage 2's loss; see `training.generator_loss`. The defaults are v1's, with a perceptual term that needs no file."""
+    """Stage 2's loss; see `training.generator_loss`. Defaults: v1's, with a perceptual term that needs no file."""
 
     reconstruction: Literal["l1", "l2"] = "l1"
     perceptual: Literal["encoder_features", "none"] = "encoder_features"

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -127,7 +127,7 @@ def updates(
         return [collate([reader(position) for position in positions]) for positions in micro_steps]
 
     with ThreadPoolExecutor(config.runtime.prefetch_batches, thread_name_prefix="ingest") as pool:
-        ahead = deque()
+        ahead: deque[Future[list[Batch]]] = deque()
         try:
             for update in range(start, config.num_updates):
                 while len(ahead) <= config.runtime.prefetch_batches and update + len(ahead) < config.num_updates:

@@ -1,7 +1,7 @@
 """Restore one LR image N times with recorded seeds: plain PyTorch, all runs of an image together."""
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -66,9 +66,7 @@ def restore_runs(
         yield from pixels.permute(0, 2, 3, 1).cpu().numpy()
 
 
-def _sample(
-    model: CcsrModel, mean: Tensor, std: Tensor, config: SamplingConfig, noise: Noise, num_runs: int
-) -> Tensor:
+def _sample(model: CcsrModel, mean: Tensor, std: Tensor, config: SamplingConfig, noise: Noise, num_runs: int) -> Tensor:
     shape = (num_runs, *mean.shape[1:])
     z_lr = mean.expand(shape)
     if model.config.family == "v2":
@@ -76,7 +74,12 @@ def _sample(
     denoise = model.denoiser(z_lr)
     if config.sampler == "uniform":
         return sample_uniform(denoise, noise(shape), num_steps=config.num_steps, noise=noise)
-    chain = {"num_steps": config.num_steps, "t_max": config.t_max, "t_min": config.t_min, "noise": noise}
+    chain: dict[str, Any] = {
+        "num_steps": config.num_steps,
+        "t_max": config.t_max,
+        "t_min": config.t_min,
+        "noise": noise,
+    }
     if model.config.family == "v1":
         return sample_ccsr_v1(denoise, noise(shape), **chain)
     return sample_ccsr_v2(denoise, z_lr, start=config.start, **chain)

@@ -80,7 +80,8 @@ def _fit(config: TrainConfig, manifests: list[Manifest], run: dict[str, Any], fa
         from ray.train import RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
-        tracker = open_tracker(config.tracking, run, {"ccsr.stage": str(config.stage), "git.commit": facts["git_commit"]})
+        tags = {"ccsr.stage": str(config.stage), "git.commit": facts["git_commit"]}
+        tracker = open_tracker(config.tracking, run, tags)
         board = _board_class().remote()
         settings = {
             "config": config,
@@ -102,9 +103,9 @@ def _fit(config: TrainConfig, manifests: list[Manifest], run: dict[str, Any], fa
                 name=run["fingerprint"][:16], storage_path=scratch, worker_runtime_env={"env_vars": environment}
             ),
         )
-        title = f"training stage {config.stage}"
+        bar = progress(f"training stage {config.stage}", config.num_updates)
         try:
-            with progress(title, config.num_updates) as advance, _watching(lambda: ray.get(board.read.remote()), advance):
+            with bar as advance, _Watch(lambda: ray.get(board.read.remote()), advance):
                 trainer.fit()
         except Exception as error:
             tracker.end("FAILED")
@@ -136,7 +137,7 @@ def _board_class() -> Any:
     return ray.remote(num_cpus=0)(Board)
 
 
-class _watching:
+class _Watch:
     """While the block runs, a thread advances the bar to what the board says."""
 
     def __init__(self, read: Callable[[], tuple[int, str]], advance: Callable[[int, str], None]) -> None:

@@ -17,7 +17,7 @@ from infra import ModelError
 from training.models import CcsrModel, ModelConfig, convert_v1, convert_v2, load_model
 from training.models.directory import WEIGHTS
 from training.models.ldm import unet_names
-from training.models.networks import latent_controlnet, seeded_init
+from training.models.networks import UNET_CONFIGS, VAE_CONFIGS, latent_controlnet, seeded_init
 from training.models.text import V2_NEGATIVE_PROMPT, V2_PROMPT, embed_empty_prompt_open_clip
 
 DATA = Path(__file__).parent / "data" / "models"
@@ -332,9 +332,8 @@ def test_v2_of_another_family_or_truncated_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_open_clip_tower_matches_its_definition() -> None:
-    """A pre-norm transformer with a causal mask, read after the last block but one, through the final norm."""
-    width, length, blocks, vocabulary = 128, 6, 3, 40
+def open_clip_tower(width: int, length: int, blocks: int, vocabulary: int) -> dict[str, Tensor]:
+    """Random tensors under OpenCLIP's names."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -342,22 +341,44 @@ def test_open_clip_tower_matches_its_definition() -> None:
 
     state = {"token_embedding.weight": draw(vocabulary, width), "positional_embedding": draw(length, width)}
     state |= {"ln_final.weight": 1 + draw(width), "ln_final.bias": draw(width)}
+    shapes = {
+        "attn.in_proj_weight": (3 * width, width),
+        "attn.in_proj_bias": (3 * width,),
+        "attn.out_proj.weight": (width, width),
+        "attn.out_proj.bias": (width,),
+        "mlp.c_fc.weight": (4 * width, width),
+        "mlp.c_fc.bias": (4 * width,),
+        "mlp.c_proj.weight": (width, 4 * width),
+        "mlp.c_proj.bias": (width,),
+        "ln_1.bias": (width,),
+        "ln_2.bias": (width,),
+    }
     for block in range(blocks):
-        shapes = {
-            "attn.in_proj_weight": (3 * width, width),
-            "attn.in_proj_bias": (3 * width,),
-            "attn.out_proj.weight": (width, width),
-            "attn.out_proj.bias": (width,),
-            "mlp.c_fc.weight": (4 * width, width),
-            "mlp.c_fc.bias": (4 * width,),
-            "mlp.c_proj.weight": (width, 4 * width),
-            "mlp.c_proj.bias": (width,),
-            "ln_1.bias": (width,),
-            "ln_2.bias": (width,),
-        }
         state |= {f"transformer.resblocks.{block}.{key}": draw(*shape) for key, shape in shapes.items()}
         state |= {f"transformer.resblocks.{block}.{key}.weight": 1 + draw(width) for key in ("ln_1", "ln_2")}
+    return state
 
+
+def test_without_base_the_text_tower_is_the_checkpoints(
+    v1_state: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(UNET_CONFIGS, "sd21", UNET)
+    monkeypatch.setitem(VAE_CONFIGS, "sd21", VAE)
+    with pytest.raises(ModelError, match="holds no text tower"):
+        convert_v1(write(v1_state, tmp_path), None, tmp_path / "model")
+    tower = open_clip_tower(width=16, length=7, blocks=3, vocabulary=300)
+    extra = {"text_projection": torch.zeros(16, 16), "logit_scale": torch.zeros(())}
+    full = {f"cond_stage_model.model.{key}": value for key, value in (tower | extra).items()}
+    convert_v1(write(v1_state | full, tmp_path), None, tmp_path / "model")
+    model = load_model(tmp_path / "model")
+    assert model.config == ModelConfig(preset="sd21", family="v1")
+    assert torch.equal(model.prompt, embed_empty_prompt_open_clip(tower, "test"))
+
+
+def test_open_clip_tower_matches_its_definition() -> None:
+    """A pre-norm transformer with a causal mask, read after the last block but one, through the final norm."""
+    width, length, blocks, vocabulary = 128, 6, 3, 40
+    state = open_clip_tower(width, length, blocks, vocabulary)
     tokens = torch.tensor([vocabulary - 2, vocabulary - 1, 0, 0, 0, 0])
     x = (state["token_embedding.weight"][tokens] + state["positional_embedding"])[None]
     mask = torch.full((length, length), -torch.inf).triu(1)

@@ -78,7 +78,8 @@ def convert_v1(checkpoint: Path | str, base: Path | str | None, out: Path | str)
     taken |= _check_condition_encoder(state, path)
     _check_surplus(set(state) - taken, path)
 
-    tower = {key.split("model.", 1)[1]: state[key] for key in state if key.startswith("cond_stage_model.model.")}
+    prefix = "cond_stage_model.model."
+    tower = {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
     if base is not None:
         prompts = embed_prompts(base, [""])
     elif tower:
