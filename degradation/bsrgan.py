@@ -50,7 +50,7 @@ def draw_bsrgan_plus(config: BsrganPlus, height: int, width: int, rng: np.random
     size = (height, width)
     noises = ["gaussian", "poisson", "speckle"]
     if rng.random() < config.shuffle:
-        order = rng.permutation(["blur", "resize", *noises, "jpeg", "blur", "resize", *noises])
+        order = list(rng.permutation(["blur", "resize", *noises, "jpeg", "blur", "resize", *noises]))
     else:
         first, second = rng.permutation(noises), rng.permutation(noises)
         order = ["blur", "resize", *first, "jpeg", "blur", "resize", *second]

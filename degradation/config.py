@@ -49,20 +49,22 @@ KernelSize = Annotated[int, Field(ge=3, le=51)]
 KernelSizes = Annotated[tuple[KernelSize, ...], Field(min_length=1), AfterValidator(_odd)]
 Scale = Annotated[int, Field(ge=1, le=8)]
 
+_KINDS: dict[KernelKind, float] = {
+    "iso": 0.45,
+    "aniso": 0.25,
+    "generalized_iso": 0.12,
+    "generalized_aniso": 0.03,
+    "plateau_iso": 0.12,
+    "plateau_aniso": 0.03,
+}
+
 
 class Blur(Config):
     """A kernel's distribution. `sigma` in px; `beta_*` are the shape exponents; `sinc` is the share of sinc kernels."""
 
     probability: Probability = 1.0
     sizes: KernelSizes = (7, 9, 11, 13, 15, 17, 19, 21)
-    kinds: Annotated[dict[KernelKind, Probability], AfterValidator(_sums_to_one)] = {
-        "iso": 0.45,
-        "aniso": 0.25,
-        "generalized_iso": 0.12,
-        "generalized_aniso": 0.03,
-        "plateau_iso": 0.12,
-        "plateau_aniso": 0.03,
-    }
+    kinds: Annotated[dict[KernelKind, Probability], AfterValidator(_sums_to_one)] = _KINDS
     sinc: Probability = 0.1
     sigma: Sigma
     beta_generalized: AroundOne

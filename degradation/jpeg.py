@@ -98,5 +98,8 @@ def libjpeg(planes: np.ndarray, quality: int) -> np.ndarray:
     red, green, blue = to_levels(planes)
     bgr = cv2.merge([blue, green, red])
     _, encoded = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])
-    blue, green, red = cv2.split(cv2.imdecode(encoded, cv2.IMREAD_COLOR))
-    return np.stack([red, green, blue]) * np.float32(1 / 255)
+    decoded = cv2.split(cv2.imdecode(encoded, cv2.IMREAD_COLOR))
+    out = np.empty(planes.shape, np.float32)
+    for plane, channel in zip(out, reversed(decoded), strict=True):
+        np.multiply(channel, np.float32(1 / 255), out=plane)
+    return out

@@ -29,7 +29,7 @@ def bivariate(kind: str, size: int, sigma: tuple[float, float], theta: float = 0
 
 
 def sinc(size: int, cutoff: float) -> np.ndarray:
-    """(size, size) float64 circular low-pass w J1(w r) / (2 pi r), `cutoff` w in rad per px; negative lobes are kept."""
+    """(size, size) float64 circular low-pass w J1(w r) / (2 pi r), `cutoff` w in rad per px; negative lobes stay."""
     squared = (_offsets(size) ** 2).astype(int)
     squares, position = np.unique(squared[:, None] + squared, return_inverse=True)
     radius = np.sqrt(squares[1:])
@@ -50,7 +50,7 @@ def bessel_j1(x: np.ndarray) -> np.ndarray:
 
 
 def truncated_gaussian(size: int, sigma: float) -> np.ndarray:
-    """(size, size) float64 isotropic Gaussian; weights under eps of the largest are 0 (MATLAB's fspecial, in BSRGAN)."""
+    """(size, size) float64 isotropic Gaussian; weights under eps of the largest are 0 (MATLAB's fspecial)."""
     squared = _offsets(size) ** 2
     kernel = np.exp(-(squared[:, None] + squared) / (2 * max(sigma, 1e-6) ** 2))
     kernel[kernel < np.finfo(np.float64).eps * kernel.max()] = 0

@@ -12,6 +12,7 @@ Step = dict[str, Any]
 _TORCHVISION_GRAY = (0.2989, 0.587, 0.114)
 _OPENCV_GRAY = (0.299, 0.587, 0.114)
 _POISSON_BITS = 12
+_CHUNK = 1 << 16
 # From this rate on, rounded Cornish-Fisher quantiles keep Poisson's distribution function to 3e-4.
 _LARGE_RATE = 64
 
@@ -24,8 +25,8 @@ def gaussian(planes: np.ndarray, step: Step) -> np.ndarray:
     height, width = planes.shape[1:]
     mixing = step.get("mixing")
     scale = 1.0 if mixing else step["sigma"] / 255
-    index = _uint16(step["seed"], (1 if step.get("gray") else 3, height, width)).astype(np.int32)
-    field = _look_up(_normal_quantiles() * np.float32(scale), index)
+    shape = (1 if step.get("gray") else 3, height, width)
+    field = _field(step["seed"], _normal_quantiles() * np.float32(scale), shape)
     if mixing:
         first, second, third = field
         field = np.stack([a * first + b * second + c * third for a, b, c in np.array(mixing, np.float32)])
@@ -43,12 +44,14 @@ def poisson(planes: np.ndarray, step: Step) -> np.ndarray:
     levels = to_levels(planes)
     if "photons" in step:
         np.multiply(levels, np.float32(1 / 255), out=planes)
-    source = to_levels(_luma(planes, _OPENCV_GRAY if "photons" in step else _TORCHVISION_GRAY)) if step["gray"] else levels
+    source = levels
+    if step["gray"]:
+        source = to_levels(_luma(planes, _OPENCV_GRAY if "photons" in step else _TORCHVISION_GRAY))
     if "photons" in step:
-        return _add(planes, _poisson_field(source, _poisson_quantiles(step["photons"]), step["seed"]))
+        return _add(planes, _field(step["seed"], _poisson_quantiles(step["photons"]), source.shape, source))
     histogram = cv2.calcHist([source.reshape(-1, source.shape[2])], [0], None, [256], [0, 256])
     distinct = np.count_nonzero(histogram)
-    field = _poisson_field(source, _common_quantiles(int(distinct - 1).bit_length()), step["seed"])
+    field = _field(step["seed"], _common_quantiles(int(distinct - 1).bit_length()), source.shape, source)
     field *= np.float32(step["scale"])
     return _add(planes, field)
 
@@ -71,15 +74,22 @@ def _luma(planes: np.ndarray, weights: tuple[float, float, float]) -> np.ndarray
     return (red * planes[0] + green * planes[1] + blue * planes[2])[None]
 
 
-def _uint16(seed: int, shape: tuple[int, ...]) -> np.ndarray:
-    count = int(np.prod(shape))
-    words = np.random.SFC64(seed).random_raw(-(-count // 4))
-    return words.astype("<u8", copy=False).view("<u2")[:count].reshape(shape)
+def _field(seed: int, table: np.ndarray, shape: tuple[int, ...], levels: np.ndarray | None = None) -> np.ndarray:
+    """Random entries of `table` (65536,), or of each pixel's row where `levels` picks one of 256; float32 `shape`.
 
-
-def _look_up(table: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """`table[index]` for int32, which NumPy would first convert to int64."""
-    return torch.from_numpy(table).index_select(0, torch.from_numpy(index.ravel())).numpy().reshape(index.shape)
+    In chunks: their index stays in the cache.
+    """
+    field, stream = np.empty(shape, np.float32), np.random.SFC64(seed)
+    flat = field.reshape(-1)
+    for start in range(0, flat.size, _CHUNK):
+        part = flat[start : start + _CHUNK]
+        words = stream.random_raw(-(-part.size // 4)).astype("<u8", copy=False)
+        index = words.view("<u2")[: part.size].astype(np.int64)
+        if levels is not None:
+            index >>= 16 - _POISSON_BITS
+            index |= levels.reshape(-1)[start : start + _CHUNK].astype(np.int64) << _POISSON_BITS
+        np.take(table, index, out=part, mode="clip")
+    return field
 
 
 @lru_cache(maxsize=1)
@@ -87,13 +97,6 @@ def _normal_quantiles() -> np.ndarray:
     middle = (torch.arange(65536, dtype=torch.float64) + 0.5) / 65536
     values = torch.special.ndtri(middle).numpy()
     return (values / values.std()).astype(np.float32)
-
-
-def _poisson_field(levels: np.ndarray, quantiles: np.ndarray, seed: int) -> np.ndarray:
-    index = levels.astype(np.int32)
-    index <<= _POISSON_BITS
-    index |= _uint16(seed, levels.shape) >> (16 - _POISSON_BITS)
-    return _look_up(quantiles, index)
 
 
 @lru_cache(maxsize=9)

@@ -78,12 +78,13 @@ def apply(hr: np.ndarray, trace: Trace) -> DegradedPair:
     return DegradedPair(target, _to_image(planes), trace)
 
 
+# Every step may overwrite the planes it is given.
 _STEPS: dict[str, Callable[[np.ndarray, dict], np.ndarray]] = {
     "sharpen": lambda planes, step: filters.sharpen(planes),
     "blur": lambda planes, step: filters.blur(planes, make_kernel(step["kernel"])),
     "resize": lambda planes, step: resize(planes, step["height"], step["width"], step["mode"], step.get("factor")),
     "decimate": lambda planes, step: planes[:, :: step["factor"], :: step["factor"]],
-    "clip": lambda planes, step: np.clip(planes, 0, 1),
+    "clip": lambda planes, step: np.clip(planes, 0, 1, out=planes),
     "gaussian": noise.gaussian,
     "poisson": noise.poisson,
     "diffjpeg": lambda planes, step: jpeg.diffjpeg(planes, step["quality"]),

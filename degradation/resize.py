@@ -18,7 +18,8 @@ def resize(planes: np.ndarray, height: int, width: int, mode: str, factor: float
     "adaptive": PyTorch's adaptive average pooling. "area": the mean over exact areas, OpenCV's INTER_AREA.
     "imresize": MATLAB's antialiased bicubic (a = -0.5) with mirrored borders.
     """
-    if factor is None and planes.shape[1:] == (height, width):
+    # Where a factor just over 1 leaves the size, PyTorch copies in the bilinear mode but samples in the bicubic one.
+    if planes.shape[1:] == (height, width) and (factor is None or mode == "bilinear"):
         return planes
     rows = _weighted_rows(planes, _taps(planes.shape[1], height, mode, factor))
     return _transpose(_weighted_rows(_transpose(rows), _taps(planes.shape[2], width, mode, factor)))
@@ -60,9 +61,9 @@ def _taps(size: int, target: int, mode: str, factor: float | None) -> Taps:
         pixel = (output * ratio).astype(int) + window
         weight = np.minimum(pixel + 1, (output + 1) * ratio) - np.maximum(pixel, output * ratio)
     elif mode == "imresize":
-        centre = (output + 0.5) * ratio - 0.5
-        pixel = np.floor(centre - 2 * ratio).astype(int) + np.arange(4 * window.size)
-        weight = _cubic((pixel - centre) / ratio, -0.5)
+        centre, stretch = (output + 0.5) * ratio - 0.5, max(ratio, 1)
+        pixel = np.floor(centre - 2 * stretch).astype(int) + np.arange(4 * window.size)
+        weight = _cubic((pixel - centre) / stretch, -0.5)
     else:
         # Positions in float32, as PyTorch computes them: in float64 its results would be missed by up to 5e-5.
         step = np.float32(ratio if factor is None else 1 / factor)

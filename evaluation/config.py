@@ -9,7 +9,7 @@ from infra.ray_runtime import RayConfig
 from infra.tracking import TrackingConfig
 from training.restore import SamplingConfig
 
-MethodName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,40}$")]
+MethodName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]{0,39}$")]
 
 
 class BicubicMethod(Config):

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from infra.errors import DataError
 from infra.images import decode_image, encode_png, resize_bicubic
 from infra.manifest import Manifest
 from infra.progress import progress
-from infra.ray_runtime import ray_cluster, user_error
+from infra.ray_runtime import lost_worker, ray_cluster, user_error
 from infra.run import claim_output
 from infra.shards import Entry, read_sample
 from infra.storage import download_folder, exists, join, list_files, put_if_absent, read_bytes, write_bytes
@@ -61,10 +62,9 @@ def run_evaluate(config: EvaluateConfig) -> EvaluationResult:
 def _tasks(config: EvaluateConfig, manifests: list[Manifest]) -> list[dict[str, Any]]:
     """One task per (method, image), methods in turn so that an actor seldom changes its model."""
     images = [(manifest.uri, entry) for manifest in manifests for entry in manifest.entries]
-    keys = [entry.key for _, entry in images]
-    if len(set(keys)) != len(keys):
-        double = next(key for key in keys if keys.count(key) > 1)
-        raise DataError(f"two images have the key {double}", where=", ".join(config.data), todo="evaluate them apart")
+    key, count = Counter(entry.key for _, entry in images).most_common(1)[0]
+    if count > 1:
+        raise DataError(f"two images have the key {key}", where=", ".join(config.data), todo="evaluate them apart")
     for manifest in manifests:
         if not manifest.facts["has_lr"]:
             raise DataError("these shards hold no LR images", where=manifest.uri, todo="shard with a degradation")
@@ -107,7 +107,7 @@ def _score(config: EvaluateConfig, tasks: list[dict[str, Any]]) -> None:
                 for row in scored.iter_rows():
                     advance(1, f"{row['method']}: {row['key']}")
             except ray.exceptions.RayError as error:
-                raise user_error(error) or error from error
+                raise user_error(error) or lost_worker(error, config.output) from error
 
 
 class Scorer:

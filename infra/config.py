@@ -1,12 +1,14 @@
 """One YAML per run: strict models, `--set` overrides, and the fingerprint of what a result depends on."""
 
+import copy
 import difflib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -48,7 +50,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """A copy of `values` with each `a.b=c` applied; c is parsed as YAML, a number in the path indexes a list."""
-    values = json.loads(json.dumps(values))
+    values = copy.deepcopy(values)
     for override in overrides:
         path, separator, text = override.partition("=")
         if not separator or not path:
@@ -71,24 +73,37 @@ def parse_config(values: Mapping[str, Any], config_class: type[ConfigT], *, wher
     try:
         return config_class.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
+        # In a union such as `str | Recipe` every branch complains; the one that got furthest into the values is meant.
+        first = max(
+            error.errors(),
+            key=lambda item: (item["type"] == "extra_forbidden", len(item["loc"]), item["type"] != "string_type"),
+        )
+        key = _written_place(values, first["loc"], missing=first["type"] == "missing")
+        place = f"{where}: {key}" if key else where
         others = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
         if first["type"] == "extra_forbidden":
             name = str(first["loc"][-1])
             known = sorted(_keys_at(config_class, first["loc"][:-1]))
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             todo = f"did you mean `{near[0]}`?" if near else f"the keys here are: {', '.join(known)}"
-            raise ConfigError(f"unknown key `{name}`{others}", where=f"{where}: {key}", todo=todo) from error
+            raise ConfigError(f"unknown key `{name}`{others}", where=place, todo=todo) from error
         if first["type"] == "missing":
-            raise ConfigError(f"`{key}` is missing{others}", where=f"{where}: {key}", todo="add it") from error
+            raise ConfigError(f"`{key}` is missing{others}", where=place, todo="add it") from error
         message = first["msg"].removeprefix("Value error, ")
-        value = repr(first.get("input"))
-        raise ConfigError(
-            f"{message}, not {value if len(value) < 80 else value[:77] + '...'}{others}",
-            where=f"{where}: {key}",
-            todo="correct the value",
-        ) from error
+        if not isinstance(first.get("input"), Mapping):
+            value = repr(first.get("input"))
+            message += f", not {value if len(value) < 80 else value[:77] + '...'}"
+        raise ConfigError(f"{message}{others}", where=place, todo="correct the value") from error
+
+
+def _written_place(values: Any, path: Sequence[str | int], *, missing: bool) -> str:
+    """An error's `path` as it stands in the file: the names of union branches that pydantic puts in are left out."""
+    parts: list[str] = []
+    for part in path:
+        with suppress(TypeError, LookupError):
+            values = values[part]
+            parts.append(str(part))
+    return ".".join([*parts, str(path[-1])] if missing else parts)
 
 
 def _keys_at(config_class: Any, path: Sequence[str | int]) -> set[str]:
@@ -104,7 +119,7 @@ def _keys_at(config_class: Any, path: Sequence[str | int]) -> set[str]:
 def _config_classes(annotation: Any) -> Iterator[type[Config]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation  # type: ignore[misc]
-    elif get_origin(annotation) is not None or isinstance(annotation, Union):  # type: ignore[arg-type]
+    else:
         for argument in get_args(annotation):
             yield from _config_classes(argument)
 

@@ -14,7 +14,8 @@ class CcsrError(Exception):
         self.what, self.where, self.todo = what, where, todo
 
     def __str__(self) -> str:
-        return f"{self.what}\n  where: {self.where}\n  to do: {self.todo}"
+        what, where, todo = (" ".join(part.splitlines()) for part in (self.what, self.where, self.todo))
+        return f"{what}\n  where: {where}\n  to do: {todo}"
 
     def __reduce__(self) -> tuple:
         return _rebuild, (type(self), self.what, self.where, self.todo)

@@ -1,16 +1,20 @@
 """Image files in and out: 8-bit RGB arrays, with a clear reason for every file that is refused."""
 
 import io
+import struct
 from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from infra.errors import DataError
 from infra.storage import list_files, read_bytes
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # Pillow's other readers stay shut: one runs Ghostscript
+# What Pillow's readers raise on damaged files, found by flipping bytes of each format.
+_DAMAGE = (OSError, ValueError, SyntaxError, TypeError, EOFError, struct.error)
 MAX_PIXELS = 256_000_000
 Image.MAX_IMAGE_PIXELS = None  # our own limit below applies before any pixel is decoded
 
@@ -30,22 +34,26 @@ def _refuse(reason: str, what: str, where: str) -> UnusableImageError:
 def decode_image(data: bytes, *, where: str) -> np.ndarray:
     """Decode an image file to uint8 RGB (H, W, 3), turned upright by its EXIF orientation.
 
-    Greyscale is repeated on three channels, palettes are resolved, a fully opaque alpha channel is dropped.
+    PNG, JPEG, WebP, BMP and TIFF. Greyscale is repeated on three channels, palettes are resolved, a fully opaque alpha
+    channel is dropped; of a camera's multi-picture JPEG the first picture, which is the photograph, is taken.
     Raises UnusableImageError (reason `empty`, `unreadable`, `too_large`, `animated`, `sixteen_bit`, `cmyk`,
     `transparent` or `truncated`) for anything else.
     """
     if not data:
         raise _refuse("empty", "the file is empty", where)
     try:
-        image: Image.Image = Image.open(io.BytesIO(data))
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
-        raise _refuse("unreadable", "the file is not an image that can be read", where) from error
+        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+        num_frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+    except _DAMAGE as error:
+        what = f"the file is not an image that can be read ({', '.join(FORMATS)})"
+        raise _refuse("unreadable", what, where) from error
     if image.width * image.height > MAX_PIXELS:
         raise _refuse("too_large", f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels", where)
-    if (num_frames := getattr(image, "n_frames", 1)) > 1:
+    if num_frames > 1:
         raise _refuse("animated", f"the file holds {num_frames} frames", where)
-    if image.mode.startswith(("I", "F")):
-        raise _refuse("sixteen_bit", f"mode {image.mode} has more than 8 bits a channel", where)
+    # Pillow opens 16-bit colour as RGB and drops the lower byte; only the decoder's raw mode tells.
+    if image.mode.startswith(("I", "F")) or ";16" in str(image.tile):  # type: ignore[attr-defined]
+        raise _refuse("sixteen_bit", f"mode {image.mode} is stored with more than 8 bits a channel", where)
     if image.mode not in ("RGB", "L", "P", "RGBA", "LA", "1"):
         raise _refuse("cmyk", f"colour mode {image.mode} is not RGB", where)
     try:
@@ -55,7 +63,7 @@ def decode_image(data: bytes, *, where: str) -> np.ndarray:
             if np.asarray(image)[..., 3].min() < 255:
                 raise _refuse("transparent", "the picture has transparent pixels", where)
         return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
+    except _DAMAGE as error:
         raise _refuse("truncated", f"the picture data is damaged ({error})", where) from error
 
 

@@ -4,13 +4,15 @@ import dataclasses
 import hashlib
 import io
 import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from infra.errors import DataError, PartialResultError
 from infra.shards import Entry
-from infra.storage import exists, join, list_files, put_if_absent, read_bytes
+from infra.storage import exists, join, list_files, put_if_absent, read_bytes, read_json
 
 FORMAT = "ccsr-shards-1"
 
@@ -69,12 +71,16 @@ def commit_record(output: str, record: ShardRecord) -> None:
 def committed_records(output: str) -> dict[int, ShardRecord]:
     """Every committed record by shard index."""
     places = [place for place in list_files(join(output, "records")) if place.endswith(".json")]
-    records = [ShardRecord.from_bytes(read_bytes(place)) for place in places]
-    return {record.index: record for record in records}
+    with ThreadPoolExecutor(16) as pool:  # on S3 each read waits for an answer, and there may be thousands
+        records = pool.map(lambda place: ShardRecord.from_bytes(read_bytes(place)), places)
+        return {record.index: record for record in records}
 
 
 def write_manifest(output: str, num_shards: int, **facts: Any) -> "Manifest":
-    """Close a shard set: index.parquet, then manifest.json, from the records of all `num_shards` shards."""
+    """Close a shard set: index.parquet, then manifest.json, from the records of all `num_shards` shards.
+
+    Safe to repeat and to race; DataError where another manifest is already there.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -90,25 +96,39 @@ def write_manifest(output: str, num_shards: int, **facts: Any) -> "Manifest":
     rows = [dataclasses.asdict(entry) for record in ordered for entry in record.entries]
     if not rows:
         raise DataError("no sample could be used", where=output, todo="see the reasons in records/*.json")
-    table = pa.Table.from_pylist(rows)
     buffer = io.BytesIO()
-    pq.write_table(table, buffer)
+    pq.write_table(pa.Table.from_pylist(rows), buffer)
+    index = buffer.getvalue()
+    if exists(join(output, "index.parquet")):  # of an interrupted run, maybe by another version of the parquet library
+        present = read_bytes(join(output, "index.parquet"))
+        if _rows(present) == rows:
+            index = present
     shards = [
         {"shard": r.shard, "sha256": r.sha256, "num_bytes": r.num_bytes, "num_samples": len(r.entries)} for r in ordered
     ]
     manifest = {
         "format": FORMAT,
-        "dataset_id": hashlib.sha256(json.dumps(shards, sort_keys=True).encode()).hexdigest()[:16],
+        "dataset_id": dataset_id_of(shards),
         "num_samples": len(rows),
         "num_bytes": sum(record.num_bytes for record in ordered),
-        "index_sha256": hashlib.sha256(buffer.getvalue()).hexdigest(),
+        "index_sha256": hashlib.sha256(index).hexdigest(),
         "quarantined": [dataclasses.asdict(item) for record in ordered for item in record.quarantined],
         "shards": shards,
         **facts,
     }
-    put_if_absent(join(output, "index.parquet"), buffer.getvalue())
-    put_if_absent(join(output, "manifest.json"), json.dumps(manifest, indent=1, sort_keys=True).encode())
+    data = json.dumps(manifest, indent=1, sort_keys=True).encode()
+    for name, content in (("index.parquet", index), ("manifest.json", data)):
+        place = join(output, name)
+        if not put_if_absent(place, content) and read_bytes(place) != content:
+            raise DataError(
+                f"another {name} is already there", where=place, todo="`ccsr verify` the set, or use a new output"
+            )
     return Manifest.load(output)
+
+
+def dataset_id_of(shards: list[dict[str, Any]]) -> str:
+    """Identifies a shard set by its shards' names, hashes and sizes, wherever it lies."""
+    return hashlib.sha256(json.dumps(shards, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -128,7 +148,7 @@ class Manifest:
                 where=uri,
                 todo="make it with `ccsr shard`, or run the same `ccsr shard` again if it was interrupted",
             )
-        facts = json.loads(read_bytes(place))
+        facts = read_json(place)
         if facts.get("format") != FORMAT:
             raise DataError(f"unknown manifest format {facts.get('format')!r}", where=place, todo=f"expected {FORMAT}")
         return cls(uri, facts)
@@ -144,8 +164,6 @@ class Manifest:
     @cached_property
     def entries(self) -> list[Entry]:
         """The byte index, one entry per sample in shard order; its hash is checked against the manifest's."""
-        import pyarrow.parquet as pq
-
         data = read_bytes(join(self.uri, "index.parquet"))
         if hashlib.sha256(data).hexdigest() != self.facts["index_sha256"]:
             raise DataError(
@@ -153,4 +171,10 @@ class Manifest:
                 where=join(self.uri, "index.parquet"),
                 todo="`ccsr verify` the set",
             )
-        return [Entry(**row) for row in pq.read_table(io.BytesIO(data)).to_pylist()]
+        return [Entry(**{**row, "shard": sys.intern(row["shard"])}) for row in _rows(data)]
+
+
+def _rows(index: bytes) -> list[dict[str, Any]]:
+    import pyarrow.parquet as pq
+
+    return pq.read_table(io.BytesIO(index)).to_pylist()

@@ -58,6 +58,15 @@ def ray_cluster(config: RayConfig) -> Iterator[None]:
         ray.shutdown()
 
 
+def lost_worker(error: BaseException, output: str) -> ClusterError:
+    """What to tell where `user_error` finds nothing that the user did."""
+    return ClusterError(
+        f"a worker failed ({type(error).__name__}: {str(error).strip().splitlines()[-1][:300]})",
+        where=output,
+        todo="run the same command again to go on from what is complete; --debug shows the traceback",
+    )
+
+
 def user_error(error: BaseException) -> CcsrError | None:
     """The CcsrError inside whatever Ray wrapped around it on the way from a worker."""
     seen: set[int] = set()

@@ -6,7 +6,7 @@ from typing import Any
 
 from infra.config import Config, difference, fingerprint_of, library_versions, result_part
 from infra.errors import ConfigError
-from infra.storage import ensure_writable, exists, join, put_if_absent, read_bytes
+from infra.storage import ensure_writable, exists, join, put_if_absent, read_json
 
 
 def claim_output(
@@ -36,9 +36,9 @@ def claim_output(
     if not exists(place):
         ensure_writable(output)
         put_if_absent(place, json.dumps(run, indent=2, sort_keys=True).encode())
-    present = json.loads(read_bytes(place))
-    if present["fingerprint"] != run["fingerprint"]:
-        changes = difference(present, {**run, "fingerprint": present["fingerprint"]})
+    present = read_json(place)
+    if present.get("fingerprint") != run["fingerprint"]:
+        changes = difference(present, {**run, "fingerprint": present.get("fingerprint")})
         shown = "; ".join(changes[:8]) + (f"; and {len(changes) - 8} more" if len(changes) > 8 else "")
         raise ConfigError(
             f"this output was made from something else: {shown}",
@@ -50,4 +50,4 @@ def claim_output(
 
 def read_run(output: str) -> dict[str, Any]:
     """The content of OUT/run.json."""
-    return json.loads(read_bytes(join(output, "run.json")))
+    return read_json(join(output, "run.json"))

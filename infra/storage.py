@@ -1,11 +1,13 @@
 """Files by path or s3:// URI: range reads, atomic writes, and publishing that happens at most once."""
 
+import errno
 import hashlib
+import json
 import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,22 +35,33 @@ def _s3() -> Any:
 
 
 def _retry(call: Callable[[], ResultT]) -> ResultT:
-    """Run an S3 call, again after the transient failures that its client lets through."""
-    from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
+    """Run an S3 call, again after the transient failures that its client lets through. All errors are OSErrors."""
+    from botocore.exceptions import BotoCoreError, NoCredentialsError, ParamValidationError
+    from s3fs.core import S3_RETRYABLE_ERRORS
+    from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+
+    def attempt() -> ResultT:
+        try:
+            return call()
+        except NoCredentialsError as error:
+            raise PermissionError(errno.EACCES, "no S3 credentials are configured") from error
+        except ParamValidationError as error:
+            raise OSError(errno.EINVAL, "no bucket or object can have this name") from error
+        except (BotoCoreError, *S3_RETRYABLE_ERRORS) as error:
+            raise OSError(errno.EIO, str(error) or type(error).__name__) from error
 
     def transient(error: BaseException) -> bool:
         permanent = FileNotFoundError | PermissionError | FileExistsError | IsADirectoryError
-        text = str(error)
-        known = "PreconditionFailed" in text or "pre-conditions" in text
-        return isinstance(error, OSError) and not isinstance(error, permanent) and not known
+        # EINVAL is how s3fs tells that the request itself was refused: 400, 412, 416.
+        return isinstance(error, OSError) and not isinstance(error, permanent) and error.errno != errno.EINVAL
 
     retrying = Retrying(
         retry=retry_if_exception(transient),
         stop=stop_after_attempt(6),
-        wait=wait_exponential_jitter(initial=0.2, max=8),
+        wait=wait_random_exponential(multiplier=0.4, max=8),
         reraise=True,
     )
-    return retrying(call)
+    return retrying(attempt)
 
 
 @contextmanager
@@ -56,20 +69,28 @@ def _explained(action: str, uri: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise StorageError(f"{action}: there is no such file", where=uri, todo="check the path") from error
+        what = "bucket" if is_s3(uri) and "write" in action else "file"
+        raise StorageError(f"{action}: there is no such {what}", where=uri, todo="check the path") from error
     except PermissionError as error:
         raise StorageError(
-            f"{action}: permission denied", where=uri, todo="choose another place or ask for the right to it"
+            f"{action}: {error.strerror or 'permission denied'}",
+            where=uri,
+            todo="choose another place or ask for the right to it",
         ) from error
     except OSError as error:
-        reason = error.strerror or str(error)
+        reason = error.strerror or str(error) or type(error).__name__
         raise StorageError(f"{action}: {reason}", where=uri, todo="check the place and retry") from error
 
 
 def exists(uri: str) -> bool:
     """Whether a file (not a folder) is there."""
     with _explained("cannot look", uri):
-        return _retry(lambda: _s3().isfile(uri)) if is_s3(uri) else os.path.isfile(uri)
+        if not is_s3(uri):
+            return os.path.isfile(uri)
+        try:  # not `isfile`, which takes a server that does not answer for a file that is not there
+            return _retry(lambda: _s3().info(uri))["type"] == "file"
+        except FileNotFoundError:
+            return False
 
 
 def read_bytes(uri: str) -> bytes:
@@ -93,13 +114,38 @@ def read_range(uri: str, offset: int, length: int) -> bytes:
     return data
 
 
+def read_json(uri: str) -> Any:
+    """The content of a JSON file; StorageError where it is damaged."""
+    try:
+        return json.loads(read_bytes(uri))
+    except ValueError as error:
+        raise StorageError(f"the file is not JSON ({error})", where=uri, todo="restore it from a copy") from error
+
+
 def list_files(uri: str) -> dict[str, int]:
-    """URI -> size in bytes of all files below a folder, sorted by name; an absent folder has none."""
+    """URI -> size in bytes of all files below a folder, in the same order everywhere; an absent folder has none.
+
+    Each begins with `uri` as it was given. Links to folders are not followed.
+    """
+    found: dict[str, int] = {}
     with _explained("cannot list", uri):
         if is_s3(uri):
-            found = _retry(lambda: _s3().find(uri, detail=True))
-            return {f"s3://{name}": found[name]["size"] for name in sorted(found)}
-        return {str(path): path.stat().st_size for path in sorted(Path(uri).rglob("*")) if path.is_file()}
+            root = uri.removeprefix("s3://").rstrip("/") + "/"
+            for name, facts in _retry(lambda: _s3().find(uri, detail=True)).items():
+                if name.startswith(root):
+                    found[name.removeprefix(root)] = facts["size"]
+        else:
+            for folder, _, names in os.walk(uri, onerror=_unless_absent):
+                for path in (Path(folder, name) for name in names):
+                    if path.is_file():
+                        with suppress(FileNotFoundError):  # another writer's temporary file, gone by now
+                            found[path.relative_to(uri).as_posix()] = path.stat().st_size
+    return {join(uri, name): found[name] for name in sorted(found)}
+
+
+def _unless_absent(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def write_bytes(uri: str, data: bytes) -> None:
@@ -108,39 +154,54 @@ def write_bytes(uri: str, data: bytes) -> None:
         if is_s3(uri):
             _retry(lambda: _s3().pipe_file(uri, data))
             return
-        temporary = _write_beside(uri, data)
-        os.replace(temporary, uri)
+        with _beside(uri) as temporary:
+            _write(temporary, data)
+            os.replace(temporary, uri)
 
 
 def put_if_absent(uri: str, data: bytes) -> bool:
     """Create the file with `data` unless it exists; True if this call created it. Of racing writers one wins."""
     with _explained("cannot write", uri):
         if is_s3(uri):
-            return _create_s3(lambda: _s3().pipe_file(uri, data, mode="create"))
-        return _link(_write_beside(uri, data), uri)
+            return _create_s3(uri, lambda: _s3().pipe_file(uri, data, mode="create"))
+        with _beside(uri) as temporary:
+            _write(temporary, data)
+            return _link(temporary, uri)
 
 
 def publish_if_absent(local: Path, uri: str) -> bool:
     """Make a finished local file appear at `uri` unless it exists there; True if this call published it."""
     with _explained("cannot publish", uri):
         if is_s3(uri):
-            return _create_s3(lambda: _s3().put_file(str(local), uri, mode="create"))
-        target = Path(uri)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.parent / f".{target.name}.{secrets.token_hex(6)}.tmp"
-        shutil.copyfile(local, temporary)
-        return _link(temporary, uri)
+            return _create_s3(uri, lambda: _s3().put_file(str(local), uri, mode="create"))
+        with _beside(uri) as temporary:
+            _copy(local, temporary)
+            return _link(temporary, uri)
 
 
-def _write_beside(uri: str, data: bytes) -> Path:
+@contextmanager
+def _beside(uri: str) -> Iterator[Path]:
+    """The name of a temporary file in `uri`'s folder, removed at the end unless it was renamed."""
     target = Path(uri)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f".{target.name}.{secrets.token_hex(6)}.tmp"
-    with open(temporary, "wb") as file:
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    return temporary
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)
+    with open(target, "rb") as file:
+        os.fsync(file.fileno())  # a record may not outlive, in a power cut, the file that it vouches for
 
 
 def _link(temporary: Path, uri: str) -> bool:
@@ -148,19 +209,17 @@ def _link(temporary: Path, uri: str) -> bool:
         os.link(temporary, uri)
     except FileExistsError:
         return False
-    finally:
-        temporary.unlink()
     return True
 
 
-def _create_s3(put: Callable[[], Any]) -> bool:
+def _create_s3(uri: str, put: Callable[[], Any]) -> bool:
     try:
         _retry(put)
     except FileExistsError:
         return False
     except OSError as error:
-        # s3fs maps a refused conditional put to different errors for different servers.
-        if "PreconditionFailed" in str(error) or "pre-conditions" in str(error) or error.errno == 22:
+        # Some servers' refusal of a conditional put reaches us as EINVAL, like any other bad request.
+        if error.errno == errno.EINVAL and exists(uri):
             return False
         raise
     return True
@@ -171,7 +230,8 @@ def ensure_writable(uri: str) -> None:
     probe = join(uri, f".writable-{secrets.token_hex(6)}")
     put_if_absent(probe, b"")
     with _explained("cannot remove", probe):
-        _s3().rm_file(probe) if is_s3(probe) else os.unlink(probe)  # not `remove`: the folder is to stay
+        # Not `remove`: the folder is to stay.
+        _retry(lambda: _s3().rm_file(probe)) if is_s3(probe) else os.unlink(probe)
 
 
 def upload(local: Path, uri: str) -> None:
@@ -180,11 +240,9 @@ def upload(local: Path, uri: str) -> None:
         if is_s3(uri):
             _retry(lambda: _s3().put_file(str(local), uri))
             return
-        target = Path(uri)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.parent / f".{target.name}.{secrets.token_hex(6)}.tmp"
-        shutil.copyfile(local, temporary)
-        os.replace(temporary, target)
+        with _beside(uri) as temporary:
+            _copy(local, temporary)
+            os.replace(temporary, uri)
 
 
 def remove(uri: str) -> None:

@@ -147,11 +147,10 @@ def main() -> None:
             raise
         typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("stopped; the same command goes on from here", err=True)
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(141)
+    except SystemExit as end:
+        if end.code == 130:  # Ctrl-C, which typer turns into this
+            typer.echo("stopped; the same command goes on from here", err=True)
+        raise
 
 
 if __name__ == "__main__":

@@ -15,11 +15,11 @@ import numpy as np
 from PIL import Image
 
 from degradation import DegradationConfig, degrade, load_preset
-from infra.errors import DataError, PartialResultError
+from infra.errors import ConfigError, DataError, PartialResultError
 from infra.images import UnusableImageError, decode_image, encode_png
 from infra.manifest import Manifest, Quarantined, ShardRecord, commit_record, committed_records, write_manifest
 from infra.progress import progress
-from infra.ray_runtime import ray_cluster, user_error
+from infra.ray_runtime import lost_worker, ray_cluster, user_error
 from infra.run import claim_output
 from infra.seeding import rng_for
 from infra.shards import write_tar
@@ -52,8 +52,16 @@ def run_shard(config: ShardConfig) -> Manifest:
 
 
 def resolve_degradation(config: ShardConfig) -> DegradationConfig | None:
-    """The recipe that `degradation` names or spells out. ConfigError for an unknown name."""
-    return load_preset(config.degradation) if isinstance(config.degradation, str) else config.degradation
+    """The recipe that `degradation` names or spells out. ConfigError for an unknown name, or a crop it cannot take."""
+    recipe = load_preset(config.degradation) if isinstance(config.degradation, str) else config.degradation
+    size = getattr(config.crop, "size_px", 0)
+    if recipe and size % recipe.scale:
+        raise ConfigError(
+            f"a crop of {size} px is no multiple of the degradation's scale, {recipe.scale}",
+            where="crop.size_px",
+            todo=f"write {size - size % recipe.scale}, for one",
+        )
+    return recipe
 
 
 def _facts(recipe: DegradationConfig | None) -> dict[str, Any]:
@@ -86,7 +94,7 @@ def _write_shards(config: ShardConfig, recipe: DegradationConfig | None, shards:
                 for row in tasks.map(write, num_cpus=1, concurrency=config.runtime.num_workers).iter_rows():
                     advance(row["num_samples"])
             except ray.exceptions.RayError as error:
-                raise user_error(error) or error from error
+                raise user_error(error) or lost_worker(error, config.output) from error
 
 
 def write_shard(config: ShardConfig, recipe: DegradationConfig | None, shard: PlannedShard) -> ShardRecord:

@@ -29,10 +29,19 @@ def list_sources(sources: Sequence[Source]) -> list[SourceFile]:
     found = [(source.name, name, uri, size) for source in sources for name, uri, size in _list_source(source)]
     plain = [_plain_key(source, name) for source, name, _, _ in found]
     clashes = {key for key, count in Counter(plain).items() if count > 1}
-    return [
+    files = [
         SourceFile(key if key not in clashes else f"{key}-{_digest(source, name)}", source, name, uri, size)
         for key, (source, name, uri, size) in zip(plain, found, strict=True)
     ]
+    by_key = {file.key: file for file in files}
+    for file in files:
+        if (other := by_key[file.key]) is not file:
+            raise DataError(
+                f"two files would have the same key {file.key}",
+                where=f"{file.uri} and {other.uri}",
+                todo="give the sources different names, and name no file twice",
+            )
+    return files
 
 
 def _list_source(source: Source) -> list[tuple[str, str, int]]:

@@ -4,13 +4,13 @@ import tempfile
 from pathlib import Path
 
 from infra.errors import DataError
-from infra.manifest import Manifest
+from infra.manifest import Manifest, dataset_id_of
 from infra.progress import progress
 from infra.storage import download, exists, join, list_files, sha256_file
 
 
 def verify(uri: str) -> Manifest:
-    """Check each shard's hash, the byte index and that no other object lies there.
+    """Check each shard's hash, the byte index, the dataset id and that no other object lies there.
 
     Raises DataError naming every shard that is missing or changed and every object that does not belong.
     """
@@ -28,6 +28,8 @@ def verify(uri: str) -> Manifest:
                 if local.parent == Path(folder):
                     local.unlink()
             advance()
+    if dataset_id_of(manifest.facts["shards"]) != manifest.dataset_id:
+        faults.append("the manifest's list of shards is not the one that its dataset id stands for")
     if len(manifest.entries) != manifest.num_samples:
         faults.append(f"the index lists {len(manifest.entries)} samples, the manifest {manifest.num_samples}")
     known = {join(uri, name) for name in ("manifest.json", "index.parquet", "run.json")}

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from infra.errors import ModelError
-from infra.storage import download, exists, join, list_files, put_if_absent, read_bytes, remove, sha256_file, upload
+from infra.storage import download, exists, join, list_files, read_json, remove, sha256_file, upload, write_bytes
 
 FORMAT = "ccsr-checkpoint-1"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -91,8 +91,13 @@ def restore_module(
 
 
 def save_checkpoint(output: str, state: TrainingState, *, keep: int) -> str:
-    """Write OUT/checkpoints/POSITION, `complete.json` last, then remove all but the newest `keep` complete ones."""
+    """Write OUT/checkpoints/POSITION, `complete.json` last, then remove all but the newest `keep` complete ones.
+
+    What an interrupted save or removal left goes too. One process per run calls this.
+    """
     place = join(output, "checkpoints", f"{state.facts['position']:012d}")
+    if exists(join(place, "complete.json")):  # one that was found damaged and is made again
+        remove_checkpoint(place)
     with tempfile.TemporaryDirectory(prefix="ccsr-checkpoint-") as folder:
         hashes = {}
         for name, tensors in state.tensors.items():
@@ -101,9 +106,11 @@ def save_checkpoint(output: str, state: TrainingState, *, keep: int) -> str:
             hashes[local.name] = sha256_file(local)
             upload(local, join(place, local.name))
         facts = json.dumps({"format": FORMAT, **state.facts}, indent=1, sort_keys=True).encode()
-        put_if_absent(join(place, "state.json"), facts)
-        put_if_absent(join(place, "complete.json"), json.dumps(hashes, indent=1, sort_keys=True).encode())
-    for old in complete_checkpoints(output)[:-keep]:
+        write_bytes(join(place, "state.json"), facts)
+        write_bytes(join(place, "complete.json"), json.dumps(hashes, indent=1, sort_keys=True).encode())
+    kept = complete_checkpoints(output)[-keep:]
+    places = {file.rsplit("/", 1)[0] for file in list_files(join(output, "checkpoints"))}
+    for old in sorted(places - set(kept)):
         remove_checkpoint(old)
     return place
 
@@ -115,8 +122,8 @@ def complete_checkpoints(output: str) -> list[str]:
 
 
 def remove_checkpoint(place: str) -> None:
-    remove(join(place, "complete.json"))  # first, so that a reader never takes a half-removed one for complete
-    for file in list_files(place):
+    """Remove a checkpoint, `complete.json` first: a reader never takes a half-removed one for complete."""
+    for file in sorted(list_files(place), key=lambda file: not file.endswith("/complete.json")):
         remove(file)
 
 
@@ -126,12 +133,12 @@ def load_checkpoint(place: str) -> TrainingState:
         raise ModelError(
             "this checkpoint is not complete", where=place, todo="use an earlier one, or remove its folder"
         )
-    facts = json.loads(read_bytes(join(place, "state.json")))
+    facts = read_json(join(place, "state.json"))
     if facts.get("format") != FORMAT:
         raise ModelError(f"unknown checkpoint format {facts.get('format')!r}", where=place, todo=f"expected {FORMAT}")
     state = TrainingState(facts)
     with tempfile.TemporaryDirectory(prefix="ccsr-checkpoint-") as folder:
-        for name, expected in json.loads(read_bytes(join(place, "complete.json"))).items():
+        for name, expected in read_json(join(place, "complete.json")).items():
             local = download(join(place, name), Path(folder))
             if sha256_file(local) != expected:
                 raise ModelError(

@@ -9,7 +9,7 @@ _LAPLACIAN_OF_LAPLACIAN = np.float32([[1, -2, 1], [-2, 4, -2], [1, -2, 1]])
 
 
 def statistics(hr: np.ndarray, lr: np.ndarray) -> dict[str, float]:
-    """Noise, sharpness, blocking, colour shift, clipping and displacement of uint8 `lr` (h, w, 3) from `hr` (4h, 4w, 3)."""
+    """Noise, sharpness, blocking, colour, clipping and displacement of uint8 `lr` (h, w, 3) from `hr` (4h, 4w, 3)."""
     height, width = lr.shape[:2]
     enlarged = cv2.resize(lr, (hr.shape[1], hr.shape[0]), interpolation=cv2.INTER_CUBIC).astype(np.float32)
     luma, clean = _luma(lr), _luma(cv2.resize(hr, (width, height), interpolation=cv2.INTER_AREA))
@@ -25,8 +25,7 @@ def statistics(hr: np.ndarray, lr: np.ndarray) -> dict[str, float]:
         "noise_chroma": (_immerkaer((rgb[..., 2] - luma) * 0.564) + _immerkaer((rgb[..., 0] - luma) * 0.713)) / 2,
         "hf_log_ratio": np.log10(bands[0] / clean_bands[0]),
         "mf_log_ratio": np.log10(bands[1] / clean_bands[1]),
-        "blockiness": (_blocking(np.abs(np.diff(luma, axis=1)).mean(0)) + _blocking(np.abs(np.diff(luma, axis=0)).mean(1)))
-        / 2,
+        "blockiness": np.mean([_blocking(np.abs(np.diff(image, axis=1)).mean(0)) for image in (luma, luma.T)]),
         "shift_abs": np.abs(shift).mean(),
         "shift_r": shift[0],
         "shift_g": shift[1],
@@ -41,7 +40,7 @@ def statistics(hr: np.ndarray, lr: np.ndarray) -> dict[str, float]:
 def collect(
     degrade: Callable[[np.ndarray, np.random.Generator], np.ndarray], photos: Sequence[np.ndarray], draws: int
 ) -> dict[str, np.ndarray]:
-    """(draws,) values per statistic, and `patch`, the photo of each draw; draw k degrades photo k modulo their number."""
+    """(draws,) values per statistic, and `patch`, the photo of each draw: k modulo their number."""
     rows = [
         statistics(photos[k % len(photos)], degrade(photos[k % len(photos)], np.random.default_rng([1, k])))
         for k in range(draws)

@@ -317,6 +317,23 @@ def test_v2_directories_arrive_exactly(
     assert not torch.equal(model.prompts[V2_PROMPT], model.prompt)
 
 
+def test_v2_vae_with_the_attention_names_of_its_time(
+    networks: tuple[UNet2DConditionModel, nn.Module], base: Path, tmp_path: Path
+) -> None:
+    control, vae = v2_directories(networks, tmp_path)
+    state = load_file(vae / WEIGHTS)
+    old = {}
+    for key, value in state.items():
+        for new, name in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+            key = key.replace(f".{new}.", f".{name}.")
+        old[key] = value
+    assert "encoder.mid_block.attentions.0.proj_attn.bias" in old
+    save_file(old, vae / WEIGHTS)
+    convert_v2(control, vae, base, tmp_path / "model")
+    found = load_model(tmp_path / "model").vae.state_dict()
+    assert all(torch.equal(found[key], value) for key, value in state.items())
+
+
 def test_v2_of_another_family_or_truncated_is_refused(
     networks: tuple[UNet2DConditionModel, nn.Module], base: Path, tmp_path: Path
 ) -> None:

@@ -115,7 +115,7 @@ def test_lookup_order(mirror: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_s3_prefix_is_copied_to_the_cache(mirror: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Storage is replaced by a folder here; tests/integration run it against a server."""
+    """A folder stands in for S3: only the lookup, the copy and the paths are tested here."""
 
     def download(uri: str, folder: Path) -> Path:
         target = folder / uri.rsplit("/", 1)[-1]

@@ -1,7 +1,7 @@
 """Model directories: vae/, unet/ and controlnet/ as diffusers writes them, prompt.safetensors, and ccsr.json last."""
 
-import hashlib
 import json
+import re
 import shutil
 import tempfile
 import zipfile
@@ -19,12 +19,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from infra.errors import ModelError, StorageError
+from infra.storage import sha256_file
 from training.models.ccsr import CcsrModel
 from training.models.networks import ModelConfig, with_latent_condition
 
 PARTS = {"vae": AutoencoderKL, "unet": UNet2DConditionModel, "controlnet": ControlNetModel}
 NetworkT = TypeVar("NetworkT", bound=nn.Module)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+# Autoencoders written by diffusers before 0.15, Stable Diffusion 2.1's among them, name their attention layers so.
+_OLD_ATTENTION = re.compile(r"(?<=\.)(query|key|value|proj_attn)(?=\.(weight|bias)$)")
+_NEW_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 class ModelRecord(ModelConfig):
@@ -53,7 +58,7 @@ def save_model(model: CcsrModel, directory: Path | str) -> None:
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         for path in files:
             path.chmod(0o644)  # safetensors leaves its files readable to their owner alone
-        hashes = {path.relative_to(partial).as_posix(): _sha256(path) for path in files}
+        hashes = {path.relative_to(partial).as_posix(): sha256_file(path) for path in files}
         record = ModelRecord(format=1, sha256=hashes, **model.config.model_dump())
         (partial / "ccsr.json").write_text(record.model_dump_json(indent=1) + "\n")
 
@@ -78,7 +83,7 @@ def load_model(
     for name, expected in record.sha256.items():
         if not (directory / name).is_file():
             raise _missing(directory / name)
-        if _sha256(directory / name) != expected:
+        if sha256_file(directory / name) != expected:
             raise ModelError(
                 f"{name} is truncated or changed: its sha256 is not the one in ccsr.json",
                 where=str(directory / name),
@@ -93,7 +98,12 @@ def load_model(
 def load_part(directory: Path, name: str) -> Any:
     """One diffusers network (`name` in PARTS) from config.json and weights in `directory`, float32, in eval mode."""
     network = part_from_config(read_json(directory / "config.json"), name, where=directory / "config.json")
-    return fill(network, read_weights(directory / WEIGHTS), where=directory / WEIGHTS)
+    state = {_OLD_ATTENTION.sub(_new_attention, key): value for key, value in read_weights(directory / WEIGHTS).items()}
+    return fill(network, state, where=directory / WEIGHTS)
+
+
+def _new_attention(old: re.Match[str]) -> str:
+    return _NEW_ATTENTION[old[1]]
 
 
 def part_from_config(config: Mapping[str, Any], name: str, where: Path) -> nn.Module:
@@ -220,8 +230,3 @@ def _missing(path: Path) -> ModelError:
     return ModelError(
         f"{path.name} is missing", where=str(path), todo="give a complete directory, or make one with ccsr convert"
     )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

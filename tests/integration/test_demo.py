@@ -1,0 +1,184 @@
+"""What `ccsr demo` promises: real tars, checkpoints, results and MLflow entries, and the same again for nothing."""
+
+import io
+import json
+import subprocess
+
+import cv2
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import webdataset
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from mlflow.tracking import MlflowClient
+
+from degradation import apply
+from evaluation import g_std, l_std, psnr_y, ssim_y
+from infra.images import decode_image, read_image
+from infra.manifest import Manifest
+from pipelines.verify import verify
+from training.checkpoint import complete_checkpoints, load_checkpoint
+from training.models import load_model
+from training.restore import SamplingConfig, restore_runs
+
+METHODS = {"bicubic": 1, "uniform": 5, "ccsr": 5}
+KEYS = ["skimage-astronaut-000-0", "skimage-chelsea-000-0"]
+
+
+def test_says_what_it_made(demo):
+    assert all(method in demo.stdout for method in METHODS)
+    assert "PSNR / G-STD" in demo.stdout
+    assert "L-STD" in demo.stdout
+    assert f"{demo.out}/evaluation/report.html" in demo.stdout
+    assert f"ui --backend-store-uri sqlite:///{demo.out}/mlflow.db" in demo.stdout
+
+
+def test_shards_are_webdataset_tars_of_degraded_pairs(demo):
+    manifest = verify(str(demo.out / "shards" / "train"))
+    assert manifest.num_samples == 144
+    tars = [str(demo.out / "shards" / "train" / shard["shard"]) for shard in manifest.facts["shards"]]
+    samples = list(webdataset.WebDataset(tars, shardshuffle=False))
+    assert [sample["__key__"] for sample in samples] == [entry.key for entry in manifest.entries]
+    traces = set()
+    for sample in samples[::12]:
+        hr, lr = (decode_image(sample[name], where=name) for name in ("hr.png", "lr.png"))
+        assert hr.shape == (128, 128, 3)
+        assert lr.shape == (32, 32, 3)
+        facts = json.loads(sample["json"])
+        replayed = apply(hr, facts["degradation"])
+        np.testing.assert_array_equal(replayed.lr, lr)
+        traces.add(json.dumps(facts["degradation"]))
+    assert len(traces) == 12  # every crop has a draw of its own
+    listed = subprocess.run(["tar", "tf", tars[0]], capture_output=True, text=True, check=True).stdout.split()
+    assert listed[:3] == [f"{samples[0]['__key__']}.{name}" for name in ("hr.png", "lr.png", "json")]
+
+
+@pytest.mark.parametrize(("stage", "num_updates"), [("stage1", 60), ("stage2", 40)])
+def test_checkpoints_and_models(demo, stage, num_updates):
+    places = complete_checkpoints(str(demo.out / stage))
+    states = [load_checkpoint(place) for place in places]
+    assert [state.facts["num_updates"] for state in states] == [num_updates // 2, num_updates]
+    assert states[-1].facts["position"] == num_updates * 8
+    first, last = (state.tensors["weights"] for state in states)
+    assert first.keys() == last.keys()
+    assert any((first[name] != last[name]).any() for name in first)
+    assert ("discriminator" in states[-1].tensors) == (stage == "stage2")
+    folder = demo.out / stage / "model"
+    model = load_model(folder)
+    trained = model.controlnet if stage == "stage1" else model.vae
+    exported = trained.state_dict()
+    assert all(name in exported and (exported[name] == tensor).all() for name, tensor in last.items())
+    assert sum(p.numel() for p in UNet2DConditionModel.from_pretrained(folder / "unet").parameters()) > 1e6
+    assert sum(p.numel() for p in AutoencoderKL.from_pretrained(folder / "vae").parameters()) > 1e6
+
+
+def test_stage2_changes_only_the_decoder(demo):
+    before, after = (load_model(demo.out / stage / "model") for stage in ("stage1", "stage2"))
+    for part in ("unet", "controlnet"):
+        old, new = (getattr(model, part).state_dict() for model in (before, after))
+        assert all((old[name] == new[name]).all() for name in old)
+    old, new = before.vae.state_dict(), after.vae.state_dict()
+    changed = {name.split(".")[0] for name in old if (old[name] != new[name]).any()}
+    assert changed == {"decoder", "post_quant_conv"}
+
+
+def test_numbers_are_those_of_the_pictures_on_disk(demo):
+    folder = demo.out / "evaluation"
+    results = pq.read_table(folder / "results.parquet").to_pylist()
+    images = {(row["method"], row["key"]): row for row in pq.read_table(folder / "images.parquet").to_pylist()}
+    expected = [(method, key, run) for method, n in METHODS.items() for key in KEYS for run in range(n)]
+    assert [(row["method"], row["key"], row["run"]) for row in results] == expected
+    for method, num_runs in METHODS.items():
+        for key in KEYS:
+            hr = read_image(str(folder / "images" / "hr" / f"{key}.png"))
+            runs = [read_image(str(folder / "images" / method / f"{run:02d}" / f"{key}.png")) for run in range(num_runs)]
+            rows = [row for row in results if (row["method"], row["key"]) == (method, key)]
+            scores = [psnr_y(image, hr) for image in runs]
+            assert [row["psnr_y"] for row in rows] == pytest.approx(scores, abs=1e-9)
+            assert [row["ssim_y"] for row in rows] == pytest.approx([ssim_y(image, hr) for image in runs], abs=1e-9)
+            image = images[method, key]
+            if num_runs == 1:
+                assert (image["l_std"], image["g_std_psnr_y"]) == (0, 0)
+            else:
+                assert image["l_std"] == pytest.approx(l_std(np.stack(runs)), rel=1e-9)
+                assert image["g_std_psnr_y"] == pytest.approx(g_std(np.array([scores])), rel=1e-9)
+                assert image["l_std"] > 0
+                stability = cv2.imread(str(folder / "images" / method / "l_std" / f"{key}.png"), cv2.IMREAD_UNCHANGED)
+                assert stability.dtype == np.uint16
+                cut = stability[4:-4, 4:-4] if stability.shape == hr.shape[:2] else stability
+                assert cut.mean() / 65535 == pytest.approx(image["l_std"], rel=1e-2)
+
+
+def test_one_run_can_be_made_again_alone(demo):
+    """The recorded seed gives run 3 of the second photograph without runs 0 to 2 and without the first photograph."""
+    folder = demo.out / "evaluation"
+    seed = json.loads((folder / "run.json").read_text())["seed"]
+    lr = read_image(str(folder / "images" / "lr" / f"{KEYS[1]}.png"))
+    model = load_model(demo.out / "stage2" / "model")
+    (image,) = restore_runs(model, lr, (256, 256), SamplingConfig(num_steps=45), seed=seed, key=KEYS[1], runs=[3])
+    stored = read_image(str(folder / "images" / "ccsr" / "03" / f"{KEYS[1]}.png")).astype(int)
+    assert np.abs(image.astype(int) - stored).max() <= 1  # another batch size may round a value the other way
+    other = read_image(str(folder / "images" / "ccsr" / "02" / f"{KEYS[1]}.png")).astype(int)
+    assert np.abs(image.astype(int) - other).max() > 1
+
+
+def test_mlflow_holds_parameters_metrics_tables_and_pictures(demo):
+    client = MlflowClient(f"sqlite:///{demo.out}/mlflow.db")
+    experiment = client.get_experiment_by_name("ccsr-demo")
+    runs = {(run.data.tags["ccsr.job"], run.data.tags.get("ccsr.stage")): run for run in client.search_runs([experiment.experiment_id])}
+    assert set(runs) == {("train", "1"), ("train", "2"), ("evaluate", None)}
+    assert all(run.info.status == "FINISHED" for run in runs.values())
+    train = runs["train", "1"]
+    losses = client.get_metric_history(train.info.run_id, "loss")
+    assert [point.step for point in losses] == [8 * update for update in range(1, 61)]
+    assert losses[-1].value < losses[0].value / 2
+    assert {"l_diff", "l_T", "l_tmax", "gradient_norm", "samples_per_second", "data_wait_share"} <= set(train.data.metrics)
+    assert train.data.params["optimizer.learning_rate"] == "0.001"
+    evaluation = runs["evaluate", None]
+    images = pq.read_table(demo.out / "evaluation" / "images.parquet").to_pylist()
+    for method in METHODS:
+        stored = [row["l_std"] for row in images if row["method"] == method]
+        assert evaluation.data.metrics[f"{method}/l_std"] == pytest.approx(np.mean(stored), rel=1e-9)
+        assert {f"{method}/psnr_y", f"{method}/ssim_y", f"{method}/g_std_psnr_y"} <= set(evaluation.data.metrics)
+    artifacts = {item.path for item in client.list_artifacts(evaluation.info.run_id)}
+    assert {"results.parquet", "images.parquet", "report.html", "images", "run.json"} <= artifacts
+    local = client.download_artifacts(evaluation.info.run_id, f"images/ccsr/00/{KEYS[0]}.png")
+    assert read_image(local).shape == (256, 256, 3)
+
+
+def test_report_is_one_file(demo):
+    page = (demo.out / "evaluation" / "report.html").read_text()
+    assert all(method in page for method in METHODS)
+    assert "src=\"http" not in page
+    assert "href=\"http" not in page
+    assert page.count("data:image/") >= 2 * 5
+
+
+def test_again_on_the_same_folder_makes_nothing_anew(demo):
+    from tests.integration.conftest import run_ccsr
+
+    made = {path: path.stat().st_mtime_ns for path in demo.out.rglob("*") if path.suffix in (".tar", ".safetensors", ".parquet", ".json", ".png")}
+    artifacts = {path for path in made if "mlartifacts" in path.parts}
+    done = run_ccsr("demo", "--out", str(demo.out))
+    assert done.returncode == 0, done.stderr
+    assert {path: path.stat().st_mtime_ns for path in made.keys() - artifacts} == {p: made[p] for p in made.keys() - artifacts}
+    table = [line for line in demo.stdout.splitlines() if line.startswith("│")]
+    assert table
+    assert [line for line in done.stdout.splitlines() if line.startswith("│")] == table
+    client = MlflowClient(f"sqlite:///{demo.out}/mlflow.db")
+    assert len(client.search_runs([client.get_experiment_by_name("ccsr-demo").experiment_id])) == 3
+
+
+def test_each_step_runs_alone_with_its_yaml(demo, tmp_path):
+    from tests.integration.conftest import run_ccsr
+
+    out = f"output={tmp_path}/heldout"
+    done = run_ccsr("shard", "-c", "configs/demo/shard_heldout.yaml", "--set", out)
+    assert done.returncode == 0, done.stderr
+    alone, whole = Manifest.load(f"{tmp_path}/heldout"), Manifest.load(str(demo.out / "shards" / "heldout"))
+    assert alone.dataset_id == whole.dataset_id
+    folder = demo.out / "evaluation"
+    compared = run_ccsr("compare", f"{folder}:uniform", f"{folder}:ccsr", "--csv", str(tmp_path / "difference.csv"))
+    assert compared.returncode == 0, compared.stderr
+    assert "l_std" in (tmp_path / "difference.csv").read_text()
+    assert io.StringIO(compared.stdout).readline()

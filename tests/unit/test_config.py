@@ -1,0 +1,244 @@
+"""Configs: every mistake names its key and what to do; the fingerprint sees the result's causes and nothing else."""
+
+import pickle
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evaluation.config import EvaluateConfig
+from infra import ConfigError
+from infra.config import (
+    Config,
+    Location,
+    apply_overrides,
+    canonical_json,
+    difference,
+    fingerprint_of,
+    load_config,
+    load_yaml,
+    parse_config,
+    result_part,
+)
+from pipelines.config import ShardConfig
+from training.config import TrainConfig
+
+SHARD: dict[str, Any] = {
+    "job": "shard",
+    "output": "out",
+    "sources": [{"kind": "folder", "name": "a", "path": "photos"}],
+}
+TRAIN: dict[str, Any] = {"job": "train", "output": "out", "stage": 1, "data": ["set"], "num_updates": 3}
+EVALUATE: dict[str, Any] = {"job": "evaluate", "output": "out", "data": ["set"], "methods": [{"kind": "bicubic"}]}
+
+
+def refused(values: dict[str, Any], config_class: type[Config], *overrides: str) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(apply_overrides(values, overrides), config_class, where="run.yaml")
+    assert str(caught.value).count("\n") == 2
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("values", "config_class", "override", "place", "near"),
+    [
+        (SHARD, ShardConfig, "sede=1", "sede", "seed"),
+        (SHARD, ShardConfig, "sources.0.pth=x", "sources.0.pth", "path"),
+        (SHARD, ShardConfig, "crop={kind: center, size_pix: 64}", "crop.size_pix", "size_px"),
+        (SHARD, ShardConfig, "runtime.ray.num_cpu=1", "runtime.ray.num_cpu", "num_cpus"),
+        (SHARD, ShardConfig, "degradation={recipe: second_order, shapen: input}", "degradation.shapen", "sharpen"),
+        (
+            SHARD,
+            ShardConfig,
+            "degradation={recipe: second_order, first: {blurr: 1}}",
+            "degradation.first.blurr",
+            "blur",
+        ),
+        (TRAIN, TrainConfig, "optimizer.learning_rat=1", "optimizer.learning_rat", "learning_rate"),
+        (TRAIN, TrainConfig, "tracking.experment=x", "tracking.experment", "experiment"),
+        (EVALUATE, EvaluateConfig, "methods.0.nam=x", "methods.0.nam", "name"),
+    ],
+)
+def test_an_unknown_key_is_named_with_its_nearest_right_one(
+    values: dict[str, Any], config_class: type[Config], override: str, place: str, near: str
+) -> None:
+    error = refused(values, config_class, override)
+    assert error.what.startswith(f"unknown key `{place.rsplit('.', 1)[-1]}`")
+    assert error.where == f"run.yaml: {place}"
+    assert error.todo == f"did you mean `{near}`?"
+
+
+def test_an_unknown_key_that_is_near_nothing_lists_the_keys_of_its_level() -> None:
+    error = refused(SHARD, ShardConfig, "crop={kind: random, size_px: 64, zzz: 1}")
+    assert error.todo.startswith("the keys here are: ")
+    assert "num_per_image" in error.todo
+
+
+@pytest.mark.parametrize(
+    ("values", "config_class", "override", "place", "message"),
+    [
+        (SHARD, ShardConfig, "seed=many", "seed", "integer"),
+        (SHARD, ShardConfig, "seed=2026-01-01", "seed", "integer"),
+        (SHARD, ShardConfig, "sources=[]", "sources", "at least 1"),
+        (SHARD, ShardConfig, "sources.0.name=a b", "sources.0.name", "pattern"),
+        (SHARD, ShardConfig, "crop={kind: centre, size_px: 64}", "crop", "'center'"),
+        (SHARD, ShardConfig, "crop={kind: center, size_px: large}", "crop.size_px", "not 'large'"),
+        (SHARD, ShardConfig, "degradation={recipe: second_ordr}", "degradation", "'second_order'"),
+        (SHARD, ShardConfig, "degradation={recipe: bsrgan, scale: big}", "degradation.scale", "not 'big'"),
+        (TRAIN, TrainConfig, "stage=3", "stage", "not 3"),
+        (TRAIN, TrainConfig, "optimizer.learning_rate=.nan", "optimizer.learning_rate", "greater than 0"),
+        (EVALUATE, EvaluateConfig, "methods.0.name=..", "methods.0.name", "pattern"),
+        (EVALUATE, EvaluateConfig, "num_runs=1", "num_runs", "greater than or equal to 2"),
+    ],
+)
+def test_a_wrong_value_is_named_by_its_place_in_the_file(
+    values: dict[str, Any], config_class: type[Config], override: str, place: str, message: str
+) -> None:
+    error = refused(values, config_class, override)
+    assert error.where == f"run.yaml: {place}"
+    assert message in error.what
+
+
+def test_a_missing_key_is_named() -> None:
+    error = refused({key: value for key, value in TRAIN.items() if key != "num_updates"}, TrainConfig)
+    assert error.what == "`num_updates` is missing"
+    assert error.where == "run.yaml: num_updates"
+
+
+def test_a_global_batch_that_does_not_divide_lists_the_legal_world_sizes() -> None:
+    error = refused(TRAIN, TrainConfig, "runtime.num_workers=5")
+    assert "runtime.num_workers = 1, 2, 3, 4, 6, 8, 12, 24" in error.what
+    assert "{" not in error.what
+    assert "none" in refused(TRAIN, TrainConfig, "runtime.micro_batch_size=5").what
+
+
+def test_t_min_must_be_below_t_max_and_method_names_differ() -> None:
+    assert "t_min" in refused(TRAIN, TrainConfig, "t_min=0.9").what
+    assert "differ" in refused(EVALUATE, EvaluateConfig, "methods=[{kind: bicubic}, {kind: bicubic}]").what
+    assert "differ" in refused(EVALUATE, EvaluateConfig, "methods.0.name=hr").what
+
+
+def test_overrides_set_values_at_any_depth_and_leave_the_original_alone() -> None:
+    values = apply_overrides(SHARD, ["sources.0.path=s3://b/x", "runtime.ray.num_cpus=2", "crop={kind: whole}"])
+    assert values["sources"][0]["path"] == "s3://b/x"
+    assert values["runtime"] == {"ray": {"num_cpus": 2}}
+    assert values["crop"] == {"kind": "whole"}
+    assert SHARD["sources"][0]["path"] == "photos"
+    assert "runtime" not in SHARD
+    assert apply_overrides({}, ["a=b=c"]) == {"a": "b=c"}
+
+
+@pytest.mark.parametrize("override", ["seed", "=1", "sources.7.name=x", "sources.x=1", "job.a=1", "seed={a"])
+def test_an_override_that_does_not_fit_is_refused(override: str) -> None:
+    with pytest.raises(ConfigError, match="--set"):
+        apply_overrides(SHARD, [override])
+
+
+def test_files_that_are_no_config_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_yaml(tmp_path / "absent.yaml")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_yaml(tmp_path)
+    for content, message in ((b"a: [1\nb: 2", "not valid YAML"), (b"\xff\xfe\x00", "not valid"), (b"- 1", "not a map")):
+        (tmp_path / "run.yaml").write_bytes(content)
+        with pytest.raises(ConfigError, match=message) as caught:
+            load_yaml(tmp_path / "run.yaml")
+        assert str(caught.value).count("\n") == 2
+
+
+def test_the_demo_configs_load() -> None:
+    folder = Path(__file__).parents[2] / "configs" / "demo"
+    classes: dict[str, type[Config]] = {"shard": ShardConfig, "train": TrainConfig, "evaluate": EvaluateConfig}
+    files = sorted(folder.glob("*.yaml"))
+    assert len(files) >= 5
+    for file in files:
+        load_config(file, classes[file.stem.split("_")[0]])
+
+
+class Inner(Config):
+    place: Location
+    size: int = 1
+
+
+class Runtime(Config):
+    workers: int = 1
+
+
+class Everything(Config):
+    output: Location
+    maybe: Location | None = None
+    many: Annotated[tuple[Location, ...], "at least one"] = ()
+    named: dict[str, Location] = {}
+    inner: Inner = Inner(place="x")
+    inners: tuple[Inner, ...] = ()
+    numbers: tuple[float, ...] = (1.0,)
+    runtime: Runtime = Runtime()
+    tracking: Runtime = Runtime()
+
+
+BASE: dict[str, Any] = {"output": "a", "inners": [{"place": "p"}]}
+
+
+def fingerprint(**changes: Any) -> str:
+    return fingerprint_of(result_part(Everything.model_validate({**BASE, **changes})))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"output": "b"},
+        {"maybe": "m"},
+        {"many": ["x", "y"]},
+        {"named": {"k": "v"}},
+        {"inner": {"place": "y"}},
+        {"inners": [{"place": "q"}]},
+        {"runtime": {"workers": 7}},
+        {"tracking": {"workers": 7}},
+    ],
+)
+def test_the_fingerprint_ignores_runtime_tracking_and_locations(change: dict[str, Any]) -> None:
+    assert fingerprint(**change) == fingerprint()
+
+
+@pytest.mark.parametrize(
+    "change", [{"inner": {"place": "x", "size": 2}}, {"inners": []}, {"numbers": [2.0]}, {"numbers": [1.0, 1.0]}]
+)
+def test_the_fingerprint_sees_what_the_result_depends_on(change: dict[str, Any]) -> None:
+    assert fingerprint(**change) != fingerprint()
+
+
+def test_the_jobs_fingerprints_ignore_where_things_are() -> None:
+    one = parse_config(TRAIN, TrainConfig, where="")
+    changes = ["output=s3://b/o", "data=[s3://b/set]", "init_from=s3://b/m", "runtime.num_workers=2", "tracking.uri=x"]
+    other = parse_config(apply_overrides(TRAIN, changes), TrainConfig, where="")
+    assert fingerprint_of(result_part(one)) == fingerprint_of(result_part(other))
+    longer = parse_config(apply_overrides(TRAIN, ["num_updates=4"]), TrainConfig, where="")
+    assert fingerprint_of(result_part(one)) != fingerprint_of(result_part(longer))
+
+
+def test_configs_travel_to_ray_workers_whole() -> None:
+    for values, config_class in ((SHARD, ShardConfig), (TRAIN, TrainConfig), (EVALUATE, EvaluateConfig)):
+        config = parse_config(values, config_class, where="")
+        assert pickle.loads(pickle.dumps(config)) == config
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(JSON, JSON)
+def test_difference_is_empty_exactly_where_values_are_equal(old: Any, new: Any) -> None:
+    assert difference(old, old) == []
+    if canonical_json(old) != canonical_json(new) and old != new:
+        assert difference(old, new)
+
+
+def test_difference_names_each_leaf() -> None:
+    old = {"a": {"b": 1, "c": 2}, "d": [1], "e": 0}
+    new = {"a": {"b": 1, "c": 3}, "d": [2], "f": 0}
+    assert difference(old, new) == ["a.c: 2 -> 3", "d: [1] -> [2]", "e: 0 -> absent", "f: absent -> 0"]
