@@ -47,7 +47,7 @@ def main() -> None:
     @torch.no_grad()
     def restore() -> Tensor:
         def condition() -> Tensor:
-            mean, std = model.encode_moments(F.interpolate(lr, scale_factor=4, mode="bicubic").clamp(0, 1))
+            mean, std = model.encode_condition(F.interpolate(lr, scale_factor=4, mode="bicubic").clamp(0, 1))
             return mean + std * noise(mean.shape)
 
         z_lr = timed("encode LR at 512 px", condition)

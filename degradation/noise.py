@@ -20,7 +20,7 @@ _LARGE_RATE = 64
 def gaussian(planes: np.ndarray, step: Step) -> np.ndarray:
     """Add noise of `sigma` / 255, grey or per channel, or mixed by a 3 x 3 matrix; times the image if `speckle`; clip.
 
-    A value is one of 65,536 equiprobable ones, the largest 4.2 sigma.
+    A value is one of 65,536 equiprobable ones, the largest 4.3 sigma.
     """
     height, width = planes.shape[1:]
     mixing = step.get("mixing")

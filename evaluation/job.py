@@ -190,7 +190,7 @@ def _write_tables(config: EvaluateConfig, tasks: list[dict[str, Any]]) -> None:
         method = config.methods[task["method"]].name
         num_runs = record["image"]["num_runs"]
         for run in range(num_runs):
-            values = {name: record["scores"][name][run] for name in config.metrics}
+            values: dict[str, Any] = {name: record["scores"][name][run] for name in config.metrics}
             rows.append({"method": method, "key": task["entry"]["key"], "run": run, "seed": config.seed, **values})
     for name, table in (
         ("results", pa.Table.from_pylist(rows, schema=results_schema(config.metrics))),

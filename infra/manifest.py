@@ -43,11 +43,19 @@ class ShardRecord:
         return json.dumps(dataclasses.asdict(self), sort_keys=True).encode()
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> "ShardRecord":
-        values = json.loads(data)
-        values["entries"] = [Entry(**entry) for entry in values["entries"]]
-        values["quarantined"] = [Quarantined(**item) for item in values["quarantined"]]
-        return cls(**values)
+    def read(cls, place: str) -> "ShardRecord":
+        """The record at `place`. DataError where it is damaged."""
+        try:
+            values = json.loads(read_bytes(place))
+            values["entries"] = [Entry(**entry) for entry in values["entries"]]
+            values["quarantined"] = [Quarantined(**item) for item in values["quarantined"]]
+            return cls(**values)
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError(
+                f"a shard's record is damaged ({error})",
+                where=place,
+                todo="remove it and run the same command again",
+            ) from error
 
 
 def record_uri(output: str, index: int) -> str:
@@ -58,7 +66,7 @@ def commit_record(output: str, record: ShardRecord) -> None:
     """Commit a shard's record. A second commit must say the same: a record that disagrees is an error."""
     place = record_uri(output, record.index)
     if not put_if_absent(place, record.to_bytes()):
-        present = ShardRecord.from_bytes(read_bytes(place))
+        present = ShardRecord.read(place)
         if present != record:
             raise DataError(
                 f"two runs made different bytes for shard {record.index} "
@@ -72,7 +80,7 @@ def committed_records(output: str) -> dict[int, ShardRecord]:
     """Every committed record by shard index."""
     places = [place for place in list_files(join(output, "records")) if place.endswith(".json")]
     with ThreadPoolExecutor(16) as pool:  # on S3 each read waits for an answer, and there may be thousands
-        records = pool.map(lambda place: ShardRecord.from_bytes(read_bytes(place)), places)
+        records = pool.map(ShardRecord.read, places)
         return {record.index: record for record in records}
 
 

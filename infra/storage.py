@@ -276,7 +276,7 @@ def download_folder(uri: str, folder: Path) -> Path:
 
 def sha256_file(path: Path) -> str:
     """SHA-256 (hex) of a local file."""
-    with open(path, "rb") as file:
+    with _explained("cannot read", str(path)), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

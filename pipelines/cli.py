@@ -102,6 +102,37 @@ def compare(
         comparison.write_csv(csv)
 
 
+@app.command()
+def restore(
+    source: Annotated[str, typer.Argument(metavar="INPUT", help="An image, a folder or an s3:// prefix.")],
+    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder or s3:// prefix for the results.")],
+    model: Annotated[str, typer.Option(help="A model directory.")],
+    runs: Annotated[int, typer.Option(help="Seeded runs per image.")] = 1,
+    seed: Annotated[int, typer.Option(help="Run r of an image depends on this, the image's name and r alone.")] = 0,
+    scale: Annotated[int, typer.Option(help="Enlargement, 1 to 8.")] = 4,
+    steps: Annotated[int, typer.Option(help="Steps of the whole chain.")] = 45,
+) -> None:
+    """Enlarge photographs with a trained model."""
+    from infra.config import parse_config
+    from pipelines.restore import RestoreConfig
+    from pipelines.restore import restore as run_restore
+
+    values = {"num_runs": runs, "seed": seed, "scale": scale, "sampling": {"num_steps": steps}}
+    config = parse_config(values, RestoreConfig, where="command line")
+    typer.echo(f"{run_restore(source, output, model, config)} images: {output}")
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+def submit(
+    command: Annotated[list[str], typer.Argument(help="-- and a command: shard, train, evaluate, ...")],
+    address: Annotated[str | None, typer.Option(help="The cluster's job server; default: RAY_ADDRESS.")] = None,
+) -> None:
+    """Run a command as a job on a Ray cluster and follow its log."""
+    from infra.jobs import submit as submit_job
+
+    raise typer.Exit(submit_job(address, command, lambda lines: typer.echo(lines, nl=False)))
+
+
 @config_app.command("show")
 def config_show(config: ConfigFile, set_: Overrides = None) -> None:
     """Print a config's effective values."""

@@ -23,15 +23,20 @@ class OptimizerConfig(Config):
 
 
 class DecoderLossConfig(Config):
-    """Stage 2's loss; see `training.generator_loss`. Defaults: v1's, with a perceptual term that needs no file."""
+    """Stage 2's loss; see `training.generator_loss`. Defaults: v1's, with a perceptual term that needs no file.
+
+    v2: l2, lpips, dino, gan_weight 0.05, neither adaptive nor divided, both terms from update 101 on.
+    """
 
     reconstruction: Literal["l1", "l2"] = "l1"
-    perceptual: Literal["encoder_features", "none"] = "encoder_features"
+    perceptual: Literal["lpips", "encoder_features", "none"] = "encoder_features"
+    perceptual_start_update: int = Field(0, ge=0, description="updates before this one train without that term")
+    discriminator: Literal["patch", "dino"] = Field("patch", description="PatchGAN (v1) or DINO heads (v2)")
     gan_weight: float = Field(0.5, ge=0)
     adaptive: bool = True
     divide_by_batch: bool = True
     gan_start_update: int = Field(1, ge=0, description="updates before this one train without the GAN term")
-    discriminator_width: int = Field(64, ge=4)
+    discriminator_width: int = Field(64, ge=4, description="channels of the first PatchGAN layer")
     discriminator_learning_rate: float = Field(5e-6, gt=0)
 
 

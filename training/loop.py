@@ -127,13 +127,15 @@ class _Adversary:
 
     def __init__(self, stage: DecoderStage, config: TrainConfig, context: WorkerContext) -> None:
         self.stage = stage
-        self.module = stage.discriminator.to(context.device).train()
+        stage.discriminator.to(context.device).train()
+        self.module = stage.trained_discriminator
         self.optimizer = torch.optim.AdamW(
             self.module.parameters(),
             lr=config.decoder_loss.discriminator_learning_rate,
             betas=config.optimizer.betas,
             weight_decay=config.optimizer.weight_decay,
         )
+        self.clip_norm = config.optimizer.clip_norm
         self.world_size = context.world_size
 
     def accumulate(self, num_micro_steps: int) -> torch.Tensor:
@@ -147,6 +149,8 @@ class _Adversary:
             if self.world_size > 1:
                 torch.distributed.all_reduce(parameter.grad)
                 parameter.grad /= self.world_size
+        if self.clip_norm:
+            torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -166,8 +170,7 @@ def _update(
         if adversary is None:
             terms = engine(batch)
         else:
-            started = update >= config.decoder_loss.gan_start_update
-            terms = engine(batch, gan_weight=config.decoder_loss.gan_weight if started else 0.0)
+            terms = engine(batch, update=update)
             terms["d_loss"] = adversary.accumulate(len(batches))
         if not torch.isfinite(terms["loss"]):
             raise ModelError(

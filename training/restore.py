@@ -55,7 +55,7 @@ def restore_runs(
     enlarged = torch.from_numpy(resize_bicubic(lr, width, height).copy()).to(device).permute(2, 0, 1)[None] / 255
     unit = model.factor * 2 ** (len(model.unet.config.block_out_channels) - 1)
     padded = _reflect(enlarged, -height % unit, -width % unit)
-    mean, std = model.encode_moments(padded)
+    mean, std = model.encode_condition(padded)
     for first in range(0, len(runs), runs_at_once):
         group = runs[first : first + runs_at_once]
         noise = noise_for(seed, [(key, run) for run in group], device, torch.float32)

@@ -9,7 +9,15 @@ from torch import Tensor, nn
 from infra.seeding import noise_for, rng_for
 from training.config import TrainConfig
 from training.ingest import Batch
-from training.models import CcsrModel, PatchDiscriminator
+from training.models import (
+    CcsrModel,
+    EncoderFeatures,
+    Lpips,
+    PatchDiscriminator,
+    ProjectedDiscriminator,
+    load_dino,
+    load_lpips,
+)
 from training.stage1 import eps_loss, stage1_loss_v1, stage1_loss_v2
 from training.stage2 import discriminator_loss, generator_loss, stage2_latents_v1, stage2_latents_v2
 
@@ -24,7 +32,7 @@ class Stage(nn.Module):
 
     def __init__(self, model: CcsrModel, trained: nn.Module, config: TrainConfig) -> None:
         super().__init__()
-        for network in (model.vae, model.unet, model.controlnet):
+        for network in model.networks.values():
             network.requires_grad_(False)
         self.trained = trained.requires_grad_(True)
         self.config = config
@@ -48,7 +56,7 @@ class Stage(nn.Module):
         """Scaled latents of HR (a posterior sample) and LR (v1: the mean, v2: a sample)."""
         mean, std = self.model.encode_moments(batch.hr)
         z_hr = mean + std * self._noise(batch, "hr")(mean.shape)
-        mean, std = self.model.encode_moments(batch.lr)
+        mean, std = self.model.encode_condition(batch.lr)
         sampled = self.model.config.family == "v2"
         return z_hr, mean + std * self._noise(batch, "lr")(mean.shape) if sampled else mean
 
@@ -95,16 +103,22 @@ class DecoderStage(Stage):
             parts["post_quant_conv"] = model.vae.post_quant_conv
         super().__init__(model, nn.ModuleDict(parts), config)
         loss = config.decoder_loss
-        # Not registered either: it has an optimiser of its own.
-        self._adversary = (PatchDiscriminator(ndf=loss.discriminator_width, seed=config.seed),)
-        self._perceptual = perceptual_loss(model) if loss.perceptual == "encoder_features" else None
+        # Not registered either: the one has an optimiser of its own, the other is frozen.
+        self._adversary = (_discriminator(config),)
+        self._perceptual = (_perceptual(model, loss.perceptual),)
 
     @property
-    def discriminator(self) -> PatchDiscriminator:
+    def discriminator(self) -> PatchDiscriminator | ProjectedDiscriminator:
         return self._adversary[0]
 
-    def forward(self, batch: Batch, gan_weight: float) -> dict[str, Tensor]:
-        """The generator's terms and "loss" of one micro-batch; see `training.generator_loss`."""
+    @property
+    def trained_discriminator(self) -> nn.Module:
+        """What the discriminator's optimiser sees."""
+        discriminator = self.discriminator
+        return discriminator.heads if isinstance(discriminator, ProjectedDiscriminator) else discriminator
+
+    def forward(self, batch: Batch, update: int) -> dict[str, Tensor]:
+        """The generator's terms and "loss" of one micro-batch of an update, from 0; see `training.generator_loss`."""
         config = self.config
         loss = config.decoder_loss
         z_hr, z_lr = self._latents(batch)
@@ -119,36 +133,54 @@ class DecoderStage(Stage):
         if self.model.config.family == "v2":
             decoded = decoded.clamp(-1, 1)
         target = 2 * batch.hr - 1
-        self._last_pair = (target, decoded.detach())
-        self.discriminator.requires_grad_(False)  # the generator's backward leaves no gradient there
+        judge = self._judge(batch)
+        self._last = (judge, target, decoded.detach())
+        self.trained_discriminator.requires_grad_(False)  # the generator's backward leaves no gradient there
         terms = generator_loss(
             decoded,
             target,
-            perceptual=self._perceptual,
-            discriminator=self.discriminator,
+            perceptual=self._perceptual[0] if update >= loss.perceptual_start_update else None,
+            discriminator=lambda image: judge(image, "generator"),
             last_layer=self.model.vae.decoder.conv_out.weight,
-            gan_weight=gan_weight,
+            gan_weight=loss.gan_weight if update >= loss.gan_start_update else 0.0,
             adaptive=loss.adaptive,
             divide_by_batch=loss.divide_by_batch,
             reconstruction=loss.reconstruction,
         )
-        self.discriminator.requires_grad_(True)
+        self.trained_discriminator.requires_grad_(True)
         return terms
+
+    def _judge(self, batch: Batch) -> Callable[[Tensor, str], Tensor]:
+        """logits(image, purpose); the projected discriminator draws its views by (seed, purpose, position)."""
+        discriminator = self.discriminator
+        if isinstance(discriminator, PatchDiscriminator):
+            return lambda image, purpose: discriminator(image)
+        condition = discriminator.condition(batch.lr)
+
+        def judge(image: Tensor, purpose: str) -> Tensor:
+            rngs = [rng_for(self.config.seed, "view", purpose, position) for position in batch.positions]
+            return discriminator(image, condition, rngs)
+
+        return judge
 
     def discriminator_loss(self) -> Tensor:
         """The discriminator's loss on the images of the last forward; not a result of `forward`, because DeepSpeed
         hooks the backward of whatever that returns."""
-        target, decoded = self._last_pair
-        return discriminator_loss(self.discriminator(target), self.discriminator(decoded))
+        judge, target, decoded = self._last
+        return discriminator_loss(judge(target, "real"), judge(decoded, "fake"))
 
 
-def perceptual_loss(model: CcsrModel) -> Callable[[Tensor, Tensor], Tensor]:
-    """Distance of two images in [-1, 1] in the frozen VAE encoder's features, scaled like the latent."""
+def _perceptual(model: CcsrModel, name: str) -> Lpips | EncoderFeatures | None:
+    if name == "lpips":
+        return load_lpips().to(next(model.vae.parameters()).device)
+    return EncoderFeatures(model.vae) if name == "encoder_features" else None
 
-    def distance(a: Tensor, b: Tensor) -> Tensor:
-        return torch.stack([(model.encode_moments((x + 1) / 2)[0]) for x in (a, b)]).diff(dim=0).square().mean()
 
-    return distance
+def _discriminator(config: TrainConfig) -> PatchDiscriminator | ProjectedDiscriminator:
+    loss = config.decoder_loss
+    if loss.discriminator == "dino":
+        return ProjectedDiscriminator(load_dino("dino"), load_dino("dinov2"), seed=config.seed)
+    return PatchDiscriminator(ndf=loss.discriminator_width, seed=config.seed)
 
 
 def build_stage(model: CcsrModel, config: TrainConfig) -> Stage:

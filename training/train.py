@@ -37,7 +37,7 @@ def run_train(config: TrainConfig) -> str:
     if exists(join(model_uri, "ccsr.json")):
         return model_uri
     facts = {"fingerprint": run["fingerprint"], **inputs, "git_commit": git_commit()}
-    initial_model(config)  # a directory that does not fit is told here, not by a worker
+    build_stage(initial_model(config), config)  # what does not fit or is missing is told here, not by a worker
     _fit(config, manifests, run, facts)
     _export(config, model_uri)
     return model_uri

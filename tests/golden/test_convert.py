@@ -16,7 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from infra import ModelError
 from training.models import CcsrModel, ModelConfig, convert_v1, convert_v2, load_model
 from training.models.directory import WEIGHTS
-from training.models.ldm import unet_names
+from training.models.ldm import unet_names, vae_names
 from training.models.networks import UNET_CONFIGS, VAE_CONFIGS, latent_controlnet, seeded_init
 from training.models.text import V2_NEGATIVE_PROMPT, V2_PROMPT, embed_empty_prompt_open_clip
 
@@ -65,8 +65,9 @@ def v1_state(networks: tuple[UNet2DConditionModel, nn.Module]) -> dict[str, Tens
     weights = recorded("v1_tiny_weights")
     state = {key: value for key, value in weights.items() if key.startswith("first_stage_model.")}
     for key in list(state):
-        if ".encoder." in key or ".quant_conv." in key:
+        if ".encoder." in key:
             state[key.replace("first_stage_model.", "cond_encoder.")] = state[key].clone()
+    state |= {key: value for key, value in weights.items() if key.startswith("cond_encoder.")}
     tensors = unet.state_dict()
     state |= {f"model.diffusion_model.{name}": tensors[key] for key, name in unet_names(tensors, 2).items()}
     tensors = controlnet.state_dict()
@@ -152,15 +153,51 @@ def test_v1_vae_gives_the_recorded_numbers(converted: CcsrModel) -> None:
 
 @torch.no_grad()
 def test_v1_condition_latent_is_the_recorded_one(converted: CcsrModel) -> None:
-    """The recording's condition encoder has a quant_conv of its own, which no published checkpoint has."""
-    io, weights = recorded("v1_tiny_io"), recorded("v1_tiny_weights")
-    before = {key: value.clone() for key, value in converted.vae.quant_conv.state_dict().items()}
-    own = {key: weights[f"cond_encoder.quant_conv.{key}"] for key in before}
-    try:
-        converted.vae.quant_conv.load_state_dict(own)
-        assert relative(converted.encode_moments(io["img01"])[0], io["cond_latent"]) < 1e-4
-    finally:
-        converted.vae.quant_conv.load_state_dict(before)
+    """The recording's condition encoder has a quant_conv of its own, so it is kept beside the VAE."""
+    io = recorded("v1_tiny_io")
+    assert relative(converted.encode_condition(io["img01"])[0], io["cond_latent"]) < 1e-4
+    assert relative(converted.encode_moments(io["img01"])[0], io["cond_latent"]) > 0.1
+
+
+@torch.no_grad()
+def test_v1_condition_encoder_that_is_the_vaes_is_dropped(
+    v1_state: dict[str, Tensor], base: Path, tmp_path: Path
+) -> None:
+    state = {key: value for key, value in v1_state.items() if not key.startswith("cond_encoder.quant_conv.")}
+    state |= {f"cond_encoder.quant_conv.{n}": state[f"first_stage_model.quant_conv.{n}"] for n in ("weight", "bias")}
+    convert_v1(write(state, tmp_path), base, tmp_path / "model")
+    assert not (tmp_path / "model" / "condition_encoder").exists()
+    model = load_model(tmp_path / "model")
+    image = recorded("v1_tiny_io")["img01"]
+    assert torch.equal(model.encode_condition(image)[0], model.encode_moments(image)[0])
+
+
+def as_checkpoint(model: CcsrModel) -> dict[str, Tensor]:
+    """A model's tensors back under a v1 checkpoint's names."""
+    state = {}
+    for network, prefix in ((model.vae, "first_stage_model"), (model.condition_encoder, "cond_encoder")):
+        tensors = network.state_dict()
+        for key, name in vae_names(tensors, 4).items():
+            if prefix == "first_stage_model" or name.startswith(("encoder", "quant_conv")):
+                linear = ".attn_1." in name and tensors[key].dim() == 2
+                state[f"{prefix}.{name}"] = tensors[key][..., None, None] if linear else tensors[key]
+    tensors = model.unet.state_dict()
+    state |= {f"model.diffusion_model.{name}": tensors[key] for key, name in unet_names(tensors, 2).items()}
+    tensors = model.controlnet.state_dict()
+    condition = tensors.pop("controlnet_cond_embedding.weight")
+    assert not tensors.pop("controlnet_cond_embedding.bias").any()
+    state |= {f"control_model.{name}": tensors[key] for key, name in unet_names(tensors, 2).items()}
+    state[FIRST] = torch.cat([state[FIRST], condition], dim=1)
+    return state
+
+
+NETWORKS = ("first_stage_model.", "cond_encoder.", "model.diffusion_model.", "control_model.")
+
+
+def test_v1_round_trip_is_exact(v1_state: dict[str, Tensor], converted: CcsrModel) -> None:
+    found = as_checkpoint(converted)
+    assert found.keys() == {key for key in v1_state if key.startswith(NETWORKS)}
+    assert all(torch.equal(value, v1_state[key]) for key, value in found.items())
 
 
 @torch.no_grad()
@@ -225,9 +262,13 @@ DAMAGE = {
         r"input_blocks.0.0.weight has shape \(32, 4, 3, 3\), not \(\*, 8, 3, 3\)",
     ),
     "nan": ({"set": ("first_stage_model.post_quant_conv.bias", torch.full((4,), torch.nan))}, "holds NaN"),
-    "own condition encoder": (
-        {"set": ("cond_encoder.quant_conv.bias", torch.zeros(8))},
-        "tensor cond_encoder.quant_conv.bias differs from its original",
+    "misshapen condition encoder": (
+        {"set": ("cond_encoder.quant_conv.bias", torch.zeros(4))},
+        r"tensor cond_encoder.quant_conv.bias has shape \(4,\), not \(8,\)",
+    ),
+    "nan in the condition encoder": (
+        {"set": ("cond_encoder.quant_conv.bias", torch.full((8,), torch.nan))},
+        "tensor cond_encoder.quant_conv.bias holds NaN",
     ),
     "no condition encoder": ({"drop": "cond_encoder."}, "tensor cond_encoder.encoder.conv_in.weight is missing"),
 }
@@ -430,10 +471,12 @@ def test_complete_recorded_checkpoint(base: Path, tmp_path: Path) -> None:
         state = {key.removeprefix("sd/"): torch.from_numpy(arrays[key]) for key in arrays.files}
     with np.load(folder / "v1_tiny_io.npz") as arrays:
         io = {key: torch.from_numpy(arrays[key]) for key in arrays.files if arrays[key].dtype.kind in "fi"}
-    for leaf in ("weight", "bias"):  # see test_v1_condition_latent_is_the_recorded_one
-        state[f"cond_encoder.quant_conv.{leaf}"] = state[f"first_stage_model.quant_conv.{leaf}"]
     convert_v1(write(state, tmp_path), base, tmp_path / "model")
     model = load_model(tmp_path / "model")
+    back = as_checkpoint(model)
+    assert back.keys() == state.keys()
+    assert all(torch.equal(value, state[key]) for key, value in back.items())
+    assert relative(model.encode_condition(io["img01"])[0], io["cond_latent"]) < 1e-4
     eps = model.denoiser(io["cond_latent"], io["context"])(io["x"], io["t"])
     assert relative(eps, io["eps"]) < 1e-4
     assert relative(model.unet(io["x"], io["t"], io["context"]).sample, io["eps_nocontrol"]) < 1e-4
@@ -442,6 +485,7 @@ def test_complete_recorded_checkpoint(base: Path, tmp_path: Path) -> None:
     )
     for index, tap in enumerate([*taps, middle]):
         assert relative(tap, io[f"control_{index:02d}"]) < 1e-5, index
-    mean, _ = model.encode_moments(io["img01"])
+    mean, std = model.encode_moments(io["img01"])
     assert relative(mean / 0.18215, io["vae_mean"]) < 1e-4
+    assert relative((std / 0.18215).log() * 2, io["vae_logvar"]) < 1e-4
     assert relative(model.decode(io["decode_in"]), io["decode_out"]) < 1e-4

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import Field
 
 from evaluation.config import EvaluateConfig
 from infra import ConfigError
@@ -28,7 +29,7 @@ from training.config import TrainConfig
 SHARD: dict[str, Any] = {
     "job": "shard",
     "output": "out",
-    "sources": [{"kind": "folder", "name": "a", "path": "photos"}],
+    "sources": [{"kind": "folder", "name": "a", "path": "p"}],
 }
 TRAIN: dict[str, Any] = {"job": "train", "output": "out", "stage": 1, "data": ["set"], "num_updates": 3}
 EVALUATE: dict[str, Any] = {"job": "evaluate", "output": "out", "data": ["set"], "methods": [{"kind": "bicubic"}]}
@@ -125,7 +126,7 @@ def test_overrides_set_values_at_any_depth_and_leave_the_original_alone() -> Non
     assert values["sources"][0]["path"] == "s3://b/x"
     assert values["runtime"] == {"ray": {"num_cpus": 2}}
     assert values["crop"] == {"kind": "whole"}
-    assert SHARD["sources"][0]["path"] == "photos"
+    assert SHARD["sources"][0]["path"] == "p"
     assert "runtime" not in SHARD
     assert apply_overrides({}, ["a=b=c"]) == {"a": "b=c"}
 
@@ -170,7 +171,7 @@ class Everything(Config):
     output: Location
     maybe: Location | None = None
     many: Annotated[tuple[Location, ...], "at least one"] = ()
-    named: dict[str, Location] = {}
+    named: dict[str, Location] = Field(default_factory=dict)
     inner: Inner = Inner(place="x")
     inners: tuple[Inner, ...] = ()
     numbers: tuple[float, ...] = (1.0,)

@@ -19,7 +19,6 @@ from training.models import (
     load_model,
     parameter_table,
     save_model,
-    with_latent_condition,
 )
 from training.models.directory import WEIGHTS
 from training.models.parameters import PAPER_MILLIONS
@@ -40,8 +39,7 @@ def model() -> CcsrModel:
 
 
 def states(model: CcsrModel) -> dict[str, Tensor]:
-    parts = {"vae": model.vae, "unet": model.unet, "controlnet": model.controlnet}
-    return {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
+    return {f"{name}.{key}": value for name, part in model.networks.items() for key, value in part.state_dict().items()}
 
 
 def test_weights_are_a_function_of_the_seed_and_leave_the_callers_generator_alone() -> None:
@@ -154,6 +152,24 @@ def test_directory_round_trip_is_exact_and_replaces(model: CcsrModel, tmp_path: 
     assert {path.stat().st_mode & 0o044 for path in place.rglob("*") if path.is_file()} == {0o044}
 
 
+@torch.no_grad()
+def test_a_condition_encoder_of_its_own_is_used_moved_and_kept(model: CcsrModel, tmp_path: Path) -> None:
+    own = build_model(ModelConfig(), seed=8).vae
+    both = CcsrModel(model.config, model.vae, model.unet, model.controlnet, model.prompts, condition_encoder=own)
+    save_model(both, tmp_path / "model")
+    found = load_model(tmp_path / "model", dtype=torch.float64)
+    assert {value.dtype for value in found.condition_encoder.state_dict().values()} == {torch.float64}
+    image = draw(1, 3, 16, 16).sigmoid()
+    expected = CcsrModel(model.config, own, model.unet, model.controlnet, model.prompts).encode_moments(image)
+    for a, b in zip(found.encode_condition(image), expected, strict=True):
+        torch.testing.assert_close(a, b)
+    plain = AutoencoderKL.from_pretrained(tmp_path / "model" / "condition_encoder").state_dict()
+    assert all(torch.equal(plain[key], value) for key, value in own.state_dict().items())
+    assert torch.equal(model.encode_condition(image)[0], model.encode_moments(image)[0])
+    save_model(model, tmp_path / "model")
+    assert load_model(tmp_path / "model").condition_encoder is None
+
+
 def test_plain_diffusers_loads_each_part(model: CcsrModel, tmp_path: Path) -> None:
     save_model(model, tmp_path / "model")
     place = tmp_path / "model"
@@ -162,14 +178,14 @@ def test_plain_diffusers_loads_each_part(model: CcsrModel, tmp_path: Path) -> No
         assert not any(info.values())
         own = getattr(model, part).state_dict()
         assert all(torch.equal(value, own[key]) for key, value in found.state_dict().items())
-    controlnet = with_latent_condition(ControlNetModel.from_config(ControlNetModel.load_config(place / "controlnet")))
-    controlnet.load_state_dict(load_file(place / "controlnet" / WEIGHTS))
+    controlnet, info = ControlNetModel.from_pretrained(place / "controlnet", output_loading_info=True)
+    assert not any(info.values())
     x, t, z_lr = draw(1, 4, 8, 8), torch.tensor([400]), draw(1, 4, 8, 8, seed=1)
     inputs = {"encoder_hidden_states": model.prompt, "controlnet_cond": z_lr}
     with torch.no_grad():
-        assert torch.equal(
-            controlnet(x, t, **inputs).mid_block_res_sample, model.controlnet(x, t, **inputs).mid_block_res_sample
-        )
+        found, expected = (network(x, t, **inputs, return_dict=False) for network in (controlnet, model.controlnet))
+    for a, b in zip([*found[0], found[1]], [*expected[0], expected[1]], strict=True):
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max()
 
 
 def rewrite(place: Path, part: str, change: dict[str, Tensor | None], *, honest: bool) -> None:
@@ -202,6 +218,13 @@ def test_damaged_directory_is_refused_by_its_first_difference(model: CcsrModel, 
     refused(r"tensor conv_in\.bias has shape \(65,\), not \(64,\)")
     rewrite(place, "vae", {"post_quant_conv.bias": torch.full((4,), torch.nan)}, honest=True)
     refused(r"tensor post_quant_conv\.bias holds NaN")
+    hint = "controlnet_cond_embedding.conv_"
+    rewrite(place, "controlnet", {f"{hint}in.bias": torch.ones(8)}, honest=True)
+    refused("is of an RGB hint encoder")
+    rewrite(place, "controlnet", {f"{hint}out.weight": torch.ones(64, 8, 3, 3)}, honest=True)
+    refused("trained in another form")
+    rewrite(place, "controlnet", {f"{hint}out.bias": None}, honest=True)
+    refused(r"tensor controlnet_cond_embedding\.weight is missing")
     (place / "vae" / WEIGHTS).write_bytes((place / "vae" / WEIGHTS).read_bytes()[:-9])
     refused("is truncated or changed")
     (place / "prompt.safetensors").unlink()

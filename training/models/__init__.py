@@ -1,7 +1,7 @@
 """Networks: configured or subclassed diffusers classes, and their directories on disk."""
 
 from training.models.ccsr import CcsrModel, build_model
-from training.models.convert import convert_v1, convert_v2
+from training.models.convert import convert_base, convert_v1, convert_v2
 from training.models.directory import load_model, save_model
 from training.models.discriminators import PatchDiscriminator, ProjectedDiscriminator
 from training.models.networks import ModelConfig, seeded_init, with_latent_condition
@@ -16,6 +16,7 @@ __all__ = [
     "PatchDiscriminator",
     "ProjectedDiscriminator",
     "build_model",
+    "convert_base",
     "convert_v1",
     "convert_v2",
     "load_dino",

@@ -16,6 +16,7 @@ from training.models.networks import PROMPT_TOKENS, ModelConfig, build_networks,
 class CcsrModel:
     """VAE, UNet, ControlNet and cached prompt embeddings, {text: float32 (1, L, C)}; "" is always among them.
 
+    `condition_encoder` encodes the LR image where that is not the VAE's own encoder's work; its decoder is not used.
     A network may be replaced by anything that is called alike (a DeepSpeed engine, a DDP wrapper).
     """
 
@@ -24,6 +25,13 @@ class CcsrModel:
     unet: UNet2DConditionModel
     controlnet: ControlNetModel
     prompts: dict[str, Tensor] = field(repr=False)
+    condition_encoder: AutoencoderKL | None = None
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks by name, `condition_encoder` only where there is one."""
+        networks = {"vae": self.vae, "unet": self.unet, "controlnet": self.controlnet}
+        return networks if self.condition_encoder is None else networks | {"condition_encoder": self.condition_encoder}
 
     @property
     def prompt(self) -> Tensor:
@@ -37,7 +45,7 @@ class CcsrModel:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """Move and cast the networks in place; the prompts move too and stay float32."""
-        for network in (self.vae, self.unet, self.controlnet):
+        for network in self.networks.values():
             nn.Module.to(network, device=device, dtype=dtype)  # diffusers' own method warns about a list that is empty
         self.prompts = {text: embedding.to(device=device) for text, embedding in self.prompts.items()}
         return self
@@ -47,9 +55,14 @@ class CcsrModel:
 
         `image`: float (B, 3, H, W), RGB in [0, 1]; H and W multiples of `factor`. It enters the VAE as 2x - 1.
         """
-        posterior = self.vae.encode((2 * image - 1).to(_dtype(self.vae))).latent_dist
-        scale = self.vae.config.scaling_factor
-        return posterior.mean.float() * scale, posterior.std.float() * scale
+        return _moments(self.vae, image)
+
+    def encode_condition(self, lr: Tensor) -> tuple[Tensor, Tensor]:
+        """`encode_moments` of an LR image enlarged to the HR's size, by the encoder that conditions the ControlNet.
+
+        v1 takes the mean, v2 a sample.
+        """
+        return _moments(self.vae if self.condition_encoder is None else self.condition_encoder, lr)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Image float32 (B, 3, H, W) around [-1, 1], un-clamped, from scaled latents (B, 4, h, w)."""
@@ -88,6 +101,11 @@ class CcsrModel:
             )[0].float()
 
         return denoise
+
+
+def _moments(vae: AutoencoderKL, image: Tensor) -> tuple[Tensor, Tensor]:
+    posterior = vae.encode((2 * image - 1).to(_dtype(vae))).latent_dist
+    return posterior.mean.float() * vae.config.scaling_factor, posterior.std.float() * vae.config.scaling_factor
 
 
 def _dtype(network: nn.Module) -> torch.dtype:

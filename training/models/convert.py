@@ -1,5 +1,6 @@
-"""Published weights in: CCSR v1's checkpoint and v2's directories become model directories, or nothing is written."""
+"""Published weights in: CCSR v1's checkpoint, v2's directories, Stable Diffusion 2.1-base become model directories."""
 
+import copy
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from infra.errors import ModelError
 from training.models.ccsr import CcsrModel
 from training.models.directory import (
     WEIGHTS,
+    check_finite,
     check_keys,
     fill,
     load_part,
@@ -23,10 +25,9 @@ from training.models.directory import (
     save_model,
 )
 from training.models.ldm import unet_names, vae_names
-from training.models.networks import UNET_CONFIGS, VAE_CONFIGS, ModelConfig, latent_controlnet
+from training.models.networks import CONDITION, UNET_CONFIGS, VAE_CONFIGS, ModelConfig, latent_controlnet
 from training.models.text import V2_NEGATIVE_PROMPT, V2_PROMPT, embed_empty_prompt_open_clip, embed_prompts
 
-CONDITION = "controlnet_cond_embedding"
 # What a v1 checkpoint holds beside networks: the noise schedules, a loss's scalar, and stage 2's loss networks.
 _NOT_NETWORKS = re.compile(
     r"(betas|alphas_cumprod\w*|posterior_\w+|sqrt_\w+|log_one_minus_alphas_cumprod)(_inter)?|logvar|decoder_loss\..+"
@@ -36,10 +37,11 @@ _NOT_NETWORKS = re.compile(
 def convert_v1(checkpoint: Path | str, base: Path | str | None, out: Path | str) -> None:
     """Write `out` from a published v1 checkpoint (`.ckpt` or `.safetensors`); strict, all or nothing.
 
-    `base`: a Stable Diffusion 2.1-base directory in diffusers' layout. Its configs give the architecture and its text
-    encoder the empty prompt's embedding; with None the architecture is SD 2.1-base's and the text tower the
-    checkpoint's own. Every tensor must have a place: UNet, ControlNet (whose first convolution over concat([x_t, z_lr])
-    is split in two), VAE, and the condition encoder, which must equal the VAE's; schedules and losses are dropped.
+    `base`: a Stable Diffusion 2.1-base directory in diffusers' layout, or a model directory. Its configs give the
+    architecture, and its text encoder or cached prompts the empty prompt's embedding; with None the architecture is
+    SD 2.1-base's and the text tower the checkpoint's own. Every tensor must have a place: UNet, ControlNet (whose first
+    convolution over concat([x_t, z_lr]) is split in two), VAE, and the condition encoder, which is dropped where it is
+    the VAE's own, as in the published files, and kept where it differs; schedules and losses are dropped.
     Raises ModelError naming the first difference.
     """
     path, base = Path(checkpoint), None if base is None else Path(base)
@@ -75,7 +77,8 @@ def convert_v1(checkpoint: Path | str, base: Path | str | None, out: Path | str)
     take(controlnet, names, "control_model.")
     take(unet, unet_names(unet.state_dict(), depth), "model.diffusion_model.")
     take(vae, vae_names(vae.state_dict(), len(vae.config.block_out_channels)), "first_stage_model.")
-    taken |= _check_condition_encoder(state, path)
+    condition_encoder = _condition_encoder(vae, state, path)
+    taken |= {key for key in state if key.startswith("cond_encoder.")}
     _check_surplus(set(state) - taken, path)
 
     prefix = "cond_stage_model.model."
@@ -90,7 +93,7 @@ def convert_v1(checkpoint: Path | str, base: Path | str | None, out: Path | str)
             where=str(path),
             todo="give a Stable Diffusion 2.1-base directory as base: ccsr weights fetch sd21-base",
         )
-    _write(unet, vae, controlnet, prompts, "v1", out, path)
+    _write(unet, vae, controlnet, prompts, "v1", out, path, condition_encoder)
 
 
 def convert_v2(controlnet_dir: Path | str, vae_dir: Path | str, base_dir: Path | str, out: Path | str) -> None:
@@ -121,6 +124,18 @@ def convert_v2(controlnet_dir: Path | str, vae_dir: Path | str, base_dir: Path |
     _check_prediction_type(base)
     prompts = embed_prompts(base, ["", V2_PROMPT, V2_NEGATIVE_PROMPT])
     _write(unet, vae, controlnet, prompts, "v2", out, place)
+
+
+def convert_base(base_dir: Path | str, family: str, out: Path | str) -> None:
+    """Write `out` from SD 2.1-base alone: a start for training, its ControlNet the UNet's copy that changes nothing.
+
+    `family`: "v1" or "v2". Strict, all or nothing; raises ModelError naming the first difference.
+    """
+    base = Path(base_dir)
+    _check_prediction_type(base)
+    unet, vae = load_part(base / "unet", "unet"), load_part(base / "vae", "vae")
+    prompts = embed_prompts(base, ["", V2_PROMPT, V2_NEGATIVE_PROMPT])
+    _write(unet, vae, latent_controlnet(unet), prompts, family, out, base)
 
 
 def _architecture(base: Path | None) -> tuple[UNet2DConditionModel, AutoencoderKL]:
@@ -161,20 +176,19 @@ def _split_first_convolution(state: dict[str, Tensor], channels: int, path: Path
     state[f"control_model.{CONDITION}.bias"] = torch.zeros(len(weight), dtype=weight.dtype)
 
 
-def _check_condition_encoder(state: Mapping[str, Tensor], path: Path) -> set[str]:
-    """The names of cond_encoder's tensors, each of which must equal its original in first_stage_model."""
-    match = re.compile(r"first_stage_model(\.(encoder|quant_conv)\..+)").fullmatch
-    originals = {f"cond_encoder{found[1]}": state[key] for key in state if (found := match(key))}
-    copies = {key: state[key] for key in state if key.startswith("cond_encoder.")}
+def _condition_encoder(vae: AutoencoderKL, state: Mapping[str, Tensor], path: Path) -> AutoencoderKL | None:
+    """cond_encoder as an autoencoder beside the VAE, whose decoder it shares; None where it is the VAE's encoder."""
+    sources = vae_names(vae.state_dict(), len(vae.config.block_out_channels))
+    places = {f"cond_encoder.{source}": key for key, source in sources.items() if re.match(r"(quant_conv|enc)", source)}
+    originals = {name: state[name.replace("cond_encoder.", "first_stage_model.")] for name in places}
+    copies = {name: value for name, value in state.items() if name.startswith("cond_encoder.")}
     check_keys(originals, copies, path)
-    for key, copy in copies.items():
-        if not torch.equal(originals[key], copy):
-            raise ModelError(
-                f"tensor {key} differs from its original in first_stage_model: it was trained on its own",
-                where=str(path),
-                todo="give a published CCSR v1 checkpoint; a model directory has one encoder",
-            )
-    return set(copies)
+    if all(torch.equal(originals[name], value) for name, value in copies.items()):
+        return None
+    check_finite(copies, path)
+    tensors = vae.state_dict()
+    own = {key: copies[name].reshape(tensors[key].shape) for name, key in places.items()}
+    return fill(copy.deepcopy(vae), tensors | own, path)
 
 
 def _check_surplus(left: Iterable[str], path: Path) -> None:
@@ -199,6 +213,7 @@ def _write(
     family: str,
     out: Path | str,
     source: Path,
+    condition_encoder: AutoencoderKL | None = None,
 ) -> None:
     shared = {key: tensor for key, tensor in unet.state_dict().items() if key in controlnet.state_dict()}
     check_keys(shared, {key: controlnet.state_dict()[key] for key in shared}, source)
@@ -219,7 +234,7 @@ def _write(
         if _is_preset(unet.config, UNET_CONFIGS[name]) and _is_preset(vae.config, VAE_CONFIGS[name])
     ]
     config = ModelConfig.model_validate({"preset": presets[0] if presets else "custom", "family": family})
-    save_model(CcsrModel(config, vae, unet, controlnet, prompts), out)
+    save_model(CcsrModel(config, vae, unet, controlnet, prompts, condition_encoder), out)
 
 
 def _is_preset(config: Mapping[str, Any], preset: Mapping[str, Any]) -> bool:

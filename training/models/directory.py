@@ -1,4 +1,4 @@
-"""Model directories: vae/, unet/ and controlnet/ as diffusers writes them, prompt.safetensors, and ccsr.json last."""
+"""Model directories: networks as diffusers writes them, prompt.safetensors, and ccsr.json last."""
 
 import json
 import re
@@ -21,11 +21,18 @@ from torch import Tensor, nn
 from infra.errors import ModelError, StorageError
 from infra.storage import sha256_file
 from training.models.ccsr import CcsrModel
-from training.models.networks import ModelConfig, with_latent_condition
+from training.models.networks import ModelConfig, from_stock_condition, to_stock_condition, with_latent_condition
 
-PARTS = {"vae": AutoencoderKL, "unet": UNet2DConditionModel, "controlnet": ControlNetModel}
+OPTIONAL = "condition_encoder"
+PARTS = {
+    "vae": AutoencoderKL,
+    "unet": UNet2DConditionModel,
+    "controlnet": ControlNetModel,
+    OPTIONAL: AutoencoderKL,
+}
 NetworkT = TypeVar("NetworkT", bound=nn.Module)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+PROMPTS = "prompt.safetensors"
 
 # Autoencoders written by diffusers before 0.15, Stable Diffusion 2.1's among them, name their attention layers so.
 _OLD_ATTENTION = re.compile(r"(?<=\.)(query|key|value|proj_attn)(?=\.(weight|bias)$)")
@@ -42,19 +49,19 @@ class ModelRecord(ModelConfig):
 def save_model(model: CcsrModel, directory: Path | str) -> None:
     """Write `model` as a directory, all or nothing; a complete directory of the same name is replaced.
 
-    Each part is loadable by plain diffusers; in the ControlNet, replace `controlnet_cond_embedding` by
-    Conv2d(4, C, 3, padding=1) before loading the weights (`training.models.with_latent_condition`).
-    Raises ModelError where a weight is not finite.
+    Each part loads with plain diffusers' `from_pretrained`, the ControlNet too: it then takes the LR latent as
+    `controlnet_cond`. Raises ModelError where a weight is not finite.
     """
     with replacing(Path(directory)) as partial:
-        for name in PARTS:
-            part = getattr(model, name)
+        for name, part in model.networks.items():
             check_finite(part.state_dict(), where=name)
             part.save_config(partial / name)
             state = {key: tensor.detach().cpu().contiguous() for key, tensor in part.state_dict().items()}
+            if name == "controlnet":
+                state = to_stock_condition(state)
             save_file(state, partial / name / WEIGHTS, metadata={"format": "pt"})
         prompts = {text: embedding.float().cpu().contiguous() for text, embedding in model.prompts.items()}
-        save_file(prompts, partial / "prompt.safetensors")
+        save_file(prompts, partial / PROMPTS)
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         for path in files:
             path.chmod(0o644)  # safetensors leaves its files readable to their owner alone
@@ -89,8 +96,9 @@ def load_model(
                 where=str(directory / name),
                 todo="copy the directory again, or convert again",
             )
-    parts = {name: load_part(directory / name, name) for name in PARTS}
-    prompts = read_weights(directory / "prompt.safetensors")
+    names = [name for name in PARTS if name != OPTIONAL or f"{OPTIONAL}/{WEIGHTS}" in record.sha256]
+    parts = {name: load_part(directory / name, name) for name in names}
+    prompts = read_weights(directory / PROMPTS)
     config = ModelConfig(preset=record.preset, family=record.family)
     return CcsrModel(config=config, prompts=prompts, **parts).to(device, dtype)
 
@@ -99,6 +107,8 @@ def load_part(directory: Path, name: str) -> Any:
     """One diffusers network (`name` in PARTS) from config.json and weights in `directory`, float32, in eval mode."""
     network = part_from_config(read_json(directory / "config.json"), name, where=directory / "config.json")
     state = {_OLD_ATTENTION.sub(_new_attention, key): value for key, value in read_weights(directory / WEIGHTS).items()}
+    if name == "controlnet":
+        state = from_stock_condition(state, where=str(directory / WEIGHTS))
     return fill(network, state, where=directory / WEIGHTS)
 
 

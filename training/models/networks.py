@@ -6,9 +6,10 @@ from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
-from torch import nn
+from torch import Tensor, nn
 
 from infra.config import Config
+from infra.errors import ModelError
 
 
 class ModelConfig(Config):
@@ -53,6 +54,7 @@ UNET_CONFIGS: dict[str, dict[str, Any]] = {
         "use_linear_projection": True,
     },
 }
+CONDITION = "controlnet_cond_embedding"
 PROMPT_TOKENS = {"tiny": 1, "sd21": 77}
 
 
@@ -84,7 +86,56 @@ def with_latent_condition(controlnet: ControlNetModel) -> ControlNetModel:
     nn.init.zeros_(condition.weight)
     nn.init.zeros_(condition.bias)
     controlnet.controlnet_cond_embedding = condition
+    controlnet.register_to_config(conditioning_embedding_out_channels=(2 * channels[0],))  # see `to_stock_condition`
     return controlnet
+
+
+def to_stock_condition(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A ControlNet's tensors in the form that an unchanged diffusers ControlNetModel computes the same map with.
+
+    Its hint encoder is conv_out(silu(conv_in(z))). With conv_in(z) = (z, -z) and conv_out = (W, -W) that is W z,
+    because silu(z) - silu(-z) = z.
+    """
+    state = dict(state)
+    weight = state.pop(f"{CONDITION}.weight")
+    state[f"{CONDITION}.conv_out.weight"] = torch.cat([weight, -weight], dim=1)
+    state[f"{CONDITION}.conv_out.bias"] = state.pop(f"{CONDITION}.bias")
+    state[f"{CONDITION}.conv_in.weight"] = _copy_and_negation(weight)
+    state[f"{CONDITION}.conv_in.bias"] = weight.new_zeros(2 * weight.shape[1])
+    return state
+
+
+def from_stock_condition(state: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The inverse of `to_stock_condition`; tensors without a hint encoder stay. ModelError where it is another one."""
+    state = dict(state)
+    names = [f"{CONDITION}.{layer}.{leaf}" for layer in ("conv_in", "conv_out") for leaf in ("weight", "bias")]
+    if not set(names) <= set(state):
+        return state
+    enter, enter_bias, leave, bias = (state.pop(name) for name in names)
+    weight, negated = leave.chunk(2, dim=1)
+    expected = _copy_and_negation(weight)
+    if enter.shape != expected.shape or enter_bias.any() or not torch.equal(enter, expected):
+        raise ModelError(
+            f"tensor {names[0]} is of an RGB hint encoder, not of one that passes the LR latent on",
+            where=where,
+            todo="give a CCSR ControlNet",
+        )
+    if not torch.equal(weight, -negated):
+        raise ModelError(
+            f"tensor {names[2]} does not hold a convolution and its negation: it was trained in another form",
+            where=where,
+            todo="train with ccsr train, which keeps one convolution",
+        )
+    return state | {f"{CONDITION}.weight": weight.contiguous(), f"{CONDITION}.bias": bias}
+
+
+def _copy_and_negation(weight: Tensor) -> Tensor:
+    """The kernel of z -> (z, -z) for a condition convolution's weight (C, channels, 3, 3)."""
+    channels = weight.shape[1]
+    kernel = weight.new_zeros(2 * channels, channels, 3, 3)
+    kernel[:channels, :, 1, 1] = torch.eye(channels)
+    kernel[channels:, :, 1, 1] = -torch.eye(channels)
+    return kernel
 
 
 def build_networks(preset: str) -> tuple[AutoencoderKL, UNet2DConditionModel, ControlNetModel]:

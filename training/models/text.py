@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from infra.errors import ModelError
-from training.models.directory import check_finite, check_keys
+from training.models.directory import PROMPTS, check_finite, check_keys, read_weights
 from training.models.ldm import open_clip_names
 
 # CCSR v2's inference defaults (its README); they act only where the guidance scale is above 1.
@@ -18,9 +18,16 @@ V2_NEGATIVE_PROMPT = "blurry, dotted, noise, raster lines, unclear, lowres, over
 def embed_prompts(base: Path, prompts: Sequence[str]) -> dict[str, Tensor]:
     """{prompt: float32 (1, L, C)}: last hidden state of `base`/text_encoder, a Stable Diffusion 2 directory.
 
-    Texts other than the empty one are cut into tokens by `base`/tokenizer. Raises ModelError where a file is missing,
-    incomplete or of another kind.
+    Texts other than the empty one are cut into tokens by `base`/tokenizer. Where `base` is a model directory, all the
+    prompts that it caches. Raises ModelError where a file is missing, incomplete or of another kind.
     """
+    if (base / PROMPTS).is_file():
+        cached = read_weights(base / PROMPTS)
+        if "" not in cached:
+            raise ModelError(
+                "the empty prompt's embedding is missing", where=str(base / PROMPTS), todo="give another base"
+            )
+        return cached
     from transformers import CLIPTextModel
 
     place = base / "text_encoder"

@@ -1,5 +1,6 @@
 """CCSR's samplers, v1 and v2, and conventional uniform sampling; every random number arrives through `noise`."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -17,7 +18,7 @@ from training.sampling.schedules import (
     respaced_grid,
 )
 
-# (x_t float32 (B, C, H, W), t int64 (B,)) -> eps of x_t's shape; `tiled` adds the tile's (y, x).
+# (x_t float32 (B, C, H, W), t int64 (B,)) -> eps of x_t's shape; `tiled` adds the tile's (y, x) where it is taken.
 Denoise = Callable[..., Tensor]
 DrawNoise = Callable[[Sequence[int]], Tensor]
 
@@ -93,10 +94,19 @@ def guided(cond: Denoise, uncond: Denoise, scale: float) -> Denoise:
         return cond
 
     def denoise(x_t: Tensor, t: Tensor, *tile: tuple[int, int]) -> Tensor:
-        eps_uncond = uncond(x_t, t, *tile)
-        return eps_uncond + scale * (cond(x_t, t, *tile) - eps_uncond)
+        eps_uncond = at_tile(uncond, x_t, t, *tile)
+        return eps_uncond + scale * (at_tile(cond, x_t, t, *tile) - eps_uncond)
 
     return denoise
+
+
+def at_tile(denoise: Denoise, x_t: Tensor, t: Tensor, *tile: tuple[int, int]) -> Tensor:
+    """denoise(x_t, t, (y, x)), or denoise(x_t, t) where it takes no third argument or there is no tile."""
+    try:
+        inspect.signature(denoise).bind(x_t, t, *tile)
+    except TypeError:
+        return denoise(x_t, t)
+    return denoise(x_t, t, *tile)
 
 
 def _ddpm(denoise: Denoise, x: Tensor, timesteps: Sequence[int], noise: DrawNoise) -> Tensor:
@@ -104,7 +114,7 @@ def _ddpm(denoise: Denoise, x: Tensor, timesteps: Sequence[int], noise: DrawNois
     for t, t_prev in pairwise(timesteps):
         x0 = _denoise_to_x0(denoise, x, t)
         of_x0, of_x, std = posterior(t, t_prev)
-        x = of_x0 * x0 + of_x * x + std * noise(x0.shape)
+        x = of_x0 * x0 + of_x * x + std * noise(x0.shape).float()
     return _denoise_to_x0(denoise, x, timesteps[-1])
 
 

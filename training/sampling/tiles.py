@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from infra.errors import ConfigError, DataError
-from training.sampling.samplers import Denoise
+from training.sampling.samplers import Denoise, at_tile
 
 
 def tile_grid(height: int, width: int, tile: int, stride: int) -> list[tuple[int, int]]:
@@ -45,7 +45,7 @@ def tile_weights(tile: int) -> Tensor:
 def tiled(denoise: Denoise, tile: int, stride: int) -> Denoise:
     """A denoiser of whole latents that calls `denoise(x_tile, t, (y, x))` on each tile (sides in latent pixels).
 
-    The position lets `denoise` cut its condition. The average is float32, weighted; errors are those of `tile_grid`.
+    A `denoise` of two arguments is called without the position, which lets `denoise` cut its condition. The average is float32, weighted; errors are those of `tile_grid`.
     """
     weights = tile_weights(tile).float()
 
@@ -55,7 +55,7 @@ def tiled(denoise: Denoise, tile: int, stride: int) -> Denoise:
         norm = torch.zeros(x_t.shape[-2:], dtype=torch.float32, device=x_t.device)
         for y, x in tile_grid(x_t.shape[-2], x_t.shape[-1], tile, stride):
             window = (..., slice(y, y + tile), slice(x, x + tile))
-            total[window] += weight * denoise(x_t[window], t, (y, x)).float()
+            total[window] += weight * at_tile(denoise, x_t[window], t, (y, x)).float()
             norm[window] += weight
         return total / norm
 

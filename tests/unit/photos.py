@@ -1,0 +1,47 @@
+"""Synthetic photographs and small shard sets for tests."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from infra import rng_for
+from infra.images import encode_png
+from infra.manifest import Manifest, write_manifest
+from pipelines.config import ShardConfig
+from pipelines.plan import plan_shards, source_id
+from pipelines.shard import _facts, resolve_degradation, write_shard
+from pipelines.sources import list_sources
+
+
+def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """uint8 (H, W, 3): smooth colour with a little noise, another one for every seed."""
+    rng = rng_for(seed, "photo")
+    y, x = np.mgrid[:height, :width]
+    slopes = rng.uniform(0.5, 4, (3, 2))
+    base = np.stack([127 + 100 * np.sin((a * x + b * y) / 20) for a, b in slopes], axis=-1)
+    return np.clip(base + rng.integers(-8, 9, base.shape), 0, 255).astype(np.uint8)
+
+
+def save_photos(folder: Path, sizes: Sequence[tuple[int, int]]) -> None:
+    """FOLDER/00.png, 01.png, ... of the given (height, width)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, (height, width) in enumerate(sizes):
+        (folder / f"{number:02d}.png").write_bytes(encode_png(photo(height, width, seed=number)))
+
+
+def shard_config(photos: Path | str, output: Path | str, *, name: str = "set", **changes: Any) -> ShardConfig:
+    source = {"kind": "folder", "name": name, "path": str(photos)}
+    return ShardConfig.model_validate({"job": "shard", "output": str(output), "sources": [source], **changes})
+
+
+def make_shard_set(config: ShardConfig) -> Manifest:
+    """The shard set of a config, written in this process without Ray."""
+    recipe = resolve_degradation(config)
+    files = list_sources(config.sources)
+    shards = plan_shards(files, config)
+    for shard in shards:
+        write_shard(config, recipe, shard)
+    facts = {"source_id": source_id(files), "fingerprint": "of a test", **_facts(recipe)}
+    return write_manifest(config.output, len(shards), **facts)

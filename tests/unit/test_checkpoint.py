@@ -1,0 +1,165 @@
+"""Checkpoints: what is saved comes back bit for bit, what is not complete or not intact is never taken for it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from infra import ModelError, StorageError
+from infra.storage import join, list_files, read_bytes, remove, write_bytes
+from training.checkpoint import (
+    TrainingState,
+    check_tensors,
+    complete_checkpoints,
+    load_checkpoint,
+    module_state,
+    remove_checkpoint,
+    restore_module,
+    save_checkpoint,
+)
+
+
+@pytest.fixture(params=["local", "s3"])
+def output(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return join(request.getfixturevalue("s3"), "run") if request.param == "s3" else str(tmp_path / "run")
+
+
+def state(position: int) -> TrainingState:
+    generator = torch.Generator().manual_seed(position)
+    weights = {"a.weight": torch.randn(3, 5, generator=generator), "b": torch.randn((), generator=generator)}
+    moments = {"exp_avg.a.weight": torch.randn(5, 3, generator=generator).t()}  # not contiguous
+    return TrainingState({"position": position, "num_updates": position // 8}, {"weights": weights, "moments": moments})
+
+
+def assert_equal(one: TrainingState, other: TrainingState) -> None:
+    assert one.tensors.keys() == other.tensors.keys()
+    for name, tensors in one.tensors.items():
+        assert tensors.keys() == other.tensors[name].keys()
+        assert all(torch.equal(tensor, other.tensors[name][key]) for key, tensor in tensors.items())
+    assert {key: other.facts[key] for key in one.facts} == one.facts
+
+
+def test_what_is_saved_comes_back(output: str) -> None:
+    assert complete_checkpoints(output) == []
+    place = save_checkpoint(output, state(16), keep=2)
+    assert complete_checkpoints(output) == [place]
+    assert_equal(state(16), load_checkpoint(place))
+
+
+def test_the_newest_are_kept_in_order(output: str) -> None:
+    for position in (8, 16, 1000, 24_000_000):
+        newest = save_checkpoint(output, state(position), keep=2)
+    kept = complete_checkpoints(output)
+    assert [load_checkpoint(place).facts["position"] for place in kept] == [1000, 24_000_000]
+    assert kept[-1] == newest
+    assert {file.rsplit("/", 1)[0] for file in list_files(output)} == set(kept), "nothing of the others is left"
+
+
+def test_a_half_written_one_is_not_taken_and_goes_with_the_next(output: str) -> None:
+    first = save_checkpoint(output, state(8), keep=3)
+    killed = save_checkpoint(output, state(16), keep=3)
+    remove(join(killed, "complete.json"))  # as if the process had died just before
+    assert complete_checkpoints(output) == [first]
+    with pytest.raises(ModelError, match="not complete"):
+        load_checkpoint(killed)
+    last = save_checkpoint(output, state(24), keep=3)
+    assert complete_checkpoints(output) == [first, last]
+    assert not list_files(killed)
+
+
+def test_one_that_was_half_written_is_made_again_at_the_same_position(output: str) -> None:
+    place = save_checkpoint(output, state(16), keep=1)
+    remove(join(place, "complete.json"))
+    other = state(16)
+    other.tensors["weights"]["b"] += 1
+    other.facts["git_commit"] = "another"
+    assert save_checkpoint(output, other, keep=1) == place
+    assert_equal(other, load_checkpoint(place))
+
+
+def test_saving_at_a_position_again_replaces_the_damaged_one(output: str) -> None:
+    place = save_checkpoint(output, state(16), keep=1)
+    write_bytes(join(place, "weights.safetensors"), b"damaged")
+    save_checkpoint(output, state(16), keep=1)
+    assert_equal(state(16), load_checkpoint(place))
+
+
+def test_removal_takes_the_mark_of_completeness_first(output: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = save_checkpoint(output, state(8), keep=1)
+    removed: list[str] = []
+    monkeypatch.setattr("training.checkpoint.remove", removed.append)
+    remove_checkpoint(place)
+    assert removed[0] == join(place, "complete.json")
+    assert set(removed) == set(list_files(place))
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "moments.safetensors"])
+def test_a_damaged_file_is_told(output: str, name: str) -> None:
+    place = save_checkpoint(output, state(8), keep=1)
+    data = bytearray(read_bytes(join(place, name)))
+    data[-1] ^= 1
+    write_bytes(join(place, name), bytes(data))
+    with pytest.raises(ModelError, match=f"{name} is damaged"):
+        load_checkpoint(place)
+
+
+def test_other_formats_damaged_facts_and_missing_files_are_told(tmp_path: Path) -> None:
+    place = Path(save_checkpoint(str(tmp_path), state(8), keep=1))
+    facts = (place / "state.json").read_text()
+    (place / "state.json").write_text(json.dumps({**json.loads(facts), "format": "other-9"}))
+    with pytest.raises(ModelError, match="unknown checkpoint format 'other-9'"):
+        load_checkpoint(str(place))
+    (place / "state.json").write_text(facts[:20])
+    with pytest.raises(StorageError, match="not JSON"):
+        load_checkpoint(str(place))
+    (place / "state.json").write_text(facts)
+    (place / "moments.safetensors").unlink()
+    with pytest.raises(StorageError, match="no such file"):
+        load_checkpoint(str(place))
+
+
+def test_no_pickle_is_in_a_checkpoint(tmp_path: Path) -> None:
+    place = Path(save_checkpoint(str(tmp_path), state(8), keep=1))
+    assert {path.suffix for path in place.iterdir()} == {".json", ".safetensors"}
+
+
+def test_a_checkpoint_of_another_model_names_the_first_difference() -> None:
+    module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    found = dict(module.named_parameters())
+    check_tensors("here", found, module)
+    for change, message in (
+        ({"1.bias": None}, "tensor 1.bias is only in the model"),
+        ({"2.bias": torch.zeros(2)}, "tensor 2.bias is only in the checkpoint"),
+        ({"0.weight": torch.zeros(3, 4)}, r"tensor 0.weight is \(3, 4\), the model's is \(4, 3\)"),
+    ):
+        changed = {key: tensor for key, tensor in {**found, **change}.items() if tensor is not None}
+        with pytest.raises(ModelError, match=message) as caught:
+            check_tensors("here", changed, module)
+        assert caught.value.where == "here"
+
+
+def test_a_module_goes_on_from_its_state_as_if_never_stopped() -> None:
+    def made() -> tuple[nn.Module, torch.optim.AdamW]:
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 1, 3))
+        return module, torch.optim.AdamW(module.parameters(), lr=0.01)
+
+    def steps(module: nn.Module, optimizer: torch.optim.AdamW, numbers: range) -> None:
+        for number in numbers:
+            image = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(number))
+            module(image).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    straight, optimizer = made()
+    steps(straight, optimizer, range(6))
+    stopped, optimizer = made()
+    steps(stopped, optimizer, range(3))
+    saved = module_state(stopped, optimizer)
+    resumed, optimizer = made()
+    restore_module(resumed, optimizer, saved, num_updates=3)
+    steps(resumed, optimizer, range(3, 6))
+    for name, tensor in straight.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name

@@ -1,0 +1,43 @@
+"""The house's own rules: layers, configs and the README's examples."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from evaluation.config import EvaluateConfig
+from infra.config import load_config, parse_config
+from pipelines.config import ShardConfig
+from training.config import TrainConfig
+
+ROOT = Path(__file__).parents[2]
+CONFIG_CLASSES = {"shard": ShardConfig, "train": TrainConfig, "evaluate": EvaluateConfig}
+README_CONFIGS = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+
+
+def test_each_floor_imports_only_those_below():
+    lint = Path(sys.executable).with_name("lint-imports")
+    done = subprocess.run([lint, "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "2 kept, 0 broken" in done.stdout
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_are_valid(path):
+    job = yaml.safe_load(path.read_text())["job"]
+    assert load_config(path, CONFIG_CLASSES[job]).job == job
+
+
+def test_readme_shows_the_three_jobs_with_valid_yaml():
+    jobs = [yaml.safe_load(text)["job"] for text in README_CONFIGS]
+    assert jobs == ["shard", "train", "evaluate"]
+    for text, job in zip(README_CONFIGS, jobs, strict=True):
+        parse_config(yaml.safe_load(text), CONFIG_CLASSES[job], where="README.md")
+
+
+def test_readme_names_files_that_exist():
+    for link in re.findall(r"\]\(([a-z][^):]*)\)", (ROOT / "README.md").read_text()):
+        assert (ROOT / link).exists(), link

@@ -1,0 +1,208 @@
+"""Image files: photographs come out as upright 8-bit RGB, everything else with the reason why it does not."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from infra import DataError, rng_for
+from infra.images import (
+    UnusableImageError,
+    decode_image,
+    encode_png,
+    list_images,
+    read_image,
+    resize_bicubic,
+)
+
+
+def photo(height: int = 40, width: int = 56, seed: int = 0) -> np.ndarray:
+    """uint8 (H, W, 3): smooth colour with a little noise."""
+    y, x = np.mgrid[:height, :width]
+    base = np.stack([4 * y % 256, 3 * x % 256, (x + 2 * y) % 256], axis=-1)
+    return np.clip(base + rng_for(seed, "photo").integers(-8, 9, base.shape), 0, 255).astype(np.uint8)
+
+
+PHOTO = photo()
+
+
+def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def picture(mode: str = "RGB") -> Image.Image:
+    return Image.fromarray(PHOTO).convert(mode)
+
+
+def with_alpha(alpha: int, mode: str = "RGBA") -> Image.Image:
+    image = picture(mode)
+    image.putalpha(Image.new("L", image.size, 255))
+    image.putpixel((3, 4), (*image.getpixel((3, 4))[:-1], alpha))  # type: ignore[index, misc]
+    return image
+
+
+def palette(**options: Any) -> bytes:
+    return saved(picture().quantize(16), "PNG", **options)
+
+
+SIXTEEN_RGB = PHOTO.astype(np.uint16) * 257
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        pytest.param(b"", "empty", id="zero bytes"),
+        pytest.param(b"This is no photograph.", "unreadable", id="text"),
+        pytest.param(b"\x89PNG\r\n\x1a\n", "unreadable", id="a PNG's first bytes"),
+        pytest.param(saved(picture(), "GIF"), "unreadable", id="GIF"),
+        pytest.param(saved(picture(), "EPS"), "unreadable", id="EPS"),
+        pytest.param(saved(picture(), "PNG")[:-200], "truncated", id="cut PNG"),
+        pytest.param(saved(picture(), "JPEG")[:-200], "truncated", id="cut JPEG"),
+        pytest.param(saved(picture(), "WEBP", lossless=True)[:-200], "unreadable", id="cut WebP"),
+        pytest.param(saved(picture(), "BMP")[:-200], "truncated", id="cut BMP"),
+        pytest.param(saved(picture("CMYK"), "JPEG"), "cmyk", id="CMYK JPEG"),
+        pytest.param(saved(picture("CMYK"), "TIFF"), "cmyk", id="CMYK TIFF"),
+        pytest.param(saved(picture("LAB"), "TIFF"), "cmyk", id="LAB TIFF"),
+        pytest.param(saved(Image.fromarray(SIXTEEN_RGB[..., 0]), "PNG"), "sixteen_bit", id="16-bit grey PNG"),
+        pytest.param(cv2.imencode(".png", SIXTEEN_RGB)[1].tobytes(), "sixteen_bit", id="16-bit colour PNG"),
+        pytest.param(cv2.imencode(".tiff", SIXTEEN_RGB)[1].tobytes(), "sixteen_bit", id="16-bit colour TIFF"),
+        pytest.param(saved(picture("F"), "TIFF"), "sixteen_bit", id="float TIFF"),
+        pytest.param(saved(picture(), "PNG", save_all=True, append_images=[picture()]), "animated", id="APNG"),
+        pytest.param(
+            saved(picture(), "WEBP", save_all=True, append_images=[picture("L")]), "animated", id="moving WebP"
+        ),
+        pytest.param(saved(picture(), "TIFF", save_all=True, append_images=[picture()]), "animated", id="2-page TIFF"),
+        pytest.param(saved(with_alpha(254), "PNG"), "transparent", id="RGBA"),
+        pytest.param(saved(with_alpha(0, "L"), "PNG"), "transparent", id="grey and alpha"),
+        pytest.param(palette(transparency=0), "transparent", id="transparent palette"),
+    ],
+)
+def test_what_is_no_photograph_is_refused_with_its_reason(data: bytes, reason: str) -> None:
+    with pytest.raises(UnusableImageError) as caught:
+        decode_image(data, where="set/x.png")
+    assert caught.value.reason == reason
+    assert caught.value.where == "set/x.png"
+    assert str(caught.value).count("\n") == 2
+
+
+def test_a_decompression_bomb_is_refused_by_its_header() -> None:
+    bomb = saved(Image.new("1", (17_000, 16_000)), "PNG")
+    assert len(bomb) < 100_000
+    with pytest.raises(UnusableImageError) as caught:
+        decode_image(bomb, where="x")
+    assert caught.value.reason == "too_large"
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF"])
+def test_lossless_files_come_out_exactly(kind: str) -> None:
+    image = decode_image(saved(picture(), kind), where="x")
+    assert image.dtype == np.uint8
+    assert (image == PHOTO).all()
+
+
+def test_grey_opaque_and_palette_pictures_become_rgb() -> None:
+    grey = decode_image(saved(picture("L"), "PNG"), where="x")
+    assert (grey == np.asarray(picture("L"))[..., None]).all()
+    assert grey.shape == PHOTO.shape
+    assert (decode_image(saved(with_alpha(255), "PNG"), where="x") == PHOTO).all()
+    assert (decode_image(palette(), where="x") == np.asarray(picture().quantize(16).convert("RGB"))).all()
+    bits = decode_image(saved(picture("1"), "PNG"), where="x")
+    assert set(np.unique(bits)) == {0, 255}
+
+
+def test_a_palette_whose_transparent_colour_is_not_used_is_opaque() -> None:
+    image = picture().quantize(16)
+    assert decode_image(saved(image, "PNG", transparency=200), where="x").shape == PHOTO.shape
+
+
+@pytest.mark.parametrize(
+    ("orientation", "upright"),
+    [
+        (1, lambda a: a),
+        (2, lambda a: a[:, ::-1]),
+        (3, lambda a: a[::-1, ::-1]),
+        (4, lambda a: a[::-1]),
+        (5, lambda a: a.transpose(1, 0, 2)),
+        (6, lambda a: np.rot90(a, -1)),
+        (7, lambda a: a.transpose(1, 0, 2)[::-1, ::-1]),
+        (8, lambda a: np.rot90(a, 1)),
+    ],
+)
+def test_exif_orientation_is_applied(orientation: int, upright: Callable[[np.ndarray], np.ndarray]) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert (decode_image(saved(picture(), "PNG", exif=exif), where="x") == upright(PHOTO)).all()
+
+
+def test_of_a_cameras_multi_picture_jpeg_the_photograph_is_taken() -> None:
+    preview = picture().resize((8, 8))
+    data = saved(picture(), "MPO", save_all=True, append_images=[preview], quality=95)
+    image = decode_image(data, where="x")
+    assert image.shape == PHOTO.shape
+    assert np.abs(image.astype(int) - PHOTO).mean() < 10
+
+
+FILES = [
+    saved(picture(), "PNG"),
+    saved(picture(), "JPEG", progressive=True),
+    saved(picture(), "WEBP"),
+    saved(picture(), "BMP"),
+    saved(picture(), "TIFF", compression="tiff_lzw"),
+    saved(picture(), "TIFF", save_all=True, append_images=[picture()]),
+    palette(transparency=3),
+]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@settings(derandomize=True)
+@given(st.sampled_from(FILES), st.data())
+def test_damage_anywhere_gives_a_picture_or_a_reason(data: bytes, draw: st.DataObject) -> None:
+    damaged = bytearray(data)
+    reach = draw.draw(st.sampled_from([64, 300, len(data)]))
+    for place in draw.draw(st.lists(st.integers(0, min(reach, len(data)) - 1), max_size=5)):
+        damaged[place] = draw.draw(st.integers(0, 255))
+    end = draw.draw(st.integers(0, len(data)) | st.just(len(data)))
+    try:
+        image = decode_image(bytes(damaged[:end]), where="x")
+    except UnusableImageError:
+        return
+    assert image.dtype == np.uint8
+    assert image.shape[2] == 3
+
+
+def test_png_is_exact_and_the_same_each_time(tmp_path: Path) -> None:
+    data = encode_png(PHOTO)
+    assert encode_png(PHOTO.copy()) == data
+    (tmp_path / "x.png").write_bytes(data)
+    assert (read_image(str(tmp_path / "x.png")) == PHOTO).all()
+    grey = PHOTO[..., 0].astype(np.uint16) * 257
+    assert (cv2.imdecode(np.frombuffer(encode_png(grey), np.uint8), cv2.IMREAD_UNCHANGED) == grey).all()
+
+
+def test_a_folder_is_listed_without_other_files(tmp_path: Path) -> None:
+    for name in ("b/x.PNG", "a.jpg", "notes.txt", "b/.hidden"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"12")
+    assert list_images(str(tmp_path)) == {f"{tmp_path}/a.jpg": 2, f"{tmp_path}/b/x.PNG": 2}
+
+
+def test_a_missing_or_empty_folder_is_told(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(DataError, match="no images") as caught:
+            list_images(str(folder))
+        assert caught.value.where == str(folder)
+
+
+def test_resizing_follows_pil_and_keeps_what_has_the_size() -> None:
+    assert resize_bicubic(PHOTO, 56, 40) is PHOTO
+    expected = np.asarray(Image.fromarray(PHOTO).resize((28, 20), Image.Resampling.BICUBIC))
+    assert (resize_bicubic(PHOTO, 28, 20) == expected).all()

@@ -1,0 +1,164 @@
+"""The manifest: what is committed once stays, what disagrees is loud, and a set is the same wherever it lies."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infra import DataError, PartialResultError, StorageError
+from infra.manifest import (
+    Manifest,
+    Quarantined,
+    ShardRecord,
+    commit_record,
+    committed_records,
+    record_uri,
+    write_manifest,
+)
+from infra.shards import Entry
+from infra.storage import exists, join, list_files, read_bytes, write_bytes
+
+FACTS: dict[str, Any] = {"scale": 4, "has_lr": True, "source_id": "s", "fingerprint": "f"}
+
+
+def record(index: int, num_samples: int = 2, sha256: str = "5" * 64) -> ShardRecord:
+    shard = f"shards/{index:06d}.tar"
+    entries = [Entry(f"k-{index}-{number}", shard, 1024 * number, 1024) for number in range(num_samples)]
+    failed = [Quarantined(f"bad-{index}", "x.png", "empty", "the file is empty", "0" * 64)] if index == 1 else []
+    return ShardRecord(index, shard, sha256, 2048, entries, failed)
+
+
+@pytest.fixture(params=["local", "s3"])
+def output(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return join(request.getfixturevalue("s3"), "set") if request.param == "s3" else str(tmp_path / "set")
+
+
+def test_a_set_is_what_was_committed(output: str) -> None:
+    for index in (2, 0, 1):  # whatever the order
+        commit_record(output, record(index))
+    manifest = write_manifest(output, 3, **FACTS)
+    assert manifest.entries == [entry for index in range(3) for entry in record(index).entries]
+    assert manifest.num_samples == 6
+    assert manifest.facts["num_bytes"] == 3 * 2048
+    assert [item["reason"] for item in manifest.facts["quarantined"]] == ["empty"]
+    assert [shard["num_samples"] for shard in manifest.facts["shards"]] == [2, 2, 2]
+    assert manifest.facts["scale"] == 4
+    assert Manifest.load(output) == manifest
+
+
+def test_committing_the_same_twice_is_quiet_and_another_record_is_loud(output: str) -> None:
+    commit_record(output, record(0))
+    commit_record(output, record(0))
+    with pytest.raises(DataError, match="different bytes for shard 0"):
+        commit_record(output, record(0, sha256="6" * 64))
+    with pytest.raises(DataError, match="different bytes"):
+        commit_record(output, record(0, num_samples=1))
+    assert committed_records(output) == {0: record(0)}
+
+
+def test_records_come_back_whole(output: str) -> None:
+    for index in (0, 1):
+        commit_record(output, record(index))
+        assert ShardRecord.read(record_uri(output, index)) == record(index)
+
+
+def test_an_incomplete_set_is_no_set(output: str) -> None:
+    commit_record(output, record(0))
+    commit_record(output, record(2))
+    with pytest.raises(PartialResultError, match=r"1 of 3 shards are missing \(first: 1\)"):
+        write_manifest(output, 3, **FACTS)
+    assert not exists(join(output, "manifest.json"))
+    with pytest.raises(DataError, match="no complete shard set"):
+        Manifest.load(output)
+
+
+def test_a_set_of_nothing_is_refused(output: str) -> None:
+    commit_record(output, record(0, num_samples=0))
+    with pytest.raises(DataError, match="no sample could be used"):
+        write_manifest(output, 1, **FACTS)
+
+
+def test_the_dataset_id_does_not_depend_on_the_place(tmp_path: Path, s3: str) -> None:
+    written = []
+    for place in (str(tmp_path / "here"), str(tmp_path / "there" / "deep"), join(s3, "set")):
+        for index in range(3):
+            commit_record(place, record(index))
+        manifest = write_manifest(place, 3, **FACTS)
+        written.append({name: read_bytes(join(place, name)) for name in ("manifest.json", "index.parquet")})
+        assert manifest.uri == place
+    assert written[0] == written[1] == written[2]
+
+
+def test_the_dataset_id_depends_on_every_shard(tmp_path: Path) -> None:
+    ids = set()
+    for number, (count, sha256) in enumerate([(3, "5"), (2, "5"), (3, "6")]):
+        place = str(tmp_path / str(number))
+        for index in range(count):
+            commit_record(place, record(index, sha256=(sha256 if index == 0 else "5") * 64))
+        ids.add(write_manifest(place, count, **FACTS).dataset_id)
+    assert len(ids) == 3
+
+
+def test_closing_twice_is_quiet_and_another_manifest_is_loud(output: str) -> None:
+    for index in range(2):
+        commit_record(output, record(index))
+    first = write_manifest(output, 2, **FACTS)
+    before = {place: read_bytes(place) for place in list_files(output)}
+    assert write_manifest(output, 2, **FACTS) == first
+    with pytest.raises(DataError, match=r"another manifest.json is already there"):
+        write_manifest(output, 2, **{**FACTS, "scale": 2})
+    assert {place: read_bytes(place) for place in list_files(output)} == before
+
+
+def test_an_index_of_an_interrupted_run_is_taken_over_if_it_says_the_same(tmp_path: Path) -> None:
+    """Another version of the parquet library writes the same rows in other bytes."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    output = str(tmp_path)
+    commit_record(output, record(0))
+    rows = [dataclasses.asdict(entry) for entry in record(0).entries]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "index.parquet", compression="zstd")
+    assert write_manifest(output, 1, **FACTS).entries == record(0).entries
+
+
+def test_an_index_that_says_something_else_is_refused(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    commit_record(str(tmp_path), record(0))
+    rows = [dataclasses.asdict(entry) for entry in record(1).entries]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "index.parquet")
+    with pytest.raises(DataError, match=r"another index.parquet is already there"):
+        write_manifest(str(tmp_path), 1, **FACTS)
+
+
+def test_a_tampered_index_is_refused(output: str) -> None:
+    commit_record(output, record(0))
+    manifest = write_manifest(output, 1, **FACTS)
+    data = bytearray(read_bytes(join(output, "index.parquet")))
+    data[len(data) // 2] ^= 1
+    write_bytes(join(output, "index.parquet"), bytes(data))
+    with pytest.raises(DataError, match="byte index is not the one"):
+        _ = Manifest.load(output).entries
+    assert manifest.num_samples == 2
+
+
+def test_other_formats_and_damaged_files_are_told(tmp_path: Path) -> None:
+    place = str(tmp_path / "manifest.json")
+    write_bytes(place, json.dumps({"format": "something-2"}).encode())
+    with pytest.raises(DataError, match="unknown manifest format 'something-2'"):
+        Manifest.load(str(tmp_path))
+    write_bytes(place, b'{"format":')
+    with pytest.raises(StorageError, match="not JSON"):
+        Manifest.load(str(tmp_path))
+
+
+def test_a_damaged_record_is_told(tmp_path: Path) -> None:
+    for content in (b"{", b"[]", b'{"index": 0}'):
+        write_bytes(record_uri(str(tmp_path), 0), content)
+        with pytest.raises(DataError, match="record is damaged") as caught:
+            committed_records(str(tmp_path))
+        assert caught.value.where == record_uri(str(tmp_path), 0)

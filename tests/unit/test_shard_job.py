@@ -1,0 +1,280 @@
+"""A shard's making, without Ray: equal bytes each time, bad files set aside, and `verify` finds every change."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from photos import make_shard_set, photo, save_photos, shard_config
+from PIL import Image
+
+from degradation import apply
+from infra import ConfigError, DataError, PartialResultError, StorageError
+from infra.images import UnusableImageError, decode_image, encode_png
+from infra.manifest import Manifest, committed_records, record_uri
+from infra.shards import read_sample
+from infra.storage import exists, join, list_files, publish_if_absent, read_bytes, write_bytes
+from pipelines.config import ShardConfig
+from pipelines.plan import plan_shards
+from pipelines.shard import _report_quarantine, crop_image, resolve_degradation, write_shard
+from pipelines.sources import SourceFile, list_sources
+from pipelines.verify import verify
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    save_photos(folder, [(70, 90), (64, 64), (99, 83)])
+    return folder
+
+
+def content(output: str) -> dict[str, bytes]:
+    return {place.removeprefix(output).lstrip("/"): read_bytes(place) for place in list_files(output)}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"degradation": "bicubic"},
+        {"degradation": "ccsr", "crop": {"kind": "random", "size_px": 48, "num_per_image": 2}, "draws": 2},
+        {"degradation": None, "crop": {"kind": "center", "size_px": 48}},
+    ],
+)
+def test_the_same_config_makes_the_same_bytes_anywhere(photos: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    one = make_shard_set(shard_config(photos, tmp_path / "a", samples_per_shard=2, **changes))
+    other = make_shard_set(shard_config(photos, tmp_path / "b" / "c", samples_per_shard=2, **changes))
+    assert content(one.uri) == content(other.uri)
+    assert verify(one.uri).dataset_id == other.dataset_id
+    reseeded = make_shard_set(shard_config(photos, tmp_path / "d", samples_per_shard=2, seed=1, **changes))
+    assert reseeded.dataset_id != one.dataset_id
+
+
+def test_samples_do_not_depend_on_how_they_are_cut_into_shards(photos: Path, tmp_path: Path) -> None:
+    sets = [
+        make_shard_set(shard_config(photos, tmp_path / str(n), samples_per_shard=n, degradation="ccsr")) for n in (1, 7)
+    ]
+    members = [{entry.key: read_sample(s.uri, entry) for entry in s.entries} for s in sets]
+    assert members[0] == members[1]
+    assert [len(s.facts["shards"]) for s in sets] == [3, 1]
+
+
+def test_a_samples_json_says_how_to_make_it_again(photos: Path, tmp_path: Path) -> None:
+    crop = {"kind": "random", "size_px": 48, "num_per_image": 3}
+    manifest = make_shard_set(shard_config(photos, tmp_path, degradation="ccsr", crop=crop))
+    for entry in manifest.entries:
+        members = read_sample(manifest.uri, entry)
+        facts = json.loads(members["json"])
+        source, name = facts["source"].split("/")
+        assert source == "set"
+        image = decode_image((photos / name).read_bytes(), where=name)
+        at = facts["crop"]
+        hr = image[at["y"] : at["y"] + at["height"], at["x"] : at["x"] + at["width"]]
+        pair = apply(np.ascontiguousarray(hr), facts["degradation"])
+        assert (decode_image(members["hr.png"], where="") == pair.hr).all()
+        assert (decode_image(members["lr.png"], where="") == pair.lr).all()
+        assert members["lr.png"] == encode_png(pair.lr)
+
+
+def bad_files(folder: Path) -> None:
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "text.jpg").write_bytes(b"no picture")
+    (folder / "cut.png").write_bytes(encode_png(photo(64, 64))[:-300])
+    Image.new("CMYK", (64, 64)).save(folder / "print.jpg")
+    Image.fromarray(photo(16, 64)).save(folder / "small.png")
+    for suffix in ("gif", "txt"):
+        (folder / f"ignored.{suffix}").write_bytes(b"x")
+
+
+def test_bad_files_are_set_aside_with_their_reasons(tmp_path: Path) -> None:
+    save_photos(tmp_path / "photos", [(64, 64), (70, 80)])
+    bad_files(tmp_path / "photos")
+    config = shard_config(tmp_path / "photos", tmp_path / "out", degradation="bicubic", samples_per_shard=3)
+    manifest = make_shard_set(config)
+    reasons = {item["source"]: item["reason"] for item in manifest.facts["quarantined"]}
+    assert reasons == {
+        "empty.png": "empty",
+        "text.jpg": "unreadable",
+        "cut.png": "truncated",
+        "print.jpg": "cmyk",
+        "small.png": "too_small",
+    }
+    assert all(len(item["sha256"]) == 64 and item["message"] for item in manifest.facts["quarantined"])
+    assert sorted(entry.key for entry in manifest.entries) == ["set-00-000-0", "set-01-000-0"]
+    assert verify(manifest.uri).num_samples == 2
+    with pytest.raises(PartialResultError, match="5 of 7 samples were quarantined") as caught:
+        _report_quarantine(config, manifest)
+    assert str(caught.value).count("\n") == 2
+    allowed = config.model_copy(update={"runtime": config.runtime.model_copy(update={"max_failed_fraction": 0.8})})
+    _report_quarantine(allowed, manifest)
+
+
+def test_making_a_shard_again_is_quiet(photos: Path, tmp_path: Path) -> None:
+    config = shard_config(photos, tmp_path / "out", degradation="bicubic")
+    manifest = make_shard_set(config)
+    before = content(manifest.uri)
+    assert make_shard_set(config) == manifest
+    assert content(manifest.uri) == before
+
+
+def first_shard(config: ShardConfig) -> Any:
+    return plan_shards(list_sources(config.sources), config)[0]
+
+
+@pytest.fixture(params=["local", "s3"])
+def output(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return join(request.getfixturevalue("s3"), "set") if request.param == "s3" else str(tmp_path / "set")
+
+
+def test_a_shard_published_before_a_crash_is_taken_over(photos: Path, output: str, tmp_path: Path) -> None:
+    """A writer died between publishing the tar and committing its record."""
+    reference = make_shard_set(shard_config(photos, tmp_path / "reference", degradation="bicubic"))
+    tar = Path(reference.uri, "shards", "000000.tar")
+    assert publish_if_absent(tar, join(output, "shards", "000000.tar"))
+    manifest = make_shard_set(shard_config(photos, output, degradation="bicubic"))
+    assert manifest.dataset_id == reference.dataset_id
+    assert verify(output) == manifest
+
+
+def test_another_shard_in_the_place_is_a_loud_error(photos: Path, output: str) -> None:
+    config = shard_config(photos, output, degradation="bicubic")
+    write_bytes(join(output, "shards", "000000.tar"), b"something else")
+    with pytest.raises(DataError, match="another shard is already there"):
+        write_shard(config, resolve_degradation(config), first_shard(config))
+    assert read_bytes(join(output, "shards", "000000.tar")) == b"something else"
+    assert committed_records(output) == {}
+
+
+def test_another_record_in_the_place_is_a_loud_error(photos: Path, tmp_path: Path) -> None:
+    config = shard_config(photos, tmp_path / "out", degradation="bicubic")
+    record = write_shard(config, resolve_degradation(config), first_shard(config))
+    place = record_uri(config.output, 0)
+    write_bytes(place, record.to_bytes().replace(b'"num_bytes": ', b'"num_bytes": 1'))
+    with pytest.raises(DataError, match="different bytes for shard 0"):
+        write_shard(config, resolve_degradation(config), first_shard(config))
+
+
+def test_an_unreadable_source_loses_nothing_that_is_done(photos: Path, tmp_path: Path) -> None:
+    save_photos(tmp_path / "photos", [(64, 64), (64, 64)])
+    config = shard_config(tmp_path / "photos", tmp_path / "out", degradation="bicubic", samples_per_shard=1)
+    first, second = plan_shards(list_sources(config.sources), config)
+    recipe = resolve_degradation(config)
+    record = write_shard(config, recipe, first)
+    (tmp_path / "photos" / "01.png").unlink()
+    with pytest.raises(StorageError, match="no such file"):
+        write_shard(config, recipe, second)
+    assert committed_records(config.output) == {0: record}
+    assert list(list_files(join(config.output, "shards"))) == [join(config.output, first.name)]
+
+
+def test_verify_finds_every_change(photos: Path, output: str) -> None:
+    manifest = make_shard_set(shard_config(photos, output, degradation="bicubic", samples_per_shard=1))
+    assert verify(output) == manifest
+    names = [shard["shard"] for shard in manifest.facts["shards"]]
+    original = read_bytes(join(output, names[1]))
+    flipped = bytearray(original)
+    flipped[len(flipped) // 2] ^= 1
+    write_bytes(join(output, names[1]), bytes(flipped))
+    with pytest.raises(DataError, match=f"^1 faults: {names[1]} has changed\n"):
+        verify(output)
+    write_bytes(join(output, names[1]), original)
+    for stray in ("notes.txt", "shards/000009.tar", "shards/.000000.tar.0a.tmp", "records/000003.json"):
+        write_bytes(join(output, stray), b"x")
+    with pytest.raises(DataError, match=r"^4 faults: .*notes.txt does not belong.*shards/000009.tar does not belong"):
+        verify(output)
+
+
+def test_verify_finds_a_missing_shard_a_damaged_index_and_a_changed_list(photos: Path, tmp_path: Path) -> None:
+    manifest = make_shard_set(shard_config(photos, tmp_path / "set", degradation="bicubic", samples_per_shard=1))
+    place = Path(manifest.uri)
+    shard = place / manifest.facts["shards"][2]["shard"]
+    data = shard.read_bytes()
+    shard.unlink()
+    with pytest.raises(DataError, match=r"000002\.tar is missing"):
+        verify(manifest.uri)
+    shard.write_bytes(data)
+    assert verify(manifest.uri) == manifest
+    facts = json.loads((place / "manifest.json").read_text())
+    facts["shards"] = facts["shards"][:2]
+    (place / "manifest.json").write_text(json.dumps(facts))
+    with pytest.raises(DataError, match="dataset id"):
+        verify(manifest.uri)
+    (place / "manifest.json").write_text(json.dumps(manifest.facts))
+    (place / "index.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match="byte index"):
+        verify(manifest.uri)
+
+
+def test_verify_takes_a_path_in_any_writing(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_shard_set(shard_config(photos, tmp_path / "set", degradation="bicubic"))
+    monkeypatch.chdir(tmp_path)
+    for uri in ("set", "./set", "set/", f"{tmp_path}/set/"):
+        assert verify(uri).num_samples == 3
+
+
+def test_sets_on_s3_and_on_disk_are_equal(photos: Path, tmp_path: Path, s3: str) -> None:
+    for file in photos.iterdir():
+        write_bytes(join(s3, "photos", file.name), file.read_bytes())
+    local = make_shard_set(shard_config(photos, tmp_path / "set", degradation="ccsr", samples_per_shard=2))
+    remote = make_shard_set(shard_config(f"{s3}/photos", f"{s3}/set", degradation="ccsr", samples_per_shard=2))
+    assert content(local.uri) == content(remote.uri)
+    assert Manifest.load(f"{s3}/set/").dataset_id == local.dataset_id
+    assert exists(join(s3, "set", "manifest.json"))
+
+
+def crop(image: np.ndarray, scale: int = 4, seed: int = 0, **kind: Any) -> tuple[np.ndarray, dict[str, Any]]:
+    file = SourceFile("key", "set", "x.png", "x.png", 1)
+    config = shard_config("photos", "out", crop=kind, seed=seed)
+    return crop_image(image, plan_shards([file], config)[0].samples[0], config, scale=scale)
+
+
+def test_a_whole_image_loses_only_what_the_scale_cannot_divide() -> None:
+    image = photo(67, 90)
+    window, facts = crop(image, kind="whole")
+    assert (window == image[:64, :88]).all()
+    assert facts == {"kind": "whole", "x": 0, "y": 0, "width": 88, "height": 64}
+    assert (crop(image, scale=1, kind="whole")[0] == image).all()
+
+
+def test_a_center_crop_is_halved_shrunk_and_cut() -> None:
+    image = photo(200, 300)
+    window, _ = crop(image, kind="center", size_px=48)
+    assert window.shape == (48, 48, 3)
+    # Two halvings by box to 50 x 75, then bicubic to 48 x 72, then the middle 48 columns.
+    expected = Image.fromarray(image)
+    for size in ((150, 100), (75, 50)):
+        expected = expected.resize(size, Image.Resampling.BOX)
+    expected = expected.resize((72, 48), Image.Resampling.BICUBIC)
+    assert (window == np.asarray(expected)[:, 12:60]).all()
+
+
+def test_random_crops_lie_inside_and_depend_on_the_seed() -> None:
+    image = photo(64, 80)
+    places = set()
+    for seed in range(30):
+        window, facts = crop(image, kind="random", size_px=60, seed=seed)
+        assert (window == image[facts["y"] : facts["y"] + 60, facts["x"] : facts["x"] + 60]).all()
+        places.add((facts["y"], facts["x"]))
+    assert len(places) > 15
+    assert {y for y, _ in places} <= set(range(5))
+    assert {x for _, x in places} <= set(range(21))
+
+
+@pytest.mark.parametrize("kind", [{"kind": "random", "size_px": 64}, {"kind": "whole"}, {"kind": "center"}])
+def test_too_small_an_image_is_refused(kind: dict[str, Any]) -> None:
+    image = photo(63 if kind["kind"] == "random" else 31, 100)
+    if kind["kind"] == "center":  # it is enlarged: a centre crop has its size whatever the image's
+        assert crop(image, **kind)[0].shape == (512, 512, 3)
+        return
+    with pytest.raises(UnusableImageError) as caught:
+        crop(image, **kind)
+    assert caught.value.reason == "too_small"
+
+
+def test_a_crop_that_the_degradation_cannot_take_is_told_before_the_start() -> None:
+    config = shard_config("photos", "out", degradation="ccsr", crop={"kind": "random", "size_px": 66})
+    with pytest.raises(ConfigError, match="no multiple of the degradation's scale, 4") as caught:
+        resolve_degradation(config)
+    assert "64" in caught.value.todo
+    with pytest.raises(ConfigError, match="no degradation preset 'ccrs'"):
+        resolve_degradation(shard_config("photos", "out", degradation="ccrs"))

@@ -1,0 +1,324 @@
+"""Storage, the same on a local folder and on S3: at most one winner, never a part of a file, every error explained."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infra import StorageError, storage
+from infra.storage import (
+    download,
+    download_folder,
+    ensure_writable,
+    exists,
+    join,
+    list_files,
+    publish_if_absent,
+    put_if_absent,
+    read_bytes,
+    read_json,
+    read_range,
+    remove,
+    sha256_file,
+    upload,
+    upload_folder,
+    write_bytes,
+)
+
+
+@pytest.fixture(params=["local", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty folder, or an empty bucket."""
+    return request.getfixturevalue("s3") if request.param == "s3" else str(tmp_path / "place")
+
+
+def race(call: Callable[[int], Any], num_threads: int = 8) -> list[Any]:
+    """The results of `call(0)`, `call(1)`, ... begun together."""
+    barrier = threading.Barrier(num_threads)
+    results: list[Any] = [None] * num_threads
+
+    def run(number: int) -> None:
+        barrier.wait()
+        try:
+            results[number] = call(number)
+        except BaseException as error:  # noqa: BLE001 - shown by the assertion on the results
+            results[number] = error
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(num_threads)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def test_of_racing_writers_one_wins(place: str) -> None:
+    for attempt in range(3):
+        uri = join(place, "records", f"{attempt}.json")
+        won = race(lambda number, uri=uri: put_if_absent(uri, b"%d" % number))
+        assert sorted(won) == [False] * 7 + [True]
+        assert read_bytes(uri) == b"%d" % won.index(True)
+    assert len(list_files(place)) == 3
+
+
+def test_of_racing_publishers_one_wins(place: str, tmp_path: Path) -> None:
+    files = []
+    for number in range(8):
+        files.append(tmp_path / f"{number}.tar")
+        files[-1].write_bytes(b"%d" % number * 1000)
+    won = race(lambda number: publish_if_absent(files[number], join(place, "shards", "0.tar")))
+    assert sorted(won) == [False] * 7 + [True]
+    assert read_bytes(join(place, "shards", "0.tar")) == files[won.index(True)].read_bytes()
+    assert list(list_files(place)) == [join(place, "shards", "0.tar")]
+
+
+def test_a_file_in_several_parts_is_published_once_too(s3: str, tmp_path: Path) -> None:
+    """From 100 MiB on s3fs uploads in parts; the condition then stands on the last request."""
+    file = tmp_path / "big.tar"
+    file.write_bytes(os.urandom(1 << 20) * 101)
+    assert publish_if_absent(file, join(s3, "big.tar"))
+    assert not publish_if_absent(file, join(s3, "big.tar"))
+    assert list_files(s3) == {join(s3, "big.tar"): 101 << 20}
+    assert hashlib.sha256(read_bytes(join(s3, "big.tar"))).hexdigest() == sha256_file(file)
+
+
+def test_writing_replaces_and_reading_returns_the_whole(place: str) -> None:
+    uri = join(place, "a", "b.bin")
+    assert not exists(uri)
+    write_bytes(uri, b"old")
+    write_bytes(uri, b"new content")
+    assert exists(uri)
+    assert not exists(join(place, "a"))
+    assert read_bytes(uri) == b"new content"
+    write_bytes(join(place, "empty"), b"")
+    assert read_bytes(join(place, "empty")) == b""
+
+
+def test_a_range_is_read_exactly_or_not_at_all(place: str) -> None:
+    uri = join(place, "x")
+    write_bytes(uri, bytes(range(100)))
+    assert read_range(uri, 10, 5) == bytes(range(10, 15))
+    assert read_range(uri, 0, 100) == bytes(range(100))
+    with pytest.raises(StorageError, match="ends 5 bytes early"):
+        read_range(uri, 90, 15)
+    with pytest.raises(StorageError):
+        read_range(uri, 200, 5)
+
+
+def test_listing_keeps_the_given_name_and_one_order_everywhere(place: str) -> None:
+    names = ["a/x.png", "a-b/x.png", "a/b/y.png", "B/z.png", "a.png", "ä/ö.png"]
+    for name in names:
+        write_bytes(join(place, "set", name), name.encode())
+    write_bytes(join(place, "set2", "other.png"), b"")
+    expected = {join(place, "set", name): len(name.encode()) for name in sorted(names)}
+    for uri in (join(place, "set"), join(place, "set/")):
+        assert list(list_files(uri).items()) == list(expected.items())
+    assert list_files(join(place, "nothing")) == {}
+
+
+def test_relative_paths_are_listed_as_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_bytes("out/shards/0.tar", b"x")
+    for uri in ("out", "./out", "out/", "out//shards/.."):
+        assert list(list_files(uri)) == [join(uri, "shards/0.tar")]
+
+
+def test_removing_takes_an_emptied_local_folder_along(place: str) -> None:
+    for name in ("one", "two"):
+        write_bytes(join(place, "folder", name), b"x")
+    remove(join(place, "folder", "one"))
+    assert list(list_files(place)) == [join(place, "folder", "two")]
+    remove(join(place, "folder", "two"))
+    assert list_files(place) == {}
+    assert not (Path(place) / "folder").exists()
+
+
+def test_folders_travel_whole_and_the_last_file_last(place: str, tmp_path: Path, monkeypatch: Any) -> None:
+    source = tmp_path / "model"
+    for name in ("a.json", "part/weights.bin", "z.json"):
+        write_bytes(str(source / name), name.encode() * 10)
+    order: list[str] = []
+    real = storage.upload
+    monkeypatch.setattr(storage, "upload", lambda local, uri: (order.append(uri), real(local, uri)))
+    upload_folder(source, join(place, "model"), last="a.json")
+    assert order[-1] == join(place, "model", "a.json")
+    copy = download_folder(join(place, "model"), tmp_path / "copy")
+    found = {path.relative_to(copy).as_posix(): path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    assert found == {name: name.encode() * 10 for name in ("a.json", "part/weights.bin", "z.json")}
+
+
+def test_uploads_replace_and_downloads_are_equal(place: str, tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"first")
+    upload(tmp_path / "x", join(place, "x"))
+    (tmp_path / "x").write_bytes(b"second")
+    upload(tmp_path / "x", join(place, "x"))
+    (tmp_path / "here").mkdir()
+    assert download(join(place, "x"), tmp_path / "here").read_bytes() == b"second"
+
+
+def test_what_is_not_there_is_said_to_be_missing(place: str, tmp_path: Path) -> None:
+    absent = join(place, "absent")
+    calls: list[Callable[[], Any]] = [
+        lambda: read_bytes(absent),
+        lambda: read_range(absent, 0, 1),
+        lambda: download_or_read(absent, tmp_path),
+    ]
+    for call in calls:
+        with pytest.raises(StorageError, match="no such file") as caught:
+            call()
+        assert caught.value.where == absent
+        assert str(caught.value).count("\n") == 2
+
+
+def download_or_read(uri: str, folder: Path) -> bytes:
+    return download(uri, folder).read_bytes() if storage.is_s3(uri) else read_bytes(uri)
+
+
+def test_damaged_json_is_told(place: str) -> None:
+    write_bytes(join(place, "run.json"), b'{"a": 1')
+    with pytest.raises(StorageError, match="not JSON"):
+        read_json(join(place, "run.json"))
+
+
+def test_a_place_that_can_be_written_is_left_as_it_was(place: str) -> None:
+    ensure_writable(join(place, "out"))
+    assert list_files(place) == {}
+
+
+def test_a_place_below_a_file_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for call in (
+        lambda: ensure_writable(str(tmp_path / "file" / "out")),
+        lambda: write_bytes(str(tmp_path / "file" / "out"), b""),
+        lambda: publish_if_absent(tmp_path / "file", str(tmp_path / "file" / "out")),
+    ):
+        with pytest.raises(StorageError):
+            call()
+
+
+def test_no_permission_is_told() -> None:
+    """As root nothing is forbidden, so an ordinary user tries."""
+    code = (
+        "import os, sys, infra.storage\n"
+        "os.getuid() or os.setuid(65534)\n"
+        "try: infra.storage.ensure_writable(sys.argv[1])\n"
+        "except infra.StorageError as error: print(error)\n"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o555)
+        done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, check=True)
+        Path(folder).chmod(0o755)
+    assert done.stdout.startswith("cannot write: Permission denied\n")
+
+
+def test_a_failed_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "source").write_bytes(b"x")
+    monkeypatch.setattr(os, "fsync", full)
+    target = str(tmp_path / "out" / "x")
+    for call in (
+        lambda: put_if_absent(target, b"x"),
+        lambda: write_bytes(target, b"x"),
+        lambda: publish_if_absent(tmp_path / "source", target),
+        lambda: upload(tmp_path / "source", target),
+    ):
+        with pytest.raises(StorageError, match="No space left"):
+            call()
+        assert list_files(str(tmp_path / "out")) == {}
+
+
+def test_a_file_that_vanishes_while_listing_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_bytes(str(tmp_path / "a"), b"x")
+    write_bytes(str(tmp_path / ".b.tmp"), b"x")
+    real = Path.is_file
+
+    def is_file(path: Path) -> bool:
+        there = real(path)
+        if path.suffix == ".tmp":
+            path.unlink(missing_ok=True)
+        return there
+
+    monkeypatch.setattr(Path, "is_file", is_file)
+    assert list(list_files(str(tmp_path))) == [str(tmp_path / "a")]
+
+
+def test_s3_errors_are_explained(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(StorageError, match="no such bucket"):
+        put_if_absent("s3://no-such-bucket-here/x", b"")
+    with pytest.raises(StorageError, match="can have this name"):
+        put_if_absent("s3://Not_A_Bucket!/x", b"")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+    storage._s3().clear_instance_cache()
+    storage._s3.cache_clear()
+    with pytest.raises(StorageError, match="no S3 credentials"):
+        exists(join(s3, "x"))
+
+
+class Refusing:
+    """An S3 client whose calls raise `error` the first `times` times."""
+
+    def __init__(self, error: BaseException, times: int) -> None:
+        self.error, self.times, self.calls = error, times, 0
+
+    def info(self, uri: str) -> dict[str, str]:
+        self.calls += 1
+        if self.calls <= self.times:
+            raise self.error
+        return {"type": "file"}
+
+    pipe_file = put_file = lambda self, *args, **kwargs: self.info("")
+
+
+@pytest.fixture
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_a_busy_server_is_asked_again_and_never_taken_for_an_absent_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = Refusing(OSError(16, "Please reduce your request rate."), times=3)
+    monkeypatch.setattr(storage, "_s3", lambda: client)
+    assert exists("s3://b/x")
+    assert client.calls == 4
+    client.calls, client.times = 0, 100
+    with pytest.raises(StorageError, match="reduce your request rate"):
+        exists("s3://b/x")
+
+
+@pytest.mark.usefixtures("no_waiting")
+@pytest.mark.parametrize(
+    ("error", "present", "outcome"),
+    [
+        (FileExistsError("pre-conditions"), True, False),  # AWS, moto
+        (OSError(22, "PreconditionFailed"), True, False),  # Ceph
+        (OSError(22, "BadDigest"), False, None),  # any other bad request: not to be taken for "already there"
+        (PermissionError("AccessDenied"), False, None),
+    ],
+)
+def test_a_refused_conditional_put_is_told_from_a_failed_one(
+    error: OSError, present: bool, outcome: bool | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    client = Refusing(error, times=1)
+    monkeypatch.setattr(storage, "_s3", lambda: client)
+    monkeypatch.setattr(storage, "exists", lambda uri: present)
+    (tmp_path / "x").write_bytes(b"")
+    for call in (lambda: put_if_absent("s3://b/x", b""), lambda: publish_if_absent(tmp_path / "x", "s3://b/x")):
+        client.calls = 0
+        if outcome is None:
+            with pytest.raises(StorageError):
+                call()
+        else:
+            assert call() is outcome
+        assert client.calls == 1, "such an answer is final"
