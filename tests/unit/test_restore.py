@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from training.models import CcsrModel, ModelConfig, build_model
 from training.restore import SamplingConfig, restore_runs
 
-FAST = SamplingConfig(num_steps=6)
+FAST = SamplingConfig(num_steps=4)
 
 
 @pytest.fixture(scope="module", params=["v1", "v2"])
@@ -30,7 +30,7 @@ def restored(
     model: CcsrModel,
     runs: Sequence[int],
     *,
-    size: tuple[int, int] = (48, 64),
+    size: tuple[int, int] = (32, 48),
     config: SamplingConfig = FAST,
     **changes: Any,
 ) -> list[np.ndarray]:
@@ -41,14 +41,14 @@ def restored(
 def test_a_runs_picture_does_not_depend_on_the_other_runs(model: CcsrModel) -> None:
     """In float64, whose rounding is far below a grey level: what remains is which noise goes where."""
     exact = copy.deepcopy(model).to(dtype=torch.float64)
-    reference = restored(exact, range(5), runs_at_once=1)
-    for runs_at_once in (2, 5, 8):
-        for one, other in zip(reference, restored(exact, range(5), runs_at_once=runs_at_once), strict=True):
+    reference = restored(exact, range(4), runs_at_once=1)
+    for runs_at_once in (3, 8):
+        for one, other in zip(reference, restored(exact, range(4), runs_at_once=runs_at_once), strict=True):
             assert (one == other).all()
     (alone,) = restored(exact, [3])
     assert (alone == reference[3]).all()
-    last, first = restored(exact, [4, 0])
-    assert (last == reference[4]).all()
+    last, first = restored(exact, [2, 0])
+    assert (last == reference[2]).all()
     assert (first == reference[0]).all()
 
 
@@ -67,8 +67,8 @@ def test_runs_seeds_and_keys_give_other_pictures(model: CcsrModel) -> None:
         *restored(model, range(3)),
         *restored(model, [0], seed=1),
         *restored(model, [0], key="other image"),
-        *restored(model, [0], config=SamplingConfig(num_steps=6, sampler="uniform")),
-        *restored(model, [0], config=SamplingConfig(num_steps=6, color_fix="none")),
+        *restored(model, [0], config=SamplingConfig(num_steps=4, sampler="uniform")),
+        *restored(model, [0], config=SamplingConfig(num_steps=4, color_fix="none")),
     ]
     assert len({picture.tobytes() for picture in pictures}) == len(pictures)
 

@@ -327,6 +327,40 @@ def test_tiling_an_elementwise_denoiser_changes_nothing() -> None:
     assert positions == tile_grid(11, 8, 6, 4)
 
 
+def test_the_position_goes_to_denoisers_that_take_it() -> None:
+    x, t = torch.linspace(-2, 2, 4 * 11 * 8).view(1, 4, 11, 8), torch.tensor([7])
+    rows = torch.arange(11.0).view(11, 1)
+
+    def placed(x_tile: Tensor, t: Tensor, at: tuple[int, int]) -> Tensor:
+        return x_tile + rows[at[0] : at[0] + 6]
+
+    plain = tiled(lambda x_tile, t: 3 * x_tile, 6, 4)(x, t)
+    torch.testing.assert_close(plain, 3 * x)
+    mixed = tiled(guided(placed, lambda x_tile, t: 0 * x_tile, 2.0), 6, 4)(x, t)
+    torch.testing.assert_close(mixed, 2 * (x + rows))
+
+    def failing(x_tile: Tensor, t: Tensor, at: tuple[int, int]) -> Tensor:
+        raise TypeError("inside")
+
+    with pytest.raises(TypeError, match="inside"):
+        tiled(failing, 6, 4)(x, t)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_double_precision_noise_and_inputs_give_what_their_float32_gives(name: str) -> None:
+    x_T = torch.linspace(-3, 3, 64, dtype=torch.float64).view(1, 4, 4, 4)
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        assert x.dtype == torch.float32
+        return elementwise(x, t)
+
+    double, single = CountingNoise(), CountingNoise()
+    x0 = SAMPLERS[name](denoise, x_T, lambda shape: double(shape).double() / 3)
+    expected = SAMPLERS[name](denoise, x_T.float(), lambda shape: (single(shape).double() / 3).float())
+    assert x0.dtype == torch.float32
+    assert torch.equal(x0, expected)
+
+
 def test_color_fix_takes_the_reference_statistics() -> None:
     image = noise_for(0, [("a",), ("b",)], "cpu", torch.float32)((2, 3, 16, 12))
     reference = 0.5 + 0.1 * noise_for(1, [("a",), ("b",)], "cpu", torch.float32)((2, 3, 16, 12))

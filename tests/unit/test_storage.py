@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import s3fs
 
 from infra import StorageError, storage
 from infra.storage import (
@@ -35,7 +36,7 @@ from infra.storage import (
 
 @pytest.fixture(params=["local", "s3"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty folder, or an empty bucket."""
+    """An empty folder, local or on S3."""
     return request.getfixturevalue("s3") if request.param == "s3" else str(tmp_path / "place")
 
 
@@ -79,13 +80,18 @@ def test_of_racing_publishers_one_wins(place: str, tmp_path: Path) -> None:
     assert list(list_files(place)) == [join(place, "shards", "0.tar")]
 
 
-def test_a_file_in_several_parts_is_published_once_too(s3: str, tmp_path: Path) -> None:
-    """From 100 MiB on s3fs uploads in parts; the condition then stands on the last request."""
+def test_a_file_in_several_parts_is_published_once_too(
+    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large files are uploaded in parts; the condition then stands on the last request."""
+    monkeypatch.setattr("s3fs.core.calculate_chunksize", lambda size, chunksize=None: 5 << 20)
     file = tmp_path / "big.tar"
-    file.write_bytes(os.urandom(1 << 20) * 101)
+    file.write_bytes(os.urandom(1 << 20) * 11)
     assert publish_if_absent(file, join(s3, "big.tar"))
+    etag = storage._s3().info(join(s3, "big.tar"))["ETag"]
+    assert "-3" in etag, "three parts"
     assert not publish_if_absent(file, join(s3, "big.tar"))
-    assert list_files(s3) == {join(s3, "big.tar"): 101 << 20}
+    assert list_files(s3) == {join(s3, "big.tar"): 11 << 20}
     assert hashlib.sha256(read_bytes(join(s3, "big.tar"))).hexdigest() == sha256_file(file)
 
 
@@ -251,17 +257,18 @@ def test_a_file_that_vanishes_while_listing_is_no_error(tmp_path: Path, monkeypa
     assert list(list_files(str(tmp_path))) == [str(tmp_path / "a")]
 
 
-def test_s3_errors_are_explained(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_s3_errors_are_explained(s3: str, s3_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(StorageError, match="no such bucket"):
         put_if_absent("s3://no-such-bucket-here/x", b"")
     with pytest.raises(StorageError, match="can have this name"):
         put_if_absent("s3://Not_A_Bucket!/x", b"")
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.delenv(name)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, "/nonexistent")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
-    storage._s3().clear_instance_cache()
-    storage._s3.cache_clear()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
+    monkeypatch.setattr(storage, "_s3", lambda: s3fs.S3FileSystem(skip_instance_cache=True))
     with pytest.raises(StorageError, match="no S3 credentials"):
         exists(join(s3, "x"))
 

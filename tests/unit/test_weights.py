@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -13,7 +14,16 @@ import pytest
 
 import infra.weights
 from infra import ConfigError, ModelError, StorageError
-from infra.weights import WeightFile, check_weights, fetch_weights, find_weights, list_weights, weight_files
+from infra.storage import write_bytes
+from infra.weights import (
+    BASE_HUB_ID,
+    WeightFile,
+    check_weights,
+    fetch_weights,
+    find_weights,
+    list_weights,
+    weight_files,
+)
 
 GOOD = b"weights" * 1000
 
@@ -55,7 +65,7 @@ def server(mirror: Path) -> Iterator[str]:
         http.shutdown()
 
 
-def states(folder: Path) -> dict[str, str]:
+def states(folder: Path | str) -> dict[str, str]:
     return {row["path"]: row["state"] for row in check_weights(str(folder))}
 
 
@@ -114,23 +124,47 @@ def test_lookup_order(mirror: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         find_weights("known", str(tmp_path / "empty"))
 
 
-def test_s3_prefix_is_copied_to_the_cache(mirror: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder stands in for S3: only the lookup, the copy and the paths are tested here."""
-
-    def download(uri: str, folder: Path) -> Path:
-        target = folder / uri.rsplit("/", 1)[-1]
-        target.write_bytes((mirror / uri.removeprefix("s3://bucket/w/")).read_bytes())
-        return target
-
-    monkeypatch.setattr(infra.weights, "download", download)
-    monkeypatch.setattr(infra.weights, "exists", lambda uri: (mirror / uri.removeprefix("s3://bucket/w/")).is_file())
-    monkeypatch.setenv("CCSR_WEIGHTS", "s3://bucket/w")
+def test_a_prefix_in_s3_is_filled_checked_and_copied_to_the_cache(
+    mirror: Path, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, cache = f"{s3}/w", tmp_path / "cache" / "ccsr" / "weights"
+    monkeypatch.setenv("CCSR_WEIGHTS", place)
+    with pytest.raises(ModelError, match="known is not there"):
+        find_weights("known")
+    assert fetch_weights("known", mirror=str(mirror)) == cache / "known.pth"
+    assert fetch_weights("pair", mirror=str(mirror)) == cache / "pair"
+    shutil.rmtree(cache)
     assert [row["state"] for row in list_weights()] == ["present"] * 3 + ["missing"]
-    assert find_weights("pair") == tmp_path / "cache" / "ccsr" / "weights" / "pair"
-    assert find_weights("known").read_bytes() == GOOD
-    assert fetch_weights("known", str(tmp_path / "weights"), "s3://bucket/w").read_bytes() == GOOD
-    with pytest.raises(ConfigError, match="local folder"):
-        fetch_weights("known")
+    expected = {"known.pth": "ok", "pair/a.bin": "ok", "pair/b.bin": "ok", "manual.ckpt": "missing"}
+    assert states(place) == expected
+    assert (find_weights("pair") / "b.bin").read_bytes() == b"b"
+    write_bytes(f"{place}/pair/b.bin", b"c")
+    write_bytes(f"{place}/known.pth", GOOD[:-1])
+    assert states(place) == expected | {"known.pth": "wrong", "pair/b.bin": "wrong"}
+    with pytest.raises(ModelError, match="truncated or another file"):
+        find_weights("known")
+    assert fetch_weights("pair", str(tmp_path / "weights"), place).is_dir()  # S3 as a mirror
+
+
+def test_a_hub_id_is_a_repository_like_the_base(
+    mirror: Path, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [WeightFile("sd21-base", "base", f"sd21-base/{n}/config.json", None, "", "", None) for n in ("unet", "vae")]
+    monkeypatch.setattr(infra.weights, "weight_files", lambda: files)
+    with pytest.raises(ModelError, match="ccsr weights fetch team/base"):
+        find_weights("team/base")
+    for part in ("unet", "vae"):
+        (mirror / "team" / "base" / "resolve" / "main" / part).mkdir(parents=True)
+        (mirror / "team" / "base" / "resolve" / "main" / part / "config.json").write_text(part)
+    monkeypatch.setenv("HF_ENDPOINT", server)
+    found = fetch_weights("team/base")
+    assert found == tmp_path / "cache" / "ccsr" / "weights" / "team" / "base" == find_weights("team/base")
+    assert (found / "vae" / "config.json").read_text() == "vae"
+    (tmp_path / "local" / "sd21-base" / "unet").mkdir(parents=True)
+    (tmp_path / "local" / "sd21-base" / "vae").mkdir()
+    for part in ("unet", "vae"):
+        (tmp_path / "local" / "sd21-base" / part / "config.json").touch()
+    assert find_weights(BASE_HUB_ID, str(tmp_path / "local")) == tmp_path / "local" / "sd21-base"
 
 
 def test_what_a_program_cannot_fetch_and_unknown_names(tmp_path: Path) -> None:

@@ -6,10 +6,11 @@ from training.models.directory import load_model, save_model
 from training.models.discriminators import PatchDiscriminator, ProjectedDiscriminator
 from training.models.networks import ModelConfig, seeded_init, with_latent_condition
 from training.models.parameters import parameter_table
-from training.models.perceptual import EncoderFeatures, Lpips, load_dino, load_lpips
+from training.models.perceptual import Dists, EncoderFeatures, Lpips, load_dino, load_dists, load_lpips
 
 __all__ = [
     "CcsrModel",
+    "Dists",
     "EncoderFeatures",
     "Lpips",
     "ModelConfig",
@@ -20,6 +21,7 @@ __all__ = [
     "convert_v1",
     "convert_v2",
     "load_dino",
+    "load_dists",
     "load_lpips",
     "load_model",
     "parameter_table",

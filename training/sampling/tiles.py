@@ -45,7 +45,8 @@ def tile_weights(tile: int) -> Tensor:
 def tiled(denoise: Denoise, tile: int, stride: int) -> Denoise:
     """A denoiser of whole latents that calls `denoise(x_tile, t, (y, x))` on each tile (sides in latent pixels).
 
-    A `denoise` of two arguments is called without the position, which lets `denoise` cut its condition. The average is float32, weighted; errors are those of `tile_grid`.
+    The position lets `denoise` cut its condition; one that takes two arguments is called without it. The average is
+    float32, weighted; errors are those of `tile_grid`.
     """
     weights = tile_weights(tile).float()
 

@@ -1,0 +1,103 @@
+"""`ccsr convert` and `ccsr estimate`: published weights to a model directory, and how many parameters a model has."""
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from infra.errors import ConfigError, StorageError
+from infra.storage import download, download_folder, exists, is_s3, join, list_files, remove, upload_folder
+from infra.weights import BASE_HUB_ID, fetch_weights, find_weights
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def run_convert(
+    out: str,
+    *,
+    v1: str | None = None,
+    controlnet: str | None = None,
+    vae: str | None = None,
+    base: str | None = None,
+    family: str | None = None,
+    fetch: bool = False,
+) -> str:
+    """Write a model directory; all or nothing. Places are local or s3://; returns `out`.
+
+    From `v1`, the published checkpoint; or from `controlnet` and `vae`, v2's directories; or from `base` alone, with a
+    fresh ControlNet of `family`. `base`: a Stable Diffusion 2.1-base directory, or a hub id whose files lie in the
+    weights folder, or are downloaded with `fetch`. v1 needs none where the checkpoint holds its text tower.
+    """
+    if (controlnet is None) != (vae is None) or (v1 and controlnet) or (family and (v1 or controlnet)):
+        raise ConfigError(
+            "these inputs do not go together",
+            where="ccsr convert",
+            todo="give --v1 FILE, or --controlnet DIR and --vae DIR, or neither and --family for a fresh start",
+        )
+    if family not in (None, "v1", "v2"):
+        raise ConfigError(f"no family is called {family!r}", where="--family", todo="choose v1 or v2")
+    with tempfile.TemporaryDirectory(prefix="ccsr-convert-") as scratch:
+        folder = Path(scratch)
+        target = folder / "model" if is_s3(out) else Path(out)
+        if is_s3(out) and list_files(out) and not exists(join(out, "ccsr.json")):
+            raise StorageError(
+                "the output holds something that is not a model directory", where=out, todo="choose another place"
+            )
+        if v1 is not None and not exists(v1):
+            raise StorageError("there is no such file", where=v1, todo="ccsr weights fetch ccsr-v1, and give its path")
+        base_dir = None if v1 and base is None else _base(base or BASE_HUB_ID, folder / "base", fetch=fetch)
+
+        from training.models import convert_base, convert_v1, convert_v2
+
+        if v1:
+            convert_v1(download(v1, folder), base_dir, target)
+        elif controlnet and vae:
+            parts = (download_folder(uri, folder / name) for uri, name in ((controlnet, "controlnet"), (vae, "vae")))
+            convert_v2(*parts, base_dir or "", target)
+        else:
+            convert_base(base_dir or "", family or "v2", target)
+        if is_s3(out):
+            if exists(join(out, "ccsr.json")):
+                remove(join(out, "ccsr.json"))  # until all is replaced, nothing complete is there
+            upload_folder(target, out, last="ccsr.json")
+    return out
+
+
+def _base(base: str, folder: Path, *, fetch: bool) -> Path:
+    """A local folder of Stable Diffusion 2.1-base's files."""
+    if is_s3(base) or Path(base).is_dir():
+        return download_folder(base, folder)
+    return fetch_weights(base) if fetch else find_weights(base)
+
+
+def parameter_report(preset: str, stage: int | None = None) -> "Table":
+    """The parameter table of a preset, counted on modules without memory; what `stage` trains is marked."""
+    from rich.table import Table
+
+    from training.models.parameters import PAPER_MILLIONS, parameter_table
+
+    rows = parameter_table(preset)
+    table = Table(title=f"{preset}: parameters")
+    for name in ("part", "parameters", "millions", "trained in"):
+        table.add_column(name, justify="left" if name in ("part", "trained in") else "right")
+
+    def add(name: str, count: int, trained: str = "") -> None:
+        table.add_row(name, f"{count:,}", f"{count / 1e6:.3f}", trained)
+
+    shared = [row for row in rows if not str(row["name"]).startswith("v1 only")]
+    for row in rows:
+        add(str(row["name"]), int(row["parameters"]), _trained_in(row))
+        if row is shared[-1]:
+            table.add_section()
+            add("a model directory", sum(int(row["parameters"]) for row in shared))
+            if stage is not None:
+                field = "stage2" if stage == 2 else "stage1"
+                add(f"trained by this config (stage {stage})", sum(int(r["parameters"]) for r in shared if r[field]))
+            table.add_section()
+    if len(rows) > len(shared):
+        add(f"CCSR v1 as published (paper: {PAPER_MILLIONS} M)", sum(int(row["parameters"]) for row in rows))
+    return table
+
+
+def _trained_in(row: dict[str, Any]) -> str:
+    return ", ".join(name for name, key in (("stages 0, 1", "stage1"), ("stage 2", "stage2")) if row[key])

@@ -1,0 +1,144 @@
+"""Stage 2's module: which loss terms are on at an update, and both discriminators with their randomness."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import training.steps
+from infra import noise_for
+from infra.config import parse_config
+from training.config import TrainConfig
+from training.ingest import Batch
+from training.models import CcsrModel, Lpips, ModelConfig, PatchDiscriminator, build_model
+from training.models.networks import seeded_init
+from training.models.vit import VisionTransformer
+from training.steps import DecoderStage
+
+V2 = {
+    "reconstruction": "l2",
+    "perceptual": "lpips",
+    "perceptual_start_update": 101,
+    "discriminator": "dino",
+    "gan_weight": 0.05,
+    "gan_start_update": 101,
+    "adaptive": False,
+    "divide_by_batch": False,
+}
+
+
+@pytest.fixture(autouse=True)
+def small_frozen_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random small networks in place of the published weight files."""
+
+    def load_dino(name: str) -> VisionTransformer:
+        with seeded_init(1):
+            vit = VisionTransformer(32, 8, layer_scale=name == "dinov2", width=16, num_heads=2)
+            for parameter in vit.parameters():
+                torch.nn.init.normal_(parameter, std=0.2)
+        return vit.requires_grad_(False)
+
+    def load_lpips() -> Lpips:
+        with seeded_init(2):
+            lpips = Lpips()
+            for head in lpips.heads:
+                torch.nn.init.ones_(head)
+        return lpips.requires_grad_(False)
+
+    monkeypatch.setattr(training.steps, "load_dino", load_dino)
+    monkeypatch.setattr(training.steps, "load_lpips", load_lpips)
+
+
+def stage(loss: dict[str, Any], family: str = "v2") -> DecoderStage:
+    values = {
+        "job": "train",
+        "output": "out",
+        "stage": 2,
+        "data": ["data"],
+        "model": {"preset": "tiny", "family": family},
+        "crop_px": 64,
+        "start_from": "lr",
+        "num_steps": 1 if family == "v2" else 6,
+        "global_batch_size": 4,
+        "num_updates": 1,
+        "decoder_loss": loss,
+    }
+    config = parse_config(values, TrainConfig, where="test")
+    built = DecoderStage(build_model(config.model, seed=3), config)
+    built.discriminator.train()
+    return built
+
+
+def batch() -> Batch:
+    images = noise_for(0, [("a",), ("b",)], "cpu", torch.float32)((2, 3, 64, 64)).sigmoid()
+    return Batch(["a", "b"], [0, 1], images, images.flip(-1))
+
+
+def gradients(built: DecoderStage) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in built.trained_discriminator.named_parameters() if p.grad is not None}
+
+
+def test_v2_switches_lpips_and_gan_on_after_update_100() -> None:
+    built = stage(V2)
+    for update, names in ((0, set()), (100, set()), (101, {"perceptual", "gan", "gan_weight"})):
+        terms = built(batch(), update=update)
+        assert set(terms) == {"reconstruction", "nll", "loss"} | names
+        assert built.discriminator_loss() > 0  # always on
+    expected = terms["reconstruction"] + terms["perceptual"] + 0.05 * terms["gan"]
+    torch.testing.assert_close(terms["loss"], expected)
+
+
+@pytest.mark.parametrize("discriminator", ["dino", "patch"])
+def test_each_loss_reaches_its_own_parameters_alone(discriminator: str) -> None:
+    built = stage(V2 | {"discriminator": discriminator, "gan_start_update": 0, "perceptual_start_update": 0})
+    built(batch(), update=0)["loss"].backward()
+    assert all(p.grad is not None and p.grad.any() for p in built.trained.decoder.parameters())
+    assert not gradients(built)
+    assert "post_quant_conv" not in dict(built.trained.named_children())
+    built.zero_grad()
+    built.discriminator_loss().backward()
+    assert set(gradients(built)) == set(dict(built.trained_discriminator.named_parameters()))
+    assert all(p.grad is None for p in built.trained.parameters())
+    if discriminator == "dino":
+        frozen = [*built.discriminator.dino.parameters(), *built.discriminator.dinov2.parameters()]
+        assert not any(p.requires_grad for p in frozen)
+        assert not any("dino" in name for name in built.trained_discriminator.state_dict())
+
+
+def test_views_depend_on_the_position_alone() -> None:
+    """The same samples in one batch or in two see the same views."""
+
+    def logits(rows: slice, positions: list[int]) -> Tensor:
+        built, whole = stage(V2), batch()
+        built.discriminator.eval()  # no spectral norm iteration between calls
+        part = Batch(whole.keys[rows], positions, whole.hr[rows], whole.lr[rows])
+        return built._judge(part)(2 * part.hr - 1, "real")
+
+    together = logits(slice(0, 2), [0, 1])
+    torch.testing.assert_close(logits(slice(1, 2), [1]), together[1:], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(logits(slice(1, 2), [7]), together[1:])
+
+
+@pytest.mark.parametrize(("family", "perceptual"), [("v1", "encoder_features"), ("v1", "none"), ("v2", "lpips")])
+def test_defaults_are_v1s_with_a_choice_of_the_perceptual_term(family: str, perceptual: str) -> None:
+    built = stage({"perceptual": perceptual}, family)
+    assert isinstance(built.discriminator, PatchDiscriminator)
+    first, second = (built(batch(), update=update) for update in (0, 1))
+    assert "gan" not in first
+    assert "gan" in second
+    assert ("perceptual" in first) == (perceptual != "none")
+    torch.testing.assert_close(first["nll"], sum(first[n] for n in first if n in ("reconstruction", "perceptual")) / 2)
+    assert ("post_quant_conv" in dict(built.trained.named_children())) == (family == "v1")
+
+
+@torch.no_grad()
+def test_the_condition_comes_from_the_condition_encoder() -> None:
+    built = stage({}, "v1")
+    model: CcsrModel = built.model
+    model.condition_encoder = build_model(ModelConfig(), seed=9).vae
+    z_hr, z_lr = built._latents(batch())
+    assert torch.equal(z_lr, model.encode_condition(batch().lr)[0])
+    assert not torch.allclose(z_lr, model.encode_moments(batch().lr)[0])
+    model.condition_encoder = None
+    assert torch.equal(built._latents(batch())[0], z_hr)
