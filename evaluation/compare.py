@@ -1,6 +1,7 @@
 """Paired comparison of evaluated methods: differences per image, bootstrap intervals, wins, losses, config diff."""
 
 import csv
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from evaluation.find import find_result
 from evaluation.metrics import METRICS, Metric
-from evaluation.results import EvaluationResult, MethodScores, load_result
+from evaluation.results import EvaluationResult, MethodScores
 from infra.errors import ConfigError, DataError
 from infra.seeding import rng_for
+from infra.tracking import TrackingConfig
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -129,6 +132,11 @@ class Comparison:
                     writer.writerow([*head, key, float(value), "", "", "", "", verdict])
 
 
+def metric_direction(metric: str) -> int:
+    """+1 where higher is better, -1 where lower is (every g_std_METRIC), 0 where neither."""
+    return -1 if metric.startswith("g_std_") else METRICS.get(metric, Metric(metric, 0, 4)).direction
+
+
 def bootstrap_interval(differences: np.ndarray, *, seed: int = 0, num_resamples: int = 10_000) -> tuple[float, float]:
     """The 2.5 and 97.5 percentiles of the mean of resampled images (Efron 1979): the 95 % interval of the mean.
 
@@ -146,16 +154,21 @@ def bootstrap_interval(differences: np.ndarray, *, seed: int = 0, num_resamples:
 
 
 def compare(
-    results: Sequence[str | Path | EvaluationResult], *, seed: int = 0, num_resamples: int = 10_000
+    results: Sequence[str | Path | EvaluationResult],
+    *,
+    seed: int = 0,
+    num_resamples: int = 10_000,
+    tracking: TrackingConfig | None = None,
 ) -> Comparison:
     """Compare every method against the first one, image by image.
 
-    `results`: result folders, `FOLDER:METHOD` for one method of a folder (a folder alone stands for all of its
-    methods), or loaded results. Scores are averaged over an image's runs; G-STD and L-STD are compared between
-    methods of equally many runs, because their expectation grows with the number.
+    `results`: result folders, ids or names of MLflow runs (in the store of `tracking`), `RESULT:METHOD` for one method
+    (without it, all methods of the result), or loaded results. Scores are averaged over an image's runs; G-STD and
+    L-STD are compared between methods of equally many runs, because their expectation grows with the number.
     Raises DataError where dataset, crop or images differ, ConfigError for an unknown method or fewer than two.
     """
-    entries = [entry for one in results for entry in _select(one)]
+    with tempfile.TemporaryDirectory(prefix="ccsr-compare-") as scratch:
+        entries = [entry for one in results for entry in _select(one, tracking or TrackingConfig(), Path(scratch))]
     if len(entries) < 2:
         raise ConfigError(
             "there is nothing to compare",
@@ -167,9 +180,9 @@ def compare(
     for label, result, method in others:
         _require_same_set((baseline, base_result, base), (label, result, method))
     notes, rows = [], []
-    base_values = _per_image(base)
+    base_values = per_image_values(base)
     for label, _, method in others:
-        values = _per_image(method)
+        values = per_image_values(method)
         unlike_runs = method.num_runs != base.num_runs and min(method.num_runs, base.num_runs) > 1
         if unlike_runs:
             notes.append(f"{label}: {method.num_runs} runs against {base.num_runs}, so stability is not compared")
@@ -185,9 +198,7 @@ def compare(
                 Difference(
                     candidate=label,
                     metric=metric,
-                    direction=-1
-                    if metric.startswith("g_std_")
-                    else METRICS.get(metric, Metric(metric, 0, 4)).direction,
+                    direction=metric_direction(metric),
                     keys=[key for key, known in zip(base.keys, both, strict=True) if known],
                     differences=differences,
                     baseline_mean=float(base_values[metric][both].mean()),
@@ -206,13 +217,13 @@ def compare(
 _Entry = tuple[str, EvaluationResult, MethodScores]
 
 
-def _select(one: str | Path | EvaluationResult) -> list[_Entry]:
+def _select(one: str | Path | EvaluationResult, tracking: TrackingConfig, scratch: Path) -> list[_Entry]:
     name = ""
     if not isinstance(one, EvaluationResult):
         folder, _, name = str(one).rpartition(":")
         if "/" in name or not folder or Path(one).exists():  # no method: the colon, if any, belongs to the folder
             folder, name = str(one), ""
-        one = load_result(folder)
+        one = find_result(folder, tracking, scratch)
     if name and name not in one.methods:
         raise ConfigError(
             f"there is no method {name!r} in this result",
@@ -264,7 +275,7 @@ def _require_same_set(first: _Entry, second: _Entry) -> None:
         )
 
 
-def _per_image(method: MethodScores) -> dict[str, np.ndarray]:
+def per_image_values(method: MethodScores) -> dict[str, np.ndarray]:
     """Per image: every metric's mean over the runs, its std over the runs, L-STD and sharpness; NaN = unavailable."""
     values = {}
     for metric, scores in method.scores.items():

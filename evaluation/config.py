@@ -80,4 +80,6 @@ class EvaluateConfig(Config):
         names = [method.name for method in self.methods]
         if len(set(names)) != len(names) or {"hr", "lr"} & set(names):
             raise ValueError(f"the methods' names must differ from each other and from hr and lr: {', '.join(names)}")
+        if set(self.metrics) == {"fid"}:
+            raise ValueError("fid describes a whole set; name a metric of single images beside it")
         return self

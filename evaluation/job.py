@@ -1,87 +1,104 @@
 """`ccsr evaluate`: Ray actors restore and score images; results go to parquet, pictures, a report and MLflow."""
 
-import dataclasses
 import io
 import json
 import logging
-import tempfile
-from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from evaluation.config import BicubicMethod, EvaluateConfig, Method, ModelMethod
-from evaluation.metrics import niqe, psnr_y, sharpness, ssim_y
+from evaluation.config import EvaluateConfig, ModelMethod, OutputsMethod
+from evaluation.log import log_result
+from evaluation.orderings import ORDERINGS, published_orderings
+from evaluation.outputs import find_outputs, outputs_id
+from evaluation.quality import UNAVAILABLE, fid, how_to_get, metric_origins
 from evaluation.report import write_report
-from evaluation.results import EvaluationResult, image_row, images_schema, load_result, results_schema
-from evaluation.stability import StabilityAccumulator
-from infra.errors import DataError
-from infra.images import decode_image, encode_png, resize_bicubic
-from infra.manifest import Manifest
+from evaluation.results import SET_METRICS, EvaluationResult, images_schema, load_result, results_schema
+from evaluation.scoring import Scorer, error_from_json, error_to_json, record_uri
+from evaluation.sets import EvaluationSet, load_sets
+from evaluation.tables import published_summary
+from infra.errors import CcsrError, DataError
 from infra.progress import progress
 from infra.ray_runtime import lost_worker, ray_cluster, user_error
 from infra.run import claim_output
-from infra.shards import Entry, read_sample
-from infra.storage import download_folder, exists, join, list_files, put_if_absent, read_bytes, write_bytes
-from infra.tracking import track
-from training.restore import restore_runs
-from training.train import git_commit, model_id
+from infra.storage import exists, join, list_files, read_bytes, write_bytes
+from training.train import model_id
 
 LIBRARIES = ("torch", "diffusers", "numpy", "opencv-python-headless", "pillow")
-MAX_LOGGED_IMAGES = 8
 
 
-def run_evaluate(config: EvaluateConfig) -> EvaluationResult:
+def run_evaluate(config: EvaluateConfig, *, log_only: bool = False) -> EvaluationResult:
     """Score every method on every image, write OUT and log it; what an earlier run finished is kept.
 
-    Raises before anything starts where a shard set or model cannot be used.
+    Raises before anything starts where a test set, a model, outputs or weights cannot be used. `log_only`: send the
+    complete result in OUT to MLflow, for when its server was away; DataError where there is none.
     """
-    manifests = [Manifest.load(uri) for uri in config.data]
+    if log_only:
+        if not exists(join(config.output, "report.html")):
+            raise DataError("there is no complete result to log", where=config.output, todo="leave --log-only away")
+        result = load_result(config.output)
+        log_result(config, result)
+        return result
+    if config.published:
+        published_summary(config.published)
+    data = load_sets(config.data)
+    keys = [image.key for image in data.images]
+    outputs = {
+        method.name: find_outputs(method.outputs, keys, config.num_runs)
+        for method in config.methods
+        if isinstance(method, OutputsMethod)
+    }
     models = {method.name: model_id(method.model) for method in config.methods if isinstance(method, ModelMethod)}
-    dataset_id = "+".join(manifest.dataset_id for manifest in manifests)
-    facts = {name: getattr(config, name) for name in ("seed", "num_runs", "crop_border")} | {"dataset_id": dataset_id}
-    run = claim_output(
-        config.output, config, job="evaluate", inputs={"models": models}, libraries=LIBRARIES, facts=facts
-    )
-    tasks = _tasks(config, manifests)
+    origins = metric_origins(config.metrics)
+    inputs = {
+        "models": models,
+        "outputs": {name: outputs_id(found, data.images) for name, found in outputs.items()},
+        "metrics": origins,
+    }
+    facts = {name: getattr(config, name) for name in ("seed", "num_runs", "crop_border", "published")}
+    facts["dataset_id"] = data.dataset_id
+    claim_output(config.output, config, job="evaluate", inputs=inputs, libraries=LIBRARIES, facts=facts)
+    for metric in (name for name, origin in origins.items() if origin == UNAVAILABLE):
+        print(f"{metric} is unavailable here; to have it: {how_to_get(metric)}", file=sys.stderr)
+    available = [name for name in config.metrics if origins.get(name) != UNAVAILABLE]
     if not exists(join(config.output, "images.parquet")):
-        _score(config, tasks)
-        _write_tables(config, tasks)
+        _score(config, _tasks(config, data, outputs), available)
+        _write_tables(config, keys)
+    if "fid" in config.metrics and not exists(join(config.output, SET_METRICS)):
+        _score_sets(config, data, "fid" in available)
     result = load_result(config.output)
+    if config.published:
+        orderings = [ordering.to_dict() for ordering in published_orderings(result, config.published)]
+        write_bytes(join(config.output, ORDERINGS), json.dumps(orderings, indent=1).encode())
     write_report(config.output)
-    with track(config.tracking, run, {"git.commit": git_commit(), "dataset_id": dataset_id}) as tracker:
-        tracker.metrics(_flat_summary(result.summary))
-        _log_artifacts(tracker, config, result)
+    log_result(config, result)
     return result
 
 
-def _tasks(config: EvaluateConfig, manifests: list[Manifest]) -> list[dict[str, Any]]:
+def _tasks(
+    config: EvaluateConfig, data: EvaluationSet, outputs: Mapping[str, Mapping[str, list[str]]]
+) -> list[dict[str, Any]]:
     """One task per (method, image), methods in turn so that an actor seldom changes its model."""
-    images = [(manifest.uri, entry) for manifest in manifests for entry in manifest.entries]
-    key, count = Counter(entry.key for _, entry in images).most_common(1)[0]
-    if count > 1:
-        raise DataError(f"two images have the key {key}", where=", ".join(config.data), todo="evaluate them apart")
-    for manifest in manifests:
-        if not manifest.facts["has_lr"]:
-            raise DataError("these shards hold no LR images", where=manifest.uri, todo="shard with a degradation")
     return [
-        {"method": number, "uri": uri, "entry": dataclasses.asdict(entry)}
-        for number in range(len(config.methods))
-        for uri, entry in images
+        {
+            "method": number,
+            "key": image.key,
+            # JSON: Ray's columns could not tell an absent entry from one of another type.
+            "image": json.dumps(
+                {"image": image.to_dict(), "outputs": outputs[method.name][image.key] if method.name in outputs else []}
+            ),
+        }
+        for number, method in enumerate(config.methods)
+        for image in data.images
     ]
 
 
-def _record_uri(config: EvaluateConfig, task: dict[str, Any]) -> str:
-    return join(config.output, "records", config.methods[task["method"]].name, f"{task['entry']['key']}.json")
-
-
-def _score(config: EvaluateConfig, tasks: list[dict[str, Any]]) -> None:
+def _score(config: EvaluateConfig, tasks: list[dict[str, Any]], available: Sequence[str]) -> None:
     done = set(list_files(join(config.output, "records")))
-    pending = [task for task in tasks if _record_uri(config, task) not in done]
+    pending = [t for t in tasks if record_uri(config.output, config.methods[t["method"]].name, t["key"]) not in done]
     with progress("evaluating", len(tasks), done=len(tasks) - len(pending)) as advance:
         if not pending:
             return
@@ -92,10 +109,16 @@ def _score(config: EvaluateConfig, tasks: list[dict[str, Any]]) -> None:
             logging.getLogger("ray.data").setLevel(logging.ERROR)
             DataContext.get_current().enable_progress_bars = False
 
-            class ConfiguredScorer(Scorer):
+            class ConfiguredScorer:
                 # Ray warns of constructor arguments, because they would be lost with the object store's node.
-                def __init__(self) -> None:
-                    super().__init__(config)
+                scorer: Scorer | None = None
+
+                def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
+                    try:
+                        self.scorer = self.scorer or Scorer(config, available)
+                        return {**self.scorer(task), "error": ""}
+                    except CcsrError as error:  # Ray Data does not carry it to the driver
+                        return {"method": "", "key": task["key"], "error": error_to_json(error)}
 
             scored = ray.data.from_items(pending, override_num_blocks=len(pending)).map(
                 ConfiguredScorer,
@@ -105,121 +128,50 @@ def _score(config: EvaluateConfig, tasks: list[dict[str, Any]]) -> None:
             )
             try:
                 for row in scored.iter_rows():
+                    if row["error"]:
+                        raise error_from_json(row["error"])
                     advance(1, f"{row['method']}: {row['key']}")
             except ray.exceptions.RayError as error:
                 raise user_error(error) or lost_worker(error, config.output) from error
 
 
-class Scorer:
-    """A Ray actor: restores one image by one method, scores it, stores pictures, and commits the record last."""
-
-    def __init__(self, config: EvaluateConfig) -> None:
-        self._config = config
-        self._loaded: tuple[str, Any] = ("", None)
-
-    def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
-        config, method, entry = self._config, self._config.methods[task["method"]], Entry(**task["entry"])
-        key, where = entry.key, f"{task['uri']}: {entry.key}"
-        members = read_sample(task["uri"], entry)
-        hr, lr = (decode_image(members[f"{name}.png"], where=where) for name in ("hr", "lr"))
-        folder = join(config.output, "images")
-        put_if_absent(join(folder, "hr", f"{key}.png"), members["hr.png"])
-        put_if_absent(join(folder, "lr", f"{key}.png"), members["lr.png"])
-        stability = StabilityAccumulator(crop_border=config.crop_border)
-        scores: dict[str, list[float | None]] = {name: [] for name in config.metrics}
-        sharp: list[float] = []
-        for run, image in enumerate(self._restored(method, hr, lr, key)):
-            write_bytes(join(folder, method.name, f"{run:02d}", f"{key}.png"), encode_png(image))
-            stability.add(image)
-            sharp.append(sharpness(image, hr, crop_border=config.crop_border))
-            for name in config.metrics:
-                scores[name].append(_metric(name, image, hr, config.crop_border))
-        l_std = 0.0
-        if len(sharp) > 1:
-            l_std = stability.l_std()
-            levels = np.rint(np.clip(stability.map(), 0, 1) * 65535).astype(np.uint16)
-            write_bytes(join(folder, method.name, "l_std", f"{key}.png"), encode_png(levels))
-        row = image_row(method.name, key, hr.shape[:2], scores, l_std=l_std, sharpness=float(np.mean(sharp)))
-        record = json.dumps({"scores": scores, "image": row}, sort_keys=True).encode()
-        put_if_absent(_record_uri(config, task), record)
-        return {"method": method.name, "key": key}
-
-    def _restored(self, method: Method, hr: np.ndarray, lr: np.ndarray, key: str) -> Iterator[np.ndarray]:
-        height, width = hr.shape[:2]
-        if isinstance(method, BicubicMethod):
-            yield resize_bicubic(lr, width, height)
-            return
-        yield from restore_runs(
-            self._model(method.model),
-            lr,
-            (height, width),
-            method.sampling,
-            seed=self._config.seed,
-            key=key,
-            runs=range(self._config.num_runs),
-            runs_at_once=self._config.runtime.runs_at_once,
-        )
-
-    def _model(self, uri: str) -> Any:
-        import torch
-
-        from training.models import load_model
-
-        if self._loaded[0] != uri:
-            torch.set_num_threads(self._config.runtime.threads_per_actor)
-            device = "cuda" if self._config.runtime.use_gpu else "cpu"
-            with tempfile.TemporaryDirectory(prefix="ccsr-model-") as folder:
-                self._loaded = (uri, load_model(download_folder(uri, Path(folder)), device=device))
-        return self._loaded[1]
-
-
-def _metric(name: str, sr: np.ndarray, hr: np.ndarray, crop_border: int) -> float | None:
-    if name == "niqe":
-        try:
-            return niqe(sr, crop_border=crop_border)
-        except DataError:  # too small or too flat for this metric: unavailable, not a number
-            return None
-    return {"psnr_y": psnr_y, "ssim_y": ssim_y}[name](sr, hr, crop_border=crop_border)
-
-
-def _write_tables(config: EvaluateConfig, tasks: list[dict[str, Any]]) -> None:
+def _write_tables(config: EvaluateConfig, keys: list[str]) -> None:
+    metrics = [name for name in config.metrics if name != "fid"]
     rows, images = [], []
-    for task in tasks:
-        record = json.loads(read_bytes(_record_uri(config, task)))
-        images.append(record["image"])
-        method = config.methods[task["method"]].name
-        num_runs = record["image"]["num_runs"]
-        for run in range(num_runs):
-            values: dict[str, Any] = {name: record["scores"][name][run] for name in config.metrics}
-            rows.append({"method": method, "key": task["entry"]["key"], "run": run, "seed": config.seed, **values})
+    for method in config.methods:
+        for key in keys:
+            record = json.loads(read_bytes(record_uri(config.output, method.name, key)))
+            images.append(record["image"])
+            for run in range(record["image"]["num_runs"]):
+                values: dict[str, Any] = {name: record["scores"][name][run] for name in metrics}
+                rows.append({"method": method.name, "key": key, "run": run, "seed": config.seed, **values})
     for name, table in (
-        ("results", pa.Table.from_pylist(rows, schema=results_schema(config.metrics))),
-        ("images", pa.Table.from_pylist(images, schema=images_schema(config.metrics))),
+        ("results", pa.Table.from_pylist(rows, schema=results_schema(metrics))),
+        ("images", pa.Table.from_pylist(images, schema=images_schema(metrics))),
     ):
         buffer = io.BytesIO()
         pq.write_table(table, buffer)
         write_bytes(join(config.output, f"{name}.parquet"), buffer.getvalue())
 
 
-def _flat_summary(summary: dict[str, Any]) -> dict[str, float]:
-    flat: dict[str, float | None] = {}
-    for name, method in summary.items():
-        flat |= {f"{name}/l_std": method["l_std"], f"{name}/sharpness": method["sharpness"]}
-        for metric, numbers in method["metrics"].items():
-            flat |= {f"{name}/{metric}": numbers["mean"], f"{name}/g_std_{metric}": numbers["g_std"]}
-    return {key: value for key, value in flat.items() if value is not None}
+def _score_sets(config: EvaluateConfig, data: EvaluationSet, available: bool) -> None:
+    """FID of every run of every method against all HR images; a method's number is the mean over its runs."""
+    computable = available and len(data.images) > 1 and all(image.hr for image in data.images)
+    result = load_result(config.output)
+    found: dict[str, dict[str, float | None]] = {name: {"fid": None} for name in result.methods}
+    if computable:
+        with ray_cluster(config.runtime.ray):
+            import ray
 
-
-def _log_artifacts(tracker: Any, config: EvaluateConfig, result: EvaluationResult) -> None:
-    """The tables, the report, and the pictures of the first images."""
-    keys = next(iter(result.methods.values())).keys[:MAX_LOGGED_IMAGES]
-    wanted = [join(config.output, name) for name in ("run.json", "results.parquet", "images.parquet", "report.html")]
-    for place in list_files(join(config.output, "images")):
-        if place.rsplit("/", 1)[-1].removesuffix(".png") in keys:
-            wanted.append(place)
-    with tempfile.TemporaryDirectory(prefix="ccsr-artifacts-") as folder:
-        for place in wanted:
-            target = Path(folder) / place.removeprefix(config.output).lstrip("/")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(read_bytes(place))
-        tracker.artifact(Path(folder))
+            device = "cuda" if config.runtime.use_gpu else "cpu"
+            remote = ray.remote(num_gpus=int(config.runtime.use_gpu))(fid)
+            keys = [image.key for image in data.images]
+            references = [result.picture("hr", key) for key in keys]
+            try:
+                for name, method in result.methods.items():
+                    runs = [[result.picture(name, key, run) for key in keys] for run in range(method.num_runs)]
+                    scores = ray.get([remote.remote(run, references, device=device) for run in runs])
+                    found[name]["fid"] = sum(scores) / len(scores)
+            except ray.exceptions.RayError as error:
+                raise user_error(error) or lost_worker(error, config.output) from error
+    write_bytes(join(config.output, SET_METRICS), json.dumps(found, sort_keys=True).encode())

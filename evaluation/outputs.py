@@ -1,12 +1,16 @@
 """Outputs that another method made: which file is run r of image KEY, checked before anything is scored."""
 
+import hashlib
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
-from evaluation.sets import content_id, images_by_key
+from evaluation.sets import EvaluationImage, add_by_key
 from infra.errors import DataError
+from infra.images import list_images, read_image
+from infra.progress import progress
 
-_RUN_FOLDER = re.compile(r"(?:sample|runs-)(\d+)-(.+)")  # as `images_by_key` writes sampleNN/KEY and runs/NN/KEY
+_OF_A_RUN = re.compile(r"(?:sample|runs/)(\d+)/(.+)")
 
 
 def find_outputs(folder: str, keys: Sequence[str], num_runs: int) -> dict[str, list[str]]:
@@ -16,17 +20,17 @@ def find_outputs(folder: str, keys: Sequence[str], num_runs: int) -> dict[str, l
     a run is missing, and for a single run folder, which says nothing about stability.
     """
     runs: dict[int, dict[str, str]] = {}
-    plain: dict[str, str] = {}
-    for name, uri in images_by_key(folder).items():
-        match = _RUN_FOLDER.fullmatch(name)
+    only: dict[str, str] = {}
+    for uri in list_images(folder):
+        name = uri.removeprefix(folder.rstrip("/")).lstrip("/")
+        match = _OF_A_RUN.fullmatch(name)
         if match:
-            runs.setdefault(int(match[1]), {})[match[2]] = uri
+            add_by_key(runs.setdefault(int(match[1]), {}), match[2], uri)
         else:
-            plain[name] = uri
-    if set(keys) & plain.keys():  # a deterministic method; test images may themselves be called sample0-x
-        plain |= {name: uri for name, uri in images_by_key(folder).items() if name in keys}
-        _require_all(plain, keys, folder)
-        return {key: [plain[key]] for key in keys}
+            add_by_key(only, name, uri)
+    if not runs:
+        _require_all(only, keys, folder)
+        return {key: [only[key]] for key in keys}
     if len(runs) < num_runs:
         single = "; a deterministic method's outputs lie in the folder itself" if len(runs) == 1 else ""
         raise DataError(
@@ -40,9 +44,32 @@ def find_outputs(folder: str, keys: Sequence[str], num_runs: int) -> dict[str, l
     return {key: [runs[run][key] for run in chosen] for key in keys}
 
 
-def outputs_id(outputs: dict[str, list[str]]) -> str:
-    """Names the content of outputs, wherever they lie."""
-    return content_id((f"{key} {run}", uri) for key, uris in outputs.items() for run, uri in enumerate(uris))
+def outputs_id(outputs: dict[str, list[str]], images: Sequence[EvaluationImage]) -> str:
+    """16 hex digits that name the pixels of outputs, wherever they lie; every file is read.
+
+    Raises DataError for one that is unreadable or of another size than its test image, so before anything is scored.
+    """
+    total = sum(len(files) for files in outputs.values())
+    with progress("checking outputs", total) as advance, ThreadPoolExecutor(8) as pool:
+
+        def lines(image: EvaluationImage) -> list[str]:
+            size = image.read()[2]
+            digests = []
+            for run, uri in enumerate(outputs[image.key]):
+                output = read_image(uri)
+                if output.shape[:2] != size:
+                    raise DataError(
+                        f"this output is {output.shape[0]} x {output.shape[1]} px, its test image {size[0]} x "
+                        f"{size[1]} (height x width)",
+                        where=uri,
+                        todo="make all outputs at the test set's scale, without resizing or cropping",
+                    )
+                digests.append(f"{image.key} {run} {hashlib.sha256(output.tobytes()).hexdigest()}")
+                advance(1)
+            return digests
+
+        found = sorted(line for lines_of_image in pool.map(lines, images) for line in lines_of_image)
+    return hashlib.sha256("\n".join(found).encode()).hexdigest()[:16]
 
 
 def _require_all(found: dict[str, str], keys: Sequence[str], where: str) -> None:

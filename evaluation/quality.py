@@ -56,7 +56,9 @@ class Quality:
         """Metric -> score of uint8 RGB (H, W, 3) images; None where it needs an HR and there is none, or where the
         image is too small or too flat for NIQE."""
         known = hr is not None
-        return {name: metric(sr, hr) if known or name in _NO_REFERENCE else None for name, metric in self._metrics.items()}
+        return {
+            name: metric(sr, hr) if known or name in _NO_REFERENCE else None for name, metric in self._metrics.items()
+        }
 
     def _make(self, name: str) -> Callable[[np.ndarray, Any], float | None]:
         border = self._crop_border

@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 
 from evaluation.metrics import METRICS, Metric
+from evaluation.orderings import load_orderings, orderings_html
 from evaluation.results import EvaluationResult, MethodScores, load_result
 from evaluation.tables import html_table, published_summary, terminal_table
 from infra.errors import DataError
@@ -102,6 +103,8 @@ def _tables(result: EvaluationResult) -> str:
     if group:
         title = html.escape(f"Published: CCSR paper, arXiv 2401.00877v1, {group}")
         tables += f"<h2>{title}</h2>{html_table(published_summary(group))}"
+        orderings = load_orderings(result.folder)
+        tables += f"<h2>Orderings of the paper</h2>{orderings_html(orderings)}" if orderings else ""
     return tables
 
 

@@ -15,9 +15,10 @@ import pyarrow.parquet as pq
 
 from evaluation.stability import g_std
 from infra.errors import DataError
-from infra.storage import join, read_bytes
+from infra.storage import exists, join, read_bytes, read_json
 
 _AGAIN = "run ccsr evaluate again: it resumes and fills the gaps"
+SET_METRICS = "set_metrics.json"
 _RESULT_FIELDS = [("method", pa.string()), ("key", pa.string()), ("run", pa.int32()), ("seed", pa.int64())]
 _IMAGE_FIELDS = [
     ("method", pa.string()),
@@ -83,7 +84,7 @@ class EvaluationResult:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """`summarise` of the tables plus the numbers of whole sets (FID) that run.json holds in `set_metrics`.
+        """`summarise` of the tables plus the numbers of whole sets (FID) in `run["set_metrics"]`.
 
         `set_metrics`: method -> metric -> number or null; they have a mean and no G-STD.
         """
@@ -211,7 +212,8 @@ def summarise(results: pa.Table, images: pa.Table) -> dict[str, Any]:
 def load_result(folder: str | Path) -> EvaluationResult:
     """Read run.json, results.parquet and images.parquet below a path or s3:// URI.
 
-    Raises StorageError where one is missing, DataError where one is damaged or incomplete.
+    set_metrics.json, where there is one, becomes `run["set_metrics"]`. Raises StorageError where a file is missing,
+    DataError where one is damaged or incomplete.
     """
     folder = str(folder)
     files = {name: read_bytes(join(folder, name)) for name in ("run.json", "results.parquet", "images.parquet")}
@@ -220,6 +222,8 @@ def load_result(folder: str | Path) -> EvaluationResult:
         tables = [pq.read_table(io.BytesIO(files[f"{name}.parquet"])) for name in ("results", "images")]
     except ValueError as error:  # json's and pyarrow's errors are ValueErrors
         raise DataError(f"the evaluation result is damaged: {error}", where=folder, todo=_AGAIN) from error
+    if exists(join(folder, SET_METRICS)):
+        run["set_metrics"] = read_json(join(folder, SET_METRICS))
     return EvaluationResult(folder, run, method_scores(*tables))
 
 

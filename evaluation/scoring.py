@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from evaluation.quality import Quality
 from evaluation.results import image_row
 from evaluation.sets import EvaluationImage
 from evaluation.stability import StabilityAccumulator
-from infra.errors import DataError
+from infra import errors
+from infra.errors import CcsrError
 from infra.images import encode_png, read_image, resize_bicubic
 from infra.storage import download_folder, join, put_if_absent, write_bytes
 from training.restore import restore_runs
@@ -47,7 +48,9 @@ class Scorer:
         stability = StabilityAccumulator(crop_border=config.crop_border)
         scores: dict[str, list[float | None]] = {name: [] for name in config.metrics if name != "fid"}
         sharp: list[float] = []
-        outputs = _read(files, size) if files else self._restored(task["method"], lr, size, image.key)
+        outputs: Iterable[np.ndarray] = (
+            map(read_image, files) if files else self._restored(task["method"], lr, size, image.key)
+        )
         for run, output in enumerate(outputs):
             write_bytes(join(folder, method.name, f"{run:02d}", f"{image.key}.png"), encode_png(output))
             stability.add(output)
@@ -93,14 +96,12 @@ class Scorer:
         return self._loaded[1]
 
 
-def _read(files: Sequence[str], size: tuple[int, int]) -> Iterator[np.ndarray]:
-    for uri in files:
-        output = read_image(uri)
-        if output.shape[:2] != size:
-            raise DataError(
-                f"this output is {output.shape[0]} x {output.shape[1]} px, its HR image {size[0]} x {size[1]} "
-                "(height x width)",
-                where=uri,
-                todo="make all outputs at the test set's scale, without resizing or cropping",
-            )
-        yield output
+def error_to_json(error: CcsrError) -> str:
+    """A user's error as a value of a row; `error_from_json` makes one of the same kind and exit code of it."""
+    kind = next(cls.__name__ for cls in type(error).__mro__ if cls.__module__ == errors.__name__)
+    return json.dumps([kind, error.what, error.where, error.todo])
+
+
+def error_from_json(text: str) -> CcsrError:
+    kind, what, where, todo = json.loads(text)
+    return getattr(errors, kind)(what, where=where, todo=todo)

@@ -1,10 +1,10 @@
-"""Test sets: shard sets, pair folders and LR-only folders, all as a list of images with a key, an LR and maybe an HR."""
+"""Test sets: shard sets, pair folders and LR-only folders, all a list of images with key, LR and maybe HR."""
 
 import dataclasses
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -100,24 +100,33 @@ def _from_folders(folders: FolderSet) -> EvaluationSet:
                 todo="give folders in which an HR image and its LR image have the same name",
             )
         images = [EvaluationImage(key, lr[key], hr[key]) for key in lr]
-    files = [(image.key, place) for image in images for place in (image.lr, image.hr) if place]
-    return EvaluationSet(content_id(files, salt=str(folders.scale if folders.hr is None else "")), images)
+    return EvaluationSet(content_id(images), images)
 
 
 def images_by_key(folder: str) -> dict[str, str]:
     """Key -> URI of the images below a folder; a key is the path below it without suffix, in harmless characters."""
     found: dict[str, str] = {}
     for uri in list_images(folder):
-        name = uri.removeprefix(folder.rstrip("/")).lstrip("/").rsplit(".", 1)[0]
-        key = re.sub(r"[^A-Za-z0-9_.-]+", "-", name)
-        if key in found:
-            raise DataError(f"two images have the key {key}", where=f"{found[key]}, {uri}", todo="rename one of them")
-        found[key] = uri
+        add_by_key(found, uri.removeprefix(folder.rstrip("/")).lstrip("/"), uri)
     return found
 
 
-def content_id(files: Iterable[tuple[str, str]], salt: str = "") -> str:
-    """16 hex digits that name the content of (key, URI) files in any order; each is read once."""
+def add_by_key(found: dict[str, str], name: str, uri: str) -> None:
+    """Put the image called `name` into `found` by its key. DataError where the key is taken."""
+    key = re.sub(r"[^A-Za-z0-9_.-]+", "-", name.rsplit(".", 1)[0])
+    if key in found:
+        raise DataError(f"two images have the key {key}", where=f"{found[key]}, {uri}", todo="rename one of them")
+    found[key] = uri
+
+
+def content_id(images: Sequence[EvaluationImage]) -> str:
+    """16 hex digits that name the pixels, keys and sizes of images in any order. Each is read and checked once."""
+
+    def line(image: EvaluationImage) -> str:
+        lr, hr, size = image.read()
+        digest = hashlib.sha256(lr.tobytes() + (b"" if hr is None else hr.tobytes())).hexdigest()
+        return f"{image.key} {lr.shape} {size} {digest}"
+
     with ThreadPoolExecutor(8) as pool:
-        lines = list(pool.map(lambda item: f"{item[0]} {hashlib.sha256(read_bytes(item[1])).hexdigest()}", files))
-    return hashlib.sha256("\n".join([salt, *sorted(lines)]).encode()).hexdigest()[:16]
+        lines = sorted(pool.map(line, images))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

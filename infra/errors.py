@@ -18,7 +18,7 @@ class CcsrError(Exception):
         return f"{what}\n  where: {where}\n  to do: {todo}"
 
     def __reduce__(self) -> tuple:
-        return _rebuild, (type(self), self.what, self.where, self.todo)
+        return _rebuild, (type(self), self.what, self.where, self.todo), self.__dict__
 
 
 def _rebuild(cls: type[CcsrError], what: str, where: str, todo: str) -> CcsrError:

@@ -73,35 +73,52 @@ def train(config: ConfigFile, set_: Overrides = None) -> None:
 
 
 @app.command()
-def evaluate(config: ConfigFile, set_: Overrides = None) -> None:
+def evaluate(
+    config: ConfigFile,
+    set_: Overrides = None,
+    log_only: Annotated[bool, typer.Option("--log-only", help="Only send a finished result to MLflow.")] = False,
+) -> None:
     """Measure quality and stability of one or several methods."""
     from rich.console import Console
 
     from evaluation.config import EvaluateConfig
     from evaluation.job import run_evaluate
+    from evaluation.orderings import load_orderings, orderings_table
     from evaluation.tables import terminal_table
     from infra.config import load_config
 
-    result = run_evaluate(load_config(config, EvaluateConfig, set_ or []))
+    result = run_evaluate(load_config(config, EvaluateConfig, set_ or []), log_only=log_only)
     Console().print(terminal_table(result.summary))
+    orderings = load_orderings(result.folder)
+    if orderings:
+        Console().print(orderings_table(orderings, result.run["published"]))
     typer.echo(f"report: {result.folder}/report.html")
 
 
 @app.command()
 def compare(
-    runs: Annotated[list[str], typer.Argument(help="Result folders, each with an optional :METHOD.")],
+    runs: Annotated[
+        list[str], typer.Argument(help="Result folders, MLflow run ids or names, each with an optional :METHOD.")
+    ],
     csv: Annotated[Path | None, typer.Option(help="Also write the differences to this file.")] = None,
+    mlflow: Annotated[str | None, typer.Option(help="MLflow's address; default as for the other commands.")] = None,
+    log: Annotated[bool, typer.Option("--log", help="Also log the comparison as a run in MLflow.")] = False,
 ) -> None:
     """Paired per-image differences between evaluated methods, with bootstrap intervals."""
     from rich.console import Console
 
     from evaluation.compare import compare as compare_results
+    from evaluation.log import log_comparison
+    from infra.tracking import TrackingConfig
 
-    comparison = compare_results(runs)
+    tracking = TrackingConfig(uri=mlflow)
+    comparison = compare_results(runs, tracking=tracking)
     for table in comparison.tables():
         Console().print(table)
     if csv is not None:
         comparison.write_csv(csv)
+    if log:
+        typer.echo(f"MLflow run: {log_comparison(comparison, runs, tracking)}")
 
 
 @app.command()

@@ -51,11 +51,11 @@ def run_convert(
 
         if v1:
             convert_v1(download(v1, folder), base_dir, target)
-        elif controlnet and vae:
-            parts = (download_folder(uri, folder / name) for uri, name in ((controlnet, "controlnet"), (vae, "vae")))
-            convert_v2(*parts, base_dir or "", target)
-        else:
-            convert_base(base_dir or "", family or "v2", target)
+        elif base_dir and controlnet and vae:
+            controlnet_dir = download_folder(controlnet, folder / "controlnet")
+            convert_v2(controlnet_dir, download_folder(vae, folder / "vae"), base_dir, target)
+        elif base_dir:
+            convert_base(base_dir, family or "v2", target)
         if is_s3(out):
             if exists(join(out, "ccsr.json")):
                 remove(join(out, "ccsr.json"))  # until all is replaced, nothing complete is there
@@ -74,7 +74,7 @@ def parameter_report(preset: str, stage: int | None = None) -> "Table":
     """The parameter table of a preset, counted on modules without memory; what `stage` trains is marked."""
     from rich.table import Table
 
-    from training.models.parameters import PAPER_MILLIONS, parameter_table
+    from training.models.parameters import PAPER_MILLIONS, discriminator_table, parameter_table
 
     rows = parameter_table(preset)
     table = Table(title=f"{preset}: parameters")
@@ -96,6 +96,10 @@ def parameter_report(preset: str, stage: int | None = None) -> "Table":
             table.add_section()
     if len(rows) > len(shared):
         add(f"CCSR v1 as published (paper: {PAPER_MILLIONS} M)", sum(int(row["parameters"]) for row in rows))
+    if preset == "sd21":
+        table.add_section()
+        for row in discriminator_table():
+            add(str(row["name"]), int(row["parameters"]), _trained_in(row))
     return table
 
 

@@ -99,14 +99,14 @@ def save_checkpoint(output: str, state: TrainingState, *, keep: int) -> str:
     if exists(join(place, "complete.json")):  # one that was found damaged and is made again
         remove_checkpoint(place)
     with tempfile.TemporaryDirectory(prefix="ccsr-checkpoint-") as folder:
-        hashes = {}
         for name, tensors in state.tensors.items():
-            local = Path(folder) / f"{name}.safetensors"
-            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, local)
-            hashes[local.name] = sha256_file(local)
-            upload(local, join(place, local.name))
-        facts = json.dumps({"format": FORMAT, **state.facts}, indent=1, sort_keys=True).encode()
-        write_bytes(join(place, "state.json"), facts)
+            contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
+            save_file(contiguous, Path(folder) / f"{name}.safetensors")
+        facts = json.dumps({"format": FORMAT, **state.facts}, indent=1, sort_keys=True)
+        (Path(folder) / "state.json").write_text(facts)
+        hashes = {local.name: sha256_file(local) for local in Path(folder).iterdir()}
+        for name in hashes:
+            upload(Path(folder) / name, join(place, name))
         write_bytes(join(place, "complete.json"), json.dumps(hashes, indent=1, sort_keys=True).encode())
     kept = complete_checkpoints(output)[-keep:]
     root = join(output, "checkpoints")
@@ -134,10 +134,10 @@ def load_checkpoint(place: str) -> TrainingState:
         raise ModelError(
             "this checkpoint is not complete", where=place, todo="use an earlier one, or remove its folder"
         )
-    facts = read_json(join(place, "state.json"))
-    if facts.get("format") != FORMAT:
-        raise ModelError(f"unknown checkpoint format {facts.get('format')!r}", where=place, todo=f"expected {FORMAT}")
-    state = TrainingState(facts)
+    state = TrainingState(read_json(join(place, "state.json")))
+    if state.facts.get("format") != FORMAT:
+        found = state.facts.get("format")
+        raise ModelError(f"unknown checkpoint format {found!r}", where=place, todo=f"expected {FORMAT}")
     with tempfile.TemporaryDirectory(prefix="ccsr-checkpoint-") as folder:
         for name, expected in read_json(join(place, "complete.json")).items():
             local = download(join(place, name), Path(folder))
@@ -147,7 +147,8 @@ def load_checkpoint(place: str) -> TrainingState:
                     where=place,
                     todo="remove this checkpoint's folder; the run goes on from the one before",
                 )
-            state.tensors[name.removesuffix(".safetensors")] = load_file(local)
+            if local.suffix == ".safetensors":
+                state.tensors[local.stem] = load_file(local)
     return state
 
 

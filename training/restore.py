@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from infra.config import Config
+from infra.errors import DataError
 from infra.images import resize_bicubic
 from infra.seeding import Noise, noise_for
 from training.models import CcsrModel
@@ -48,9 +49,15 @@ def restore_runs(
     """Yield one uint8 (H, W, 3) RGB image of `size` = (H, W) per run.
 
     `lr` is uint8 (h, w, 3) RGB. Run r's noise depends on (seed, key, r) alone. The LR is enlarged bicubically,
-    padded by reflection to what the networks need, encoded once, and cut back at the end.
+    padded by reflection to what the networks need, encoded once, and cut back at the end. DataError for an output under 2 px.
     """
     height, width = size
+    if min(height, width) < 2:
+        raise DataError(
+            f"{lr.shape[1]}x{lr.shape[0]} px to {width}x{height} px is too small to restore",
+            where=key,
+            todo="use a larger image",
+        )
     device = next(model.vae.parameters()).device
     enlarged = torch.from_numpy(resize_bicubic(lr, width, height).copy()).to(device).permute(2, 0, 1)[None] / 255
     unit = model.factor * 2 ** (len(model.unet.config.block_out_channels) - 1)

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from infra.errors import ClusterError, ModelError
+from infra.errors import ConfigError, ModelError
 from infra.manifest import Manifest
 from infra.progress import progress
-from infra.ray_runtime import ray_cluster, user_error
+from infra.ray_runtime import lost_worker, ray_cluster, user_error
 from infra.run import claim_output
 from infra.storage import download_folder, exists, join, read_bytes, upload_folder
 from infra.tracking import open_tracker, tracking_uri
@@ -31,6 +31,7 @@ def run_train(config: TrainConfig) -> str:
     starting model or the output cannot be used.
     """
     manifests = [Manifest.load(uri) for uri in config.data]
+    _check_crop(config, manifests)
     model_uri = join(config.output, "model")
     inputs = {"dataset_ids": [manifest.dataset_id for manifest in manifests], "init_from": model_id(config.init_from)}
     run = claim_output(config.output, config, job="train", inputs=inputs, libraries=LIBRARIES)
@@ -41,6 +42,16 @@ def run_train(config: TrainConfig) -> str:
     _fit(config, manifests, run, facts)
     _export(config, model_uri)
     return model_uri
+
+
+def _check_crop(config: TrainConfig, manifests: list[Manifest]) -> None:
+    for manifest in manifests:
+        if config.crop_px % (manifest.facts["scale"] or 1):
+            raise ConfigError(
+                f"crop_px = {config.crop_px} is no multiple of these shards' scale, {manifest.facts['scale']}",
+                where=manifest.uri,
+                todo="choose a multiple of it",
+            )
 
 
 def model_id(uri: str | None) -> str:
@@ -107,16 +118,12 @@ def _fit(config: TrainConfig, manifests: list[Manifest], run: dict[str, Any], fa
         try:
             with bar as advance, _Watch(lambda: ray.get(board.read.remote()), advance):
                 trainer.fit()
+        except KeyboardInterrupt:
+            tracker.end("KILLED")
+            raise
         except Exception as error:
             tracker.end("FAILED")
-            found = user_error(error)
-            if found is None:
-                raise ClusterError(
-                    f"a training worker failed ({type(error).__name__}: {str(error).strip().splitlines()[-1][:300]})",
-                    where=config.output,
-                    todo="run the same command again to go on from the last checkpoint; --debug shows the traceback",
-                ) from error
-            raise found from error
+            raise user_error(error) or lost_worker(error, config.output) from error
         tracker.end("FINISHED")
 
 
@@ -167,6 +174,7 @@ class _Watch:
 
 def _worker(settings: dict[str, Any]) -> None:
     """What each Ray Train worker runs."""
+    import cv2
     import deepspeed
     import ray.train
     import torch
@@ -178,6 +186,7 @@ def _worker(settings: dict[str, Any]) -> None:
     ray_context = ray.train.get_context()
     rank = ray_context.get_world_rank()
     torch.set_num_threads(config.runtime.threads_per_worker)
+    cv2.setNumThreads(1)  # the ingest has threads of its own
     skip_compiled_collectives()
     backend = "nccl" if config.runtime.use_gpu else "gloo"
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)

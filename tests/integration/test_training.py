@@ -1,6 +1,7 @@
 """The training loop over real DeepSpeed engines: a resumed run is the run, whatever the ZeRO stage."""
 
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from mlflow.tracking import MlflowClient
 
 from infra.config import load_yaml, parse_config
 from infra.manifest import Manifest
+from tests.small_networks import seeded_lpips, small_dino
 from training.checkpoint import complete_checkpoints, load_checkpoint
 from training.config import TrainConfig
 from training.train import initial_model
@@ -43,7 +45,9 @@ def process_group():
     patch.undo()
 
 
-def small_run(demo, output, *, stage, num_updates, zero_stage, global_batch_size=4, num_steps=6) -> list[float]:
+def small_run(
+    demo, output, *, stage, num_updates, zero_stage, global_batch_size=4, num_steps=6, changes=()
+) -> list[float]:
     """Losses of the updates that this call did, on the demo's shards."""
     from training.loop import WorkerContext, train
 
@@ -56,6 +60,7 @@ def small_run(demo, output, *, stage, num_updates, zero_stage, global_batch_size
         "num_steps": num_steps,
         "runtime": {"micro_batch_size": 2, "zero_stage": zero_stage, "checkpoint_every": 2, "keep_checkpoints": 2},
     }
+    values |= dict(changes)
     config = parse_config(values, TrainConfig, where="test")
     losses = Losses()
     manifests = [Manifest.load(uri) for uri in config.data]
@@ -70,6 +75,25 @@ def test_resumed_equals_uninterrupted_bit_by_bit(demo, process_group, tmp_path, 
     parts += small_run(demo, tmp_path / "parts", stage=stage, num_updates=4, zero_stage=zero_stage)
     assert parts == whole
     assert len(set(whole)) == 4
+    assert_equal_ends(tmp_path)
+
+
+def test_v2s_decoder_with_dino_and_lpips_resumes_bit_by_bit(demo, process_group, tmp_path, monkeypatch):
+    """The heads' spectral norms are part of the state; LPIPS and GAN come in at the third update."""
+    monkeypatch.setattr("training.steps.load_dino", small_dino)
+    monkeypatch.setattr("training.steps.load_lpips", seeded_lpips)
+    loss = {"reconstruction": "l2", "perceptual": "lpips", "discriminator": "dino", "gan_weight": 0.05}
+    loss |= {"adaptive": False, "divide_by_batch": False, "perceptual_start_update": 2, "gan_start_update": 2}
+    changes = {"init_from": None, "model": {"preset": "tiny", "family": "v2"}, "decoder_loss": loss}
+    changes |= {"start_from": "lr", "optimizer": {"learning_rate": 1e-3, "clip_norm": 1.0}}
+    run = partial(small_run, demo, stage=2, zero_stage=1, num_steps=1, changes=changes)
+    whole = run(tmp_path / "whole", num_updates=4)
+    assert run(tmp_path / "parts", num_updates=2) + run(tmp_path / "parts", num_updates=4) == whole
+    assert len(set(whole)) == 4
+    assert_equal_ends(tmp_path)
+
+
+def assert_equal_ends(tmp_path) -> None:
     ends = [load_checkpoint(complete_checkpoints(str(tmp_path / name))[-1]).tensors for name in ("whole", "parts")]
     assert ends[0].keys() == ends[1].keys()
     for file in ends[0]:

@@ -9,11 +9,11 @@ from torch import Tensor
 import training.steps
 from infra import noise_for
 from infra.config import parse_config
+from tests.small_networks import seeded_lpips, small_dino
 from training.config import TrainConfig
 from training.ingest import Batch
-from training.models import CcsrModel, Lpips, ModelConfig, PatchDiscriminator, build_model
-from training.models.networks import seeded_init
-from training.models.vit import VisionTransformer
+from training.models import CcsrModel, ModelConfig, PatchDiscriminator, build_model
+from training.restore import SamplingConfig, restore_runs
 from training.steps import DecoderStage
 
 V2 = {
@@ -30,24 +30,8 @@ V2 = {
 
 @pytest.fixture(autouse=True)
 def small_frozen_networks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random small networks in place of the published weight files."""
-
-    def load_dino(name: str) -> VisionTransformer:
-        with seeded_init(1):
-            vit = VisionTransformer(32, 8, layer_scale=name == "dinov2", width=16, num_heads=2)
-            for parameter in vit.parameters():
-                torch.nn.init.normal_(parameter, std=0.2)
-        return vit.requires_grad_(False)
-
-    def load_lpips() -> Lpips:
-        with seeded_init(2):
-            lpips = Lpips()
-            for head in lpips.heads:
-                torch.nn.init.ones_(head)
-        return lpips.requires_grad_(False)
-
-    monkeypatch.setattr(training.steps, "load_dino", load_dino)
-    monkeypatch.setattr(training.steps, "load_lpips", load_lpips)
+    monkeypatch.setattr(training.steps, "load_dino", small_dino)
+    monkeypatch.setattr(training.steps, "load_lpips", seeded_lpips)
 
 
 def stage(loss: dict[str, Any], family: str = "v2") -> DecoderStage:
@@ -142,3 +126,20 @@ def test_the_condition_comes_from_the_condition_encoder() -> None:
     assert not torch.allclose(z_lr, model.encode_moments(batch().lr)[0])
     model.condition_encoder = None
     assert torch.equal(built._latents(batch())[0], z_hr)
+
+
+def test_a_restoration_takes_the_condition_encoder() -> None:
+    model = build_model(ModelConfig(family="v1"), seed=3)
+    torch.nn.init.normal_(model.controlnet.controlnet_mid_block.weight)
+    torch.nn.init.normal_(model.controlnet.controlnet_cond_embedding.weight)
+    lr = (255 * noise_for(0, [("lr",)], "cpu", torch.float32)((1, 16, 16, 3)).sigmoid()).byte()[0].numpy()
+
+    def restored() -> Tensor:
+        images = restore_runs(model, lr, (32, 32), SamplingConfig(num_steps=6), seed=0, key="a", runs=[0])
+        return torch.from_numpy(next(images))
+
+    own = restored()
+    model.condition_encoder = model.vae
+    assert torch.equal(restored(), own)
+    model.condition_encoder = build_model(ModelConfig(), seed=9).vae
+    assert not torch.equal(restored(), own)

@@ -6,7 +6,9 @@ import torch
 from torch import nn
 
 from infra.errors import ConfigError
+from training.models.discriminators import PatchDiscriminator, ProjectedDiscriminator
 from training.models.networks import build_networks
+from training.models.vit import build_vit
 
 PAPER_MILLIONS = 1700.91  # CCSR in Table 2 of Sun et al., arXiv 2401.00877: all rows of "sd21"
 
@@ -32,6 +34,19 @@ def parameter_table(preset: str) -> list[dict[str, str | int | bool]]:
     if preset == "sd21":
         rows += [_row("v1 only: condition encoder, a copy of the VAE's", encoder), _row("v1 only: text tower", _text())]
     return rows
+
+
+def discriminator_table() -> list[dict[str, str | int | bool]]:
+    """Rows as in `parameter_table` of the full-size discriminators; no model directory holds them."""
+    with torch.device("meta"):
+        patch = PatchDiscriminator()
+        projected = ProjectedDiscriminator(build_vit("dino"), build_vit("dinov2"))
+    return [
+        _row("v1: PatchGAN", _count(patch), stage2=True),
+        _row("v2: discriminator's heads", _count(projected.heads), stage2=True),
+        _row("v2: DINO ViT-S/16 below them", _count(projected.dino)),
+        _row("v2: DINOv2 ViT-S/14, their condition", _count(projected.dinov2)),
+    ]
 
 
 def _row(name: str, parameters: int, *, stage1: bool = False, stage2: bool = False) -> dict[str, str | int | bool]:

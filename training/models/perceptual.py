@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from infra.weights import find_weights
 from training.models.directory import fill, read_checkpoint
-from training.models.vit import VisionTransformer
+from training.models.vit import VisionTransformer, build_vit
 
 
 class _Convolution(NamedTuple):
@@ -198,7 +198,4 @@ def load_dino(name: str, folder: str | None = None) -> VisionTransformer:
     """
     path = find_weights(name, folder)
     state = {key: value for key, value in read_checkpoint(path).items() if key != "mask_token"}
-    network = VisionTransformer(224, 16, layer_scale=False)
-    if name == "dinov2":
-        network = VisionTransformer(518, 14, layer_scale=True)
-    return fill(network, state, path).requires_grad_(False)
+    return fill(build_vit(name), state, path).requires_grad_(False)

@@ -70,3 +70,10 @@ class _Scale(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return tokens * self.gamma
+
+
+def build_vit(name: str) -> VisionTransformer:
+    """The ViT-S called "dino" (patch 16, 224 px) or "dinov2" (patch 14, 518 px), with zero and random weights."""
+    if name == "dinov2":
+        return VisionTransformer(518, 14, layer_scale=True)
+    return VisionTransformer(224, 16, layer_scale=False)

@@ -1,0 +1,57 @@
+"""Where a compared result lies: a result folder, or an MLflow run by its id or name."""
+
+from pathlib import Path
+
+from evaluation.results import EvaluationResult, load_result
+from infra.errors import ClusterError, DataError
+from infra.storage import exists, is_s3, join
+from infra.tracking import TrackingConfig, tracking_uri
+
+_NEEDED = ("run.json", "results.parquet", "images.parquet")
+
+
+def find_result(place: str, tracking: TrackingConfig, scratch: Path) -> EvaluationResult:
+    """The result in folder `place`, else of the MLflow run with that id or name (its tables go below `scratch`).
+
+    Raises StorageError for a folder without a result, DataError for a name that no run or several have, ClusterError
+    where MLflow does not answer.
+    """
+    if is_s3(place) or Path(place).is_dir() or exists(join(place, "run.json")) or "/" in place:
+        return load_result(place)
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    uri = tracking_uri(tracking)
+    try:
+        client = MlflowClient(uri)
+        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        found = client.search_runs(
+            experiments, f"attributes.run_id = '{place}'" if _is_run_id(place) else f"run_name = '{place}'"
+        )
+        if len(found) != 1:
+            listed = ", ".join(run.info.run_id for run in found[:5])
+            raise DataError(
+                f"{place!r} is no result folder, and {len(found) or 'no'} MLflow runs are called so",
+                where=f"{uri}: {listed}" if found else uri,
+                todo="give a result folder or the id of one MLflow run" if found else "check the name and --mlflow",
+            )
+        run_id = found[0].info.run_id
+        folder = scratch / run_id
+        folder.mkdir(parents=True, exist_ok=True)
+        names = {item.path for item in client.list_artifacts(run_id)}
+        if not names.issuperset(_NEEDED):
+            raise DataError(
+                f"the MLflow run {place!r} holds no evaluation result", where=uri, todo="give a run of ccsr evaluate"
+            )
+        for name in names & {*_NEEDED, "set_metrics.json"}:
+            client.download_artifacts(run_id, name, str(folder))
+    except MlflowException as error:
+        raise ClusterError(
+            f"MLflow does not answer ({str(error).splitlines()[0][:200]})", where=uri, todo="check --mlflow"
+        ) from error
+    result = load_result(folder)
+    return EvaluationResult(found[0].info.run_name or run_id, result.run, result.methods)
+
+
+def _is_run_id(text: str) -> bool:
+    return len(text) == 32 and all(c in "0123456789abcdef" for c in text)
