@@ -1,5 +1,6 @@
 """Where a compared result lies: a result folder, or an MLflow run by its id or name."""
 
+import os
 from pathlib import Path
 
 from evaluation.results import EvaluationResult, load_result
@@ -16,12 +17,19 @@ def find_result(place: str, tracking: TrackingConfig, scratch: Path) -> Evaluati
     Raises StorageError for a folder without a result, DataError for a name that no run or several have, ClusterError
     where MLflow does not answer.
     """
-    if is_s3(place) or Path(place).is_dir() or exists(join(place, "run.json")) or "/" in place:
+    if is_s3(place) or "/" in place or exists(join(place, "run.json")):
         return load_result(place)
+    uri = tracking_uri(tracking)
+    if uri.startswith("sqlite:///") and not exists(uri.removeprefix("sqlite:///")):  # asking MLflow would make one
+        raise DataError(
+            f"{place!r} is no result folder, and there is no MLflow database",
+            where=uri,
+            todo="check the path, or --mlflow",
+        )
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 
-    uri = tracking_uri(tracking)
     try:
         client = MlflowClient(uri)
         experiments = [experiment.experiment_id for experiment in client.search_experiments()]

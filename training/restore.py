@@ -49,7 +49,8 @@ def restore_runs(
     """Yield one uint8 (H, W, 3) RGB image of `size` = (H, W) per run.
 
     `lr` is uint8 (h, w, 3) RGB. Run r's noise depends on (seed, key, r) alone. The LR is enlarged bicubically,
-    padded by reflection to what the networks need, encoded once, and cut back at the end. DataError for an output under 2 px.
+    padded by reflection to what the networks need, encoded once, and cut back at the end.
+    DataError for an output under 2 px.
     """
     height, width = size
     if min(height, width) < 2:

@@ -103,6 +103,7 @@ def _fit(config: TrainConfig, manifests: list[Manifest], run: dict[str, Any], fa
             "board": board,
         }
         environment = {"OMP_NUM_THREADS": str(runtime.threads_per_worker)}
+        environment |= {name: os.environ[name] for name in ("CCSR_WEIGHTS",) if name in os.environ}
         if not runtime.use_gpu:
             environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
         trainer = TorchTrainer(

@@ -12,6 +12,7 @@ from rich.console import Console
 from evaluation.compare import Comparison, Difference, bootstrap_interval, compare
 from evaluation.results import load_result
 from infra import ConfigError, DataError, rng_for
+from infra.tracking import TrackingConfig
 
 KEYS = [f"img{i}" for i in range(6)]
 
@@ -180,3 +181,10 @@ def test_terminal_and_csv_say_the_same(folders: tuple[Path, Path], tmp_path: Pat
     assert (of_psnr[0]["losses"], of_psnr[0]["verdict"]) == ("6", "worse")
     assert float(of_psnr[3]["difference"]) == psnr.differences[2]
     assert {row["verdict"] for row in of_psnr[1:]} == {"worse"}
+
+
+def test_a_name_without_a_database_is_refused_and_makes_none(tmp_path: Path) -> None:
+    database = tmp_path / "mlflow.db"
+    with pytest.raises(DataError, match="'run-a' is no result folder, and there is no MLflow database"):
+        compare(["run-a", "run-b"], tracking=TrackingConfig(uri=f"sqlite:///{database}"))
+    assert not database.exists()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import infra.weights
+from evaluation.quality import Quality
 from infra import ModelError
 from training.models import EncoderFeatures, ModelConfig, build_model, load_dists, load_lpips
 
@@ -22,6 +23,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 def seeded(convolution: nn.Conv2d, generator: torch.Generator) -> nn.Conv2d:
     weight = convolution.weight
     weight.data = torch.randn(weight.shape, generator=generator) * (2 / weight[0].numel()) ** 0.5
+    convolution.bias.data = torch.randn(convolution.bias.shape, generator=generator) * 0.05
     return convolution
 
 
@@ -78,11 +80,20 @@ def _unhashed(file: infra.weights.WeightFile) -> infra.weights.WeightFile:
 
 
 @pytest.mark.parametrize(
-    ("trunk", "heads", "outputs"),
-    [("vgg16", "vgg", (3, 8, 15, 22, 29)), ("alexnet", "alex", (1, 4, 7, 9, 11))],  # relu1_2 .. 5_3; relu1 .. relu5
+    ("trunk", "heads", "outputs", "recorded"),  # outputs: relu1_2 .. 5_3, relu1 .. relu5
+    [  # recorded: the lpips package 0.1.4 on these weights and images
+        ("vgg16", "vgg", (3, 8, 15, 22, 29), (0.8893552, 0.9070776)),
+        ("alexnet", "alex", (1, 4, 7, 9, 11), (1.2292678, 1.1945878)),
+    ],
 )
 def test_lpips_is_its_definition(
-    folder: Path, vgg: nn.Sequential, alexnet: nn.Sequential, trunk: str, heads: str, outputs: tuple[int, ...]
+    folder: Path,
+    vgg: nn.Sequential,
+    alexnet: nn.Sequential,
+    trunk: str,
+    heads: str,
+    outputs: tuple[int, ...],
+    recorded: tuple[float, ...],
 ) -> None:
     lpips = load_lpips(str(folder), trunk=trunk)
     weights = torch.load(folder / f"lpips_v0.1_{heads}.pth", weights_only=True)
@@ -99,6 +110,7 @@ def test_lpips_is_its_definition(
     found = lpips(a, b)
     assert found.shape == (2, 1, 1, 1)
     torch.testing.assert_close(found.flatten(), expected, rtol=1e-4, atol=0)
+    assert found.flatten().tolist() == pytest.approx(recorded, rel=1e-5)
     assert not lpips(a, a).any()
 
 
@@ -133,6 +145,7 @@ def test_dists_is_its_definition(folder: Path, vgg: nn.Sequential) -> None:
     dists = load_dists(str(folder))
     assert dists(a, b).shape == (1, 1, 1, 1)
     assert dists(a, b).item() == pytest.approx(1 - weighted / (alpha + beta).sum(), abs=2e-5)
+    assert dists(a, b).item() == pytest.approx(0.0866520, abs=2e-6)  # recorded: the authors' DISTS_pytorch 0.1
     assert dists(a, a).item() == pytest.approx(0, abs=1e-6)
     assert not any(parameter.requires_grad for parameter in dists.parameters())
 
@@ -143,6 +156,18 @@ def test_lpips_is_frozen_and_passes_gradients(folder: Path) -> None:
     a = draw(1, 3, 32, 32).requires_grad_()
     lpips(a, draw(1, 3, 32, 32, seed=1)).mean().backward()
     assert a.grad.abs().max() > 0
+
+
+def test_evaluation_scores_images_without_their_border(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CCSR_WEIGHTS", str(folder))
+    sr, hr = (np.random.default_rng(seed).integers(0, 256, (72, 80, 3), dtype=np.uint8) for seed in (0, 1))
+    found = Quality(["lpips", "dists"], crop_border=4)(sr, hr)
+    a, b = (torch.from_numpy(image[4:-4, 4:-4].copy()).permute(2, 0, 1)[None] / 255 for image in (sr, hr))
+    assert found["lpips"] == pytest.approx(
+        load_lpips(str(folder), trunk="alexnet")(a * 2 - 1, b * 2 - 1).item(), rel=1e-5
+    )
+    assert found["dists"] == pytest.approx(load_dists(str(folder))(a, b).item(), rel=1e-5)
+    assert Quality(["lpips"])(sr, None) == {"lpips": None}
 
 
 def test_a_wrong_or_missing_file_is_named(folder: Path) -> None:
