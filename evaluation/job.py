@@ -17,10 +17,10 @@ from evaluation.outputs import find_outputs, outputs_id
 from evaluation.quality import UNAVAILABLE, fid, how_to_get, metric_origins
 from evaluation.report import write_report
 from evaluation.results import SET_METRICS, EvaluationResult, images_schema, load_result, results_schema
-from evaluation.scoring import Scorer, error_from_json, error_to_json, record_uri
+from evaluation.scoring import Scorer, record_uri
 from evaluation.sets import EvaluationSet, load_sets
 from evaluation.tables import published_summary
-from infra.errors import CcsrError, DataError
+from infra.errors import CcsrError, DataError, error_from_json, error_to_json
 from infra.progress import progress
 from infra.ray_runtime import lost_worker, ray_cluster, user_error
 from infra.run import claim_output

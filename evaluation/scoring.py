@@ -14,8 +14,6 @@ from evaluation.quality import Quality
 from evaluation.results import image_row
 from evaluation.sets import EvaluationImage
 from evaluation.stability import StabilityAccumulator
-from infra import errors
-from infra.errors import CcsrError
 from infra.images import encode_png, read_image, resize_bicubic
 from infra.storage import download_folder, join, put_if_absent, write_bytes
 from training.restore import restore_runs
@@ -94,14 +92,3 @@ class Scorer:
             with tempfile.TemporaryDirectory(prefix="ccsr-model-") as folder:
                 self._loaded = (uri, load_model(download_folder(uri, Path(folder)), device=self._device))
         return self._loaded[1]
-
-
-def error_to_json(error: CcsrError) -> str:
-    """A user's error as a value of a row; `error_from_json` makes one of the same kind and exit code of it."""
-    kind = next(cls.__name__ for cls in type(error).__mro__ if cls.__module__ == errors.__name__)
-    return json.dumps([kind, error.what, error.where, error.todo])
-
-
-def error_from_json(text: str) -> CcsrError:
-    kind, what, where, todo = json.loads(text)
-    return getattr(errors, kind)(what, where=where, todo=todo)

@@ -1,5 +1,7 @@
 """User errors: three lines (what happened, where, what to do) and an exit code."""
 
+import json
+
 
 class CcsrError(Exception):
     """A mistake or mishap that a user can act on; shown as three lines, without a traceback.
@@ -58,3 +60,15 @@ class ClusterError(CcsrError):
     """Ray, a worker or a server that is missing or failed. Exit code 6."""
 
     exit_code = 6
+
+
+def error_to_json(error: CcsrError) -> str:
+    """A user's error as text, for a row of Ray Data: that carries no exception of ours to the driver."""
+    kind = next(cls.__name__ for cls in type(error).__mro__ if cls.__module__ == __name__)
+    return json.dumps([kind, error.what, error.where, error.todo])
+
+
+def error_from_json(text: str) -> CcsrError:
+    """An error of the same kind and exit code as the one that `error_to_json` was given."""
+    kind, what, where, todo = json.loads(text)
+    return globals()[kind](what, where=where, todo=todo)

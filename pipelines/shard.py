@@ -15,11 +15,11 @@ import numpy as np
 from PIL import Image
 
 from degradation import DegradationConfig, degrade, load_preset
-from infra.errors import ConfigError, DataError, PartialResultError
+from infra.errors import CcsrError, ConfigError, DataError, PartialResultError, error_from_json, error_to_json
 from infra.images import UnusableImageError, decode_image, encode_png
 from infra.manifest import Manifest, Quarantined, ShardRecord, commit_record, committed_records, write_manifest
 from infra.progress import progress
-from infra.ray_runtime import lost_worker, ray_cluster, user_error
+from infra.ray_runtime import lost_worker, ray_cluster
 from infra.run import claim_output
 from infra.seeding import rng_for
 from infra.shards import write_tar
@@ -85,16 +85,21 @@ def _write_shards(config: ShardConfig, recipe: DegradationConfig | None, shards:
 
             def write(row: dict[str, Any]) -> dict[str, Any]:
                 shard = pickle.loads(row["shard"])
-                write_shard(config, recipe, shard)
-                return {"num_samples": len(shard.samples)}
+                try:
+                    write_shard(config, recipe, shard)
+                except CcsrError as error:
+                    return {"num_samples": 0, "error": error_to_json(error)}
+                return {"num_samples": len(shard.samples), "error": ""}
 
             rows = [{"shard": pickle.dumps(shard)} for shard in pending]
             tasks = ray.data.from_items(rows, override_num_blocks=len(rows))
             try:
                 for row in tasks.map(write, num_cpus=1, concurrency=config.runtime.num_workers).iter_rows():
+                    if row["error"]:
+                        raise error_from_json(row["error"])
                     advance(row["num_samples"])
             except ray.exceptions.RayError as error:
-                raise user_error(error) or lost_worker(error, config.output) from error
+                raise lost_worker(error, config.output) from error
 
 
 def write_shard(config: ShardConfig, recipe: DegradationConfig | None, shard: PlannedShard) -> ShardRecord:

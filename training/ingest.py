@@ -1,5 +1,6 @@
 """From positions to batches: fetch each sample by byte range, decode, crop, degrade, in order and ahead of the loop."""
 
+import json
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainingSample:
-    """`hr` uint8 (S, S, 3) and `lr` uint8 (S / scale, S / scale, 3), RGB."""
+    """`hr` uint8 (S, S, 3) and `lr` uint8 (S / scale, S / scale, 3), RGB; the LR of a clean pair is the HR."""
 
     key: str
     position: int
@@ -48,16 +49,17 @@ class SampleReader:
         where = f"{uri}/{entry.shard}: {entry.key}"
         hr = decode_image(members["hr.png"], where=where)
         rng = rng_for(config.seed, "sample", position)
-        if self._recipe is None:
-            lr = decode_image(members["lr.png"], where=where)
-            hr, lr = _crop_pair(hr, lr, config.crop_px, rng, where)
-        else:
-            hr = _crop_pair(hr, hr, config.crop_px, rng, where)[0]
-            pair = degrade(hr, self._recipe, rng)
-            hr, lr = pair.hr, pair.hr if pair.trace["clean"] else pair.lr
-        if rng.random() < 0.5:
+        lr = decode_image(members["lr.png"], where=where) if self._recipe is None else hr
+        hr, lr = _crop_pair(hr, lr, config.crop_px, rng, where)
+        if rng.random() < 0.5:  # before the degradation, whose drift and block grid have a direction
             hr, lr = hr[:, ::-1], lr[:, ::-1]
-        return TrainingSample(entry.key, position, np.ascontiguousarray(hr), np.ascontiguousarray(lr))
+        hr, lr = np.ascontiguousarray(hr), np.ascontiguousarray(lr)
+        if self._recipe is None:
+            clean = json.loads(members["json"])["degradation"]["clean"]
+        else:
+            pair = degrade(hr, self._recipe, rng)
+            hr, lr, clean = pair.hr, pair.lr, pair.trace["clean"]
+        return TrainingSample(entry.key, position, hr, hr if clean else lr)
 
 
 def _recipe(config: TrainConfig, manifests: Sequence[Manifest]) -> DegradationConfig | None:

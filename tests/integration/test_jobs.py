@@ -9,7 +9,7 @@ import pytest
 from evaluation.config import EvaluateConfig
 from evaluation.job import run_evaluate
 from infra.config import parse_config
-from infra.errors import ConfigError, ModelError, PartialResultError
+from infra.errors import ConfigError, DataError, ModelError, PartialResultError
 from infra.images import encode_png
 from infra.manifest import Manifest
 from pipelines.config import ShardConfig
@@ -60,6 +60,15 @@ def test_sharding_goes_on_where_it_stopped_and_refuses_a_changed_config(tmp_path
     with pytest.raises(ConfigError, match="source_id"):
         run_shard(shard_config(source, stopped))
     assert verify(str(stopped)).dataset_id == whole.dataset_id
+
+
+def test_a_strange_file_in_a_shards_place_is_told_by_the_worker(tmp_path):
+    source = photos(tmp_path / "photos")
+    (tmp_path / "out" / "shards").mkdir(parents=True)
+    (tmp_path / "out" / "shards" / "000002.tar").write_bytes(b"not ours")
+    with pytest.raises(DataError, match="another shard is already there"):
+        run_shard(shard_config(source, tmp_path / "out"))
+    assert (tmp_path / "out" / "shards" / "000002.tar").read_bytes() == b"not ours"
 
 
 def test_an_unreadable_photo_is_set_aside_and_said(tmp_path):

@@ -129,6 +129,14 @@ def test_a_clean_pairs_lr_is_its_hr(bare: list[Manifest]) -> None:
     assert torch.equal(batch.lr, batch.hr)
 
 
+def test_a_stored_clean_pairs_lr_is_its_hr(tmp_path: Path) -> None:
+    save_photos(tmp_path / "photos", [(64, 72)])
+    recipe = load_preset("stablesr").model_copy(update={"clean": 1.0})
+    manifest = make_shard_set(shard_config(tmp_path / "photos", tmp_path / "set", degradation=recipe.model_dump()))
+    sample = SampleReader([manifest], config())(0)
+    assert (sample.lr == sample.hr).all()
+
+
 def test_clean_and_degraded_samples_share_a_batch(bare: list[Manifest]) -> None:
     recipe = load_preset("stablesr").model_copy(update={"clean": 0.5})
     samples = [SampleReader(bare, config(degradation=recipe))(position) for position in range(12)]
