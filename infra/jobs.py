@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ def submit(address: str | None, arguments: Sequence[str], on_log: Callable[[str]
         shipped = _ship_configs(arguments, Path(folder))
         client = _client(address)
         root = Path(__file__).parent.parent
-        job = client.submit_job(
+        job = _start(
+            client,
             entrypoint=f"python -m pipelines.cli {shlex.join(shipped)}",
             runtime_env={
                 "working_dir": folder,
@@ -56,6 +58,22 @@ def _ship_configs(arguments: Sequence[str], folder: Path) -> list[str]:
             shipped[index] = Path(argument).name
             shutil.copyfile(argument, folder / Path(argument).name)
     return shipped
+
+
+def _start(client: Any, **job: Any) -> str:
+    """Submit the job; a head that is up but whose nodes have not registered yet is given a minute."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            return client.submit_job(**job)
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise ClusterError(
+                    f"the cluster did not take the job ({str(error).splitlines()[0][:200]})",
+                    where=client.get_address(),
+                    todo="look at the cluster's dashboard, then submit again",
+                ) from error
+        time.sleep(1)
 
 
 def _client(address: str | None) -> Any:
