@@ -30,6 +30,8 @@ def job_server():
         str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--disable-usage-stats",
         "--num-cpus=2", "--object-store-memory=100000000", "--node-ip-address=127.0.0.1", f"--port={port}",
         "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--include-dashboard=true",
+        # Its own port: the agent of the Ray that the other tests share holds the default one.
+        f"--dashboard-agent-listen-port={free_port()}",
         f"--temp-dir=/tmp/ccsr-ray-{os.getpid()}",
     ]  # fmt: skip
     # A job's `python` is the one that comes first on the node's PATH, as in an activated environment.
