@@ -132,7 +132,7 @@ def _score(config: EvaluateConfig, tasks: list[dict[str, Any]], available: Seque
                         raise error_from_json(row["error"])
                     advance(1, f"{row['method']}: {row['key']}")
             except ray.exceptions.RayError as error:
-                raise user_error(error) or lost_worker(error, config.output) from error
+                raise lost_worker(error, config.output) from error
 
 
 def _write_tables(config: EvaluateConfig, keys: list[str]) -> None:

@@ -22,7 +22,8 @@ _NO_REFERENCE = ("niqe", "musiq", "clipiqa")
 def metric_origins(metrics: Sequence[str]) -> dict[str, str]:
     """Metric -> what its numbers depend on (sha256 of weights, a package's version), or "unavailable".
 
-    Metrics that need neither are left out. Raises ModelError for a weight file that is there but another.
+    Metrics that need neither are left out; those of pyiqa are available where they load. Raises ModelError for a weight
+    file that is there but another.
     """
     present = {row["name"] for row in list_weights() if row["state"] == "present"}
     origins = {}
@@ -31,7 +32,8 @@ def metric_origins(metrics: Sequence[str]) -> dict[str, str]:
             continue
         weights, package = _WEIGHTS.get(metric, ()), _PACKAGES.get(metric)
         release = _release(package) if package else ""
-        if release is None or not present.issuperset(weights):
+        loads = package != "pyiqa" or (release is not None and _pyiqa_metric(metric, "cpu") is not None)
+        if release is None or not present.issuperset(weights) or not loads:
             origins[metric] = UNAVAILABLE
         else:
             parts = [f"{name} {sha256_file(find_weights(name))}" for name in weights]
@@ -40,7 +42,7 @@ def metric_origins(metrics: Sequence[str]) -> dict[str, str]:
 
 
 def how_to_get(metric: str) -> str:
-    """What makes an unavailable metric available."""
+    """What makes an unavailable metric available; pyiqa fetches its weights itself, when it can reach the hub."""
     fetches = [f"ccsr weights fetch {name}" for name in _WEIGHTS.get(metric, ())]
     return " and ".join([*fetches, *(["pip install 'ccsr-cluster[metrics]'"] if metric in _PACKAGES else [])])
 
@@ -74,16 +76,14 @@ class Quality:
 
     def _network(self, name: str) -> Any:
         if name in _PACKAGES:
-            import pyiqa
-
-            try:
-                return pyiqa.create_metric(name, device=self._device)
-            except (OSError, RuntimeError, ValueError) as error:  # it fetches its weights itself
+            network = _pyiqa_metric(name, self._device)
+            if network is None:
                 raise ModelError(
-                    f"pyiqa cannot load {name} ({str(error).splitlines()[0][:200]})",
-                    where=name,
-                    todo="put its weights where pyiqa looks for them, or leave the metric out",
-                ) from error
+                    f"pyiqa cannot load {name} here, though it could where the job began",
+                    where=f"{name}, on {self._device}",
+                    todo="give every node the same packages and weights, or leave the metric out",
+                )
+            return network
         from training.models import load_dists, load_lpips
 
         network = load_lpips(trunk="alexnet") if name == "lpips" else load_dists()
@@ -132,6 +132,16 @@ def _niqe_or_none(sr: np.ndarray, crop_border: int) -> float | None:
     try:
         return niqe(sr, crop_border=crop_border)
     except DataError:  # too small or too flat for this metric: unavailable, not a number
+        return None
+
+
+def _pyiqa_metric(name: str, device: str) -> Any:
+    """The metric, or None where pyiqa or its weights are missing; it fetches those itself."""
+    try:
+        import pyiqa
+
+        return pyiqa.create_metric(name, device=device)
+    except (ImportError, OSError, RuntimeError, ValueError):
         return None
 
 

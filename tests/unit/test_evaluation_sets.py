@@ -1,6 +1,9 @@
 """Test sets in folders, other methods' outputs, and which metrics can be had: what is found and what is refused."""
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -134,7 +137,22 @@ def test_a_metric_without_weights_is_unavailable(tmp_path: Path, monkeypatch: py
     metrics = ("psnr_y", "lpips", "dists", "fid", "musiq")
     assert metric_origins(metrics) == dict.fromkeys(metrics[1:], UNAVAILABLE)
     monkeypatch.setattr("evaluation.quality._release", lambda package: "1.2")
-    assert metric_origins(["fid", "musiq"]) == {"fid": UNAVAILABLE, "musiq": "pyiqa 1.2"}
+    assert metric_origins(["fid", "musiq"]) == {"fid": UNAVAILABLE, "musiq": UNAVAILABLE}
+
+
+def test_a_metric_of_pyiqa_is_available_once_its_weights_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pyiqa is no dependency of the tests (its licence is non-commercial): a module with its one function stands in."""
+
+    def create_metric(name: str, *, device: str) -> str:
+        if name == "musiq":
+            raise URLError("Name or service not known")  # what it raises where the hub cannot be reached
+        return f"{name} on {device}"
+
+    monkeypatch.setattr("evaluation.quality._release", lambda package: "1.2")
+    monkeypatch.setitem(sys.modules, "pyiqa", SimpleNamespace(create_metric=create_metric))
+    assert metric_origins(["musiq", "clipiqa"]) == {"musiq": UNAVAILABLE, "clipiqa": "pyiqa 1.2"}
+    with pytest.raises(ModelError, match="pyiqa cannot load musiq here"):
+        Quality(["musiq"])
 
 
 def test_weights_with_a_wrong_hash_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
