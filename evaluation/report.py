@@ -98,11 +98,12 @@ def _meta(result: EvaluationResult) -> str:
 
 
 def _tables(result: EvaluationResult) -> str:
-    tables = html_table(result.summary)
     group = result.run.get("published")
+    published = published_summary(group) if group else {}
+    tables = html_table(result.summary, published)
     if group:
         title = html.escape(f"Published: CCSR paper, arXiv 2401.00877v1, {group}")
-        tables += f"<h2>{title}</h2>{html_table(published_summary(group))}"
+        tables += f"<h2>{title}</h2>{html_table(published)}"
         orderings = load_orderings(result.folder)
         tables += f"<h2>Orderings of the paper</h2>{orderings_html(orderings)}" if orderings else ""
     return tables

@@ -87,14 +87,22 @@ def terminal_table(summary: Mapping[str, Any], title: str = "") -> "Table":
     return table
 
 
-def html_table(summary: Mapping[str, Any]) -> str:
-    """`summary` as an HTML table with its notes."""
+def html_table(summary: Mapping[str, Any], published: Mapping[str, Any] | None = None) -> str:
+    """`summary` as an HTML table with its notes; under a method's numbers those of its row in `published`, if any."""
     tags = {0: "{}", 1: "<b>{}</b>", 2: "<u>{}</u>"}
+    rows = {name.split()[0]: row for name, row in (published or {}).items()}
+    beside = {name: rows[name] for name in summary if name in rows}
+    theirs = {label.partition(" / ")[0]: dict(zip(beside, cells, strict=True)) for label, cells in table_rows(beside)}
     head = "".join(f"<th>{html.escape(name)}</th>" for name in summary)
     body = ""
     for label, cells in table_rows(summary):
-        shown = (" <i>/</i> ".join(tags[n.rank].format(html.escape(n.text)) for n in cell) for cell in cells)
-        body += f"<tr><th>{html.escape(label)}</th>{''.join(f'<td>{cell}</td>' for cell in shown)}</tr>\n"
+        body += f"<tr><th>{html.escape(label)}</th>"
+        for name, cell in zip(summary, cells, strict=True):
+            shown = " <i>/</i> ".join(tags[n.rank].format(html.escape(n.text)) for n in cell)
+            paper = " / ".join(n.text for n in theirs.get(label.partition(" / ")[0], {}).get(name, []))
+            small = f"<br><small>paper: {paper}</small>" if paper not in ("", UNAVAILABLE) else ""
+            body += f"<td>{shown}{small}</td>"
+        body += "</tr>\n"
     notes = "<br>".join(map(html.escape, table_notes(summary)))
     return f'<div class="scroll"><table><tr><th></th>{head}</tr>\n{body}</table></div><p class="note">{notes}</p>'
 

@@ -157,6 +157,19 @@ def test_ranks_follow_each_metrics_direction() -> None:
     assert "<u>25.00</u>" in page
 
 
+def test_published_numbers_stand_under_ours_of_the_same_method() -> None:
+    pair = {
+        "psnr_y": {"mean": 20.0, "g_std": 0.5, "num_images": 1},
+        "mine": {"mean": 1.0, "g_std": 0.1, "num_images": 1},
+    }
+    method = {"num_images": 1, "num_runs": 2, "l_std": 0.01, "sharpness": 0.9, "metrics": pair}
+    page = html_table({"CCSR": method, "ours": method}, published_summary("Table 1, RealSR"))
+    assert page.count("paper: ") == 2
+    assert "20.00 <i>/</i> 0.5000<br><small>paper: 26.24 / " in page
+    assert "<small>paper: 0.0218</small>" in page
+    assert "paper" not in html_table({"CCSR": method, "ours": method})
+
+
 def test_equal_numbers_share_a_rank() -> None:
     pair = {"psnr_y": {"mean": 20.0, "g_std": 0.5, "num_images": 1}}
     method = {"num_images": 1, "num_runs": 2, "l_std": 0.0, "sharpness": None, "metrics": pair}
