@@ -1,10 +1,11 @@
 """Peak memory of an evaluation's driver and actor for 1x, 2x and 4x as many images: it must not grow with them.
 
-    python benchmarks/evaluation_memory.py [--images 40] [--side 256]
+python benchmarks/evaluation_memory.py [--images 100] [--side 192]
 """
 
 import argparse
 import platform
+import subprocess
 import sys
 import tempfile
 import threading
@@ -72,29 +73,38 @@ def save_images(folder: Path, num_images: int, side: int) -> None:
             path.write_bytes(encode_png(np.clip(np.rint(pixels), 0, 255).astype(np.uint8)))
 
 
+def measure(num_images: int, side: int) -> None:
+    """Evaluate once and print a line of the table."""
+    with ray_cluster(RayConfig(num_cpus=2)), tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch)
+        save_images(place, num_images, side)
+        values = {
+            "job": "evaluate",
+            "output": f"{place}/result",
+            "data": [{"hr": f"{place}/hr", "lr": f"{place}/lr"}],
+            "num_runs": 2,
+            "methods": [{"kind": "bicubic"}, {"kind": "outputs", "name": "o", "outputs": f"{place}/outputs"}],
+            "tracking": {"uri": f"sqlite:///{place}/mlflow.db"},
+        }
+        with PeakMemory() as memory:
+            run_evaluate(parse_config(values, EvaluateConfig, where="benchmark"))
+        print(f"{num_images:>8}{memory.peak['driver']:>14.0f}{memory.peak['actor']:>14.0f}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--images", type=int, default=40)
-    parser.add_argument("--side", type=int, default=256)
+    parser.add_argument("--images", type=int, default=100)
+    parser.add_argument("--side", type=int, default=192)
+    parser.add_argument("--once", action="store_true", help="one line of the table")
     options = parser.parse_args()
+    if options.once:
+        measure(options.images, options.side)
+        return
     print(f"{platform.machine()}, Python {platform.python_version()}, ray {version('ray')}, {options.side} px")
-    print(f"{'images':>8}{'driver, MiB':>14}{'actor, MiB':>14}")
-    with ray_cluster(RayConfig(num_cpus=2)):
-        for factor in (1, 1, 2, 4):  # the first warms up: imports and Ray's own start are in it
-            with tempfile.TemporaryDirectory() as scratch:
-                place = Path(scratch)
-                save_images(place, factor * options.images, options.side)
-                values = {
-                    "job": "evaluate",
-                    "output": f"{place}/result",
-                    "data": [{"hr": f"{place}/hr", "lr": f"{place}/lr"}],
-                    "num_runs": 2,
-                    "methods": [{"kind": "bicubic"}, {"kind": "outputs", "name": "o", "outputs": f"{place}/outputs"}],
-                    "tracking": {"uri": f"sqlite:///{place}/mlflow.db"},
-                }
-                with PeakMemory() as memory:
-                    run_evaluate(parse_config(values, EvaluateConfig, where="benchmark"))
-                print(f"{factor * options.images:>8}{memory.peak['driver']:>14.0f}{memory.peak['actor']:>14.0f}")
+    print(f"{'images':>8}{'driver, MiB':>14}{'actor, MiB':>14}", flush=True)
+    for factor in (1, 2, 4):  # each in a process of its own
+        command = [sys.executable, __file__, "--once", f"--images={factor * options.images}", f"--side={options.side}"]
+        subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import io
 import json
-import logging
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,11 +19,12 @@ from evaluation.results import SET_METRICS, EvaluationResult, images_schema, loa
 from evaluation.scoring import Scorer, record_uri
 from evaluation.sets import EvaluationSet, load_sets
 from evaluation.tables import published_summary
-from infra.errors import CcsrError, DataError, error_from_json, error_to_json
+from infra.errors import DataError
 from infra.progress import progress
-from infra.ray_runtime import lost_worker, ray_cluster, user_error
+from infra.ray_runtime import lost_worker, on_actors, ray_cluster, user_error
 from infra.run import claim_output
 from infra.storage import exists, join, list_files, read_bytes, write_bytes
+from infra.tracking import find_model
 from training.train import model_id
 
 LIBRARIES = ("torch", "diffusers", "numpy", "opencv-python-headless", "pillow")
@@ -44,6 +44,13 @@ def run_evaluate(config: EvaluateConfig, *, log_only: bool = False) -> Evaluatio
         return result
     if config.published:
         published_summary(config.published)
+    methods = [
+        method.model_copy(update={"model": find_model(method.model, config.tracking)})
+        if isinstance(method, ModelMethod)
+        else method
+        for method in config.methods
+    ]
+    config = config.model_copy(update={"methods": tuple(methods)})
     data = load_sets(config.data)
     keys = [image.key for image in data.images]
     outputs = {
@@ -100,39 +107,16 @@ def _score(config: EvaluateConfig, tasks: list[dict[str, Any]], available: Seque
     done = set(list_files(join(config.output, "records")))
     pending = [t for t in tasks if record_uri(config.output, config.methods[t["method"]].name, t["key"]) not in done]
     with progress("evaluating", len(tasks), done=len(tasks) - len(pending)) as advance:
-        if not pending:
-            return
-        with ray_cluster(config.runtime.ray):
-            import ray
-            from ray.data import ActorPoolStrategy, DataContext
-
-            logging.getLogger("ray.data").setLevel(logging.ERROR)
-            DataContext.get_current().enable_progress_bars = False
-
-            class ConfiguredScorer:
-                # Ray warns of constructor arguments, because they would be lost with the object store's node.
-                scorer: Scorer | None = None
-
-                def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
-                    try:
-                        self.scorer = self.scorer or Scorer(config, available)
-                        return {**self.scorer(task), "error": ""}
-                    except CcsrError as error:  # Ray Data does not carry it to the driver
-                        return {"method": "", "key": task["key"], "error": error_to_json(error)}
-
-            scored = ray.data.from_items(pending, override_num_blocks=len(pending)).map(
-                ConfiguredScorer,
-                compute=ActorPoolStrategy(size=config.runtime.num_actors),
-                num_cpus=0 if config.runtime.use_gpu else 1,
-                num_gpus=1 if config.runtime.use_gpu else 0,
-            )
-            try:
-                for row in scored.iter_rows():
-                    if row["error"]:
-                        raise error_from_json(row["error"])
-                    advance(1, f"{row['method']}: {row['key']}")
-            except ray.exceptions.RayError as error:
-                raise lost_worker(error, config.output) from error
+        scored = on_actors(
+            lambda: Scorer(config, available),
+            pending,
+            ray_config=config.runtime.ray,
+            num_actors=config.runtime.num_actors,
+            use_gpu=config.runtime.use_gpu,
+            output=config.output,
+        )
+        for row in scored:
+            advance(1, f"{row['method']}: {row['key']}")
 
 
 def _write_tables(config: EvaluateConfig, keys: list[str]) -> None:

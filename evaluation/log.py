@@ -11,7 +11,7 @@ from evaluation.results import EvaluationResult
 from infra.config import fingerprint_of
 from infra.errors import ClusterError
 from infra.storage import exists, join, list_files, read_bytes, read_json
-from infra.tracking import RUN_TAG, Tracker, TrackingConfig, track, tracking_uri
+from infra.tracking import PARENT_TAG, Tracker, TrackingConfig, find_run, track, tracking_uri
 from training.train import git_commit
 
 MAX_LOGGED_IMAGES = 8
@@ -76,19 +76,17 @@ def _training_runs(config: EvaluateConfig) -> dict[str, str]:
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(tracking_uri(config.tracking))
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     tags = {}
     for method in config.methods:
         if not isinstance(method, ModelMethod):
             continue
         place = join(method.model.rstrip("/").rpartition("/")[0] or ".", "run.json")  # of the training run's folder
         if exists(place):
-            fingerprint = read_json(place).get("fingerprint")
-            found = client.search_runs(experiments, f"tags.`{RUN_TAG}` = '{fingerprint}'", max_results=1)
-            if found:
-                tags[f"trained_by.{method.name}"] = found[0].info.run_id
+            run_id = find_run(client, read_json(place).get("fingerprint"))
+            if run_id:
+                tags[f"trained_by.{method.name}"] = run_id
     parents = set(tags.values())
-    return tags | ({"mlflow.parentRunId": parents.pop()} if len(parents) == 1 else {})
+    return tags | ({PARENT_TAG: parents.pop()} if len(parents) == 1 else {})
 
 
 def _log_artifacts(tracker: Tracker, config: EvaluateConfig, result: EvaluationResult) -> None:

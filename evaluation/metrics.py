@@ -1,4 +1,4 @@
-"""PSNR-Y, SSIM-Y, NIQE and sharpness of 8-bit RGB images, as the CCSR paper computes them (docs/metrics.md)."""
+"""SSIM-Y, NIQE and sharpness of 8-bit RGB images, as the CCSR paper computes them (docs/metrics.md)."""
 
 import math
 from functools import cache
@@ -9,8 +9,7 @@ import cv2
 import numpy as np
 
 from infra.errors import DataError
-
-CROP_BORDER = 4
+from infra.pixels import CROP_BORDER, LUMA, cropped, cropped_pair
 
 
 class Metric(NamedTuple):
@@ -34,7 +33,6 @@ METRICS = {
     "sharpness": Metric("sharpness", 0, 3),
 }
 
-_LUMA = np.array([[65.481, 128.553, 24.966]])  # of RGB / 255, on the 16..235 scale (ITU-R BT.601 studio swing)
 _SSIM_KERNEL = cv2.getGaussianKernel(11, 1.5, cv2.CV_64F)
 _SSIM_C1, _SSIM_C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 _NIQE_BLOCK = 96
@@ -44,26 +42,13 @@ _NIQE_PRISTINE = Path(__file__).with_name("niqe_pris_params.npz")
 _NIQE_SHIFTS = ((0, 1), (1, 0), (1, 1), (1, -1))
 
 
-def psnr_y(sr: np.ndarray, gt: np.ndarray, *, crop_border: int = CROP_BORDER) -> float:
-    """Peak signal-to-noise ratio of the unrounded luma, in dB; 80 for identical images.
-
-    `sr`, `gt`: uint8 RGB (H, W, 3) of one shape; `crop_border` px are cut from every side first. Luma Y is BT.601
-    studio swing in [0, 1]; 10 log10(1 / (MSE + 1e-8)), pyiqa's `psnr` with `color_space='ycbcr'`.
-    Raises DataError for any other shape or dtype.
-    """
-    sr, gt = _cropped_pair(sr, gt, crop_border)
-    # Luma is linear: one transform of the difference instead of two of the images.
-    difference = cv2.transform(cv2.subtract(sr, gt, dtype=cv2.CV_64F), _LUMA / 255**2)
-    return -10 * math.log10(cv2.norm(difference, cv2.NORM_L2SQR) / difference.size + 1e-8)
-
-
 def ssim_y(sr: np.ndarray, gt: np.ndarray, *, crop_border: int = CROP_BORDER) -> float:
     """Structural similarity of the rounded luma (Wang et al. 2004, doi:10.1109/TIP.2003.819861), at most 1.
 
     11x11 Gaussian window of sigma 1.5, 'valid' area, biased moments, no down-sampling, contrast-structure term
     clipped at 0 (pyiqa). Arguments and errors as for `psnr_y`; both sides must keep 11 px after the crop.
     """
-    sr, gt = _cropped_pair(sr, gt, crop_border)
+    sr, gt = cropped_pair(sr, gt, crop_border)
     if min(sr.shape[:2]) < 11:
         raise DataError(
             f"SSIM needs 11 px on both sides, but {sr.shape[0]} x {sr.shape[1]} are left",
@@ -86,7 +71,7 @@ def sharpness(sr: np.ndarray, reference: np.ndarray, *, crop_border: int = CROP_
     neighbouring ones. It stands beside L-STD because blur lowers L-STD too. Arguments and errors as for `psnr_y`
     (the reference is the ground truth, or the bicubic image where there is none). NaN if the reference is flat.
     """
-    sr, reference = _cropped_pair(sr, reference, crop_border)
+    sr, reference = cropped_pair(sr, reference, crop_border)
     of_reference = _gradient_energy(reference)
     return _gradient_energy(sr) / of_reference if of_reference > 0 else math.nan
 
@@ -97,7 +82,7 @@ def niqe(sr: np.ndarray, *, crop_border: int = CROP_BORDER) -> float:
     `sr`: uint8 RGB (H, W, 3). Rounded BT.601 luma, 96 px blocks at two scales, the published pristine parameters.
     Raises DataError where no two blocks can be described: a side under 96 px, none of 192 px, or flat blocks.
     """
-    luma = _rounded_luma(_cropped(sr, crop_border, "image"))
+    luma = _rounded_luma(cropped(sr, crop_border, "image"))
     rows, columns = (side // _NIQE_BLOCK for side in luma.shape)
     if rows * columns < 2:
         raise DataError(
@@ -120,39 +105,9 @@ def niqe(sr: np.ndarray, *, crop_border: int = CROP_BORDER) -> float:
     return math.sqrt(distance @ np.linalg.pinv(covariance) @ distance)
 
 
-def _cropped(image: np.ndarray, crop_border: int, name: str) -> np.ndarray:
-    """`image` without `crop_border` px on every side, after checking that it is uint8 RGB (H, W, 3)."""
-    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        found = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-        raise DataError(
-            f"a metric takes uint8 RGB images of shape (H, W, 3), not {found}",
-            where=name,
-            todo="score the 8-bit image as it is saved",
-        )
-    height, width = image.shape[:2]
-    if crop_border < 0 or min(height, width) <= 2 * crop_border:
-        raise DataError(
-            f"a crop of {crop_border} px leaves nothing of {height} x {width}",
-            where=name,
-            todo="use larger images or a smaller, non-negative crop_border",
-        )
-    return image[crop_border : height - crop_border, crop_border : width - crop_border]
-
-
-def _cropped_pair(sr: np.ndarray, gt: np.ndarray, crop_border: int) -> tuple[np.ndarray, np.ndarray]:
-    pair = _cropped(sr, crop_border, "first image"), _cropped(gt, crop_border, "second image")
-    if sr.shape != gt.shape:
-        raise DataError(
-            "the two images differ in size",
-            where=f"{sr.shape[0]} x {sr.shape[1]} against {gt.shape[0]} x {gt.shape[1]} px (height x width)",
-            todo="pair each output with its own ground truth at the same scale",
-        )
-    return pair
-
-
 def _rounded_luma(image: np.ndarray) -> np.ndarray:
     """Luma on the 16..235 scale, rounded, float64 (H, W)."""
-    return np.rint(cv2.transform(image.astype(np.float64), _LUMA / 255) + 16)
+    return np.rint(cv2.transform(image.astype(np.float64), LUMA / 255) + 16)
 
 
 def _window_mean(plane: np.ndarray) -> np.ndarray:
@@ -160,7 +115,7 @@ def _window_mean(plane: np.ndarray) -> np.ndarray:
 
 
 def _gradient_energy(image: np.ndarray) -> float:
-    luma = cv2.transform(image.astype(np.float64), _LUMA / 255)
+    luma = cv2.transform(image.astype(np.float64), LUMA / 255)
     return sum(float(np.mean(np.square(d))) for d in (np.diff(luma, axis=0), np.diff(luma, axis=1)) if d.size)
 
 

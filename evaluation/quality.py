@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.metrics import CROP_BORDER, niqe, psnr_y, ssim_y
+from evaluation.metrics import niqe, ssim_y
 from infra.errors import DataError, ModelError
 from infra.images import read_image
+from infra.pixels import CROP_BORDER, psnr_y
 from infra.storage import sha256_file
 from infra.weights import find_weights, list_weights
 

@@ -1,9 +1,7 @@
 """The Ray actor of an evaluation: restores one image by one method, scores it, and commits the record last."""
 
 import json
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +11,10 @@ from evaluation.metrics import sharpness
 from evaluation.quality import Quality
 from evaluation.results import image_row
 from evaluation.sets import EvaluationImage
-from evaluation.stability import StabilityAccumulator
 from infra.images import encode_png, read_image, resize_bicubic
-from infra.storage import download_folder, join, put_if_absent, write_bytes
-from training.restore import restore_runs
+from infra.pixels import StabilityAccumulator
+from infra.storage import join, put_if_absent, write_bytes
+from training.restore import fetch_model, restore_runs
 
 
 def record_uri(output: str, method: str, key: str) -> str:
@@ -85,10 +83,7 @@ class Scorer:
     def _model(self, uri: str) -> Any:
         import torch
 
-        from training.models import load_model
-
         if self._loaded[0] != uri:
             torch.set_num_threads(self._config.runtime.threads_per_actor)
-            with tempfile.TemporaryDirectory(prefix="ccsr-model-") as folder:
-                self._loaded = (uri, load_model(download_folder(uri, Path(folder)), device=self._device))
+            self._loaded = (uri, fetch_model(uri, self._device))
         return self._loaded[1]

@@ -25,6 +25,9 @@ class Config(BaseModel):
 Location = Annotated[str, "location"]
 """A path or s3:// URI. It says where something is, not what it is, so it stays out of the fingerprint."""
 
+EXTENDABLE = "extendable"
+"""Marks a field that says where a result ends, not what it is: it stays out of the fingerprint, so a run can go on."""
+
 ConfigT = TypeVar("ConfigT", bound=Config)
 
 
@@ -130,8 +133,9 @@ def load_config(path: str | Path, config_class: type[ConfigT], overrides: Sequen
 
 
 def result_part(config: Config) -> dict[str, Any]:
-    """What the result depends on: every field but `runtime`, `tracking` and locations, as plain JSON-able values."""
-    return _without_locations(config, skip={"runtime", "tracking"})
+    """What the result depends on, as plain JSON-able values: every field but `runtime`, `tracking`, `validation` (which
+    only looks on), locations and where it ends."""
+    return _without_locations(config, skip={"runtime", "tracking", "validation"})
 
 
 def _without_locations(value: Any, skip: frozenset[str] | set[str] = frozenset()) -> Any:
@@ -139,7 +143,9 @@ def _without_locations(value: Any, skip: frozenset[str] | set[str] = frozenset()
         return {
             name: _without_locations(getattr(value, name))
             for name, field in type(value).model_fields.items()
-            if name not in skip and "location" not in field.metadata and not _names_location(field.annotation)
+            if name not in skip
+            and not {"location", EXTENDABLE} & {item for item in field.metadata if isinstance(item, str)}
+            and not _names_location(field.annotation)
         }
     if isinstance(value, list | tuple):
         return [_without_locations(item) for item in value]

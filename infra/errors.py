@@ -62,6 +62,12 @@ class ClusterError(CcsrError):
     exit_code = 6
 
 
+class StoppedError(CcsrError):
+    """The job was asked to stop (SIGTERM) and saved what it had. Exit code 143."""
+
+    exit_code = 143
+
+
 def error_to_json(error: CcsrError) -> str:
     """A user's error as text, for a row of Ray Data: that carries no exception of ours to the driver."""
     kind = next(cls.__name__ for cls in type(error).__mro__ if cls.__module__ == __name__)

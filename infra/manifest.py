@@ -5,15 +5,21 @@ import hashlib
 import io
 import json
 import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from infra.errors import DataError, PartialResultError
-from infra.shards import Entry
+from infra.shards import Entry, IndexedEntry
 from infra.storage import exists, join, list_files, put_if_absent, read_bytes, read_json
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+ResultT = TypeVar("ResultT")
 FORMAT = "ccsr-shards-1"
 
 
@@ -36,8 +42,9 @@ class ShardRecord:
     shard: str
     sha256: str
     num_bytes: int
-    entries: list[Entry]
+    entries: list[IndexedEntry]
     quarantined: list[Quarantined] = field(default_factory=list)
+    dropped: dict[str, int] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         return json.dumps(dataclasses.asdict(self), sort_keys=True).encode()
@@ -47,7 +54,7 @@ class ShardRecord:
         """The record at `place`. DataError where it is damaged."""
         try:
             values = json.loads(read_bytes(place))
-            values["entries"] = [Entry(**entry) for entry in values["entries"]]
+            values["entries"] = [IndexedEntry(**entry) for entry in values["entries"]]
             values["quarantined"] = [Quarantined(**item) for item in values["quarantined"]]
             return cls(**values)
         except (ValueError, TypeError, KeyError) as error:
@@ -78,10 +85,13 @@ def commit_record(output: str, record: ShardRecord) -> None:
 
 def committed_records(output: str) -> dict[int, ShardRecord]:
     """Every committed record by shard index."""
+    return {record.index: record for record in _from_records(output, ShardRecord.read)}
+
+
+def _from_records(output: str, read: Callable[[str], ResultT]) -> Iterator[ResultT]:
     places = [place for place in list_files(join(output, "records")) if place.endswith(".json")]
     with ThreadPoolExecutor(16) as pool:  # on S3 each read waits for an answer, and there may be thousands
-        records = pool.map(ShardRecord.read, places)
-        return {record.index: record for record in records}
+        yield from pool.map(read, places)
 
 
 def write_manifest(output: str, num_shards: int, **facts: Any) -> "Manifest":
@@ -92,35 +102,43 @@ def write_manifest(output: str, num_shards: int, **facts: Any) -> "Manifest":
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    records = committed_records(output)
-    missing = sorted(set(range(num_shards)) - records.keys())
+    def read(place: str) -> tuple[ShardRecord, pa.Table]:
+        record = ShardRecord.read(place)
+        return dataclasses.replace(record, entries=[]), index_table(record.entries)  # a million entries are heavy
+
+    found = {record.index: (record, table) for record, table in _from_records(output, read)}
+    missing = sorted(set(range(num_shards)) - found.keys())
     if missing:
         raise PartialResultError(
             f"{len(missing)} of {num_shards} shards are missing (first: {missing[0]})",
             where=output,
             todo="run the same command again: it makes only what is missing",
         )
-    ordered = [records[index] for index in range(num_shards)]
-    rows = [dataclasses.asdict(entry) for record in ordered for entry in record.entries]
-    if not rows:
+    records = [found[index][0] for index in range(num_shards)]
+    tables = [found[index][1] for index in range(num_shards)]
+    rows = pa.concat_tables(tables)
+    if not rows.num_rows:
         raise DataError("no sample could be used", where=output, todo="see the reasons in records/*.json")
+    if rows["phash"].null_count:  # a part of the set was made by an earlier version
+        rows = rows.drop_columns(["phash", "source_hash"])
     buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows), buffer)
+    pq.write_table(rows, buffer)
     index = buffer.getvalue()
     if exists(join(output, "index.parquet")):  # of an interrupted run, maybe by another version of the parquet library
         present = read_bytes(join(output, "index.parquet"))
-        if _rows(present) == rows:
+        if _read_index(present).equals(rows):
             index = present
     shards = [
-        {"shard": r.shard, "sha256": r.sha256, "num_bytes": r.num_bytes, "num_samples": len(r.entries)} for r in ordered
+        {"shard": r.shard, "sha256": r.sha256, "num_bytes": r.num_bytes, "num_samples": table.num_rows}
+        for r, table in zip(records, tables, strict=True)
     ]
     manifest = {
         "format": FORMAT,
         "dataset_id": dataset_id_of(shards),
-        "num_samples": len(rows),
-        "num_bytes": sum(record.num_bytes for record in ordered),
+        "num_samples": rows.num_rows,
+        "num_bytes": sum(record.num_bytes for record in records),
         "index_sha256": hashlib.sha256(index).hexdigest(),
-        "quarantined": [dataclasses.asdict(item) for record in ordered for item in record.quarantined],
+        **set_aside(records),
         "shards": shards,
         **facts,
     }
@@ -132,6 +150,16 @@ def write_manifest(output: str, num_shards: int, **facts: Any) -> "Manifest":
                 f"another {name} is already there", where=place, todo="`ccsr verify` the set, or use a new output"
             )
     return Manifest.load(output)
+
+
+def set_aside(records: Iterable[ShardRecord]) -> dict[str, Any]:
+    """What the manifest says of samples that were not taken: the quarantined, and how many were dropped, by reason."""
+    quarantined: list[dict[str, str]] = []
+    dropped = Counter[str]()
+    for record in records:
+        quarantined += [dataclasses.asdict(item) for item in record.quarantined]
+        dropped.update(record.dropped)
+    return {"quarantined": quarantined, "dropped": dict(dropped)}
 
 
 def dataset_id_of(shards: list[dict[str, Any]]) -> str:
@@ -172,6 +200,13 @@ class Manifest:
     @cached_property
     def entries(self) -> list[Entry]:
         """The byte index, one entry per sample in shard order; its hash is checked against the manifest's."""
+        names = [field.name for field in dataclasses.fields(Entry)]
+        columns = [column.to_pylist() for column in self.index.select(names).columns]
+        return [Entry(key, sys.intern(shard), *span) for key, shard, *span in zip(*columns, strict=True)]
+
+    @property
+    def index(self) -> "pa.Table":
+        """index.parquet as a table, read anew each time. DataError unless it has the hash in the manifest."""
         data = read_bytes(join(self.uri, "index.parquet"))
         if hashlib.sha256(data).hexdigest() != self.facts["index_sha256"]:
             raise DataError(
@@ -179,10 +214,21 @@ class Manifest:
                 where=join(self.uri, "index.parquet"),
                 todo="`ccsr verify` the set",
             )
-        return [Entry(**{**row, "shard": sys.intern(row["shard"])}) for row in _rows(data)]
+        return _read_index(data)
 
 
-def _rows(index: bytes) -> list[dict[str, Any]]:
+def index_table(entries: Sequence[IndexedEntry]) -> "pa.Table":
+    """Entries as rows of index.parquet."""
+    import pyarrow as pa
+
+    kinds = {"key": pa.string(), "shard": pa.string(), "phash": pa.uint64(), "source_hash": pa.uint64()}
+    names = [field.name for field in dataclasses.fields(IndexedEntry)]
+    return pa.table(
+        {name: pa.array([getattr(e, name) for e in entries], kinds.get(name, pa.int64())) for name in names}
+    )
+
+
+def _read_index(data: bytes) -> "pa.Table":
     import pyarrow.parquet as pq
 
-    return pq.read_table(io.BytesIO(index)).to_pylist()
+    return pq.read_table(io.BytesIO(data))

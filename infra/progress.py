@@ -41,15 +41,23 @@ def _bar(title: str, total: int, done: int) -> Iterator[Advance]:
 
 
 def _lines(title: str, total: int, done: int) -> Advance:
-    last = time.monotonic()
-    finished = done
+    last = began = time.monotonic()
+    finished = first = done
 
     def advance(steps: int = 1, note: str = "") -> None:
-        nonlocal last, finished
-        finished += steps
+        nonlocal last, began, finished, first
         now = time.monotonic()
+        finished += steps
+        if finished - steps == done:  # a resumed run's first report holds what was done before: no speed to tell yet
+            began, first = now, finished
         if finished >= total or now - last >= SECONDS_BETWEEN_LINES:
             last = now
-            print(f"{title}: {finished}/{total} {note}".rstrip(), file=sys.stderr, flush=True)
+            left = _eta((now - began) / max(finished - first, 1) * (total - finished)) if finished > first else ""
+            print(" ".join(filter(None, (f"{title}: {finished}/{total}", left, note))), file=sys.stderr, flush=True)
 
     return advance
+
+
+def _eta(seconds: float) -> str:
+    minutes = round(seconds) // 60
+    return f"({minutes // 60}:{minutes % 60:02d}:{round(seconds) % 60:02d} left)" if round(seconds) else ""

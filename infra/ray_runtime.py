@@ -1,16 +1,17 @@
 """The Ray cluster that a job runs on: the one it is pointed at, or one in this process's machine."""
 
+import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from pydantic import Field
 
 from infra.config import Config
-from infra.errors import CcsrError, ClusterError
+from infra.errors import CcsrError, ClusterError, error_from_json, error_to_json
 
 
 class RayConfig(Config):
@@ -48,7 +49,7 @@ def ray_cluster(config: RayConfig) -> Iterator[None]:
                 log_to_driver=sys.flags.dev_mode,
                 logging_level=logging.ERROR,
             )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # a node that starts too slowly is the bare class; a bad address has one of its own
         raise ClusterError(
             f"Ray cannot be reached ({str(error).splitlines()[0][:200]})",
             where=address or "this machine",
@@ -58,6 +59,55 @@ def ray_cluster(config: RayConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def on_actors(
+    make: Callable[[], Callable[[dict[str, Any]], dict[str, Any]]],
+    tasks: Sequence[dict[str, Any]],
+    *,
+    ray_config: RayConfig,
+    num_actors: int,
+    use_gpu: bool,
+    output: str,
+) -> Iterator[dict[str, Any]]:
+    """Yield what actors return for `tasks`, as it comes; each of `num_actors` calls `make` once, on a GPU or one CPU.
+
+    A task is a dict of plain values of the same kinds in each. A CcsrError in an actor is raised here; ClusterError
+    where a worker is lost.
+    """
+    if not tasks:
+        return
+    with ray_cluster(ray_config):
+        import ray
+        from ray.data import ActorPoolStrategy, DataContext
+
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        DataContext.get_current().enable_progress_bars = False
+
+        class Actor:
+            # Ray warns of constructor arguments, because they would be lost with the object store's node.
+            work: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+
+            def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
+                try:
+                    self.work = self.work or make()
+                    return {"result": json.dumps(self.work(task)), "error": ""}
+                except CcsrError as error:  # Ray Data does not carry it to the driver
+                    return {"result": "", "error": error_to_json(error)}
+
+        done = ray.data.from_items(list(tasks), override_num_blocks=len(tasks)).map(
+            Actor,
+            compute=ActorPoolStrategy(size=min(num_actors, len(tasks))),
+            num_cpus=0 if use_gpu else 1,
+            num_gpus=1 if use_gpu else 0,
+        )
+        try:
+            for row in done.iter_rows():
+                if row["error"]:
+                    raise error_from_json(row["error"])
+                yield json.loads(row["result"])
+        except ray.exceptions.RayError as error:
+            raise lost_worker(error, output) from error
 
 
 def lost_worker(error: BaseException, output: str) -> ClusterError:

@@ -23,6 +23,19 @@ class Entry:
     length_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class IndexedEntry(Entry):
+    """An entry as records and index keep it: with `phash` (infra/phash.py) of the HR image and `source_hash`, the first
+    8 bytes of its source file's SHA-256, both uint64. None in sets of an earlier version."""
+
+    phash: int | None = None
+    source_hash: int | None = None
+
+    @classmethod
+    def of(cls, entry: Entry, phash: int, source_sha256: str) -> "IndexedEntry":
+        return cls(entry.key, entry.shard, entry.offset_bytes, entry.length_bytes, phash, int(source_sha256[:16], 16))
+
+
 def write_tar(path: Path, shard: str, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> list[Entry]:
     """Write samples (key, {extension: bytes}) as KEY.EXTENSION members; returns their index.
 
@@ -43,6 +56,21 @@ def write_tar(path: Path, shard: str, samples: Iterable[tuple[str, Mapping[str, 
                 header.size = len(data)
                 tar.addfile(header, io.BytesIO(data))
             entries.append(Entry(key, shard, start, tar.offset - start))
+    return entries
+
+
+def read_index(path: Path, shard: str) -> list[Entry]:
+    """The entries of a local tar as `write_tar` made them, found by walking its headers. DataError where damaged."""
+    entries: list[Entry] = []
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                key = member.name.partition(".")[0]
+                end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+                start = entries.pop().offset_bytes if entries and entries[-1].key == key else member.offset
+                entries.append(Entry(key, shard, start, end - start))
+    except tarfile.TarError as error:
+        raise DataError(f"the tar cannot be read ({error})", where=str(path), todo="`ccsr verify` the set") from error
     return entries
 
 

@@ -6,11 +6,12 @@ import json
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from infra.errors import StorageError
 
@@ -24,6 +25,11 @@ def is_s3(uri: str) -> bool:
 def join(uri: str, *parts: str) -> str:
     """`uri` and `parts` joined by slashes."""
     return "/".join([uri.rstrip("/"), *parts])
+
+
+def absolute(uri: str) -> str:
+    """The same place named from anywhere on this machine."""
+    return uri if is_s3(uri) else os.path.abspath(uri)
 
 
 @cache
@@ -65,7 +71,8 @@ def _retry(call: Callable[[], ResultT]) -> ResultT:
 
 
 @contextmanager
-def _explained(action: str, uri: str) -> Iterator[None]:
+def explained(action: str, uri: str) -> Iterator[None]:
+    """Turn an OSError in the block into a StorageError about `uri`."""
     try:
         yield
     except FileNotFoundError as error:
@@ -84,7 +91,7 @@ def _explained(action: str, uri: str) -> Iterator[None]:
 
 def exists(uri: str) -> bool:
     """Whether a file (not a folder) is there."""
-    with _explained("cannot look", uri):
+    with explained("cannot look", uri):
         if not is_s3(uri):
             return os.path.isfile(uri)
         try:  # not `isfile`, which takes a server that does not answer for a file that is not there
@@ -95,13 +102,19 @@ def exists(uri: str) -> bool:
 
 def read_bytes(uri: str) -> bytes:
     """The whole file."""
-    with _explained("cannot read", uri):
+    with explained("cannot read", uri):
         return _retry(lambda: _s3().cat_file(uri)) if is_s3(uri) else Path(uri).read_bytes()
+
+
+def open_file(uri: str) -> BinaryIO:
+    """The file, open to be read and sought in: on S3 by ranges, a few MiB at a time."""
+    with explained("cannot read", uri):
+        return _retry(lambda: _s3().open(uri, "rb")) if is_s3(uri) else open(uri, "rb")
 
 
 def read_range(uri: str, offset: int, length: int) -> bytes:
     """`length` bytes from `offset`; StorageError where the file is shorter."""
-    with _explained("cannot read", uri):
+    with explained("cannot read", uri):
         if is_s3(uri):
             data = _retry(lambda: _s3().cat_file(uri, start=offset, end=offset + length))
         else:
@@ -128,7 +141,7 @@ def list_files(uri: str) -> dict[str, int]:
     Each begins with `uri` as it was given. Links to folders are not followed.
     """
     found: dict[str, int] = {}
-    with _explained("cannot list", uri):
+    with explained("cannot list", uri):
         if is_s3(uri):
             root = uri.removeprefix("s3://").rstrip("/") + "/"
             for name, facts in _retry(lambda: _s3().find(uri, detail=True)).items():
@@ -148,9 +161,35 @@ def _unless_absent(error: OSError) -> None:
         raise error
 
 
+def modified_seconds(uri: str) -> float:
+    """When the file was last written, in seconds since 1970."""
+    with explained("cannot look", uri):
+        return _retry(lambda: _s3().modified(uri)).timestamp() if is_s3(uri) else os.path.getmtime(uri)
+
+
+def unfinished_uploads(uri: str) -> list[tuple[str, str, float]]:
+    """(name below the s3:// prefix, upload id, seconds since 1970) of multipart uploads that were never completed.
+
+    A listing of objects does not show them. At most the server's first 1000.
+    """
+    bucket, _, prefix = join(uri, "").removeprefix("s3://").partition("/")
+    with explained("cannot list", uri):
+        call = _s3().call_s3
+        found = _retry(lambda: call("list_multipart_uploads", Bucket=bucket, Prefix=prefix)).get("Uploads", [])
+    return [(one["Key"].removeprefix(prefix), one["UploadId"], one["Initiated"].timestamp()) for one in found]
+
+
+def abort_upload(uri: str, upload_id: str) -> None:
+    """Drop the parts of an unfinished multipart upload."""
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    with explained("cannot remove", uri):
+        call = _s3().call_s3
+        _retry(lambda: call("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload_id))
+
+
 def write_bytes(uri: str, data: bytes) -> None:
     """Write the whole file at once, replacing what is there; a reader sees the old or the new, never a part."""
-    with _explained("cannot write", uri):
+    with explained("cannot write", uri):
         if is_s3(uri):
             _retry(lambda: _s3().pipe_file(uri, data))
             return
@@ -161,7 +200,7 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 def put_if_absent(uri: str, data: bytes) -> bool:
     """Create the file with `data` unless it exists; True if this call created it. Of racing writers one wins."""
-    with _explained("cannot write", uri):
+    with explained("cannot write", uri):
         if is_s3(uri):
             return _create_s3(uri, lambda: _s3().pipe_file(uri, data, mode="create"))
         with _beside(uri) as temporary:
@@ -169,11 +208,35 @@ def put_if_absent(uri: str, data: bytes) -> bool:
             return _link(temporary, uri)
 
 
+@contextmanager
+def staging(uri: str) -> Iterator[Path]:
+    """A path to write a file at that `publish_if_absent` is to make appear at `uri`; removed at the end.
+
+    Beside a local `uri`: publishing copies nothing, and what a killed writer leaves behind lies where it is looked for.
+    An OSError in the block (a full disk) becomes a StorageError.
+    """
+    if is_s3(uri):
+        with (
+            explained("cannot write", tempfile.gettempdir()),
+            tempfile.TemporaryDirectory(prefix="ccsr-upload-") as folder,
+        ):
+            yield Path(folder) / uri.rsplit("/", 1)[-1]
+    else:
+        with explained("cannot write", uri), _beside(uri) as temporary:
+            yield temporary
+
+
 def publish_if_absent(local: Path, uri: str) -> bool:
-    """Make a finished local file appear at `uri` unless it exists there; True if this call published it."""
-    with _explained("cannot publish", uri):
+    """Make a finished local file appear at `uri` unless it exists there; True if this call published it.
+
+    A file of `staging(uri)` is linked, any other copied.
+    """
+    with explained("cannot publish", uri):
         if is_s3(uri):
             return _create_s3(uri, lambda: _s3().put_file(str(local), uri, mode="create"))
+        if local.parent == Path(uri).parent:
+            _sync(local)
+            return _link(local, uri)
         with _beside(uri) as temporary:
             _copy(local, temporary)
             return _link(temporary, uri)
@@ -200,7 +263,11 @@ def _write(path: Path, data: bytes) -> None:
 
 def _copy(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
-    with open(target, "rb") as file:
+    _sync(target)
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb") as file:
         os.fsync(file.fileno())  # a record may not outlive, in a power cut, the file that it vouches for
 
 
@@ -229,14 +296,14 @@ def ensure_writable(uri: str) -> None:
     """Fail now rather than after hours: StorageError unless a file can be created below `uri`."""
     probe = join(uri, f".writable-{secrets.token_hex(6)}")
     put_if_absent(probe, b"")
-    with _explained("cannot remove", probe):
+    with explained("cannot remove", probe):
         # Not `remove`: the folder is to stay.
         _retry(lambda: _s3().rm_file(probe)) if is_s3(probe) else os.unlink(probe)
 
 
 def upload(local: Path, uri: str) -> None:
     """Copy a finished local file to `uri`, replacing what is there; a reader never sees a part."""
-    with _explained("cannot write", uri):
+    with explained("cannot write", uri):
         if is_s3(uri):
             _retry(lambda: _s3().put_file(str(local), uri))
             return
@@ -247,7 +314,7 @@ def upload(local: Path, uri: str) -> None:
 
 def remove(uri: str) -> None:
     """Remove one file; locally its folder goes too once it is empty."""
-    with _explained("cannot remove", uri):
+    with explained("cannot remove", uri):
         if is_s3(uri):
             _retry(lambda: _s3().rm_file(uri))
             return
@@ -276,7 +343,7 @@ def download_folder(uri: str, folder: Path) -> Path:
 
 def sha256_file(path: Path) -> str:
     """SHA-256 (hex) of a local file."""
-    with _explained("cannot read", str(path)), open(path, "rb") as file:
+    with explained("cannot read", str(path)), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -285,6 +352,6 @@ def download(uri: str, folder: Path) -> Path:
     if not is_s3(uri):
         return Path(uri)
     target = folder / uri.rsplit("/", 1)[-1]
-    with _explained("cannot read", uri):
+    with explained("cannot read", uri):
         _retry(lambda: _s3().get_file(uri, str(target)))
     return target

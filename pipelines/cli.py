@@ -43,33 +43,64 @@ def demo(
 
 
 @app.command()
-def shard(config: ConfigFile, set_: Overrides = None) -> None:
+def shard(
+    config: ConfigFile,
+    set_: Overrides = None,
+    max_failed_fraction: Annotated[
+        float | None, typer.Option(help="More quarantined samples than this: exit code 1. Default: the config's, 0.")
+    ] = None,
+) -> None:
     """Turn image sets into degraded WebDataset shards."""
     from infra.config import load_config
     from pipelines.config import ShardConfig
     from pipelines.shard import run_shard
 
-    manifest = run_shard(load_config(config, ShardConfig, set_ or []))
+    allowed = [] if max_failed_fraction is None else [f"runtime.max_failed_fraction={max_failed_fraction}"]
+    manifest = run_shard(load_config(config, ShardConfig, [*(set_ or []), *allowed]))
     typer.echo(f"{manifest.num_samples} samples, dataset {manifest.dataset_id}: {manifest.uri}")
 
 
 @app.command()
-def verify(uri: Annotated[str, typer.Argument(help="A shard set's folder or s3:// URI.")]) -> None:
-    """Prove that a shard set is what its manifest says."""
+def verify(
+    uri: Annotated[str, typer.Argument(help="A shard set's folder or s3:// URI.")],
+    against: Annotated[str | None, typer.Option(help="List instead the samples that this other set has too.")] = None,
+    distance: Annotated[int, typer.Option(min=0, max=64, help="With --against: bits of 64 that may differ.")] = 6,
+    clean: Annotated[bool, typer.Option("--clean", help="Instead name strays; remove stopped writers'.")] = False,
+) -> None:
+    """Prove that a shard set is what its manifest says, and shares no picture with another."""
     from pipelines.verify import verify as check
 
-    manifest = check(uri)
-    typer.echo(f"{manifest.num_samples} samples, dataset {manifest.dataset_id}: every byte as recorded")
+    if clean:
+        from pipelines.clean import print_cleaned
+
+        print_cleaned(uri)
+    elif against is not None:
+        from pipelines.verify import print_duplicates
+
+        print_duplicates(uri, against, distance)
+    else:
+        manifest = check(uri)
+        typer.echo(f"{manifest.num_samples} samples, dataset {manifest.dataset_id}: every byte as recorded")
 
 
 @app.command()
-def train(config: ConfigFile, set_: Overrides = None) -> None:
+def train(
+    config: ConfigFile,
+    set_: Overrides = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Profile a few updates into OUT/profile.")] = False,
+) -> None:
     """Train one stage; the same command resumes."""
     from infra.config import load_config
+    from infra.storage import exists, join, read_bytes
     from training.config import TrainConfig
     from training.train import run_train
 
-    typer.echo(f"model: {run_train(load_config(config, TrainConfig, set_ or []))}")
+    overrides = [*(set_ or []), *(["runtime.profile=true"] if profile else [])]
+    values = load_config(config, TrainConfig, overrides)
+    model = run_train(values)
+    if profile and exists(place := join(values.output, "profile", "top_ops.txt")):
+        typer.echo(read_bytes(place).decode())
+    typer.echo(f"model: {model}")
 
 
 @app.command()
@@ -128,16 +159,33 @@ def restore(
     model: Annotated[str, typer.Option(help="A model directory.")],
     runs: Annotated[int, typer.Option(help="Seeded runs per image.")] = 1,
     seed: Annotated[int, typer.Option(help="Run r of an image depends on this, the image's name and r alone.")] = 0,
-    scale: Annotated[int, typer.Option(help="Enlargement, 1 to 8.")] = 4,
+    scale: Annotated[float, typer.Option(help="Enlargement, 1 to 8, fractions too.")] = 4,
     steps: Annotated[int, typer.Option(help="Steps of the whole chain.")] = 45,
+    t_max: Annotated[float, typer.Option(help="Where the chain goes on after its first step.")] = 0.6667,
+    t_min: Annotated[float, typer.Option(help="Where it ends.")] = 0.3333,
+    tile: Annotated[int, typer.Option(help="Pixels of a tile for larger outputs; 0: never tile.")] = 512,
+    color: Annotated[str, typer.Option(help="Colours from the input: adain, wavelet or none.")] = "adain",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16; auto: bfloat16 on CUDA.")] = "auto",
+    ray: Annotated[bool, typer.Option("--ray", help="Use a Ray cluster; --set runtime.num_actors=N.")] = False,
+    set_: Overrides = None,
 ) -> None:
     """Enlarge photographs with a trained model."""
-    from infra.config import parse_config
-    from pipelines.restore import RestoreConfig
+    from infra.config import apply_overrides, parse_config
+    from pipelines.restore import RestoreConfig, pick_device
     from pipelines.restore import restore as run_restore
 
-    values = {"num_runs": runs, "seed": seed, "scale": scale, "sampling": {"num_steps": steps}}
-    config = parse_config(values, RestoreConfig, where="command line")
+    device, dtype = pick_device(device, dtype)
+    sampling = {"num_steps": steps, "t_max": t_max, "t_min": t_min, "tile": tile or None, "color_fix": color}
+    values = {
+        "num_runs": runs,
+        "seed": seed,
+        "scale": scale,
+        "dtype": dtype,
+        "sampling": sampling,
+        "runtime": {"device": device, "use_ray": ray},
+    }
+    config = parse_config(apply_overrides(values, set_ or []), RestoreConfig, where="command line")
     typer.echo(f"{run_restore(source, output, model, config)} images: {output}")
 
 
@@ -177,11 +225,11 @@ def convert(
 
 @app.command()
 def estimate(
-    config: Annotated[Path | None, typer.Option("-c", "--config", help="A training config.")] = None,
+    config: Annotated[Path | None, typer.Option("-c", "--config", help="A config of shard or train.")] = None,
     model: Annotated[str | None, typer.Option(help="Instead of a config: sd21 or tiny.")] = None,
     set_: Overrides = None,
 ) -> None:
-    """Count a model's parameters, part by part."""
+    """Of a shard config: shards, samples, bytes, core-hours. Else a model's parameters, part by part."""
     from rich.console import Console
 
     from infra.errors import ConfigError
@@ -192,9 +240,15 @@ def estimate(
     if config is None:
         Console().print(parameter_report(str(model)))
         return
-    from infra.config import load_config
+    from infra.config import load_config, load_yaml
     from training.config import TrainConfig
 
+    if load_yaml(config).get("job") == "shard":
+        from pipelines.config import ShardConfig
+        from pipelines.estimate import estimate_shards, estimate_table
+
+        Console().print(estimate_table(estimate_shards(load_config(config, ShardConfig, set_ or []))))
+        return
     values = load_config(config, TrainConfig, set_ or [])
     Console().print(parameter_report(values.model.preset, values.stage))
 

@@ -1,21 +1,40 @@
 """`ccsr restore`: enlarge photographs with a trained model, every output from a recorded seed."""
 
 import hashlib
-import tempfile
+import json
+import math
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
+import torch
 from pydantic import Field
 
 from infra.config import Config
-from infra.errors import CcsrError, PartialResultError
-from infra.images import encode_png, list_images, read_image
+from infra.errors import CcsrError, ConfigError, DataError, PartialResultError
+from infra.images import decode_image, encode_png, icc_profile, list_images
 from infra.progress import progress
+from infra.ray_runtime import RayConfig, on_actors
 from infra.run import claim_output
-from infra.storage import download_folder, exists, join, write_bytes
-from training.models import load_model
-from training.restore import SamplingConfig, restore_runs
+from infra.storage import absolute, exists, join, list_files, put_if_absent, read_bytes
+from training.models import CcsrModel
+from training.restore import PreparedImage, SamplingConfig, fetch_model, prepare_image, restore_batch
 from training.train import model_id
+
+MIN_SIDE = 16
+IMAGES_PER_TASK = 8
+BATCH_PIXELS = {"cpu": 8 * 512**2, "cuda": 16 * 512**2}
+
+
+class RestoreRuntime(Config):
+    """How the job runs; of the pictures it moves single levels by float rounding."""
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    rows_at_once: int | None = Field(None, ge=1, description="(image, run) pairs in a batch; none: by their size")
+    use_ray: bool = False
+    num_actors: int = Field(1, ge=1, description="with use_ray")
+    ray: RayConfig = RayConfig()
 
 
 class RestoreConfig(Config):
@@ -23,8 +42,16 @@ class RestoreConfig(Config):
 
     num_runs: int = Field(1, ge=1)
     seed: int = 0
-    scale: int = Field(4, ge=1, le=8)
+    scale: float = Field(4, ge=1, le=8)
+    dtype: Literal["float32", "bfloat16"] = "float32"
     sampling: SamplingConfig = SamplingConfig()
+    runtime: RestoreRuntime = RestoreRuntime()
+
+
+def pick_device(device: str, dtype: str) -> tuple[str, str]:
+    """The device and dtype that `auto` stands for: a GPU and bfloat16 where there is one, else a CPU and float32."""
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    return device, ("bfloat16" if device == "cuda" else "float32") if dtype == "auto" else dtype
 
 
 def restore(source: str, output: str, model_uri: str, config: RestoreConfig) -> int:
@@ -33,44 +60,160 @@ def restore(source: str, output: str, model_uri: str, config: RestoreConfig) -> 
     Writes OUT/NAME.png, or OUT/runs/NN/NAME.png for several runs, and OUT/run.json. What is there is kept. A file that
     cannot be used is passed over; PartialResultError names them at the end.
     """
+    if config.runtime.device == "cuda" and not config.runtime.use_ray and not torch.cuda.is_available():
+        raise ConfigError(
+            "there is no GPU here", where="device", todo="use --device cpu, or --ray on a cluster with GPUs"
+        )
+    source, output, model_uri = map(absolute, (source, output, model_uri))
     names = {source: Path(source).stem} if exists(source) else _names(source)
     inputs = {"model": model_id(model_uri)}
     claim_output(output, config, job="restore", inputs=inputs, libraries=("torch", "diffusers", "numpy", "pillow"))
-    failures: list[str] = []
-    model = None
-    with progress("restoring", len(names)) as advance, tempfile.TemporaryDirectory(prefix="ccsr-model-") as folder:
-        for uri, name in names.items():
-            places = {run: _place(output, name, run, config.num_runs) for run in range(config.num_runs)}
-            missing = [run for run, place in places.items() if not exists(place)]
-            if missing:
-                model = model or load_model(download_folder(model_uri, Path(folder)))
-                try:
-                    lr = read_image(uri)
-                    size = (lr.shape[0] * config.scale, lr.shape[1] * config.scale)
-                    images = restore_runs(model, lr, size, config.sampling, seed=config.seed, key=name, runs=missing)
-                    for run, image in zip(missing, images, strict=True):
-                        write_bytes(places[run], encode_png(image))
-                except CcsrError as error:
-                    failures.append(f"{uri}: {error.what}")
+    done = set(list_files(output))
+    images = []
+    for uri, name in names.items():
+        runs = [run for run in range(config.num_runs) if _place(output, name, run, config.num_runs) not in done]
+        if runs:
+            images.append({"uri": uri, "name": name, "runs": runs})
+    failures: dict[str, str] = {}
+    with progress("restoring", len(names), done=len(names) - len(images)) as advance:
+        for name, failure in _outcomes(images, output, model_uri, config):
+            if failure:
+                failures[name] = failure
             advance(1, name)
     if failures:
         raise PartialResultError(
-            f"{len(failures)} of {len(names)} images could not be restored; the first: {failures[0]}",
+            f"{len(failures)} of {len(names)} images could not be restored: {'; '.join(list(failures.values())[:5])}"
+            + ("; ..." if len(failures) > 5 else ""),
             where=source,
             todo="repair or remove these files and run the same command again; the others are done",
         )
     return len(names)
 
 
+def _outcomes(
+    images: list[dict[str, Any]], output: str, model_uri: str, config: RestoreConfig
+) -> Iterator[tuple[str, str]]:
+    if not images:
+        return
+    runtime = config.runtime
+    if not runtime.use_ray:
+        yield from Restorer(config, model_uri, output).restore(images)
+        return
+    groups = [images[first : first + IMAGES_PER_TASK] for first in range(0, len(images), IMAGES_PER_TASK)]
+    for result in on_actors(
+        _actor(config, model_uri, output),
+        [{"images": json.dumps(group)} for group in groups],
+        ray_config=runtime.ray,
+        num_actors=runtime.num_actors,
+        use_gpu=runtime.device == "cuda",
+        output=output,
+    ):
+        yield from result["outcomes"]
+
+
+def _actor(config: RestoreConfig, model_uri: str, output: str) -> Callable[[], Callable[[dict[str, Any]], dict]]:
+    def make() -> Callable[[dict[str, Any]], dict]:
+        restorer = Restorer(config, model_uri, output)
+        return lambda task: {"outcomes": list(restorer.restore(json.loads(task["images"])))}
+
+    return make
+
+
+class _Row(NamedTuple):
+    image: PreparedImage
+    run: int
+    profile: bytes | None
+    uri: str
+    last: bool
+
+
+class Restorer:
+    """Keeps one model loaded and restores images with it; whoever writes an output first wins, nothing is replaced."""
+
+    def __init__(self, config: RestoreConfig, model_uri: str, output: str) -> None:
+        self._config, self._output = config, output
+        self._model: CcsrModel = fetch_model(model_uri, config.runtime.device, getattr(torch, config.dtype))
+
+    def restore(self, images: Iterable[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+        """Per image {"uri", "name", "runs"} its (name, failure), "" where all its runs were written.
+
+        Neighbouring images whose latents have one shape share batches.
+        """
+        rows: list[_Row] = []
+        for task in images:
+            try:
+                image, profile = self._prepare(task)
+            except (CcsrError, MemoryError, RuntimeError) as error:
+                yield task["name"], f"{task['uri']}: {_reason(error)}"
+                continue
+            for run in task["runs"]:
+                full = len(rows) >= self._rows_at_once(image)
+                if rows and (full or rows[0].image.mean.shape != image.mean.shape):
+                    yield from self._write(rows)
+                    rows = []
+                rows.append(_Row(image, run, profile, task["uri"], run == task["runs"][-1]))
+        yield from self._write(rows)
+
+    def _prepare(self, task: dict[str, Any]) -> tuple[PreparedImage, bytes | None]:
+        data = read_bytes(task["uri"])
+        lr = decode_image(data, where=task["uri"])
+        if min(lr.shape[:2]) < MIN_SIDE:
+            raise DataError(
+                f"{lr.shape[1]}x{lr.shape[0]} px is too small, a side needs {MIN_SIDE}",
+                where=task["uri"],
+                todo="use a larger image",
+            )
+        height, width = (math.ceil(round(side * self._config.scale, 6)) for side in lr.shape[:2])
+        image = prepare_image(self._model, lr, (height, width), self._config.sampling, key=task["name"])
+        return image, icc_profile(data)
+
+    def _rows_at_once(self, image: PreparedImage) -> int:
+        runtime, tile = self._config.runtime, self._config.sampling.tile
+        sides = image.enlarged.shape[-2:]
+        in_networks = math.prod(side if tile is None else min(side, tile) for side in sides)
+        pixels = BATCH_PIXELS[runtime.device]
+        return runtime.rows_at_once or max(1, min(64, pixels // in_networks, 4 * pixels // math.prod(sides)))
+
+    def _write(self, rows: list[_Row]) -> Iterator[tuple[str, str]]:
+        config = self._config
+        if not rows:
+            return
+        pairs = [(row.image, row.run) for row in rows]
+        written = 0
+        try:
+            for row, picture in zip(
+                rows, restore_batch(self._model, pairs, config.sampling, seed=config.seed), strict=True
+            ):
+                place = _place(self._output, row.image.key, row.run, config.num_runs)
+                put_if_absent(place, encode_png(picture, row.profile))
+                written += 1
+                if row.last:
+                    yield row.image.key, ""
+        except (MemoryError, RuntimeError) as error:
+            failed = {row.uri: row.image.key for row in rows[written:]}
+            for uri, name in failed.items():
+                yield name, f"{uri}: {_reason(error)}"
+
+
+def _reason(error: Exception) -> str:
+    """What to tell of an image that failed; an error that is neither the user's nor a lack of memory is raised."""
+    if isinstance(error, CcsrError):
+        return error.what
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+        return "the memory was used up; use a smaller scale or tile, or fewer rows at once"
+    raise error
+
+
 def _names(source: str) -> dict[str, str]:
     """URI -> output name (without suffix): the path below `source`, told apart where only the suffix differs."""
     root = source.rstrip("/")
-    plain = {uri: uri.removeprefix(root).lstrip("/").rsplit(".", 1)[0] for uri in list_images(source)}
-    taken = Counter(plain.values())
-    return {
-        uri: name if taken[name] == 1 else f"{name}-{hashlib.sha256(uri.encode()).hexdigest()[:8]}"
-        for uri, name in plain.items()
-    }
+    below = {uri: uri.removeprefix(root).lstrip("/") for uri in list_images(source)}
+    taken = Counter(path.rsplit(".", 1)[0] for path in below.values())
+    names = {}
+    for uri, path in below.items():
+        name = path.rsplit(".", 1)[0]
+        names[uri] = name if taken[name] == 1 else f"{name}-{hashlib.sha256(path.encode()).hexdigest()[:8]}"
+    return names
 
 
 def _place(output: str, name: str, run: int, num_runs: int) -> str:

@@ -1,32 +1,31 @@
 """`ccsr shard`: Ray Data tasks write the planned shards, each exactly once."""
 
-import hashlib
-import json
 import logging
 import pickle
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from PIL import Image
-
-from degradation import DegradationConfig, degrade, load_preset
+from degradation import DegradationConfig, load_preset
 from infra.errors import CcsrError, ConfigError, DataError, PartialResultError, error_from_json, error_to_json
-from infra.images import UnusableImageError, decode_image, encode_png
+from infra.images import UnusableImageError, gradient_energy
 from infra.manifest import Manifest, Quarantined, ShardRecord, commit_record, committed_records, write_manifest
 from infra.progress import progress
 from infra.ray_runtime import lost_worker, ray_cluster
 from infra.run import claim_output
-from infra.seeding import rng_for
-from infra.shards import write_tar
-from infra.storage import download, exists, join, publish_if_absent, read_bytes, sha256_file
-from pipelines.config import CenterCrop, RandomCrop, ShardConfig
-from pipelines.plan import PlannedSample, PlannedShard, plan_shards, source_id
-from pipelines.sources import list_sources
+from infra.shards import IndexedEntry, write_tar
+from infra.storage import download, exists, join, publish_if_absent, sha256_file, staging
+from pipelines.card import write_card
+from pipelines.config import CenterCrop, GridCrop, PairsSource, ShardConfig
+from pipelines.plan import PlannedSample, PlannedShard, grid_samples, num_variants, plan_shards, source_id
+from pipelines.sample import Sample, at_variant, crop_image, make_sample, open_source, read_source, variant_size
+from pipelines.sources import SourceFile, list_sources, source_facts
+
+if TYPE_CHECKING:
+    from pipelines.latents import LatentEncoder
 
 LIBRARIES = ("numpy", "opencv-python-headless", "pillow", "torch")
 
@@ -40,32 +39,79 @@ def run_shard(config: ShardConfig) -> Manifest:
     recipe = resolve_degradation(config)
     files = list_sources(config.sources)
     shards = plan_shards(files, config)
-    run = claim_output(config.output, config, job="shard", inputs={"source_id": source_id(files)}, libraries=LIBRARIES)
+    inputs = {"source_id": source_id(files), **_latents_inputs(config)}
+    run = claim_output(config.output, config, job="shard", inputs=inputs, libraries=LIBRARIES)
     if not exists(join(config.output, "manifest.json")):
         _write_shards(config, recipe, shards)
-        write_manifest(
-            config.output, len(shards), source_id=source_id(files), fingerprint=run["fingerprint"], **_facts(recipe)
-        )
+        facts = {**_facts(config, recipe, files), "fingerprint": run["fingerprint"]}
+        write_manifest(config.output, len(shards), **facts)
     manifest = Manifest.load(config.output)
+    if not exists(join(config.output, "DATA_CARD.md")):
+        write_card(manifest)
     _report_quarantine(config, manifest)
     return manifest
 
 
 def resolve_degradation(config: ShardConfig) -> DegradationConfig | None:
-    """The recipe that `degradation` names or spells out. ConfigError for an unknown name, or a crop it cannot take."""
+    """The recipe that `degradation` names or spells out.
+
+    ConfigError for an unknown name, a crop that it or found pairs cannot take, and latents of images of any size.
+    """
     recipe = load_preset(config.degradation) if isinstance(config.degradation, str) else config.degradation
+    pairs = [source for source in config.sources if isinstance(source, PairsSource)]
+    if pairs:
+        _check_pairs(config, pairs)
     size = getattr(config.crop, "size_px", 0)
-    if recipe and size % recipe.scale:
+    scale = recipe.scale if recipe else pairs[0].scale if pairs else 1
+    if size % scale:
         raise ConfigError(
-            f"a crop of {size} px is no multiple of the degradation's scale, {recipe.scale}",
+            f"a crop of {size} px is no multiple of the degradation's scale, {scale}",
             where="crop.size_px",
-            todo=f"write {size - size % recipe.scale}, for one",
+            todo=f"write {size - size % scale}, for one",
+        )
+    if config.latents and (not size or size % 8 or (recipe is None and not pairs)):
+        raise ConfigError(
+            "latents need a crop of one size, a multiple of 8 px, and LR images",
+            where="latents",
+            todo="set `crop` to center, random or grid, and a `degradation`",
         )
     return recipe
 
 
-def _facts(recipe: DegradationConfig | None) -> dict[str, Any]:
-    return {"scale": recipe.scale if recipe else None, "has_lr": recipe is not None}
+def _check_pairs(config: ShardConfig, pairs: list[PairsSource]) -> None:
+    wrong = None
+    if config.degradation is not None:
+        wrong = "degradation", "found pairs have their LR images", "write `degradation: null`"
+    elif len(pairs) < len(config.sources) or len({source.scale for source in pairs}) > 1:
+        wrong = "sources", "a set has pairs of one scale, or none", "make two shard sets; training takes several"
+    elif config.scales != (1.0,) or config.short_side_px or isinstance(config.crop, CenterCrop):
+        wrong = "crop", "a found pair cannot be resized", "take `crop: {kind: random, ...}`, and no other scales"
+    elif isinstance(config.crop, GridCrop) and config.crop.step_px % pairs[0].scale:
+        wrong = "crop.step_px", "the windows would not lie on the LR's grid", "give a multiple of the scale"
+    if wrong:
+        where, what, todo = wrong
+        raise ConfigError(what, where=where, todo=todo)
+
+
+def _latents_inputs(config: ShardConfig) -> dict[str, Any]:
+    if config.latents is None:
+        return {}
+    from training.train import model_id  # not before it is needed: it imports the networks
+
+    # The device is named because the last bits differ between CPU and GPU.
+    return {"latents": {"model": model_id(config.latents.model), "device": _device(config)}}
+
+
+def _facts(config: ShardConfig, recipe: DegradationConfig | None, files: list[SourceFile]) -> dict[str, Any]:
+    scale = recipe.scale if recipe else next((file.scale for file in files if file.lr_uri), None)
+    facts = {
+        "source_id": source_id(files),
+        "sources": source_facts(config.sources, files),
+        "scale": scale,
+        "has_lr": scale is not None,
+    }
+    encoder = latent_encoder(config, "cpu")  # where the driver is, there need not be a GPU
+    return facts | ({"latents_model": encoder.encoder_id} if encoder else {})
 
 
 def _write_shards(config: ShardConfig, recipe: DegradationConfig | None, shards: list[PlannedShard]) -> None:
@@ -83,18 +129,20 @@ def _write_shards(config: ShardConfig, recipe: DegradationConfig | None, shards:
             logging.getLogger("ray.data").setLevel(logging.ERROR)
             DataContext.get_current().enable_progress_bars = False
 
+            class Writer:  # an actor where a model is to be loaded once, else a task's function
+                def __init__(self) -> None:
+                    self.encoder = latent_encoder(config)
+
+                def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+                    return _write_row(config, recipe, row, self.encoder)
+
             def write(row: dict[str, Any]) -> dict[str, Any]:
-                shard = pickle.loads(row["shard"])
-                try:
-                    write_shard(config, recipe, shard)
-                except CcsrError as error:
-                    return {"num_samples": 0, "error": error_to_json(error)}
-                return {"num_samples": len(shard.samples), "error": ""}
+                return _write_row(config, recipe, row, None)
 
             rows = [{"shard": pickle.dumps(shard)} for shard in pending]
             tasks = ray.data.from_items(rows, override_num_blocks=len(rows))
             try:
-                for row in tasks.map(write, num_cpus=1, concurrency=config.runtime.num_workers).iter_rows():
+                for row in tasks.map(Writer if config.latents else write, **_placement(config)).iter_rows():
                     if row["error"]:
                         raise error_from_json(row["error"])
                     advance(row["num_samples"])
@@ -102,23 +150,78 @@ def _write_shards(config: ShardConfig, recipe: DegradationConfig | None, shards:
                 raise lost_worker(error, config.output) from error
 
 
-def write_shard(config: ShardConfig, recipe: DegradationConfig | None, shard: PlannedShard) -> ShardRecord:
+def _write_row(
+    config: ShardConfig, recipe: DegradationConfig | None, row: dict[str, Any], encoder: "LatentEncoder | None"
+) -> dict[str, Any]:
+    shard = pickle.loads(row["shard"])
+    try:
+        write_shard(config, recipe, shard, encoder)
+    except CcsrError as error:
+        return {"num_samples": 0, "error": error_to_json(error)}
+    return {"num_samples": len(shard.samples), "error": ""}
+
+
+def _placement(config: ShardConfig) -> dict[str, Any]:
+    """What a worker takes, as Ray Data wants it told."""
+    runtime = config.runtime
+    gpus = {"num_gpus": 1} if config.latents and runtime.use_gpu else {}
+    return {"num_cpus": 1, "concurrency": runtime.num_workers or (1 if config.latents else None), **gpus}
+
+
+def latent_encoder(config: ShardConfig, device: str | None = None) -> "LatentEncoder | None":
+    """What adds the latents, where the config wants them."""
+    if config.latents is None:
+        return None
+    from pipelines.latents import LatentEncoder  # the networks, whose import takes seconds
+
+    return LatentEncoder(config.latents, device or _device(config))
+
+
+def _device(config: ShardConfig) -> str:
+    return "cuda" if config.runtime.use_gpu else "cpu"
+
+
+def write_shard(
+    config: ShardConfig,
+    recipe: DegradationConfig | None,
+    shard: PlannedShard,
+    encoder: "LatentEncoder | None" = None,
+) -> ShardRecord:
     """Make one shard's tar locally, publish it unless it is there, then commit its record. Safe to repeat and to race.
 
-    The tar's bytes depend on the plan, the config and the library versions. Samples that cannot be made are
-    quarantined with their reason.
+    The tar's bytes depend on the plan, the config and the library versions (latents: on the device too). Samples that
+    cannot be made are quarantined with their reason; flat ones, and those of a smaller size without room for a window,
+    are counted as dropped. `encoder` adds the latents.
     """
     import cv2
 
     cv2.setNumThreads(1)
     quarantined: list[Quarantined] = []
-    with tempfile.TemporaryDirectory(prefix="ccsr-shard-") as folder:
-        tar = Path(folder) / "shard.tar"
-        entries = write_tar(tar, shard.name, _samples(config, recipe, shard.samples, quarantined))
-        record = ShardRecord(shard.index, shard.name, sha256_file(tar), tar.stat().st_size, entries, quarantined)
-        place = join(config.output, shard.name)
+    dropped: Counter[str] = Counter()
+    place = join(config.output, shard.name)
+    with staging(place) as tar:
+        hashes: list[tuple[int, str]] = []
+
+        def members(samples: Iterable[Sample]) -> Iterator[tuple[str, dict[str, bytes]]]:
+            for sample in samples:
+                hashes.append((sample.phash, sample.digest))
+                yield sample.key, sample.members
+
+        samples = _samples(config, recipe, shard.samples, quarantined, dropped)
+        written = write_tar(tar, shard.name, members(encoder(samples) if encoder else samples))
+        entries = [IndexedEntry.of(entry, *pair) for entry, pair in zip(written, hashes, strict=True)]
+        record = ShardRecord(
+            shard.index,
+            shard.name,
+            sha256_file(tar),
+            tar.stat().st_size,
+            entries,
+            quarantined,
+            dict(sorted(dropped.items())),
+        )
         if not publish_if_absent(tar, place):
-            present = sha256_file(download(place, Path(folder)))
+            with tempfile.TemporaryDirectory(prefix="ccsr-shard-") as folder:
+                present = sha256_file(download(place, Path(folder)))
             if present != record.sha256:
                 raise DataError(
                     f"another shard is already there (sha256 {present[:12]}, this run makes {record.sha256[:12]})",
@@ -134,85 +237,36 @@ def _samples(
     recipe: DegradationConfig | None,
     planned: tuple[PlannedSample, ...],
     quarantined: list[Quarantined],
-) -> Iterator[tuple[str, dict[str, bytes]]]:
-    for file, samples in groupby(planned, key=lambda sample: sample.file):  # a file is decoded once for all its crops
-        data = read_bytes(file.uri)
-        digest = hashlib.sha256(data).hexdigest()
-        image: np.ndarray | UnusableImageError
+    dropped: Counter[str],
+) -> Iterator[Sample]:
+    for file, group in groupby(planned, key=lambda sample: sample.file):  # a file is decoded once for all its crops
+        samples, digest = list(group), ""
         try:
-            image = decode_image(data, where=file.uri)
+            data, digest = read_source(file)
+            opened = open_source(file, data, digest)
         except UnusableImageError as error:
-            image = error
-        for sample in samples:
-            try:
-                if isinstance(image, UnusableImageError):
-                    raise image
-                yield sample.key, make_sample(image, digest, sample, config, recipe)
-            except UnusableImageError as error:
-                quarantined.append(Quarantined(sample.key, file.name, error.reason, error.what, digest))
-
-
-def make_sample(
-    image: np.ndarray, digest: str, sample: PlannedSample, config: ShardConfig, recipe: DegradationConfig | None
-) -> dict[str, bytes]:
-    """The members of one sample: hr.png, lr.png where there is a degradation, and json with how they were made."""
-    hr, crop = crop_image(image, sample, config, scale=recipe.scale if recipe else 1)
-    facts: dict[str, Any] = {
-        "key": sample.key,
-        "source": f"{sample.file.source}/{sample.file.name}",
-        "source_sha256": digest,
-        "crop": crop,
-        "seed": config.seed,
-    }
-    members: dict[str, bytes] = {}
-    if recipe is None:
-        members["hr.png"] = encode_png(hr)
-    else:
-        pair = degrade(hr, recipe, rng_for(config.seed, sample.key, "degradation"))
-        members["hr.png"] = encode_png(pair.hr)
-        members["lr.png"] = encode_png(pair.lr)
-        facts["degradation"] = pair.trace
-    members["json"] = json.dumps(facts, sort_keys=True).encode()
-    return members
-
-
-def crop_image(
-    image: np.ndarray, sample: PlannedSample, config: ShardConfig, *, scale: int
-) -> tuple[np.ndarray, dict[str, Any]]:
-    """The sample's window of an image, and where it lay. UnusableImageError (`too_small`) if it does not fit."""
-    crop = config.crop
-    height, width = image.shape[:2]
-    size = getattr(crop, "size_px", None)
-    if size is None:
-        size_h, size_w = height - height % scale, width - width % scale
-        y, x = 0, 0
-    else:
-        size_h = size_w = size
-    if isinstance(crop, CenterCrop):
-        image = _shrink_short_side(image, crop.size_px)
-        height, width = image.shape[:2]
-        y, x = (height - size_h) // 2, (width - size_w) // 2
-    if min(height, width, size_h, size_w) < 32 or height < size_h or width < size_w:
-        raise UnusableImageError(
-            f"{width}x{height} px is too small for a crop of {size_w}x{size_h} (at least 32x32)",
-            where=sample.file.uri,
-            todo="leave it out or ask for a smaller crop",
-            reason="too_small",
-        )
-    if isinstance(crop, RandomCrop):
-        rng = rng_for(config.seed, sample.crop_key, "crop")
-        y, x = int(rng.integers(height - size_h + 1)), int(rng.integers(width - size_w + 1))
-    window = np.ascontiguousarray(image[y : y + size_h, x : x + size_w])
-    return window, {"kind": crop.kind, "x": x, "y": y, "width": size_w, "height": size_h}
-
-
-def _shrink_short_side(image: np.ndarray, size: int) -> np.ndarray:
-    picture = Image.fromarray(image)
-    while min(picture.size) >= 2 * size:
-        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
-    ratio = size / min(picture.size)
-    size_wh = (round(picture.width * ratio), round(picture.height * ratio))
-    return np.asarray(picture.resize(size_wh, Image.Resampling.BICUBIC))
+            quarantined += [Quarantined(one.key, file.name, error.reason, error.what, digest) for one in samples]
+            continue
+        if isinstance(config.crop, GridCrop):
+            sizes = [variant_size(opened.image, variant, config) for variant in range(num_variants(config))]
+            samples = grid_samples(samples[0], config.crop, sizes, config.draws)
+        for variant, crops in groupby(samples, key=lambda sample: sample.variant):
+            image = at_variant(opened.image, variant, config)
+            for one in crops:
+                try:
+                    window, crop = crop_image(image, one, config, scale=recipe.scale if recipe else file.scale)
+                except UnusableImageError as error:
+                    if variant:  # the photograph itself is used
+                        dropped[error.reason] += 1
+                    else:
+                        quarantined.append(Quarantined(one.key, file.name, error.reason, error.what, digest))
+                    continue
+                if image.shape != opened.image.shape:
+                    crop["resized"] = [image.shape[1], image.shape[0]]
+                if config.min_gradient_energy and gradient_energy(window) < config.min_gradient_energy:
+                    dropped["flat"] += 1
+                    continue
+                yield make_sample(opened, window, crop, one, config, recipe)
 
 
 def _report_quarantine(config: ShardConfig, manifest: Manifest) -> None:

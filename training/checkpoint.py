@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,22 +26,30 @@ class TrainingState:
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # file name without suffix -> tensors
 
 
-def engine_state(engine: Any, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
-    """Parameters and moments of a DeepSpeed engine by name, in full and in fp32. Collective: every rank calls it."""
+def engine_state(
+    engine: Any, optimizer: torch.optim.Optimizer, *, keep: bool = True
+) -> dict[str, dict[str, Tensor]] | None:
+    """Parameters and moments of a DeepSpeed engine by name: full fp32 copies on the CPU.
+
+    Collective: every rank calls it. A rank that does not `keep` them holds one tensor at a time and returns None.
+    """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    weights: dict[str, Tensor] = {}
-    moments: dict[str, Tensor] = {}
+    tensors: dict[str, dict[str, Tensor]] = {"weights": {}, "moments": {}}
     for name, parameter in engine.module.trained.named_parameters():
-        if hasattr(parameter, "_hp_mapping"):
-            weights[name] = safe_get_full_fp32_param(parameter).detach().cpu().clone()
-            for kind in MOMENTS:
-                moments[f"{kind}.{name}"] = safe_get_full_optimizer_state(parameter, kind).detach().cpu().clone()
-        else:  # ZeRO 0: the plain optimiser holds the state
-            weights[name] = parameter.detach().float().cpu().clone()
-            for kind in MOMENTS:
-                moments[f"{kind}.{name}"] = optimizer.state[parameter][kind].detach().float().cpu().clone()
-    return {"weights": weights, "moments": moments}
+        partitioned = hasattr(parameter, "_hp_mapping")  # else ZeRO 0: the plain optimiser holds the state
+        full = safe_get_full_fp32_param(parameter) if partitioned else parameter
+        if keep:
+            tensors["weights"][name] = _copy(full)
+        for kind in MOMENTS:
+            full = safe_get_full_optimizer_state(parameter, kind) if partitioned else optimizer.state[parameter][kind]
+            if keep:
+                tensors["moments"][f"{kind}.{name}"] = _copy(full)
+    return tensors if keep else None
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float32, copy=True)
 
 
 def restore_engine(
@@ -91,10 +100,18 @@ def restore_module(
 
 
 def save_checkpoint(output: str, state: TrainingState, *, keep: int) -> str:
-    """Write OUT/checkpoints/POSITION, `complete.json` last, then remove all but the newest `keep` complete ones.
+    """Write OUT/checkpoints/POSITION, `complete.json` last, then remove all but the newest `keep` and the best one.
 
-    What an interrupted save or removal left goes too. One process per run calls this.
+    What an interrupted save or removal left goes too. One process per run calls this. ModelError where a weight is not
+    finite: such a checkpoint would only push out one that a run can go on from.
     """
+    for name, tensor in state.tensors["weights"].items():
+        if not torch.isfinite(tensor).all():
+            raise ModelError(
+                f"tensor {name} is not finite after update {state.facts['num_updates']}; nothing was saved",
+                where=output,
+                todo="lower the learning rate and run again from the checkpoint before, which is kept",
+            )
     place = join(output, "checkpoints", f"{state.facts['position']:012d}")
     if exists(join(place, "complete.json")):  # one that was found damaged and is made again
         remove_checkpoint(place)
@@ -108,12 +125,22 @@ def save_checkpoint(output: str, state: TrainingState, *, keep: int) -> str:
         for name in hashes:
             upload(Path(folder) / name, join(place, name))
         write_bytes(join(place, "complete.json"), json.dumps(hashes, indent=1, sort_keys=True).encode())
-    kept = complete_checkpoints(output)[-keep:]
+    kept = {*complete_checkpoints(output)[-keep:], best_checkpoint(output)}
     root = join(output, "checkpoints")
     places = {join(root, file.removeprefix(f"{root}/").split("/")[0]) for file in list_files(root)}
-    for old in sorted(places - set(kept)):
+    for old in sorted(places - kept):
         remove_checkpoint(old)
     return place
+
+
+def best_checkpoint(output: str) -> str | None:
+    """The complete checkpoint with the highest PSNR-Y in its facts' `validation`; None where none was validated."""
+    scores = {
+        place: read_json(join(place, "state.json")).get("validation", {}).get("psnr_y")
+        for place in complete_checkpoints(output)
+    }
+    validated = {place: score for place, score in scores.items() if score is not None}
+    return max(validated, key=lambda place: validated[place]) if validated else None
 
 
 def complete_checkpoints(output: str) -> list[str]:
@@ -128,27 +155,59 @@ def remove_checkpoint(place: str) -> None:
         remove(file)
 
 
+def load_newest(output: str, warn: Callable[[str], None]) -> tuple[str, TrainingState] | None:
+    """The newest complete checkpoint that is intact, with its place; None where the run has none.
+
+    A damaged one loses its `complete.json`, so that nothing counts it as one that is kept, and `warn` is told; the one
+    before takes its place. ModelError where all are damaged.
+    """
+    damage = None
+    for place in reversed(complete_checkpoints(output)):
+        try:
+            return place, load_checkpoint(place)
+        except DamagedError as error:
+            damage = error
+            remove(join(place, "complete.json"))
+            warn(f"{error.what}: this checkpoint is passed over ({place})")
+    if damage is not None:
+        raise ModelError(
+            "every checkpoint of this run is damaged",
+            where=join(output, "checkpoints"),
+            todo="look at the storage; the same command now starts from the first update",
+        ) from damage
+    return None
+
+
+class DamagedError(ModelError):
+    """A checkpoint whose bytes are not those that were written."""
+
+
 def load_checkpoint(place: str) -> TrainingState:
-    """Read one complete checkpoint. ModelError for another format or a file whose hash does not match."""
+    """Read one complete checkpoint. ModelError for another format, DamagedError where a hash does not match."""
     if not exists(join(place, "complete.json")):
         raise ModelError(
             "this checkpoint is not complete", where=place, todo="use an earlier one, or remove its folder"
         )
-    state = TrainingState(read_json(join(place, "state.json")))
-    if state.facts.get("format") != FORMAT:
-        found = state.facts.get("format")
-        raise ModelError(f"unknown checkpoint format {found!r}", where=place, todo=f"expected {FORMAT}")
     with tempfile.TemporaryDirectory(prefix="ccsr-checkpoint-") as folder:
+        files = {}
         for name, expected in read_json(join(place, "complete.json")).items():
+            if not exists(join(place, name)):
+                raise DamagedError(f"{name} is missing", where=place, todo="use an earlier checkpoint")
             local = download(join(place, name), Path(folder))
             if sha256_file(local) != expected:
-                raise ModelError(
+                raise DamagedError(
                     f"{name} is damaged: its sha256 is not the one in complete.json",
                     where=place,
-                    todo="remove this checkpoint's folder; the run goes on from the one before",
+                    todo="use an earlier checkpoint",
                 )
+            files[name] = local
+        state = TrainingState(read_json(str(files["state.json"])))
+        if state.facts.get("format") != FORMAT:
+            found = state.facts.get("format")
+            raise ModelError(f"unknown checkpoint format {found!r}", where=place, todo=f"expected {FORMAT}")
+        for name, local in files.items():
             if local.suffix == ".safetensors":
-                state.tensors[local.stem] = load_file(local)
+                state.tensors[Path(name).stem] = load_file(local)
     return state
 
 

@@ -1,15 +1,16 @@
 """What `ccsr train` may be asked for."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from degradation import DegradationConfig
-from infra.config import Config, Location
+from infra.config import EXTENDABLE, Config, Location
 from infra.ray_runtime import RayConfig
 from infra.tracking import TrackingConfig
 from training.models import ModelConfig
 from training.order import legal_world_sizes
+from training.restore import SamplingConfig
 
 
 class OptimizerConfig(Config):
@@ -49,10 +50,38 @@ class TrainRuntime(Config):
     zero_stage: Literal[0, 1, 2] = 1
     use_gpu: bool = False
     threads_per_worker: int = Field(1, ge=1, description="torch threads of a CPU worker")
-    prefetch_batches: int = Field(2, ge=1)
+    activation_checkpointing: bool = Field(False, description="compute activations twice, keep fewer: less memory")
+    profile: bool = Field(False, description="rank 0 profiles a few updates into OUT/profile")
+    ingest_cpus: int = Field(0, ge=0, description="CPUs anywhere that prepare one worker's samples; 0: its own threads")
+    prefetch_batches: int = Field(2, ge=1, description="global batches that are prepared ahead")
     log_every: int = Field(1, ge=1, description="updates between two points in MLflow")
     checkpoint_every: int = Field(500, ge=1, description="updates between two checkpoints; the last always has one")
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: int = Field(2, ge=1, description="the newest ones; the best validated one stays too")
+    export_every: int = Field(0, ge=0, description="every k-th checkpoint also as a model directory; 0: none")
+    max_restarts: int = Field(3, ge=0, description="restarts from the last checkpoint after a worker was lost")
+    collective_timeout_seconds: int = Field(600, ge=10, description="ranks that wait longer for another one give up")
+
+
+class ValidationConfig(Config):
+    """Held-out pairs that are restored every `every` updates and after the last one."""
+
+    data: Annotated[tuple[Location, ...], Field(min_length=1, description="shard sets with HR and LR images")]
+    every: int = Field(500, ge=1)
+    num_images: int = Field(8, ge=1, description="spread evenly over the sets")
+    num_runs: int = Field(2, ge=2, description="seeded runs per image; L-STD needs two")
+    sampling: SamplingConfig | None = Field(None, description="none: the chain that the stage trains")
+
+
+class TrainingSet(Config):
+    """A shard set and how often an epoch takes each of its samples, on average. May be written as its path alone."""
+
+    path: Location
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_path(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
 
 
 class TrainConfig(Config):
@@ -62,7 +91,8 @@ class TrainConfig(Config):
     output: Location
     seed: int = 0
     stage: Literal[0, 1, 2]
-    data: Annotated[tuple[Location, ...], Field(min_length=1)]
+    data: Annotated[tuple[TrainingSet, ...], Field(min_length=1, description="shard sets, or {path, weight}")]
+    inputs: Literal["pixels", "latents"] = Field("pixels", description="latents: those that the shards store")
     init_from: Location | None = Field(None, description="a model directory to start from; none: random weights")
     model: ModelConfig = ModelConfig()
     crop_px: int = Field(512, ge=32)
@@ -73,9 +103,10 @@ class TrainConfig(Config):
     t_min: float = Field(0.3333, ge=0, lt=1)
     precision: Literal["fp32", "bf16"] = "fp32"
     global_batch_size: int = Field(96, ge=1)
-    num_updates: int = Field(ge=1)
+    num_updates: Annotated[int, EXTENDABLE] = Field(ge=1)
     optimizer: OptimizerConfig = OptimizerConfig()
     decoder_loss: DecoderLossConfig = DecoderLossConfig()
+    validation: ValidationConfig | None = None
     tracking: TrackingConfig = TrackingConfig()
     runtime: TrainRuntime = TrainRuntime()
 
@@ -89,4 +120,6 @@ class TrainConfig(Config):
             )
         if self.t_min >= self.t_max:
             raise ValueError(f"t_min ({self.t_min}) must be below t_max ({self.t_max})")
+        if self.inputs == "latents" and self.degradation is not None:
+            raise ValueError("`inputs: latents` are of the LR that the shards store: leave `degradation` out")
         return self

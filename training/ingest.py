@@ -1,140 +1,173 @@
-"""From positions to batches: fetch each sample by byte range, decode, crop, degrade, in order and ahead of the loop."""
+"""From positions to batches, in order and ahead of the loop, by threads here or by tasks anywhere in the cluster."""
 
-import json
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from degradation import DegradationConfig, degrade, load_preset
-from infra.errors import DataError
-from infra.images import decode_image
-from infra.manifest import Manifest
-from infra.seeding import rng_for
-from infra.shards import read_sample
-from training.config import TrainConfig
-from training.order import positions_of, sample_at
+from infra.errors import ConfigError
+from infra.ray_runtime import user_error
+from training.order import positions_of
+from training.samples import Place, SampleMaker, SampleReader, TrainingSample
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from training.config import TrainConfig
 
-@dataclass(frozen=True)
-class TrainingSample:
-    """`hr` uint8 (S, S, 3) and `lr` uint8 (S / scale, S / scale, 3), RGB; the LR of a clean pair is the HR."""
-
-    key: str
-    position: int
-    hr: np.ndarray
-    lr: np.ndarray
-
-
-class SampleReader:
-    """Samples by position from one or several shard sets, in the seeded order over all of them."""
-
-    def __init__(self, manifests: Sequence[Manifest], config: TrainConfig) -> None:
-        self._entries = [(manifest.uri, entry) for manifest in manifests for entry in manifest.entries]
-        self._config = config
-        self._recipe = _recipe(config, manifests)
-
-    def __call__(self, position: int) -> TrainingSample:
-        """The sample at a position. Its crop, flip and degradation depend on (seed, position) alone."""
-        config = self._config
-        _, index = sample_at(position, len(self._entries), config.seed)
-        uri, entry = self._entries[index]
-        members = read_sample(uri, entry)
-        where = f"{uri}/{entry.shard}: {entry.key}"
-        hr = decode_image(members["hr.png"], where=where)
-        rng = rng_for(config.seed, "sample", position)
-        lr = decode_image(members["lr.png"], where=where) if self._recipe is None else hr
-        hr, lr = _crop_pair(hr, lr, config.crop_px, rng, where)
-        if rng.random() < 0.5:  # before the degradation, whose drift and block grid have a direction
-            hr, lr = hr[:, ::-1], lr[:, ::-1]
-        hr, lr = np.ascontiguousarray(hr), np.ascontiguousarray(lr)
-        if self._recipe is None:
-            clean = json.loads(members["json"])["degradation"]["clean"]
-        else:
-            pair = degrade(hr, self._recipe, rng)
-            hr, lr, clean = pair.hr, pair.lr, pair.trace["clean"]
-        return TrainingSample(entry.key, position, hr, hr if clean else lr)
-
-
-def _recipe(config: TrainConfig, manifests: Sequence[Manifest]) -> DegradationConfig | None:
-    if config.degradation is None:
-        for manifest in manifests:
-            if not manifest.facts["has_lr"]:
-                raise DataError(
-                    "these shards hold no LR images", where=manifest.uri, todo="name a `degradation` to train with"
-                )
-        return None
-    return load_preset(config.degradation) if isinstance(config.degradation, str) else config.degradation
-
-
-def _crop_pair(
-    hr: np.ndarray, lr: np.ndarray, size: int, rng: np.random.Generator, where: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """A random window of `size` HR px on the LR grid, and its LR window."""
-    scale = hr.shape[0] // lr.shape[0]
-    height, width = lr.shape[:2]
-    if (height * scale, width * scale) != hr.shape[:2] or size % scale or min(hr.shape[:2]) < size:
-        raise DataError(
-            f"HR {hr.shape[1]}x{hr.shape[0]} and LR {width}x{height} do not allow a window of {size} px",
-            where=where,
-            todo="lower crop_px (a multiple of the scale), or shard with larger crops",
-        )
-    small = size // scale
-    y, x = int(rng.integers(height - small + 1)), int(rng.integers(width - small + 1))
-    return hr[y * scale :, x * scale :][:size, :size], lr[y:, x:][:small, :small]
+LOCAL_THREADS = 2
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: `hr` and `lr` float32 (B, 3, S, S) RGB in [0, 1], the LR enlarged to the size of the HR."""
+    """One micro-batch: `hr` and `lr` (B, 3, S, S) RGB, the LR enlarged to the size of the HR.
+
+    uint8 as the ingest makes it, float32 in [0, 1] after `to`. `moments`: stored latents by name, float16 and float32.
+    """
 
     keys: list[str]
     positions: list[int]
     hr: "Tensor"
     lr: "Tensor"
+    moments: dict[str, "Tensor"] = field(default_factory=dict)
+
+    def to(self, device: str) -> "Batch":
+        """On a device, in float32. Moved first: bytes are a quarter of the way."""
+        return replace(
+            self,
+            hr=self.hr.to(device).float() / 255,
+            lr=self.lr.to(device).float() / 255,
+            moments={name: moment.to(device).float() for name, moment in self.moments.items()},
+        )
 
 
-def collate(samples: Sequence[TrainingSample]) -> Batch:
-    """Stack samples; the LR is enlarged bicubically without antialiasing and rounded to 8 bit, as CCSR trains."""
+def enlarge(lr: np.ndarray, height: int, width: int) -> np.ndarray:
+    """uint8 RGB (h, w, 3) -> (height, width, 3), bicubic without antialiasing, rounded to 8 bit, as CCSR trains."""
     import torch
     from torch.nn.functional import interpolate
 
-    hr = torch.from_numpy(np.stack([sample.hr for sample in samples])).permute(0, 3, 1, 2).float() / 255
-    enlarged = []
-    for sample in samples:
-        lr = torch.from_numpy(sample.lr).permute(2, 0, 1)[None].float()
-        enlarged.append(interpolate(lr, size=hr.shape[-2:], mode="bicubic").round().clamp(0, 255) / 255)
-    return Batch([s.key for s in samples], [s.position for s in samples], hr, torch.cat(enlarged))
+    image = torch.tensor(lr).permute(2, 0, 1)[None].float()
+    enlarged = interpolate(image, size=(height, width), mode="bicubic").round().clamp(0, 255)
+    return enlarged[0].permute(1, 2, 0).to(torch.uint8).numpy()
+
+
+def _stack(samples: Sequence[TrainingSample]) -> dict[str, np.ndarray]:
+    """The arrays of a micro-batch: plain NumPy, which Ray moves without copying it into a pickle."""
+    size = samples[0].hr.shape[:2]
+    lr = [sample.lr if sample.lr.shape[:2] == size else enlarge(sample.lr, *size) for sample in samples]
+    images = {"hr": [sample.hr for sample in samples], "lr": lr}
+    stacked = {name: np.stack(rows) for name, rows in images.items()}
+    return stacked | {name: np.stack([sample.moments[name] for sample in samples]) for name in samples[0].moments}
+
+
+def _batch(keys: list[str], positions: list[int], arrays: dict[str, np.ndarray]) -> Batch:
+    import torch
+
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    hr, lr = (tensors.pop(name).permute(0, 3, 1, 2) for name in ("hr", "lr"))
+    return Batch(keys, positions, hr, lr, tensors)
+
+
+def collate(samples: Sequence[TrainingSample]) -> Batch:
+    """Stack samples of one size; each LR is enlarged by `enlarge`."""
+    return _batch([s.key for s in samples], [s.position for s in samples], _stack(samples))
+
+
+def make_arrays(maker: SampleMaker, places: Sequence[Place]) -> dict[str, np.ndarray]:
+    """Read and stack one micro-batch: what a thread here or a task elsewhere does."""
+    return _stack([maker(place) for place in places])
 
 
 def updates(
-    reader: SampleReader, config: TrainConfig, *, start: int, rank: int, world_size: int
-) -> Iterator[list[Batch]]:
-    """The micro-batches of `rank` for every update from `start` on, prepared ahead by threads, always in order."""
+    reader: SampleReader, config: "TrainConfig", *, start: int, rank: int, world_size: int
+) -> Generator[list[Batch], None, None]:
+    """The micro-batches of `rank` for every update from `start` on, prepared ahead and always in order.
 
-    def load(update: int) -> list[Batch]:
-        micro_steps = positions_of(
-            update,
-            rank,
-            world_size,
-            global_batch_size=config.global_batch_size,
-            micro_batch_size=config.runtime.micro_batch_size,
-        )
-        return [collate([reader(position) for position in positions]) for positions in micro_steps]
+    At most `config.runtime.ingest_cpus` are made at a time, by Ray tasks anywhere in the cluster (0: by threads of this
+    process), and at most `window(config, world_size)` are under way or waiting: a slow loop stops the ingest.
+    """
+    runtime = config.runtime
+    sizes = {"global_batch_size": config.global_batch_size, "micro_batch_size": runtime.micro_batch_size}
+    every = (
+        positions
+        for update in range(start, config.num_updates)
+        for positions in positions_of(update, rank, world_size, **sizes)
+    )
+    make = _on_ray(reader.maker) if runtime.ingest_cpus else lambda places: make_arrays(reader.maker, places)
 
-    with ThreadPoolExecutor(config.runtime.prefetch_batches, thread_name_prefix="ingest") as pool:
-        ahead: deque[Future[list[Batch]]] = deque()
+    def load(positions: range) -> Batch:
+        places = [reader.place(position) for position in positions]
+        return _batch([place.entry.key for place in places], list(positions), make(places))
+
+    num_micro = config.global_batch_size // (runtime.micro_batch_size * world_size)
+    ahead: deque[Future[Batch]] = deque()
+    with ThreadPoolExecutor(runtime.ingest_cpus or LOCAL_THREADS, thread_name_prefix="ingest") as pool:
+
+        def fill() -> None:
+            ahead.extend(pool.submit(load, next_) for next_ in islice(every, window(config, world_size) - len(ahead)))
+
+        def take() -> Batch:
+            batch = ahead.popleft().result()
+            fill()
+            return batch
+
         try:
-            for update in range(start, config.num_updates):
-                while len(ahead) <= config.runtime.prefetch_batches and update + len(ahead) < config.num_updates:
-                    ahead.append(pool.submit(load, update + len(ahead)))
-                yield ahead.popleft().result()
+            fill()
+            for _ in range(start, config.num_updates):
+                yield [take() for _ in range(num_micro)]
         finally:
             for future in ahead:
                 future.cancel()
+
+
+def window(config: "TrainConfig", world_size: int) -> int:
+    """Micro-batches of one rank that may be under way or waiting: `prefetch_batches` updates, or two a CPU."""
+    runtime = config.runtime
+    num_micro = config.global_batch_size // (runtime.micro_batch_size * world_size)
+    return max(runtime.prefetch_batches * num_micro, 2 * (runtime.ingest_cpus or LOCAL_THREADS))
+
+
+def _on_ray(maker: SampleMaker) -> Callable[[Sequence[Place]], dict[str, np.ndarray]]:
+    """`make_arrays` as a Ray task of one CPU. A task whose machine dies is run again by Ray, with the same result."""
+    import ray
+
+    shared = ray.put(maker)
+    # The strategy is named because a task would otherwise be held inside its training worker's placement group.
+    task = ray.remote(num_cpus=1, scheduling_strategy="DEFAULT")(_make_on_one_thread)
+
+    def make(places: Sequence[Place]) -> dict[str, np.ndarray]:
+        try:
+            arrays = ray.get(task.remote(shared, places))
+        except ray.exceptions.RayTaskError as error:
+            raise (user_error(error) or error) from None
+        # Copied, so that the object store holds no more than what is on its way.
+        return {name: array.copy() for name, array in arrays.items()}
+
+    return make
+
+
+def _make_on_one_thread(maker: SampleMaker, places: Sequence[Place]) -> dict[str, np.ndarray]:
+    import cv2
+    import torch
+
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+    return make_arrays(maker, places)
+
+
+def check_cpus(config: "TrainConfig", cluster: Mapping[str, float]) -> None:
+    """Refuse to wait for ever for CPUs that the cluster (resource -> amount) does not have."""
+    runtime = config.runtime
+    own = 0 if runtime.use_gpu else 1  # Ray Train reserves a GPU worker's GPU alone
+    needed, present = runtime.num_workers * (own + runtime.ingest_cpus), int(cluster.get("CPU", 0))
+    if needed > present:
+        raise ConfigError(
+            f"{runtime.num_workers} workers of {own} CPU and {runtime.ingest_cpus} for ingest need {needed} CPUs, "
+            f"the cluster has {present}",
+            where="runtime.ingest_cpus" if runtime.ingest_cpus else "runtime.num_workers",
+            todo="lower runtime.ingest_cpus or runtime.num_workers, or add nodes",
+        )

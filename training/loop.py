@@ -1,42 +1,23 @@
 """The training loop of one worker: batches in order, DeepSpeed steps, checkpoints, metrics from rank 0."""
 
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import math
+from contextlib import ExitStack, closing
 from typing import Any
 
 import torch
 
-from infra.errors import ModelError
+from infra.errors import ModelError, StoppedError
 from infra.manifest import Manifest
-from infra.tracking import Tracker
-from training.checkpoint import (
-    TrainingState,
-    check_tensors,
-    complete_checkpoints,
-    engine_state,
-    load_checkpoint,
-    module_state,
-    restore_engine,
-    restore_module,
-    save_checkpoint,
-)
 from training.config import TrainConfig
-from training.ingest import Batch, SampleReader, updates
+from training.ingest import Batch, updates
+from training.measure import Meter, Profile
+from training.memory import check_memory
 from training.models import CcsrModel
+from training.ranks import WorkerContext, agree, attempt, limit_collectives
+from training.resume import Checkpoints
+from training.samples import SampleReader
 from training.steps import DecoderStage, Stage, build_stage
-
-
-@dataclass
-class WorkerContext:
-    """What differs between workers, and where rank 0 reports to. `facts` goes into every checkpoint."""
-
-    rank: int
-    world_size: int
-    device: str
-    facts: Mapping[str, Any]
-    tracker: Tracker | None = None
-    on_update: Callable[[int, str], None] | None = None
+from training.validation import Validation
 
 
 def skip_compiled_collectives() -> None:
@@ -47,42 +28,64 @@ def skip_compiled_collectives() -> None:
 
 
 def train(config: TrainConfig, manifests: list[Manifest], model: CcsrModel, context: WorkerContext) -> None:
-    """Train to `num_updates`, from the newest complete checkpoint if there is one; the last one holds the result.
+    """Train to `num_updates`, from the newest intact checkpoint if there is one; the last one holds the result.
 
-    torch.distributed must be initialised. Raises ModelError where the loss is not finite, with the batch's keys.
+    torch.distributed must be initialised. A user's error ends all ranks: it is raised where it happened (ModelError
+    with the batch's keys for a loss that is not finite), OtherRankError elsewhere. StoppedError, after a checkpoint,
+    where the run was asked to stop.
     """
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    stage = build_stage(model.to(context.device, dtype), config)
+    stage, error = attempt(lambda: _stage(config, model, context))
+    agree(context, error)
     engine, optimizer = _engine(stage, config, context)
+    limit_collectives(config.runtime.collective_timeout_seconds)
     adversary = _Adversary(stage, config, context) if isinstance(stage, DecoderStage) else None
-    done = _resume(config, engine, optimizer, adversary)
-    reader = SampleReader(manifests, config)
-    stream = updates(reader, config, start=done, rank=context.rank, world_size=context.world_size)
-    began = waited_since = time.perf_counter()
-    waited = 0.0
-    for update, batches in enumerate(stream, start=done):
-        waited += time.perf_counter() - waited_since
-        learning_rate = _set_learning_rate(optimizer, config, update)
-        terms = _update(engine, adversary, batches, update, config, context)
-        finished = update + 1
-        if finished % config.runtime.log_every == 0 or finished == config.num_updates:
-            elapsed = time.perf_counter() - began
-            rate = (finished - done) * config.global_batch_size / elapsed
-            _report(
-                context,
-                finished,
-                terms
-                | {
-                    "gradient_norm": float(engine.get_global_grad_norm() or 0),
-                    "learning_rate": learning_rate,
-                    "samples_per_second": rate,
-                    "data_wait_share": waited / elapsed,
-                },
-                step=finished * config.global_batch_size,
-            )
-        if finished % config.runtime.checkpoint_every == 0 or finished == config.num_updates:
-            _save(config, engine, optimizer, adversary, finished, context)
-        waited_since = time.perf_counter()
+    discriminator = (adversary.module, adversary.optimizer) if adversary else None
+    with ExitStack() as ends:
+        checkpoints = ends.enter_context(Checkpoints(config, engine, optimizer, discriminator, context))
+        done = checkpoints.resume()
+        reader = SampleReader(manifests, config)
+        stream = updates(reader, config, start=done, rank=context.rank, world_size=context.world_size)
+        ends.enter_context(closing(stream))
+        validation, error = attempt(lambda: Validation.load(config))
+        agree(context, error)
+        profile = Profile(config, context.tracker) if config.runtime.profile and context.rank == 0 else None
+        meter = Meter(config, context.device, context.world_size)
+        for update in range(done, config.num_updates):
+            batches, error = attempt(lambda: next(stream))
+            if agree(context, error or checkpoints.failure(), stop=context.stop_asked(update)):
+                checkpoints.save(update)
+                raise StoppedError(
+                    f"the run was asked to stop and saved a checkpoint after {update} of {config.num_updates} updates",
+                    where=config.output,
+                    todo="run the same command again to go on",
+                )
+            meter.batch_arrived()
+            learning_rate = _set_learning_rate(optimizer, config, update)
+            terms = _update(engine, adversary, batches, update, config, context, meter)
+            meter.update_done(terms)
+            finished = update + 1
+            position = finished * config.global_batch_size
+            if finished % config.runtime.log_every == 0 or finished == config.num_updates:
+                gradient_norm = float(engine.get_global_grad_norm() or 0)
+                terms |= {"gradient_norm": gradient_norm, "learning_rate": learning_rate}
+                _report(context, finished, terms | meter.values(), step=position)
+            scores = None
+            if validation is not None and validation.due(finished):
+                with meter.aside():
+                    scores = validation(stage.model, context, position)
+            if finished % config.runtime.checkpoint_every == 0 or finished == config.num_updates:
+                checkpoints.save(finished, scores)
+            if profile is not None:
+                profile.update_done()
+            meter.wait_for_batch()
+        if profile is not None:
+            profile.close()
+
+
+def _stage(config: TrainConfig, model: CcsrModel, context: WorkerContext) -> Stage:
+    check_memory(model, config, context)
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    return build_stage(model.to(context.device, dtype), config)
 
 
 def _engine(stage: Stage, config: TrainConfig, context: WorkerContext) -> tuple[Any, torch.optim.Optimizer]:
@@ -162,24 +165,22 @@ def _update(
     update: int,
     config: TrainConfig,
     context: WorkerContext,
+    meter: Meter,
 ) -> dict[str, float]:
     """One optimiser update over this rank's micro-batches; the mean of each loss term over all ranks."""
     sums: dict[str, torch.Tensor] = {}
-    for micro in batches:
-        batch = Batch(micro.keys, micro.positions, micro.hr.to(context.device), micro.lr.to(context.device))
-        if adversary is None:
-            terms = engine(batch)
-        else:
-            terms = engine(batch, update=update)
-            terms["d_loss"] = adversary.accumulate(len(batches))
-        if not torch.isfinite(terms["loss"]):
-            raise ModelError(
-                f"the loss is {float(terms['loss'])} at update {update}",
-                where=f"samples {', '.join(batch.keys)}",
-                todo="lower the learning rate, or look at these samples; checkpoints up to here are kept",
-            )
-        engine.backward(terms["loss"])
+    losses: list[torch.Tensor] = []
+    for micro_step, micro in enumerate(batches):
+        batch = micro.to(context.device)
+        with meter.counting(micro_step):
+            if adversary is None:
+                terms = engine(batch)
+            else:
+                terms = engine(batch, update=update)
+                terms["d_loss"] = adversary.accumulate(len(batches))
+            engine.backward(terms["loss"])
         engine.step()
+        losses.append(terms["loss"].detach())
         for name, value in terms.items():
             sums[name] = sums.get(name, torch.zeros((), device=context.device)) + value.detach().float() / len(batches)
     if adversary is not None:
@@ -188,7 +189,22 @@ def _update(
     if context.world_size > 1:
         torch.distributed.all_reduce(means)
         means /= context.world_size
-    return dict(zip(sums, means.tolist(), strict=True))
+    values = dict(zip(sums, means.tolist(), strict=True))
+    if not math.isfinite(values["loss"]):  # on one rank is on all: the mean tells, without a check at each micro-step
+        agree(context, _not_finite(losses, batches, update))
+    return values
+
+
+def _not_finite(losses: list[torch.Tensor], batches: list[Batch], update: int) -> ModelError | None:
+    """The error that names this rank's samples, if the loss was not finite here."""
+    bad = [(float(loss), batch) for loss, batch in zip(losses, batches, strict=True) if not torch.isfinite(loss)]
+    if not bad:
+        return None
+    return ModelError(
+        f"the loss is {bad[0][0]} at update {update}",
+        where=f"samples {', '.join(key for _, batch in bad for key in batch.keys)}",
+        todo="lower the learning rate, or look at these samples; checkpoints up to here are kept",
+    )
 
 
 def _report(context: WorkerContext, update: int, values: dict[str, float], *, step: int) -> None:
@@ -196,35 +212,3 @@ def _report(context: WorkerContext, update: int, values: dict[str, float], *, st
         context.tracker.metrics(values, step=step)
     if context.on_update is not None:
         context.on_update(update, f"loss {values['loss']:.4f}, {values['samples_per_second']:.1f} samples/s")
-
-
-def _save(
-    config: TrainConfig,
-    engine: Any,
-    optimizer: torch.optim.Optimizer,
-    adversary: _Adversary | None,
-    num_updates: int,
-    context: WorkerContext,
-) -> None:
-    tensors = engine_state(engine, optimizer)
-    if context.rank == 0:
-        if adversary is not None:
-            tensors["discriminator"] = module_state(adversary.module, adversary.optimizer)
-        facts = {"position": num_updates * config.global_batch_size, "num_updates": num_updates, **context.facts}
-        save_checkpoint(config.output, TrainingState(facts, tensors), keep=config.runtime.keep_checkpoints)
-    if context.world_size > 1:
-        torch.distributed.barrier()
-
-
-def _resume(config: TrainConfig, engine: Any, optimizer: torch.optim.Optimizer, adversary: _Adversary | None) -> int:
-    """Restore the newest complete checkpoint; the number of updates it had done, 0 if there is none."""
-    found = complete_checkpoints(config.output)
-    if not found:
-        return 0
-    state = load_checkpoint(found[-1])
-    check_tensors(found[-1], state.tensors["weights"], engine.module.trained)
-    done = state.facts["num_updates"]
-    restore_engine(engine, optimizer, state.tensors, done)
-    if adversary is not None:
-        restore_module(adversary.module, adversary.optimizer, state.tensors["discriminator"], done)
-    return done

@@ -1,6 +1,9 @@
-"""Restore one LR image N times with recorded seeds: plain PyTorch, all runs of an image together."""
+"""Restore LR images with recorded seeds: plain PyTorch, runs and images of one size together in a batch."""
 
+import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -10,11 +13,26 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from infra.config import Config
-from infra.errors import DataError
+from infra.errors import DataError, ModelError
 from infra.images import resize_bicubic
 from infra.seeding import Noise, noise_for
-from training.models import CcsrModel
-from training.sampling import color_fix, sample_ccsr_v1, sample_ccsr_v2, sample_uniform
+from infra.storage import download_folder
+from training.models import CcsrModel, load_model
+from training.sampling import Denoise, color_fix, guided, sample_ccsr_v1, sample_ccsr_v2, sample_uniform, tiled
+from training.sizes import SizeRule, published_input, published_output
+from training.tiled_vae import (
+    GIB,
+    WHOLE_PLANES,
+    activation_budget,
+    check_space,
+    decode_in_bands,
+    encode_in_bands,
+    plane_bytes,
+    rows_at_once,
+)
+
+IMAGE_BYTES = 60  # per pixel: five float32 RGB images live at once
+UNET_MAPS = 32  # activations of the first level's size live at once in ControlNet and UNet
 
 
 class SamplingConfig(Config):
@@ -26,6 +44,11 @@ class SamplingConfig(Config):
     t_min: float = Field(0.3333, ge=0, lt=1)
     start: Literal["lr", "noise"] = Field("lr", description="v2's start point; v1 starts from noise")
     color_fix: Literal["adain", "wavelet", "none"] = "adain"
+    tile: int | None = Field(None, ge=64, description="px; larger images are denoised in tiles that overlap by half")
+    sizes: SizeRule = Field("pad", description="pad by reflection, or a published script's rule")
+    guidance: float = Field(1, ge=1, description="classifier-free guidance scale; 1: none")
+    prompt: str = Field("", description="a text whose embedding the model directory caches")
+    negative_prompt: str = ""
 
     @model_validator(mode="after")
     def _ordered(self) -> "SamplingConfig":
@@ -34,7 +57,28 @@ class SamplingConfig(Config):
         return self
 
 
-@torch.inference_mode()
+@dataclass(frozen=True)
+class PreparedImage:
+    """What all runs of an image share. `enlarged`: the LR at the networks' size (1, 3, H, W) in [0, 1]; `mean`, `std`:
+    its scaled latent's moments (1, 4, h, w), of the padded image; `size`: the output's (H, W)."""
+
+    key: str
+    size: tuple[int, int]
+    enlarged: Tensor
+    mean: Tensor
+    std: Tensor
+
+
+def fetch_model(uri: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> CcsrModel:
+    """The model in a directory or s3:// prefix, ready to restore: in eval mode, on CUDA in channels-last layout."""
+    with tempfile.TemporaryDirectory(prefix="ccsr-model-") as folder:
+        model = load_model(download_folder(uri, Path(folder)), device=device, dtype=dtype)
+    if device.startswith("cuda"):
+        for network in model.networks.values():
+            network.to(memory_format=torch.channels_last)
+    return model
+
+
 def restore_runs(
     model: CcsrModel,
     lr: np.ndarray,
@@ -48,9 +92,28 @@ def restore_runs(
 ) -> Iterator[np.ndarray]:
     """Yield one uint8 (H, W, 3) RGB image of `size` = (H, W) per run.
 
-    `lr` is uint8 (h, w, 3) RGB. Run r's noise depends on (seed, key, r) alone. The LR is enlarged bicubically,
-    padded by reflection to what the networks need, encoded once, and cut back at the end.
-    DataError for an output under 2 px.
+    `lr` is uint8 (h, w, 3) RGB. Run r's noise depends on (seed, key, r) alone. Errors as of `prepare_image`.
+    """
+    image = prepare_image(model, lr, size, config, key=key, num_runs=min(runs_at_once, len(runs)))
+    for first in range(0, len(runs), runs_at_once):
+        yield from restore_batch(model, [(image, run) for run in runs[first : first + runs_at_once]], config, seed=seed)
+
+
+@torch.inference_mode()
+def prepare_image(
+    model: CcsrModel,
+    lr: np.ndarray,
+    size: tuple[int, int],
+    config: SamplingConfig,
+    *,
+    key: str,
+    num_runs: int = 1,
+    vae_bytes: int | None = None,
+) -> PreparedImage:
+    """Enlarge `lr`, uint8 (h, w, 3) RGB, bicubically to `size` = (H, W), pad it by reflection, and encode it once.
+
+    `vae_bytes`: budget of the VAE's activations, default `activation_budget`. DataError for an output under 2 px, and
+    where `num_runs` runs together or the VAE's temporary files would not fit what is free.
     """
     height, width = size
     if min(height, width) < 2:
@@ -60,28 +123,99 @@ def restore_runs(
             todo="use a larger image",
         )
     device = next(model.vae.parameters()).device
-    enlarged = torch.from_numpy(resize_bicubic(lr, width, height).copy()).to(device).permute(2, 0, 1)[None] / 255
-    unit = model.factor * 2 ** (len(model.unet.config.block_out_channels) - 1)
-    padded = _reflect(enlarged, -height % unit, -width % unit)
-    mean, std = model.encode_condition(padded)
-    for first in range(0, len(runs), runs_at_once):
-        group = runs[first : first + runs_at_once]
-        noise = noise_for(seed, [(key, run) for run in group], device, torch.float32)
-        latents = _sample(model, mean, std, config, noise, len(group))
-        images = ((model.decode(latents) + 1) / 2)[..., :height, :width]
-        images = color_fix(images, enlarged.expand(len(group), -1, -1, -1), config.color_fix)
-        pixels = (images.clamp(0, 1) * 255).round().to(torch.uint8)
-        yield from pixels.permute(0, 2, 3, 1).cpu().numpy()
+    budget = activation_budget(device) if vae_bytes is None else vae_bytes
+    _check_memory(model, size, config, num_runs, budget, key)
+    if config.sizes == "pad":
+        pixels = resize_bicubic(lr, width, height)
+    else:
+        pixels = published_input(lr, size, config.sizes, where=key)
+    enlarged = torch.from_numpy(pixels.copy()).to(device).permute(2, 0, 1)[None] / 255
+    unit = model.factor * (_unit(model) if config.sizes == "pad" else 1)
+    padded = _reflect(enlarged, -enlarged.shape[-2] % unit, -enlarged.shape[-1] % unit)
+    encoder = model.vae if model.condition_encoder is None else model.condition_encoder
+    if rows_at_once(encoder, padded.shape[-2], padded.shape[-1], budget):
+        mean, std = model.encode_condition(padded)
+    else:
+        mean, std = encode_in_bands(encoder, padded, budget)
+    return PreparedImage(key, size, enlarged, mean, std)
 
 
-def _sample(model: CcsrModel, mean: Tensor, std: Tensor, config: SamplingConfig, noise: Noise, num_runs: int) -> Tensor:
-    shape = (num_runs, *mean.shape[1:])
-    z_lr = mean.expand(shape)
+@torch.inference_mode()
+def restore_batch(
+    model: CcsrModel,
+    rows: Sequence[tuple[PreparedImage, int]],
+    config: SamplingConfig,
+    *,
+    seed: int,
+    vae_bytes: int | None = None,
+) -> Iterator[np.ndarray]:
+    """Yield one uint8 (H, W, 3) RGB image per row = (image, run); all images' latents have one shape.
+
+    The latents of all rows are computed together; they are decoded as many at a time as fit `vae_bytes`.
+    """
+    images = [image for image, _ in rows]
+    noise = noise_for(seed, [(image.key, run) for image, run in rows], images[0].mean.device, torch.float32)
+    mean, std = (torch.cat(moments) for moments in zip(*((image.mean, image.std) for image in images), strict=True))
+    latents = _sample(model, mean, std, config, noise)
+    for image, pixels in zip(images, decode_rows(model, latents, vae_bytes), strict=True):
+        height, width = image.enlarged.shape[-2:]
+        pixels = color_fix(pixels[..., :height, :width], image.enlarged, config.color_fix)
+        levels = pixels[0].clamp(0, 1).mul_(255).round_().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+        yield levels if config.sizes == "pad" else published_output(levels, image.size, config.sizes)
+
+
+def decode_rows(model: CcsrModel, latents: Tensor, vae_bytes: int | None = None) -> Iterator[Tensor]:
+    """Per latent (4, h, w) of a batch the image (1, 3, H, W) around [0, 1]; as many together as `vae_bytes` allow."""
+    height, width = (side * model.factor for side in latents.shape[-2:])
+    budget = activation_budget(latents.device) if vae_bytes is None else vae_bytes
+    together = rows_at_once(model.vae, height, width, budget)
+    for part in latents.split(max(1, together)):
+        decoded = model.decode(part) if together else decode_in_bands(model.vae, part, budget)
+        yield from decoded.add_(1).div_(2).split(1)
+
+
+def _check_memory(
+    model: CcsrModel, size: tuple[int, int], config: SamplingConfig, num_runs: int, budget: int, key: str
+) -> None:
+    """DataError where an estimate of what restoring takes exceeds the memory or disk that is free."""
+    device = next(model.vae.parameters()).device
+    height, width = (max(side, 512) for side in size) if config.sizes != "pad" else size
+    sides = [side if config.tile is None else min(side, config.tile) for side in (height, width)]
+    needed = {
+        "images": IMAGE_BYTES * height * width,
+        "VAE": min(budget, WHOLE_PLANES * plane_bytes(model.vae, height, width)),
+        "UNet": UNET_MAPS
+        * model.unet.config.block_out_channels[0]
+        * (sides[0] * sides[1] // model.factor**2)
+        * next(model.unet.parameters()).element_size()
+        * max(1, num_runs),
+    }
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        import psutil
+
+        free = psutil.virtual_memory().available
+    if sum(needed.values()) > free:
+        parts = ", ".join(f"{name} {number / GIB:.1f}" for name, number in needed.items())
+        raise DataError(
+            f"an output of {width}x{height} px needs about {sum(needed.values()) / GIB:.1f} GiB ({parts}), "
+            f"{free / GIB:.1f} are free",
+            where=key,
+            todo="use a smaller scale, a tile, or fewer runs at once",
+        )
+    check_space(model.vae, height, width, budget, where=key)
+
+
+def _sample(model: CcsrModel, mean: Tensor, std: Tensor, config: SamplingConfig, noise: Noise) -> Tensor:
+    z_lr = mean
     if model.config.family == "v2":
-        z_lr = z_lr + std * noise(shape)  # a fresh posterior sample per run: it is part of the method's randomness
-    denoise = model.denoiser(z_lr)
+        z_lr = mean + std * noise(mean.shape)  # a fresh posterior sample per run: it is part of the method's randomness
+    cond = _denoiser(model, z_lr, config, config.prompt)
+    uncond = _denoiser(model, z_lr, config, config.negative_prompt) if config.guidance > 1 else cond
+    denoise = guided(cond, uncond, config.guidance)
     if config.sampler == "uniform":
-        return sample_uniform(denoise, noise(shape), num_steps=config.num_steps, noise=noise)
+        return sample_uniform(denoise, noise(mean.shape), num_steps=config.num_steps, noise=noise)
     chain: dict[str, Any] = {
         "num_steps": config.num_steps,
         "t_max": config.t_max,
@@ -89,8 +223,28 @@ def _sample(model: CcsrModel, mean: Tensor, std: Tensor, config: SamplingConfig,
         "noise": noise,
     }
     if model.config.family == "v1":
-        return sample_ccsr_v1(denoise, noise(shape), **chain)
-    return sample_ccsr_v2(denoise, z_lr, start=config.start, **chain)
+        return sample_ccsr_v1(denoise, noise(mean.shape), **chain)
+    return sample_ccsr_v2(denoise, z_lr, start=config.start, denoise_first=uncond, **chain)  # `uncond`: as published
+
+
+def _denoiser(model: CcsrModel, z_lr: Tensor, config: SamplingConfig, text: str) -> Denoise:
+    if text not in model.prompts:
+        raise ModelError(
+            f"the model directory caches no embedding of the prompt {text!r}",
+            where="prompt",
+            todo=f"use one of {sorted(model.prompts)}, or convert the model again with its text encoder",
+        )
+    denoise = model.denoiser(z_lr, model.prompts[text])
+    if config.tile is None or max(z_lr.shape[-2:]) * model.factor <= config.tile:
+        return denoise
+    unit = _unit(model)
+    tile = max(config.tile // (model.factor * unit), 2) * unit
+    return tiled(denoise, tile, tile // 2)
+
+
+def _unit(model: CcsrModel) -> int:
+    """Latent pixels that the UNet's coarsest level sees as one."""
+    return 2 ** (len(model.unet.config.block_out_channels) - 1)
 
 
 def _reflect(image: Tensor, bottom: int, right: int) -> Tensor:

@@ -53,10 +53,11 @@ class Stage(nn.Module):
 
     @torch.no_grad()
     def _latents(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Scaled latents of HR (a posterior sample) and LR (v1: the mean, v2: a sample)."""
-        mean, std = self.model.encode_moments(batch.hr)
+        """Scaled latents of HR (a posterior sample) and LR (v1: the mean, v2: a sample), encoded here or before."""
+        stored = batch.moments
+        mean, std = (stored["hr.mean"], stored["hr.std"]) if stored else self.model.encode_moments(batch.hr)
         z_hr = mean + std * self._noise(batch, "hr")(mean.shape)
-        mean, std = self.model.encode_condition(batch.lr)
+        mean, std = (stored["lr.mean"], stored["lr.std"]) if stored else self.model.encode_condition(batch.lr)
         sampled = self.model.config.family == "v2"
         return z_hr, mean + std * self._noise(batch, "lr")(mean.shape) if sampled else mean
 
@@ -184,4 +185,7 @@ def _discriminator(config: TrainConfig) -> PatchDiscriminator | ProjectedDiscrim
 
 
 def build_stage(model: CcsrModel, config: TrainConfig) -> Stage:
+    if config.runtime.activation_checkpointing:  # the frozen UNet too: gradients pass through it
+        for network in (model.controlnet, model.unet, model.vae):
+            network.enable_gradient_checkpointing()
     return DecoderStage(model, config) if config.stage == 2 else NoiseStage(model, config)

@@ -1,25 +1,48 @@
 """`ccsr train`: Ray Train workers run the loop; the driver checks first, shows progress and writes the model."""
 
 import hashlib
+import json
 import os
 import subprocess
+import sys
 import tempfile
-import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from infra.errors import ConfigError, ModelError
+from infra.errors import (
+    CcsrError,
+    ClusterError,
+    ConfigError,
+    ModelError,
+    StoppedError,
+    error_from_json,
+    error_to_json,
+)
 from infra.manifest import Manifest
 from infra.progress import progress
 from infra.ray_runtime import lost_worker, ray_cluster, user_error
 from infra.run import claim_output
-from infra.storage import download_folder, exists, join, read_bytes, upload_folder
-from infra.tracking import open_tracker, tracking_uri
-from training.checkpoint import check_tensors, complete_checkpoints, load_checkpoint
+from infra.storage import (
+    absolute,
+    download_folder,
+    exists,
+    join,
+    read_bytes,
+    read_json,
+    remove,
+    upload_folder,
+    write_bytes,
+)
+from infra.tracking import MODEL_TAG, Tracker, find_model, open_tracker, tracking_uri
+from training.board import Pulse, Watch, make_board
+from training.checkpoint import best_checkpoint, check_tensors, complete_checkpoints, load_checkpoint, load_newest
 from training.config import TrainConfig
+from training.ingest import check_cpus
 from training.models import CcsrModel, build_model, load_model, save_model
+from training.ranks import OtherRankError, WorkerContext, agree, attempt, sigterm_noted
+from training.samples import check_latents
 from training.steps import build_stage
+from training.validation import Validation
 
 LIBRARIES = ("torch", "deepspeed", "diffusers", "numpy", "opencv-python-headless", "pillow")
 
@@ -27,21 +50,47 @@ LIBRARIES = ("torch", "deepspeed", "diffusers", "numpy", "opencv-python-headless
 def run_train(config: TrainConfig) -> str:
     """Train one stage and return the URI of its model directory, OUT/model; a finished run returns at once.
 
-    What an earlier run of the same config left is continued. Raises before anything starts where the data, the
-    starting model or the output cannot be used.
+    What an earlier run of the same config left is continued, to more updates too. Raises before anything starts where
+    the data, the starting model or the output cannot be used; StoppedError after SIGTERM.
     """
-    manifests = [Manifest.load(uri) for uri in config.data]
+    config = config.model_copy(update={"init_from": find_model(config.init_from, config.tracking)})
+    manifests = [Manifest.load(part.path) for part in config.data]
     _check_crop(config, manifests)
     model_uri = join(config.output, "model")
     inputs = {"dataset_ids": [manifest.dataset_id for manifest in manifests], "init_from": model_id(config.init_from)}
     run = claim_output(config.output, config, job="train", inputs=inputs, libraries=LIBRARIES)
-    if exists(join(model_uri, "ccsr.json")):
+    exported, done = _updates_done(config)
+    if exported == config.num_updates:
         return model_uri
-    facts = {"fingerprint": run["fingerprint"], **inputs, "git_commit": git_commit()}
-    build_stage(initial_model(config), config)  # what does not fit or is missing is told here, not by a worker
-    _fit(config, manifests, run, facts)
+    facts = {"fingerprint": run["fingerprint"], "config": run["config"], **inputs, "git_commit": git_commit()}
+    if done < config.num_updates:
+        _check_start(config, manifests)
+        _fit(config, manifests, run, facts)
     _export(config, model_uri)
     return model_uri
+
+
+def _updates_done(config: TrainConfig) -> tuple[int, int]:
+    """Updates behind the complete OUT/model and behind the newest checkpoint. ConfigError where it is past the end."""
+    record, model = join(config.output, "trained.json"), join(config.output, "model", "ccsr.json")
+    exported = read_json(record)["num_updates"] if exists(record) and exists(model) else 0
+    positions = [int(place.rpartition("/")[2]) for place in complete_checkpoints(config.output)]
+    done = max(positions, default=0) // config.global_batch_size
+    if max(exported, done) > config.num_updates:
+        raise ConfigError(
+            f"this run has done {max(exported, done)} updates, the config ends at {config.num_updates}",
+            where=config.output,
+            todo="raise num_updates, or give another `output`",
+        )
+    return exported, done
+
+
+def _check_start(config: TrainConfig, manifests: list[Manifest]) -> None:
+    """What does not fit or is missing is told here, not by a worker."""
+    Validation.load(config)
+    model = initial_model(config)
+    check_latents(config, manifests, model.encoder_id())
+    build_stage(model, config)
 
 
 def _check_crop(config: TrainConfig, manifests: list[Manifest]) -> None:
@@ -88,12 +137,15 @@ def _fit(config: TrainConfig, manifests: list[Manifest], run: dict[str, Any], fa
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
     with ray_cluster(runtime.ray), tempfile.TemporaryDirectory(prefix="ccsr-train-") as scratch:
         import ray
-        from ray.train import RunConfig, ScalingConfig
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
+        check_cpus(config, ray.cluster_resources())
         tags = {"ccsr.stage": str(config.stage), "git.commit": facts["git_commit"]}
         tracker = open_tracker(config.tracking, run, tags)
-        board = _board_class().remote()
+        tracker.tag(**{MODEL_TAG: absolute(join(config.output, "model")), "ccsr.num_updates": str(config.num_updates)})
+        _log_inputs(tracker, config, manifests)
+        board = make_board()
         settings = {
             "config": config,
             "manifests": manifests,
@@ -110,67 +162,52 @@ def _fit(config: TrainConfig, manifests: list[Manifest], run: dict[str, Any], fa
             _worker,
             train_loop_config=settings,
             scaling_config=ScalingConfig(num_workers=runtime.num_workers, use_gpu=runtime.use_gpu),
-            torch_config=TorchConfig(backend="nccl" if runtime.use_gpu else "gloo"),
+            torch_config=TorchConfig(
+                backend="nccl" if runtime.use_gpu else "gloo", timeout_s=runtime.collective_timeout_seconds
+            ),
             run_config=RunConfig(
-                name=run["fingerprint"][:16], storage_path=scratch, worker_runtime_env={"env_vars": environment}
+                name=run["fingerprint"][:16],
+                storage_path=scratch,
+                worker_runtime_env={"env_vars": environment},
+                failure_config=FailureConfig(max_failures=runtime.max_restarts),
             ),
         )
         bar = progress(f"training stage {config.stage}", config.num_updates)
         try:
-            with bar as advance, _Watch(lambda: ray.get(board.read.remote()), advance):
+            with bar as advance, sigterm_noted() as sigterm, Watch(board, advance, sigterm) as watch:
                 trainer.fit()
         except KeyboardInterrupt:
             tracker.end("KILLED")
             raise
         except Exception as error:
             tracker.end("FAILED")
-            raise user_error(error) or lost_worker(error, config.output) from error
+            raise user_error(error) or _lost(error, config, watch.state.lost) from error
+        if watch.state.error:
+            user = error_from_json(watch.state.error)
+            tracker.end("KILLED" if isinstance(user, StoppedError) else "FAILED")
+            raise user
         tracker.end("FINISHED")
 
 
-def _board_class() -> Any:
-    """An actor on which rank 0 writes its progress and from which the driver reads it."""
-    import ray
-
-    class Board:
-        def __init__(self) -> None:
-            self.update, self.note = 0, ""
-
-        def write(self, update: int, note: str) -> None:
-            self.update, self.note = update, note
-
-        def read(self) -> tuple[int, str]:
-            return self.update, self.note
-
-    return ray.remote(num_cpus=0)(Board)
+def _lost(error: BaseException, config: TrainConfig, ranks: list[str]) -> ClusterError:
+    """The last failure, with what the ranks could still tell about it."""
+    lost = lost_worker(error, config.output)
+    told = "".join(f"; {line}" for line in ranks[:4])
+    limit = f"; runtime.max_restarts is {config.runtime.max_restarts}"
+    return ClusterError(lost.what + told + limit, where=lost.where, todo=lost.todo)
 
 
-class _Watch:
-    """While the block runs, a thread advances the bar to what the board says."""
-
-    def __init__(self, read: Callable[[], tuple[int, str]], advance: Callable[[int, str], None]) -> None:
-        self._read, self._advance, self._shown = read, advance, 0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *error: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        if error[0] is None:
-            self._show()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(1.0):
-            self._show()
-
-    def _show(self) -> None:
-        update, note = self._read()
-        if update > self._shown:
-            self._advance(update - self._shown, note)
-            self._shown = update
+def _log_inputs(tracker: Tracker, config: TrainConfig, manifests: list[Manifest]) -> None:
+    """What the run reads, and the run that made what it starts from."""
+    for manifest in manifests:
+        tracker.dataset(manifest.uri.rstrip("/").rpartition("/")[2], manifest.dataset_id, manifest.uri, "training")
+    validation = Validation.load(config)
+    for uri, dataset_id in validation.datasets.items() if validation else ():
+        tracker.dataset(uri.rstrip("/").rpartition("/")[2], dataset_id, uri, "validation")
+    if config.init_from:
+        place = join(config.init_from.rstrip("/").rpartition("/")[0] or ".", "run.json")  # of the run's folder
+        if exists(place):
+            tracker.parent(read_json(place).get("fingerprint"))
 
 
 def _worker(settings: dict[str, Any]) -> None:
@@ -180,8 +217,9 @@ def _worker(settings: dict[str, Any]) -> None:
     import ray.train
     import torch
 
+    from infra.background import BackgroundTracker
     from infra.tracking import Tracker
-    from training.loop import WorkerContext, skip_compiled_collectives, train
+    from training.loop import skip_compiled_collectives, train
 
     config: TrainConfig = settings["config"]
     ray_context = ray.train.get_context()
@@ -192,29 +230,69 @@ def _worker(settings: dict[str, Any]) -> None:
     backend = "nccl" if config.runtime.use_gpu else "gloo"
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     board = settings["board"]
-    context = WorkerContext(
-        rank=rank,
-        world_size=ray_context.get_world_size(),
-        device=str(ray.train.torch.get_device()),
-        facts=settings["facts"],
-        tracker=Tracker.connect(settings["tracking_uri"], settings["run_id"]) if rank == 0 else None,
-        on_update=(lambda update, note: board.write.remote(update, note)) if rank == 0 else None,
-    )
-    train(config, settings["manifests"], initial_model(config), context)
+    if not ray.get(board.begin.remote(rank)):
+        return
+    tracker = BackgroundTracker(Tracker.connect(settings["tracking_uri"], settings["run_id"])) if rank == 0 else None
+    with sigterm_noted() as sigterm:
+        context = WorkerContext(
+            rank=rank,
+            world_size=ray_context.get_world_size(),
+            device=str(ray.train.torch.get_device()),
+            facts=settings["facts"],
+            tracker=tracker,
+            on_update=(lambda update, note: board.write.remote(update, note + tracker.note)) if tracker else None,
+            stop_asked=Pulse(board, rank, sigterm),
+            warn=board.warn.remote,
+            export=lambda weights, uri: _write_model(config, weights, uri),
+        )
+        try:
+            model, error = attempt(lambda: initial_model(config))
+            agree(context, error)
+            train(config, settings["manifests"], model, context)
+        except OtherRankError:
+            pass
+        except CcsrError as error:  # not to be tried again: it is kept on the board, and the worker ends in peace
+            ray.get(board.fail.remote(error_to_json(error)))
+            if not context.agreed:  # the others do not know: Ray ends them
+                raise
+        except Exception as error:
+            ray.get(board.lost.remote(rank, f"{type(error).__name__}: {str(error).strip()[:200]}"))
+            raise
+        finally:
+            if tracker is not None:
+                tracker.close()
 
 
 def _export(config: TrainConfig, model_uri: str) -> None:
-    """OUT/model: the starting model with the last checkpoint's weights in place of the trained part."""
+    """OUT/model from the last checkpoint, OUT/best where some were validated; trained.json says of which update."""
+    place, state = load_newest(config.output, lambda text: print(f"warning: {text}", file=sys.stderr)) or ("", None)
+    if state is None or state.facts["num_updates"] != config.num_updates:
+        raise ModelError(
+            f"the checkpoint after {config.num_updates} updates is gone or damaged",
+            where=join(config.output, "checkpoints"),
+            todo="run the same command again to make it anew from the one before",
+        )
+    best = best_checkpoint(config.output)
+    if best is not None:
+        weights = state.tensors["weights"] if best == place else load_checkpoint(best).tensors["weights"]
+        _write_model(config, weights, join(config.output, "best"))
+    _write_model(config, state.tensors["weights"], model_uri)
+    record = {name: state.facts[name] for name in ("num_updates", "position")}
+    write_bytes(join(config.output, "trained.json"), json.dumps(record).encode())
+
+
+def _write_model(config: TrainConfig, weights: dict[str, Any], uri: str) -> None:
+    """The starting model with `weights` in place of the trained part, as a model directory that replaces one there."""
     model = initial_model(config)
     trained = build_stage(model, config).trained
-    place = complete_checkpoints(config.output)[-1]
-    weights = load_checkpoint(place).tensors["weights"]
-    check_tensors(place, weights, trained)
+    check_tensors(uri, weights, trained)
     trained.load_state_dict(weights, strict=False)  # parameters were checked; there may be buffers besides
     with tempfile.TemporaryDirectory(prefix="ccsr-model-") as folder:
         local = Path(folder) / "model"
         save_model(model, local)
-        upload_folder(local, model_uri, last="ccsr.json")
+        if exists(join(uri, "ccsr.json")):  # while files are replaced the directory is not complete
+            remove(join(uri, "ccsr.json"))
+        upload_folder(local, uri, last="ccsr.json")
 
 
 def git_commit() -> str:

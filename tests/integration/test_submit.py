@@ -67,8 +67,8 @@ def test_a_submitted_job_runs_there_and_returns_its_exit_code(job_server, tmp_pa
     # From another folder: the packages are shipped, the caller's folder is not.
     done = run_ccsr("submit", "--address", job_server, "--", "shard", "-c", "mine.yaml", "--set", out, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 samples, dataset" in done.stdout
-    assert Manifest.load(f"{tmp_path}/shards").num_samples == 2
+    assert "4 samples, dataset" in done.stdout
+    assert Manifest.load(f"{tmp_path}/shards").num_samples == 4
     stranger = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
     refused = run_ccsr("submit", "--address", job_server, "--", "verify", "x", cwd=tmp_path, **stranger)
     assert refused.returncode == 6

@@ -1,131 +1,270 @@
-"""The training loop over real DeepSpeed engines: a resumed run is the run, whatever the ZeRO stage."""
+"""The training loop over real DeepSpeed engines: the same losses whatever the world size, ZeRO stage or interruption.
 
+`python -m tests.integration.test_training` made tests/golden/losses.
+"""
+
+import json
 import shutil
-from functools import partial
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 import torch
-from mlflow.tracking import MlflowClient
 
-from infra.config import load_yaml, parse_config
+import training.resume
+from infra.errors import ConfigError, StoppedError, StorageError
 from infra.manifest import Manifest
 from tests.small_networks import seeded_lpips, small_dino
-from training.checkpoint import complete_checkpoints, load_checkpoint
-from training.config import TrainConfig
+from tests.training_runs import Losses, free_port, join_group, noise_shards, run_workers, train_config, train_here
+from training.checkpoint import TrainingState, complete_checkpoints, load_checkpoint
 from training.train import initial_model
 
-
-class Losses:
-    """Takes the place of rank 0's MLflow run."""
-
-    def __init__(self):
-        self.values = []
-
-    def metrics(self, values, step):
-        self.values.append(values["loss"])
+GOLDEN = Path(__file__).parents[1] / "golden" / "losses"
+LONG = 30
 
 
 @pytest.fixture(scope="module")
-def process_group():
-    import deepspeed
-
-    from training.loop import skip_compiled_collectives
-
+def process_group() -> Iterator[None]:
     patch = pytest.MonkeyPatch()
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29531"}
-    for name, value in (alone | {"DS_ACCELERATOR": "cpu"}).items():
-        patch.setenv(name, value)
-    skip_compiled_collectives()
-    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR"):
+        patch.setenv(name, "")  # so that `undo` takes what `join_group` sets away again
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    join_group(0, 1, free_port())
     yield
     torch.set_num_threads(threads)
     torch.distributed.destroy_process_group()
     patch.undo()
 
 
-def small_run(
-    demo, output, *, stage, num_updates, zero_stage, global_batch_size=4, num_steps=6, changes=()
-) -> list[float]:
-    """Losses of the updates that this call did, on the demo's shards."""
-    from training.loop import WorkerContext, train
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return noise_shards(tmp_path_factory.mktemp("noise") / "set")
 
-    values = load_yaml(f"configs/demo/train_stage{stage}.yaml") | {
-        "output": str(output),
-        "data": [str(demo.out / "shards" / "train")],
-        "init_from": str(demo.out / "stage1" / "model") if stage == 2 else None,
-        "global_batch_size": global_batch_size,
-        "num_updates": num_updates,
-        "num_steps": num_steps,
-        "runtime": {"micro_batch_size": 2, "zero_stage": zero_stage, "checkpoint_every": 2, "keep_checkpoints": 2},
-    }
-    values |= dict(changes)
-    config = parse_config(values, TrainConfig, where="test")
-    losses = Losses()
-    manifests = [Manifest.load(uri) for uri in config.data]
-    train(config, manifests, initial_model(config), WorkerContext(0, 1, "cpu", {}, tracker=losses))
-    return losses.values
+
+def checkpoint_at(output: Path | str, num_updates: int) -> TrainingState:
+    return load_checkpoint(f"{output}/checkpoints/{4 * num_updates:012d}")
+
+
+def assert_equal(one: TrainingState, other: TrainingState) -> None:
+    assert one.tensors.keys() == other.tensors.keys()
+    for file, tensors in one.tensors.items():
+        assert tensors.keys() == other.tensors[file].keys()
+        assert all(torch.equal(tensor, other.tensors[file][name]) for name, tensor in tensors.items()), file
+
+
+@pytest.fixture(scope="module")
+def one(process_group: None, data: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], Path]:
+    """30 updates of stage 1 in this process: losses, and the output with checkpoints after 10, 20 and 30."""
+    output = tmp_path_factory.mktemp("one") / "run"
+    return train_here(train_config(data, output, num_updates=LONG, runtime={"keep_checkpoints": 3})), output
+
+
+class Two:
+    """What two gloo workers did, one run after another."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._runs: list[dict[str, Any]] = []
+
+    def plan(self, name: str, data: str, num_updates: int, poison: int | None = None, **changes: Any) -> None:
+        changes["runtime"] = {"keep_checkpoints": 3, **changes.get("runtime", {})}
+        config = train_config(data, self.folder / name, num_updates=num_updates, **changes)
+        run = {"config": config.model_dump(mode="json"), "losses": str(self.folder / f"{name}.losses")}
+        self._runs.append(run | ({} if poison is None else {"poison": poison}))
+
+    def plan_resave(self, name: str, config: Any) -> None:
+        run = {"config": config.model_dump(mode="json"), "losses": str(self.folder / f"{name}.losses")}
+        self._runs.append(run | {"resave": str(self.folder / name)})
+
+    def work(self) -> None:
+        run_workers(self.folder, self._runs)
+
+    def losses(self, name: str) -> list[float]:
+        return [float(line) for line in (self.folder / f"{name}.losses").read_text().split()]
+
+    def outcomes(self, name: str) -> list[list[str]]:
+        return [json.loads((self.folder / f"{name}.losses.{rank}").read_text()) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def two(one: tuple[list[float], Path], data: str, tmp_path_factory: pytest.TempPathFactory) -> Two:
+    folder = tmp_path_factory.mktemp("two")
+    two = Two(folder)
+    for zero_stage in (0, 1, 2):
+        two.plan(f"zero{zero_stage}", data, LONG, runtime={"zero_stage": zero_stage})
+    shutil.copytree(one[1] / "checkpoints" / f"{40:012d}", folder / "grown" / "checkpoints" / f"{40:012d}")
+    two.plan("grown", data, 20)
+    stage2 = train_config(data, folder / "stage2", stage=2, num_updates=2)
+    train_here(stage2)
+    two.plan_resave("stage2-on-two", stage2)
+    two.plan("poisoned", data, 6, poison=15, runtime={"checkpoint_every": 1})
+    damaged = shutil.copytree(data, folder / "damaged-set")
+    entry = Manifest.load(data).entries[7]
+    with open(damaged / entry.shard, "r+b") as tar:
+        tar.seek(entry.offset_bytes + 512)
+        tar.write(bytes(64))
+    two.plan("damaged", str(damaged), 6)
+    two.plan("after", data, 1)
+    two.work()
+    return two
+
+
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 1, 2])
+def test_losses_are_those_of_the_committed_run(process_group, data, tmp_path, request, stage):
+    if stage == 1:
+        losses = request.getfixturevalue("one")[0]
+    else:
+        losses = train_here(train_config(data, tmp_path, stage=stage, num_updates=LONG))
+    golden = json.loads((GOLDEN / f"stage{stage}.json").read_text())
+    assert len(losses) == len(golden) == LONG
+    assert len(set(golden)) == LONG
+    assert losses[0] == pytest.approx(golden[0], rel=1e-5)
+    assert losses == pytest.approx(golden, rel=1e-3)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+def test_two_workers_train_as_one_under_every_zero_stage(one, two, zero_stage):
+    losses = two.losses(f"zero{zero_stage}")
+    assert len(losses) == LONG
+    assert losses[0] == pytest.approx(one[0][0], rel=1e-5)
+    assert losses == pytest.approx(one[0], rel=1e-3)
+
+
+def test_a_run_goes_on_with_more_workers_and_with_fewer(one, two, data, tmp_path):
+    assert two.losses("grown") == pytest.approx(one[0][10:20], rel=1e-5)
+    shutil.copytree(two.folder / "zero1" / "checkpoints" / f"{40:012d}", tmp_path / "checkpoints" / f"{40:012d}")
+    shrunk = train_here(train_config(data, tmp_path, num_updates=20))
+    assert shrunk == pytest.approx(two.losses("zero1")[10:20], rel=1e-5)
+
+
+def test_stage2_comes_back_exactly_on_another_world_size(two):
+    saved, again = checkpoint_at(two.folder / "stage2", 2), checkpoint_at(two.folder / "stage2-on-two", 2)
+    assert saved.facts == again.facts
+    assert_equal(saved, again)
+
+
+def test_a_loss_that_is_not_finite_names_the_samples_and_ends_both_ranks(two):
+    """Position 15 is in the second micro-batch of update 3, rank 1's."""
+    (kind0, _), (kind1, where) = two.outcomes("poisoned")
+    assert (kind0, kind1) == ("OtherRankError", "ModelError")
+    assert where.startswith("samples noise-")
+    assert where.count("noise-") == 2
+    assert len(two.losses("poisoned")) == 3
+    assert checkpoint_at(two.folder / "poisoned", 3).facts["num_updates"] == 3
+
+
+def test_a_damaged_sample_ends_both_ranks_and_the_group_is_still_sound(two, one):
+    outcomes = two.outcomes("damaged")
+    assert sorted(kind for kind, _ in outcomes) == ["OtherRankError", "UnreadableImageError"]
+    assert "noise-007" in "".join(where for _, where in outcomes)
+    assert two.losses("after") == pytest.approx(one[0][:1], rel=1e-5)
 
 
 @pytest.mark.parametrize(("stage", "zero_stage"), [(1, 0), (1, 2), (2, 1)])
-def test_resumed_equals_uninterrupted_bit_by_bit(demo, process_group, tmp_path, stage, zero_stage):
-    whole = small_run(demo, tmp_path / "whole", stage=stage, num_updates=4, zero_stage=zero_stage)
-    parts = small_run(demo, tmp_path / "parts", stage=stage, num_updates=2, zero_stage=zero_stage)
-    parts += small_run(demo, tmp_path / "parts", stage=stage, num_updates=4, zero_stage=zero_stage)
-    assert parts == whole
+def test_resumed_equals_uninterrupted_bit_by_bit(process_group, data, tmp_path, stage, zero_stage):
+    def run(name: str, num_updates: int) -> list[float]:
+        runtime = {"zero_stage": zero_stage, "checkpoint_every": 2}
+        return train_here(train_config(data, tmp_path / name, stage=stage, num_updates=num_updates, runtime=runtime))
+
+    whole = run("whole", 4)
+    assert run("parts", 2) + run("parts", 4) == whole
     assert len(set(whole)) == 4
-    assert_equal_ends(tmp_path)
+    assert_equal(checkpoint_at(tmp_path / "whole", 4), checkpoint_at(tmp_path / "parts", 4))
 
 
-def test_v2s_decoder_with_dino_and_lpips_resumes_bit_by_bit(demo, process_group, tmp_path, monkeypatch):
+def test_v2s_decoder_with_dino_and_lpips_resumes_bit_by_bit(process_group, data, tmp_path, monkeypatch):
     """The heads' spectral norms are part of the state; LPIPS and GAN come in at the third update."""
     monkeypatch.setattr("training.steps.load_dino", small_dino)
     monkeypatch.setattr("training.steps.load_lpips", seeded_lpips)
     loss = {"reconstruction": "l2", "perceptual": "lpips", "discriminator": "dino", "gan_weight": 0.05}
     loss |= {"adaptive": False, "divide_by_batch": False, "perceptual_start_update": 2, "gan_start_update": 2}
-    changes = {"init_from": None, "model": {"preset": "tiny", "family": "v2"}, "decoder_loss": loss}
-    changes |= {"start_from": "lr", "optimizer": {"learning_rate": 1e-3, "clip_norm": 1.0}}
-    run = partial(small_run, demo, stage=2, zero_stage=1, num_steps=1, changes=changes)
-    whole = run(tmp_path / "whole", num_updates=4)
-    assert run(tmp_path / "parts", num_updates=2) + run(tmp_path / "parts", num_updates=4) == whole
+    changes = {"model": {"family": "v2"}, "decoder_loss": loss, "start_from": "lr", "num_steps": 1}
+
+    def run(name: str, num_updates: int) -> list[float]:
+        return train_here(train_config(data, tmp_path / name, stage=2, num_updates=num_updates, **changes))
+
+    whole = run("whole", 4)
+    assert run("parts", 2) + run("parts", 4) == whole
     assert len(set(whole)) == 4
-    assert_equal_ends(tmp_path)
+    assert_equal(checkpoint_at(tmp_path / "whole", 4), checkpoint_at(tmp_path / "parts", 4))
 
 
-def assert_equal_ends(tmp_path) -> None:
-    ends = [load_checkpoint(complete_checkpoints(str(tmp_path / name))[-1]).tensors for name in ("whole", "parts")]
-    assert ends[0].keys() == ends[1].keys()
-    for file in ends[0]:
-        assert all(torch.equal(ends[0][file][name], ends[1][file][name]) for name in ends[0][file]), file
+def test_a_checkpoint_goes_on_under_another_zero_stage(one, data, tmp_path):
+    shutil.copytree(one[1] / "checkpoints" / f"{40:012d}", tmp_path / "checkpoints" / f"{40:012d}")
+    parts = train_here(train_config(data, tmp_path, num_updates=12, runtime={"zero_stage": 0}))
+    assert parts == pytest.approx(one[0][10:12], rel=1e-5)
 
 
-def test_a_checkpoint_goes_on_under_another_zero_stage(demo, process_group, tmp_path):
-    whole = small_run(demo, tmp_path / "a", stage=1, num_updates=4, zero_stage=1)
-    parts = small_run(demo, tmp_path / "b", stage=1, num_updates=2, zero_stage=1)
-    parts += small_run(demo, tmp_path / "b", stage=1, num_updates=4, zero_stage=0)
-    assert parts == pytest.approx(whole, rel=1e-5)
+def test_a_run_that_is_watched_is_the_same_run(one, data, tmp_path):
+    """Validation and a profile change no bit."""
+    watched = {"validation": {"data": [data], "every": 2, "num_images": 2}, "runtime": {"profile": True}}
+    assert train_here(train_config(data, tmp_path, num_updates=5, **watched)) == one[0][:5]
+    assert checkpoint_at(tmp_path, 5).facts["validation"]["psnr_y"] > 0
+    assert (tmp_path / "profile" / "top_ops.txt").stat().st_size > 0
 
 
-def test_an_incomplete_checkpoint_is_passed_over(demo, process_group, tmp_path):
-    whole = small_run(demo, tmp_path / "a", stage=1, num_updates=4, zero_stage=1)
-    newest = complete_checkpoints(str(tmp_path / "a"))[-1]
-    shutil.rmtree(tmp_path / "a" / "model", ignore_errors=True)
-    (tmp_path / "a" / "checkpoints" / newest.rsplit("/", 1)[-1] / "complete.json").unlink()
-    assert small_run(demo, tmp_path / "a", stage=1, num_updates=4, zero_stage=1) == whole[2:]
+def test_incomplete_and_damaged_checkpoints_are_passed_over(one, data, tmp_path, capsys):
+    shutil.copytree(one[1] / "checkpoints", tmp_path / "checkpoints")
+    (tmp_path / "checkpoints" / f"{120:012d}" / "complete.json").unlink()
+    (tmp_path / "checkpoints" / f"{80:012d}" / "moments.safetensors").write_bytes(b"damaged")
+    assert train_here(train_config(data, tmp_path, num_updates=12)) == one[0][10:12]
+    assert "moments.safetensors is damaged" in capsys.readouterr().out
 
 
-def test_two_workers_train_on_the_same_batches_as_one(demo, process_group, tmp_path):
-    """The demo ran on two gloo workers; one process gives the same losses."""
-    client = MlflowClient(f"sqlite:///{demo.out}/mlflow.db")
-    runs = client.search_runs([client.get_experiment_by_name("ccsr-demo").experiment_id], "tags.`ccsr.stage` = '1'")
-    two = [point.value for point in client.get_metric_history(runs[0].info.run_id, "loss")][:3]
+def in_loop(config: Any, **context: Any) -> list[float]:
     from training.loop import WorkerContext, train
 
-    values = load_yaml("configs/demo/train_stage1.yaml") | {"output": str(tmp_path), "num_updates": 3}
-    values |= {"data": [str(demo.out / "shards" / "train")], "runtime": {"micro_batch_size": 4}}
-    config = parse_config(values, TrainConfig, where="test")
-    one = Losses()
-    manifests = [Manifest.load(uri) for uri in config.data]
-    train(config, manifests, initial_model(config), WorkerContext(0, 1, "cpu", {}, tracker=one))
-    assert one.values == pytest.approx(two, rel=1e-5)
+    losses = Losses()
+    manifests = [Manifest.load(part.path) for part in config.data]
+    train(config, manifests, initial_model(config), WorkerContext(0, 1, "cpu", {}, tracker=losses, **context))
+    return losses.values
+
+
+def test_a_stop_saves_at_the_next_update_and_the_same_call_goes_on(one, data, tmp_path):
+    config = train_config(data, tmp_path, num_updates=5)
+    with pytest.raises(StoppedError, match="after 3 of 5 updates") as caught:
+        in_loop(config, stop_asked=lambda update: update == 3)
+    assert caught.value.exit_code == 143
+    assert checkpoint_at(tmp_path, 3).facts["position"] == 12
+    assert in_loop(config) == one[0][3:5]
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_costs_no_other(one, data, tmp_path, monkeypatch):
+    config = train_config(data, tmp_path, num_updates=5, runtime={"checkpoint_every": 1})
+    real = training.resume.save_checkpoint
+
+    def lost_at_third(output: str, state: TrainingState, **options: Any) -> str:
+        if state.facts["num_updates"] == 3:
+            raise StorageError("the bucket is gone", where=output, todo="look")
+        return real(output, state, **options)
+
+    monkeypatch.setattr(training.resume, "save_checkpoint", lost_at_third)
+    with pytest.raises(StorageError, match="the bucket is gone"):
+        in_loop(config)
+    monkeypatch.undo()
+    assert [place[-3:] for place in complete_checkpoints(str(tmp_path))] == ["004", "008"]
+    assert in_loop(config) == one[0][2:5]
+
+
+def test_too_little_memory_is_told_with_numbers_before_anything_is_made(data, tmp_path, process_group, monkeypatch):
+    free = psutil.virtual_memory()._replace(available=2_000_000)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    with pytest.raises(ConfigError, match=r"needs 0\.0\d GiB more on each worker \(weights 0\.02, gradients"):
+        in_loop(train_config(data, tmp_path, num_updates=1))
+
+
+def make_golden() -> None:
+    join_group(0, 1, free_port())
+    with tempfile.TemporaryDirectory() as folder:
+        data = noise_shards(Path(folder) / "set")
+        for stage in (0, 1, 2):
+            losses = train_here(train_config(data, f"{folder}/{stage}", stage=stage, num_updates=LONG))
+            GOLDEN.mkdir(parents=True, exist_ok=True)
+            (GOLDEN / f"stage{stage}.json").write_text(json.dumps(losses, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    make_golden()

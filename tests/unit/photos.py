@@ -10,7 +10,7 @@ from infra import rng_for
 from infra.images import encode_png
 from infra.manifest import Manifest, write_manifest
 from pipelines.config import ShardConfig
-from pipelines.plan import plan_shards, source_id
+from pipelines.plan import plan_shards
 from pipelines.shard import _facts, resolve_degradation, write_shard
 from pipelines.sources import list_sources
 
@@ -43,5 +43,5 @@ def make_shard_set(config: ShardConfig) -> Manifest:
     shards = plan_shards(files, config)
     for shard in shards:
         write_shard(config, recipe, shard)
-    facts = {"source_id": source_id(files), "fingerprint": "of a test", **_facts(recipe)}
+    facts = {"fingerprint": "of a test", **_facts(config, recipe, files)}
     return write_manifest(config.output, len(shards), **facts)

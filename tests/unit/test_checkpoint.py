@@ -1,5 +1,6 @@
 """Checkpoints: what is saved comes back bit for bit, what is not complete or not intact is never taken for it."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -7,13 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from infra import ModelError, StorageError
+from infra import ModelError
 from infra.storage import join, list_files, read_bytes, remove, write_bytes
 from training.checkpoint import (
     TrainingState,
+    best_checkpoint,
     check_tensors,
     complete_checkpoints,
     load_checkpoint,
+    load_newest,
     module_state,
     remove_checkpoint,
     restore_module,
@@ -114,19 +117,61 @@ def test_a_damaged_file_is_told(output: str, name: str) -> None:
         load_checkpoint(place)
 
 
-def test_other_formats_damaged_facts_and_missing_files_are_told(tmp_path: Path) -> None:
+def test_other_formats_and_missing_files_are_told(tmp_path: Path) -> None:
     place = Path(save_checkpoint(str(tmp_path), state(8), keep=1))
-    facts = (place / "state.json").read_text()
-    (place / "state.json").write_text(json.dumps({**json.loads(facts), "format": "other-9"}))
+    hashes = json.loads((place / "complete.json").read_text())
+    other = json.dumps({**json.loads((place / "state.json").read_text()), "format": "other-9"}).encode()
+    (place / "state.json").write_bytes(other)
+    with pytest.raises(ModelError, match=r"state\.json is damaged"):
+        load_checkpoint(str(place))
+    (place / "complete.json").write_text(json.dumps({**hashes, "state.json": hashlib.sha256(other).hexdigest()}))
     with pytest.raises(ModelError, match="unknown checkpoint format 'other-9'"):
         load_checkpoint(str(place))
-    (place / "state.json").write_text(facts[:20])
-    with pytest.raises(StorageError, match="not JSON"):
-        load_checkpoint(str(place))
-    (place / "state.json").write_text(facts)
     (place / "moments.safetensors").unlink()
-    with pytest.raises(StorageError, match="no such file"):
+    with pytest.raises(ModelError, match=r"moments\.safetensors is missing"):
         load_checkpoint(str(place))
+
+
+def test_the_newest_intact_one_is_gone_on_from_and_a_damaged_one_is_none_any_more(output: str) -> None:
+    places = [save_checkpoint(output, state(position), keep=3) for position in (8, 16, 24)]
+    write_bytes(join(places[2], "weights.safetensors"), b"damaged")
+    remove(join(places[1], "moments.safetensors"))
+    told: list[str] = []
+    found = load_newest(output, told.append)
+    assert found is not None
+    assert found[0] == places[0]
+    assert_equal(state(8), found[1])
+    assert [place in line for place, line in zip(reversed(places), told, strict=False)] == [True, True]
+    assert complete_checkpoints(output) == [places[0]]
+    # With keep=1 the next one must not be pushed out by a damaged one of a later position.
+    between = save_checkpoint(output, state(12), keep=1)
+    assert complete_checkpoints(output) == [between]
+    write_bytes(join(between, "state.json"), b"{}")
+    with pytest.raises(ModelError, match="every checkpoint of this run is damaged"):
+        load_newest(output, told.append)
+    assert load_newest(output, told.append) is None
+
+
+def test_the_best_validated_one_is_kept_beside_the_newest(output: str) -> None:
+    scores = {8: 20.0, 16: 25.0, 24: 24.0, 32: None, 40: 25.0, 48: 22.0}
+    kept: dict[int, list[int]] = {}
+    for position, score in scores.items():
+        one = state(position)
+        if score is not None:
+            one.facts["validation"] = {"psnr_y": score, "l_std": 0.1}
+        save_checkpoint(output, one, keep=1)
+        kept[position] = [load_checkpoint(place).facts["position"] for place in complete_checkpoints(output)]
+    assert kept == {8: [8], 16: [16], 24: [16, 24], 32: [16, 32], 40: [16, 40], 48: [16, 48]}
+    assert best_checkpoint(output) == complete_checkpoints(output)[0]
+
+
+def test_a_checkpoint_that_is_not_finite_is_not_saved_and_pushes_nothing_out(output: str) -> None:
+    good = save_checkpoint(output, state(8), keep=1)
+    bad = state(16)
+    bad.tensors["weights"]["a.weight"][1, 2] = float("nan")
+    with pytest.raises(ModelError, match=r"tensor a\.weight is not finite after update 2"):
+        save_checkpoint(output, bad, keep=1)
+    assert complete_checkpoints(output) == [good]
 
 
 def test_no_pickle_is_in_a_checkpoint(tmp_path: Path) -> None:

@@ -7,12 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
-from photos import make_shard_set, save_photos, shard_config
+from photos import make_shard_set, photo, save_photos, shard_config
+from PIL import Image
 
 from infra import DataError
-from infra.storage import list_files
+from infra.storage import list_files, write_bytes
 from pipelines import cli
 
 SHARD = """\
@@ -187,7 +189,8 @@ def test_quarantined_samples_beyond_what_is_allowed_end_with_code_1(
     make_shard_set(config)
     ended = ccsr("shard", "-c", write(SHARD))
     refused(ended, 1, "1 of 3 samples were quarantined (1 empty)", "bad.png", "manifest.json", "max_failed_fraction")
-    ended = ccsr("shard", "-c", write(SHARD), "--set", "runtime.max_failed_fraction=0.5")
+    refused(ccsr("shard", "-c", write(SHARD), "--max-failed-fraction", "0.3"), 1, "1 of 3 samples were quarantined")
+    ended = ccsr("shard", "-c", write(SHARD), "--max-failed-fraction", "0.5")
     assert (ended.code, ended.err) == (0, "")
     assert ended.out.startswith("2 samples, dataset ")
 
@@ -202,6 +205,37 @@ def test_verify_reports_success_and_faults(ccsr: Callable[..., Ended], tmp_path:
     ended = ccsr("verify", manifest.uri)
     assert ended.code == 3
     assert "error: 1 faults: stray does not belong\n  where: " in ended.err
+
+
+def test_verify_compares_and_cleans(ccsr: Callable[..., Ended], tmp_path: Path) -> None:
+    save_photos(tmp_path / "photos", [(64, 64), (64, 64)])
+    for name, picture in (("others", photo(64, 64)), ("skies", np.full((64, 64, 3), 99, np.uint8))):
+        (tmp_path / name).mkdir()
+        Image.fromarray(picture).save(tmp_path / name / "again.bmp")
+    one, two, three = (
+        make_shard_set(shard_config(tmp_path / name, tmp_path / f"{name}-set", name=name)).uri
+        for name in ("photos", "others", "skies")
+    )
+    write_bytes(f"{one}/.run.json.0123456789ab.tmp", b"")
+    ended = ccsr("verify", "--clean", one)
+    assert (ended.code, ended.err) == (0, "")
+    assert ended.out.startswith("removed\t.run.json.0123456789ab.tmp\t")
+    assert ccsr("verify", one, "--against", three, "--distance", "64").out == "no picture is in both sets\n"
+    ended = ccsr("verify", one, "--against", two)
+    assert ended.code == 3
+    assert ended.err.startswith("error: 1 pairs of samples are in both sets: 1 alike\n  where: ")
+    assert ended.out == "photos-00-000-0\tothers-again-000-0\t0 bits\n"
+    assert "2 pairs of samples are in both sets" in ccsr("verify", one, "--against", two, "--distance", "64").err
+
+
+def test_estimate_of_a_shard_config(ccsr: Callable[..., Ended], write: Callable[..., str], tmp_path: Path) -> None:
+    save_photos(tmp_path / "photos", [(64, 64)] * 3)
+    ended = ccsr("estimate", "-c", write(SHARD), "--set", "samples_per_shard=2", "--set", "runtime.num_workers=2")
+    assert ended.code == 0
+    rows = {cells[1].strip(): cells[2].strip() for line in ended.out.splitlines() if len(cells := line.split("│")) > 3}
+    assert (rows["shards"], rows["samples"]) == ("2", "3")
+    assert "hours with 2 workers of one core" in rows
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_traceback_comes_only_with_debug(

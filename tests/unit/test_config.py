@@ -216,7 +216,9 @@ def test_the_jobs_fingerprints_ignore_where_things_are() -> None:
     other = parse_config(apply_overrides(TRAIN, changes), TrainConfig, where="")
     assert fingerprint_of(result_part(one)) == fingerprint_of(result_part(other))
     longer = parse_config(apply_overrides(TRAIN, ["num_updates=4"]), TrainConfig, where="")
-    assert fingerprint_of(result_part(one)) != fingerprint_of(result_part(longer))
+    assert fingerprint_of(result_part(one)) == fingerprint_of(result_part(longer)), "a run can be made longer"
+    seeded = parse_config(apply_overrides(TRAIN, ["seed=4"]), TrainConfig, where="")
+    assert fingerprint_of(result_part(one)) != fingerprint_of(result_part(seeded))
 
 
 def test_configs_travel_to_ray_workers_whole() -> None:

@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from infra import DataError, PartialResultError, StorageError
@@ -14,10 +16,11 @@ from infra.manifest import (
     ShardRecord,
     commit_record,
     committed_records,
+    index_table,
     record_uri,
     write_manifest,
 )
-from infra.shards import Entry
+from infra.shards import Entry, IndexedEntry
 from infra.storage import exists, join, list_files, read_bytes, write_bytes
 
 FACTS: dict[str, Any] = {"scale": 4, "has_lr": True, "source_id": "s", "fingerprint": "f"}
@@ -25,7 +28,10 @@ FACTS: dict[str, Any] = {"scale": 4, "has_lr": True, "source_id": "s", "fingerpr
 
 def record(index: int, num_samples: int = 2, sha256: str = "5" * 64) -> ShardRecord:
     shard = f"shards/{index:06d}.tar"
-    entries = [Entry(f"k-{index}-{number}", shard, 1024 * number, 1024) for number in range(num_samples)]
+    entries = [
+        IndexedEntry.of(Entry(f"k-{index}-{number}", shard, 1024 * number, 1024), 2**64 - 1 - number, f"{index:064x}")
+        for number in range(num_samples)
+    ]
     failed = [Quarantined(f"bad-{index}", "x.png", "empty", "the file is empty", "0" * 64)] if index == 1 else []
     return ShardRecord(index, shard, sha256, 2048, entries, failed)
 
@@ -39,7 +45,10 @@ def test_a_set_is_what_was_committed(output: str) -> None:
     for index in (2, 0, 1):  # whatever the order
         commit_record(output, record(index))
     manifest = write_manifest(output, 3, **FACTS)
-    assert manifest.entries == [entry for index in range(3) for entry in record(index).entries]
+    expected = [entry for index in range(3) for entry in record(index).entries]
+    assert manifest.index.to_pylist() == [dataclasses.asdict(entry) for entry in expected]
+    assert manifest.entries == [Entry(e.key, e.shard, e.offset_bytes, e.length_bytes) for e in expected]
+    assert manifest.index["phash"].to_numpy().dtype == np.uint64
     assert manifest.num_samples == 6
     assert manifest.facts["num_bytes"] == 3 * 2048
     assert [item["reason"] for item in manifest.facts["quarantined"]] == ["empty"]
@@ -114,23 +123,17 @@ def test_closing_twice_is_quiet_and_another_manifest_is_loud(output: str) -> Non
 
 def test_an_index_of_an_interrupted_run_is_taken_over_if_it_says_the_same(tmp_path: Path) -> None:
     """Another version of the parquet library writes the same rows in other bytes."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     output = str(tmp_path)
     commit_record(output, record(0))
-    rows = [dataclasses.asdict(entry) for entry in record(0).entries]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "index.parquet", compression="zstd")
-    assert write_manifest(output, 1, **FACTS).entries == record(0).entries
+    pq.write_table(index_table(record(0).entries), tmp_path / "index.parquet", compression="zstd")
+    before = (tmp_path / "index.parquet").read_bytes()
+    assert write_manifest(output, 1, **FACTS).index == index_table(record(0).entries)
+    assert (tmp_path / "index.parquet").read_bytes() == before
 
 
 def test_an_index_that_says_something_else_is_refused(tmp_path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     commit_record(str(tmp_path), record(0))
-    rows = [dataclasses.asdict(entry) for entry in record(1).entries]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "index.parquet")
+    pq.write_table(index_table(record(1).entries), tmp_path / "index.parquet")
     with pytest.raises(DataError, match=r"another index.parquet is already there"):
         write_manifest(str(tmp_path), 1, **FACTS)
 

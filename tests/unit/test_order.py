@@ -7,9 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.order import legal_world_sizes, positions_of, sample_at
+from infra import ConfigError, rng_for
+from training.order import Order, legal_world_sizes, positions_of
 
 WORLD_SIZES = [1, 2, 3, 4, 6, 8, 12, 24]
+
+
+def sample_at(position: int, num_samples: int, seed: int) -> tuple[int, int]:
+    return Order(seed, (num_samples,), (1.0,)).sample_at(position)
 
 
 @given(st.integers(1, 500), st.integers(0, 3), st.integers())
@@ -74,35 +79,114 @@ def global_batch(update: int, world_size: int, global_batch_size: int, micro_bat
     return [position for micro_step in zip(*shares, strict=True) for taken in micro_step for position in taken]
 
 
-def test_global_batches_are_equal_for_every_world_size() -> None:
-    num_samples, global_batch_size, micro_batch_size = 10_000, 96, 4
-    num_updates = -(-3 * num_samples // global_batch_size)
-    reference = None
-    for world_size in WORLD_SIZES:
-        sequence = [
-            [
-                sample_at(p, num_samples, 7)
-                for p in global_batch(update, world_size, global_batch_size, micro_batch_size)
-            ]
-            for update in range(num_updates)
-        ]
-        reference = reference or sequence
-        assert sequence == reference
-    assert reference is not None
-    for epoch in range(3):
-        samples = [sample for number, sample in chain.from_iterable(reference) if number == epoch]
-        assert sorted(samples) == list(range(num_samples))
-        assert samples != sorted(samples)
+def uneven_shards() -> tuple[int, ...]:
+    """The sizes of 37 shards, no two alike, 10,000 samples in all."""
+    cuts = np.sort(rng_for(0, "shards").choice(np.arange(1, 10_000), 36, replace=False))
+    sizes = tuple(np.diff([0, *cuts, 10_000]).tolist())
+    assert len(sizes) == 37
+    assert sum(sizes) == 10_000
+    assert max(sizes) > 10 * min(sizes)
+    return sizes
 
 
-def test_a_chain_of_world_sizes_resumed_in_mid_epoch_gives_the_same_sequence() -> None:
-    stops = [0, 5, 11, 12, 30, 41]
-    resumed = [
-        global_batch(update, world_size, 96, 2)
-        for world_size, (start, end) in zip([24, 16, 48, 1, 8], pairwise(stops), strict=True)
+NUM_UPDATES = 3 * 10_000 // 96 + 1
+
+
+@pytest.fixture(scope="module")
+def reference() -> list[list[tuple[int, int]]]:
+    """Three epochs of global batches of one worker; the shards are sets of weight 1."""
+    return sequence(1, 4, 0, NUM_UPDATES)
+
+
+def sequence(world_size: int, micro_batch_size: int, start: int, end: int) -> list[list[tuple[int, int]]]:
+    """(epoch, sample) of every global batch from `start` to `end`, by an order made anew."""
+    sizes = uneven_shards()
+    order = Order(7, sizes, (1.0,) * len(sizes))
+    return [
+        [order.sample_at(position) for position in global_batch(update, world_size, 96, micro_batch_size)]
         for update in range(start, end)
     ]
-    assert resumed == [list(range(update * 96, (update + 1) * 96)) for update in range(41)]
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_global_batches_are_equal_for_every_world_size(world_size: int, reference: list[list[tuple[int, int]]]) -> None:
+    assert sequence(world_size, 4, 0, NUM_UPDATES) == reference
+
+
+def test_three_epochs_take_every_sample_once_each_and_not_in_shard_order(
+    reference: list[list[tuple[int, int]]],
+) -> None:
+    for epoch in range(3):
+        samples = [sample for number, sample in chain.from_iterable(reference) if number == epoch]
+        assert samples != list(range(10_000))
+        assert sorted(samples) == list(range(10_000))
+    bounds = np.cumsum(uneven_shards())
+    shards = [np.searchsorted(bounds, [sample for _, sample in batch], side="right") for batch in reference]
+    assert np.mean([len(set(batch)) for batch in shards]) > 18, "a batch comes from shards all over, not from one"
+
+
+def test_how_samples_are_divided_into_shards_does_not_matter(reference: list[list[tuple[int, int]]]) -> None:
+    order = Order(7, (10_000,), (1.0,))
+    assert [order.sample_at(p) for p in range(NUM_UPDATES * 96)] == list(chain.from_iterable(reference))
+
+
+def test_a_chain_of_world_sizes_resumed_in_mid_epoch_gives_the_same_sequence(
+    reference: list[list[tuple[int, int]]],
+) -> None:
+    stops = [0, 57, 103, 106, 111, NUM_UPDATES]  # the first epoch ends within update 104
+    resumed = [
+        batch
+        for world_size, (start, end) in zip([24, 16, 48, 1, 8], pairwise(stops), strict=True)
+        for batch in sequence(world_size, 2, start, end)
+    ]
+    assert resumed == reference
+
+
+WEIGHTED = st.lists(
+    st.tuples(st.integers(1, 60), st.sampled_from([0.25, 0.5, 0.7, 1.0, 2.0, 2.6])), min_size=1, max_size=4
+)
+
+
+@given(WEIGHTED, st.integers())
+def test_weights(parts: list[tuple[int, float]], seed: int) -> None:
+    """Each set has its share of every epoch, and goes through all its samples before it takes one again."""
+    sizes, weights = (tuple(values) for values in zip(*parts, strict=True))
+    order = Order(seed, sizes, weights)
+    if any(round(size * weight) == 0 for size, weight in parts):
+        with pytest.raises(ConfigError, match="less than one sample") as caught:
+            order.sample_at(0)
+        assert caught.value.where.startswith("data.")
+        return
+    slots = [round(size * weight) for size, weight in parts]
+    bounds = np.cumsum(sizes)
+    counts = np.zeros(sum(sizes), int)
+    for epoch in range(5):
+        start = epoch * sum(slots)
+        seen = [order.sample_at(position) for position in range(start, start + sum(slots))]
+        assert {number for number, _ in seen} == {epoch}
+        samples = np.array([sample for _, sample in seen])
+        shares = np.bincount(np.searchsorted(bounds, samples, side="right"), minlength=len(sizes))
+        assert shares.tolist() == slots
+        np.add.at(counts, samples, 1)
+        for times in np.split(counts, bounds[:-1]):
+            assert np.ptp(times) <= 1, "none is taken again before all others"
+        for (_, weight), times in zip(parts, np.split(counts, bounds[:-1]), strict=True):
+            if weight in (1.0, 2.0):
+                assert (times == weight * (epoch + 1)).all()
+    assert (counts > 0)[np.repeat(np.array(weights) >= 0.5, sizes) & (np.repeat(np.array(sizes) % 2 == 0, sizes))].all()
+
+
+def test_a_weighted_set_is_taken_in_another_order_every_lap() -> None:
+    order = Order(3, (200, 100), (0.5, 2.0))
+    assert order.slots == (100, 200)
+    stream = [order.sample_at(position)[1] for position in range(1200)]
+    first, second = (
+        [[s for s in stream[e * 300 : e * 300 + 300] if (s < 200) == (part == 0)] for e in range(4)] for part in (0, 1)
+    )
+    assert set(first[0]).isdisjoint(first[1])
+    assert set(first[0]) | set(first[1]) == set(range(200))
+    assert set(first[0]) != set(first[2]), "the halves of the second lap are others"
+    assert len({tuple(epoch) for epoch in second}) == 4
 
 
 @given(st.integers(1, 64), st.integers(1, 8), st.integers(0, 1000))

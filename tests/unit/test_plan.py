@@ -98,7 +98,7 @@ def test_a_long_name_is_cut_and_keeps_its_identity() -> None:
 
 
 def test_the_same_file_twice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DataError, match="the same key") as caught:
+    with pytest.raises(DataError, match="the same name") as caught:
         listed(["a.png"], monkeypatch, source_names=("set", "set"))
     assert "different names" in caught.value.todo
 

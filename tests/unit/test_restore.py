@@ -2,16 +2,24 @@
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from photos import photo
+from PIL import Image, ImageCms
 from pydantic import ValidationError
 
-from training.models import CcsrModel, ModelConfig, build_model
-from training.restore import SamplingConfig, restore_runs
+from infra import ConfigError, DataError, ModelError, PartialResultError
+from infra.images import decode_image, encode_png
+from infra.storage import read_bytes, upload_folder, write_bytes
+from pipelines.restore import RestoreConfig, RestoreRuntime, pick_device
+from pipelines.restore import restore as run_restore
+from training import restore
+from training.models import CcsrModel, ModelConfig, build_model, save_model
+from training.restore import SamplingConfig, prepare_image, restore_batch, restore_runs
 
 FAST = SamplingConfig(num_steps=4)
 
@@ -106,3 +114,166 @@ def test_no_runs_give_no_pictures(model: CcsrModel) -> None:
 def test_the_truncation_must_be_ordered() -> None:
     with pytest.raises(ValidationError, match="t_min"):
         SamplingConfig(t_max=0.3, t_min=0.3)
+
+
+@pytest.fixture
+def in_bands(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every VAE call goes through bands; the calls are listed."""
+    calls: list[str] = []
+
+    def watched(name: str, call: Any) -> Any:
+        return lambda *args: [calls.append(name), call(*args)][1]
+
+    for name in ("encode_in_bands", "decode_in_bands"):
+        monkeypatch.setattr(restore, name, watched(name, getattr(restore, name)))
+    monkeypatch.setattr(restore, "activation_budget", lambda device: 0)
+    return calls
+
+
+def test_a_vae_in_bands_changes_no_picture(model: CcsrModel, in_bands: list[str]) -> None:
+    with pytest.MonkeyPatch.context() as whole:
+        whole.setattr(restore, "activation_budget", lambda device: 2**40)
+        expected = np.stack(restored(model, range(2))).astype(int)
+    assert in_bands == []
+    difference = np.abs(np.stack(restored(model, range(2))) - expected)
+    assert in_bands == ["encode_in_bands", "decode_in_bands", "decode_in_bands"]
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 1e-3
+
+
+def test_large_pictures_are_denoised_in_tiles(model: CcsrModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, ...]] = []
+    unet = model.unet.forward
+    monkeypatch.setattr(
+        model.unet, "forward", lambda x, *args, **kw: [seen.append(tuple(x.shape)), unet(x, *args, **kw)][1]
+    )
+    config = SamplingConfig(num_steps=4, tile=64)
+    whole, wide = (
+        restored(model, range(2), size=(48, 64), config=config),
+        restored(model, [0], size=(48, 120), config=config),
+    )
+    assert (np.stack(whole) == np.stack(restored(model, range(2), size=(48, 64)))).all()
+    assert {shape for shape in seen if shape[-1] == 16} >= {(2, 4, 12, 16), (1, 4, 12, 16)}
+    assert max(shape[-1] for shape in seen) == 16
+    assert wide[0].shape == (48, 120, 3)
+
+
+def test_images_of_one_size_share_a_batch(model: CcsrModel) -> None:
+    exact = copy.deepcopy(model).to(dtype=torch.float64)
+    images = [
+        prepare_image(exact, photo(9, 13, seed), size, FAST, key=f"{seed}")
+        for seed, size in enumerate([(36, 52), (34, 50)])
+    ]
+    assert images[0].mean.shape == images[1].mean.shape
+    rows = [(images[1], 1), (images[0], 0), (images[0], 3)]
+    together = list(restore_batch(exact, rows, FAST, seed=5))
+    assert [picture.shape for picture in together] == [(34, 50, 3), (36, 52, 3), (36, 52, 3)]
+    for (image, run), picture in zip(rows, together, strict=True):
+        (alone,) = restore_batch(exact, [(image, run)], FAST, seed=5)
+        assert (picture == alone).all()
+
+
+def test_the_lr_is_encoded_once_however_many_runs(model: CcsrModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    encode = model.encode_condition
+    monkeypatch.setattr(model, "encode_condition", lambda lr: [calls.append(1), encode(lr)][1])
+    assert len(restored(model, range(5), runs_at_once=2)) == 5
+    assert calls == [1]
+
+
+def test_guidance_mixes_two_prompts(model: CcsrModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    width = model.prompt.shape[-1]
+    monkeypatch.setitem(model.prompts, "sharp", torch.full((1, 1, width), 3.0))
+    values = {"num_steps": 4, "prompt": "sharp", "color_fix": "none"}
+    pictures = [
+        restored(model, [0], config=SamplingConfig(**changes))[0]
+        for changes in ({"num_steps": 4, "color_fix": "none"}, values, values | {"guidance": 4.0})
+    ]
+    assert len({picture.tobytes() for picture in pictures}) == 3
+    with pytest.raises(ModelError, match="caches no embedding") as error:
+        restored(model, [0], config=SamplingConfig(prompt="blurred"))
+    assert "sharp" in error.value.todo
+
+
+@pytest.mark.parametrize("rule", ["v1", "v1_tiled", "v2"])
+def test_published_sizes_come_back_as_asked(model: CcsrModel, rule: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.sizes.SHORT_SIDE", 64)
+    config = SamplingConfig(num_steps=3, sizes=rule)
+    (image,) = restore_runs(model, photo(20, 31), (40, 62), config, seed=0, key="x", runs=[0])
+    assert image.shape == (40, 62, 3)
+
+
+def test_what_does_not_fit_is_refused_with_numbers(model: CcsrModel) -> None:
+    with pytest.raises(DataError, match=r"needs about \d+\.\d GiB .*images.*VAE.*UNet.* free"):
+        list(restore_runs(model, photo(20, 20), (400_000, 400_000), FAST, seed=0, key="x", runs=[0]))
+
+
+def test_a_folder_with_bad_files(tmp_path: Path) -> None:
+    """One bad file of each kind between good ones: they are named, the others are there, upright, in their colours."""
+    save_model(build_model(ModelConfig(family="v2"), 1), tmp_path / "model")
+    photos = tmp_path / "in"
+    (photos / "deep").mkdir(parents=True)
+    picture = Image.fromarray(photo(20, 32))
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    turned = Image.Exif()
+    turned[274] = 6  # EXIF orientation: rotate by 90 degrees to see it upright
+    picture.save(photos / "deep" / "a.jpg", icc_profile=profile, exif=turned)
+    picture.save(photos / "same.png")
+    picture.save(photos / "same.bmp")
+    picture.convert("CMYK").save(photos / "cmyk.jpg")
+    picture.crop((0, 0, 15, 20)).save(photos / "small.png")
+    picture.save(photos / "moving.webp", save_all=True, append_images=[picture.rotate(90)])
+    Image.fromarray(np.zeros((20, 20), np.uint16)).save(photos / "deeper.png")
+    data = (photos / "same.png").read_bytes()
+    (photos / "cut.png").write_bytes(data[: len(data) // 2])
+    config = RestoreConfig(num_runs=2, scale=1.6, sampling=SamplingConfig(num_steps=3))
+    arguments = (str(photos), str(tmp_path / "out"), str(tmp_path / "model"), config)
+    with pytest.raises(PartialResultError, match="5 of 8 images") as error:
+        run_restore(*arguments)
+    for name in ("cmyk.jpg", "small.png", "moving.webp", "deeper.png", "cut.png"):
+        assert name in error.value.what
+    written = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.png"))
+    assert written[0] == "runs/00/deep/a.png"
+    assert len(written) == 6
+    with Image.open(tmp_path / "out" / "runs" / "00" / "deep" / "a.png") as restored_image:
+        assert restored_image.size == (32, 52)  # upright; 20 * 1.6, 32 * 1.6 rounded up
+        assert restored_image.info["icc_profile"] == profile
+        restored_image.load()
+    with Image.open(tmp_path / "out" / written[1]) as without:
+        assert "icc_profile" not in without.info
+
+    for name in ("cmyk.jpg", "small.png", "moving.webp", "deeper.png", "cut.png"):
+        (photos / name).unlink()
+    again = tmp_path / "out" / "runs" / "01" / "deep" / "a.png"
+    before = again.read_bytes()
+    again.unlink()
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.png")}
+    assert run_restore(*arguments) == 3
+    assert again.read_bytes() == before
+    assert times == {path: path.stat().st_mtime_ns for path in times}
+    with pytest.raises(ConfigError, match="seed"):
+        run_restore(*arguments[:3], config.model_copy(update={"seed": 1}))
+    (tmp_path / "model" / "unet" / "config.json").unlink()
+    again.unlink()
+    with pytest.raises(ModelError, match="missing"):
+        run_restore(*arguments)
+
+
+def test_from_s3_to_s3(s3: str, tmp_path: Path) -> None:
+    save_model(build_model(ModelConfig(family="v2"), 1), tmp_path / "model")
+    upload_folder(tmp_path / "model", f"{s3}/model", last="ccsr.json")
+    write_bytes(f"{s3}/in/sub/a.png", encode_png(photo(16, 20)))
+    config = RestoreConfig(scale=2, sampling=SamplingConfig(num_steps=3))
+    assert run_restore(f"{s3}/in", f"{s3}/out", f"{s3}/model", config) == 1
+    assert decode_image(read_bytes(f"{s3}/out/sub/a.png"), where="a").shape == (32, 40, 3)
+
+
+def test_auto_takes_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device("auto", "auto") == ("cpu", "float32")
+    config = RestoreConfig(runtime=RestoreRuntime(device="cuda"))
+    with pytest.raises(ConfigError, match="no GPU"):
+        run_restore(str(tmp_path), str(tmp_path / "out"), str(tmp_path / "model"), config)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert pick_device("auto", "auto") == ("cuda", "bfloat16")
+    assert pick_device("cpu", "bfloat16") == ("cpu", "bfloat16")

@@ -1,6 +1,8 @@
 """A shard's making, without Ray: equal bytes each time, bad files set aside, and `verify` finds every change."""
 
+import io
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ from infra.shards import read_sample
 from infra.storage import exists, join, list_files, publish_if_absent, read_bytes, write_bytes
 from pipelines.config import ShardConfig
 from pipelines.plan import plan_shards
-from pipelines.shard import _report_quarantine, crop_image, resolve_degradation, write_shard
+from pipelines.sample import crop_image
+from pipelines.shard import _report_quarantine, resolve_degradation, write_shard
 from pipelines.sources import SourceFile, list_sources
 from pipelines.verify import verify
 
@@ -278,3 +281,146 @@ def test_a_crop_that_the_degradation_cannot_take_is_told_before_the_start() -> N
     assert "64" in caught.value.todo
     with pytest.raises(ConfigError, match="no degradation preset 'ccrs'"):
         resolve_degradation(shard_config("photos", "out", degradation="ccrs"))
+
+
+def test_a_grid_is_basicsrs_and_skips_no_pixel(tmp_path: Path) -> None:
+    save_photos(tmp_path / "photos", [(100, 130), (40, 90)])
+    grid = {"kind": "grid", "size_px": 48, "step_px": 24}
+    manifest = make_shard_set(
+        shard_config(tmp_path / "photos", tmp_path / "out", crop=grid, draws=2, degradation="ccsr")
+    )
+    image = photo(100, 130)
+    found = []
+    for entry in manifest.entries:
+        members = read_sample(manifest.uri, entry)
+        at = json.loads(members["json"])["crop"]
+        found.append((entry.key, at["y"], at["x"]))
+        window = image[at["y"] : at["y"] + 48, at["x"] : at["x"] + 48]
+        assert (decode_image(members["hr.png"], where="") == window).all()
+    places = [(y, x) for y in (0, 24, 48, 52) for x in (0, 24, 48, 72, 82)]
+    assert found == [(f"set-00-{n:03d}-{draw}", *at) for n, at in enumerate(places) for draw in (0, 1)]
+    # 40 px have no room for a window: each of its samples is set aside.
+    assert {(item["source"], item["reason"]) for item in manifest.facts["quarantined"]} == {("01.png", "too_small")}
+    wide = {**grid, "rest_px": 10}
+    fewer = make_shard_set(shard_config(tmp_path / "photos", tmp_path / "b", crop=wide, degradation=None))
+    rows = {json.loads(read_sample(fewer.uri, entry)["json"])["crop"]["y"] for entry in fewer.entries}
+    assert rows == {0, 24, 48}  # only 4 px are left below
+
+
+def test_several_sizes_of_an_image(tmp_path: Path) -> None:
+    save_photos(tmp_path / "photos", [(120, 90)])
+    changes: dict[str, Any] = {"scales": [1, 0.75, 0.5], "short_side_px": 60, "degradation": None}
+    made = make_shard_set(shard_config(tmp_path / "photos", tmp_path / "out", **changes))
+    members = [read_sample(made.uri, entry) for entry in made.entries]
+    sizes = [decode_image(one["hr.png"], where="").shape[:2] for one in members]
+    assert sizes == [(120, 90), (90, 67), (60, 45), (80, 60)]
+    half = np.asarray(Image.fromarray(photo(120, 90)).resize((45, 60), Image.Resampling.LANCZOS))
+    assert (decode_image(members[2]["hr.png"], where="") == half).all()
+    assert [json.loads(one["json"])["crop"].get("resized") for one in members] == [None, [67, 90], [45, 60], [60, 80]]
+    crop = {"kind": "random", "size_px": 64, "num_per_image": 2}
+    cut = make_shard_set(shard_config(tmp_path / "photos", tmp_path / "cut", **changes, crop=crop))
+    assert [entry.key for entry in cut.entries] == [f"set-00-00{number}-0" for number in (0, 1, 2, 3)]
+    assert cut.facts["dropped"] == {"too_small": 4}  # the two smaller sizes have no room
+    assert cut.facts["quarantined"] == []
+
+
+def test_flat_windows_are_dropped_and_counted(tmp_path: Path) -> None:
+    save_photos(tmp_path / "photos", [(64, 128), (64, 64)])
+    sky = np.full((64, 128, 3), 200, np.uint8)
+    sky[:, 64:] = photo(64, 64)
+    (tmp_path / "photos" / "00.png").write_bytes(encode_png(sky))
+    grid = {"kind": "grid", "size_px": 64, "step_px": 64}
+    config = shard_config(
+        tmp_path / "photos", tmp_path / "out", crop=grid, min_gradient_energy=4, degradation="bicubic"
+    )
+    manifest = make_shard_set(config)
+    assert [entry.key for entry in manifest.entries] == ["set-00-001-0", "set-01-000-0"]
+    assert manifest.facts["dropped"] == {"flat": 1}
+    assert verify(manifest.uri) == manifest
+    _report_quarantine(config, manifest)  # no error
+
+
+def png(image: np.ndarray, mode: str = "RGB", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).convert(mode).save(buffer, "PNG", **options)
+    return buffer.getvalue()
+
+
+def test_a_png_that_is_taken_whole_keeps_its_bytes(tmp_path: Path) -> None:
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    image = photo(64, 96)
+    sources = {
+        "plain": png(image, compress_level=9),
+        "grey": png(image, "L"),
+        "alpha": png(image, "RGBA"),
+        "turned": png(image, exif=turned),
+        "tail": png(image) + b"more",
+        "odd": png(photo(66, 96)),
+    }
+    (tmp_path / "photos").mkdir()
+    for name, data in sources.items():
+        (tmp_path / "photos" / f"{name}.png").write_bytes(data)
+    Image.fromarray(image).save(tmp_path / "photos" / "jpeg.jpg")
+    kept = {}
+    for preset in ("bicubic", "stablesr"):  # StableSR's preset sharpens HR
+        made = make_shard_set(shard_config(tmp_path / "photos", tmp_path / preset, degradation=preset))
+        stored = {entry.key.split("-")[1]: read_sample(made.uri, entry)["hr.png"] for entry in made.entries}
+        assert stored.keys() == {*sources, "jpeg"}
+        kept[preset] = {name for name, data in sources.items() if stored[name] == data}
+        assert all(data.startswith(b"\x89PNG") for data in stored.values())
+    assert kept == {"bicubic": {"plain"}, "stablesr": set()}
+
+
+def test_other_programs_read_a_shard(photos: Path, tmp_path: Path) -> None:
+    import webdataset
+
+    made = make_shard_set(shard_config(photos, tmp_path / "out", degradation="bicubic"))
+    tar = f"{made.uri}/shards/000000.tar"
+    names = subprocess.run(["tar", "tf", tar], capture_output=True, text=True, check=True, timeout=60).stdout.split()
+    members = ("hr.png", "lr.png", "json")
+    assert names == [f"{entry.key}.{member}" for entry in made.entries for member in members]
+    rows = list(webdataset.WebDataset(tar, shardshuffle=False).decode("rgb8"))
+    assert [row["__key__"] for row in rows] == [entry.key for entry in made.entries]
+    for row, entry in zip(rows, made.entries, strict=True):
+        assert (row["hr.png"] == decode_image(read_sample(made.uri, entry)["hr.png"], where="")).all()
+        assert row["json"]["degradation"]["clean"] is False
+
+
+def test_stored_latents_are_the_models_own(photos: Path, tmp_path: Path) -> None:
+    import torch
+    from safetensors.numpy import load
+
+    from pipelines.shard import latent_encoder
+    from training.ingest import enlarge
+    from training.models import ModelConfig, build_model, save_model
+
+    model = build_model(ModelConfig(family="v2"), 0)
+    save_model(model, tmp_path / "model")
+    latents = {"model": str(tmp_path / "model"), "batch_size": 2}
+    crop = {"kind": "random", "size_px": 64}
+    config = shard_config(photos, tmp_path / "out", degradation="bicubic", crop=crop, latents=latents)
+    encoder, recipe = latent_encoder(config), resolve_degradation(config)
+    assert encoder is not None
+    assert encoder.encoder_id == model.encoder_id()
+    record = write_shard(config, recipe, first_shard(config), encoder)
+    assert write_shard(config, recipe, first_shard(config), encoder) == record
+    assert len(record.entries) == 3
+    for entry in record.entries:
+        members = read_sample(config.output, entry)
+        assert list(members) == ["hr.png", "lr.png", "latent.safetensors", "json"]
+        stored = load(members["latent.safetensors"])
+        names = ["hr.mean", "hr.std", "lr.mean", "lr.std"]
+        assert sorted(stored) == names
+        assert {(array.dtype, array.shape) for array in stored.values()} == {(np.dtype(np.float16), (4, 16, 16))}
+        hr, lr = (decode_image(members[name], where="") for name in ("hr.png", "lr.png"))
+        for name, image, encode in (
+            ("hr", hr, model.encode_moments),
+            ("lr", enlarge(lr, 64, 64), model.encode_condition),
+        ):
+            with torch.inference_mode():
+                mean, std = encode(torch.tensor(image).permute(2, 0, 1)[None].float() / 255)
+            np.testing.assert_allclose(stored[f"{name}.mean"], mean[0].numpy(), atol=2e-3, rtol=2e-3)
+            np.testing.assert_allclose(stored[f"{name}.std"], std[0].numpy(), atol=2e-3, rtol=2e-3)
+    with pytest.raises(ConfigError, match="latents need a crop of one size"):
+        resolve_degradation(shard_config(photos, "out", degradation="ccsr", latents=latents))

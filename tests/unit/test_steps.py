@@ -12,9 +12,10 @@ from infra.config import parse_config
 from tests.small_networks import seeded_lpips, small_dino
 from training.config import TrainConfig
 from training.ingest import Batch
+from training.measure import flop_counter
 from training.models import CcsrModel, ModelConfig, PatchDiscriminator, build_model
 from training.restore import SamplingConfig, restore_runs
-from training.steps import DecoderStage
+from training.steps import DecoderStage, build_stage
 
 V2 = {
     "reconstruction": "l2",
@@ -114,6 +115,29 @@ def test_defaults_are_v1s_with_a_choice_of_the_perceptual_term(family: str, perc
     assert ("perceptual" in first) == (perceptual != "none")
     torch.testing.assert_close(first["nll"], sum(first[n] for n in first if n in ("reconstruction", "perceptual")) / 2)
     assert ("post_quant_conv" in dict(built.trained.named_children())) == (family == "v1")
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_activation_checkpointing_computes_more_for_the_same_gradients(number: int) -> None:
+    results = []
+    for on in (False, True):
+        values = {"job": "train", "output": "out", "stage": number, "data": ["data"], "num_updates": 1, "num_steps": 6}
+        values |= {"crop_px": 64, "global_batch_size": 2, "decoder_loss": {"perceptual": "none"}}
+        values |= {"runtime": {"micro_batch_size": 2, "activation_checkpointing": on}}
+        config = parse_config(values, TrainConfig, where="test")
+        model = build_model(config.model, seed=3)
+        torch.nn.init.constant_(model.controlnet.controlnet_mid_block.weight, 0.01)  # a fresh one's outputs are zero
+        built = build_stage(model, config)
+        with flop_counter() as counter:
+            loss = (built(batch(), update=1) if number == 2 else built(batch()))["loss"]
+            loss.backward()
+        gradients = {name: p.grad for name, p in built.trained.named_parameters()}
+        results.append((counter.get_total_flops(), loss, gradients))
+    (flops, loss, gradients), (more_flops, same_loss, same_gradients) = results
+    assert more_flops > 1.1 * flops
+    assert torch.equal(loss, same_loss)
+    assert sum(bool(gradient.any()) for gradient in gradients.values()) > 20
+    torch.testing.assert_close(same_gradients, gradients, rtol=1e-6, atol=1e-8)
 
 
 @torch.no_grad()

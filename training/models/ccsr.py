@@ -1,5 +1,6 @@
 """CcsrModel: the three networks and the prompt that samplers, losses and the training loop work with."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Self
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from infra.errors import ConfigError
 from training.models.networks import PROMPT_TOKENS, ModelConfig, build_networks, seeded_init
+from training.sampling.schedules import velocity_to_eps
 
 
 @dataclass
@@ -64,6 +66,20 @@ class CcsrModel:
         """
         return _moments(self.vae if self.condition_encoder is None else self.condition_encoder, lr)
 
+    def encoder_id(self) -> str:
+        """Identifies what the two methods above compute: 16 hex digits of a SHA-256 over the encoders' float32 weights.
+
+        The decoder, which stage 2 trains, does not enter.
+        """
+        digest = hashlib.sha256()
+        for vae in (self.vae, self.condition_encoder or self.vae):
+            digest.update(f"{vae.config.scaling_factor}".encode())
+            for name, weight in vae.state_dict().items():
+                if name.startswith(("encoder.", "quant_conv.")):
+                    digest.update(f"{name} {tuple(weight.shape)}".encode())
+                    digest.update(weight.detach().float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
     def decode(self, latents: Tensor) -> Tensor:
         """Image float32 (B, 3, H, W) around [-1, 1], un-clamped, from scaled latents (B, 4, h, w)."""
         return self.vae.decode((latents / self.vae.config.scaling_factor).to(_dtype(self.vae))).sample.float()
@@ -91,7 +107,7 @@ class CcsrModel:
                 x_t.to(dtype), t, states.to(dtype), controlnet_cond=condition.to(dtype), return_dict=False
             )
             dtype = _dtype(self.unet)
-            return self.unet(
+            found = self.unet(
                 x_t.to(dtype),
                 t,
                 states.to(dtype),
@@ -99,6 +115,7 @@ class CcsrModel:
                 mid_block_additional_residual=middle.to(dtype),
                 return_dict=False,
             )[0].float()
+            return velocity_to_eps(x_t, found, t) if self.config.prediction == "v" else found
 
         return denoise
 

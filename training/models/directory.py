@@ -99,7 +99,7 @@ def load_model(
     names = [name for name in PARTS if name != OPTIONAL or f"{OPTIONAL}/{WEIGHTS}" in record.sha256]
     parts = {name: load_part(directory / name, name) for name in names}
     prompts = read_weights(directory / PROMPTS)
-    config = ModelConfig(preset=record.preset, family=record.family)
+    config = ModelConfig(preset=record.preset, family=record.family, prediction=record.prediction)
     return CcsrModel(config=config, prompts=prompts, **parts).to(device, dtype)
 
 

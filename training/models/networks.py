@@ -14,10 +14,12 @@ from infra.errors import ModelError
 
 class ModelConfig(Config):
     """Which networks. `family` says whose habits the weights were trained with: v1 conditions on the posterior's mean,
-    v2 on a sample of it. `custom` marks converted networks of another size; it can be loaded, not built."""
+    v2 on a sample of it. `prediction` is what the UNet puts out: noise, or the velocity of Salimans & Ho (2022).
+    `custom` marks converted networks of another size; it can be loaded, not built."""
 
     preset: Literal["tiny", "sd21", "custom"] = "tiny"
     family: Literal["v1", "v2"] = "v2"
+    prediction: Literal["eps", "v"] = "eps"
 
 
 # tiny: 4.36 M parameters, a 4-fold VAE and no text.  sd21: Stable Diffusion 2.1-base (Rombach et al., CVPR 2022).

@@ -39,6 +39,16 @@ def predict_x0(x_t: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     return (x_t.float() - sigma * eps.float()) / signal
 
 
+def velocity_to_eps(x_t: Tensor, velocity: Tensor, t: Tensor) -> Tensor:
+    """The noise implied by a predicted velocity, sqrt(abar) eps - sqrt(1 - abar) x0; shapes as in `add_noise`.
+
+    Salimans & Ho, "Progressive Distillation", 2022, appendix D. x0 then is sqrt(abar) x_t - sqrt(1 - abar) velocity: an
+    error of the network is not multiplied at t = 999, where it is by 14.6 if the network predicts the noise itself.
+    """
+    signal, sigma = _coefficients(t, x_t)
+    return sigma * x_t.float() + signal * velocity.float()
+
+
 def posterior(t: int, t_prev: int) -> tuple[float, float, float]:
     """Coefficients (of x0, of x_t) of the mean of q(x_prev | x_t, x0), and its standard deviation ("fixed small").
 

@@ -24,8 +24,12 @@ def tile_grid(height: int, width: int, tile: int, stride: int) -> list[tuple[int
             where=f"tile={tile}",
             todo=f"use a tile of at most {min(height, width)}, or enlarge the image first",
         )
-    rows, columns = (sorted({*range(0, length - tile, stride), length - tile}) for length in (height, width))
+    rows, columns = (_starts(length, tile, stride) for length in (height, width))
     return [(y, x) for y in rows for x in columns]
+
+
+def _starts(length: int, tile: int, stride: int) -> list[int]:
+    return sorted({*range(0, length - tile, stride), length - tile})
 
 
 def tile_weights(tile: int) -> Tensor:
@@ -34,10 +38,14 @@ def tile_weights(tile: int) -> Tensor:
     As published (the same in CCSR, StableSR, DiffBIR), the centre is tile / 2 in y and (tile - 1) / 2 in x. The least
     of 64's weights, 3e-10, underflows in float16.
     """
-    k = torch.arange(tile, dtype=torch.float64)
+    return _weights(tile, tile)
+
+
+def _weights(height: int, width: int) -> Tensor:
     y, x = (
-        torch.exp(-((k - centre) ** 2) / tile**2 / 0.02) / (2 * torch.pi * 0.01) ** 0.5
-        for centre in (tile / 2, (tile - 1) / 2)
+        torch.exp(-((torch.arange(side, dtype=torch.float64) - centre) ** 2) / side**2 / 0.02)
+        / (2 * torch.pi * 0.01) ** 0.5
+        for side, centre in ((height, height / 2), (width, (width - 1) / 2))
     )
     return torch.outer(y, x)
 
@@ -46,18 +54,19 @@ def tiled(denoise: Denoise, tile: int, stride: int) -> Denoise:
     """A denoiser of whole latents that calls `denoise(x_tile, t, (y, x))` on each tile (sides in latent pixels).
 
     The position lets `denoise` cut its condition; one that takes two arguments is called without it. The average is
-    float32, weighted; errors are those of `tile_grid`.
+    float32, weighted. Tiles are square, but only as high or wide as latents that are smaller than `tile`.
     """
-    weights = tile_weights(tile).float()
 
     def denoise_whole(x_t: Tensor, t: Tensor) -> Tensor:
-        weight = weights.to(x_t.device)
+        height, width = (min(tile, side) for side in x_t.shape[-2:])
+        weight = _weights(height, width).float().to(x_t.device)
         total = torch.zeros_like(x_t, dtype=torch.float32)
         norm = torch.zeros(x_t.shape[-2:], dtype=torch.float32, device=x_t.device)
-        for y, x in tile_grid(x_t.shape[-2], x_t.shape[-1], tile, stride):
-            window = (..., slice(y, y + tile), slice(x, x + tile))
-            total[window] += weight * at_tile(denoise, x_t[window], t, (y, x)).float()
-            norm[window] += weight
+        for y in _starts(x_t.shape[-2], height, stride):
+            for x in _starts(x_t.shape[-1], width, stride):
+                window = (..., slice(y, y + height), slice(x, x + width))
+                total[window] += weight * at_tile(denoise, x_t[window], t, (y, x)).float()
+                norm[window] += weight
         return total / norm
 
     return denoise_whole

@@ -1,0 +1,150 @@
+"""PSNR-Y and L-STD of 8-bit RGB images: what validation during training and the evaluation both measure."""
+
+import math
+from collections.abc import Iterable
+
+import cv2
+import numpy as np
+
+from infra.errors import DataError
+
+CROP_BORDER = 4
+LUMA = np.array([[65.481, 128.553, 24.966]])  # of RGB / 255, on the 16..235 scale (ITU-R BT.601 studio swing)
+
+
+def psnr_y(sr: np.ndarray, gt: np.ndarray, *, crop_border: int = CROP_BORDER) -> float:
+    """Peak signal-to-noise ratio of the unrounded luma, in dB; 80 for identical images.
+
+    `sr`, `gt`: uint8 RGB (H, W, 3) of one shape; `crop_border` px are cut from every side first. Luma Y is BT.601
+    studio swing in [0, 1]; 10 log10(1 / (MSE + 1e-8)), pyiqa's `psnr` with `color_space='ycbcr'`.
+    Raises DataError for any other shape or dtype.
+    """
+    sr, gt = cropped_pair(sr, gt, crop_border)
+    # Luma is linear: one transform of the difference instead of two of the images.
+    difference = cv2.transform(cv2.subtract(sr, gt, dtype=cv2.CV_64F), LUMA / 255**2)
+    return -10 * math.log10(cv2.norm(difference, cv2.NORM_L2SQR) / difference.size + 1e-8)
+
+
+def cropped(image: np.ndarray, crop_border: int, name: str) -> np.ndarray:
+    """`image` without `crop_border` px on every side, after checking that it is uint8 RGB (H, W, 3)."""
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        found = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise DataError(
+            f"a metric takes uint8 RGB images of shape (H, W, 3), not {found}",
+            where=name,
+            todo="score the 8-bit image as it is saved",
+        )
+    height, width = image.shape[:2]
+    if crop_border < 0 or min(height, width) <= 2 * crop_border:
+        raise DataError(
+            f"a crop of {crop_border} px leaves nothing of {height} x {width}",
+            where=name,
+            todo="use larger images or a smaller, non-negative crop_border",
+        )
+    return image[crop_border : height - crop_border, crop_border : width - crop_border]
+
+
+def cropped_pair(sr: np.ndarray, gt: np.ndarray, crop_border: int) -> tuple[np.ndarray, np.ndarray]:
+    """Both images `cropped`. DataError where they differ in size."""
+    pair = cropped(sr, crop_border, "first image"), cropped(gt, crop_border, "second image")
+    if sr.shape != gt.shape:
+        raise DataError(
+            "the two images differ in size",
+            where=f"{sr.shape[0]} x {sr.shape[1]} against {gt.shape[0]} x {gt.shape[1]} px (height x width)",
+            todo="pair each output with its own ground truth at the same scale",
+        )
+    return pair
+
+
+def l_std(runs: Iterable[np.ndarray], *, crop_border: int = CROP_BORDER) -> float:
+    """Local stability of one image (CCSR paper, Eq. 5): the population std of each pixel over the runs, averaged.
+
+    `runs`: uint8 RGB (num_runs, H, W, 3) or an iterable of (H, W, 3). The mean is over pixels and the three channels
+    of values in [0, 1], `crop_border` px cut from every side; a set's L-STD is the mean over its images.
+    Raises DataError for fewer than two runs, unlike sizes and other shapes or dtypes.
+    """
+    accumulator = StabilityAccumulator(crop_border=crop_border)
+    for run in runs:
+        accumulator.add(run)
+    return accumulator.l_std()
+
+
+class StabilityAccumulator:
+    """L-STD and the stability map of one image from runs that come one at a time or in parts (`merge`).
+
+    It keeps per pixel the sums of the values and of their squares in float64. Of 8-bit values these are exact
+    integers, so order and grouping change no bit and identical runs give exactly 0: no Welford update is needed.
+    """
+
+    def __init__(self, *, crop_border: int = CROP_BORDER) -> None:
+        if crop_border < 0:
+            raise DataError(f"crop_border is {crop_border}", where="crop_border", todo="give a number of at least 0")
+        self.crop_border = crop_border
+        self.count = 0
+        self._sums = np.zeros((0, 0, 3))
+        self._squares = np.zeros((0, 0, 3))
+
+    def add(self, image: np.ndarray) -> None:
+        """Take in one run, uint8 RGB (H, W, 3), of the size of the others."""
+        if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            found = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+            raise DataError(
+                f"L-STD takes uint8 RGB images of shape (H, W, 3), not {found}",
+                where=f"run {self.count}",
+                todo="give the 8-bit image as it is saved",
+            )
+        if self.count == 0:
+            if min(image.shape[:2]) <= 2 * self.crop_border:
+                raise DataError(
+                    f"a crop of {self.crop_border} px leaves nothing of {image.shape[0]} x {image.shape[1]}",
+                    where="run 0",
+                    todo="use larger images or a smaller crop_border",
+                )
+            self._sums, self._squares = np.zeros(image.shape), np.zeros(image.shape)
+        self._require_size(image.shape)
+        cv2.accumulate(image, self._sums)
+        cv2.accumulateSquare(image, self._squares)
+        self.count += 1
+
+    def merge(self, other: "StabilityAccumulator") -> None:
+        """Take in all runs of `other`, which stays as it is."""
+        if other.count == 0:
+            return
+        if self.count == 0:
+            self._sums, self._squares = np.zeros_like(other._sums), np.zeros_like(other._squares)
+        self._require_size(other._sums.shape)
+        self._sums += other._sums
+        self._squares += other._squares
+        self.count += other.count
+
+    def l_std(self) -> float:
+        """Mean over the pixels inside the border and the channels, of values in [0, 1]. Needs two runs."""
+        border, (height, width) = self.crop_border, self._sums.shape[:2]
+        inside = np.s_[border : height - border, border : width - border]
+        return float(self._std(self._sums[inside], self._squares[inside]).mean())
+
+    def map(self) -> np.ndarray:
+        """The std of every pixel averaged over the channels: float32 (H, W) in [0, 0.5], border included."""
+        return self._std(self._sums, self._squares).mean(axis=2, dtype=np.float64).astype(np.float32)
+
+    def _std(self, sums: np.ndarray, squares: np.ndarray) -> np.ndarray:
+        require_two_runs(self.count)
+        return np.sqrt(self.count * squares - sums * sums) / (255 * self.count)
+
+    def _require_size(self, shape: tuple[int, ...]) -> None:
+        if shape != self._sums.shape:
+            raise DataError(
+                "the runs of one image differ in size",
+                where=f"run {self.count}: {shape[:2]}, runs before it: {self._sums.shape[:2]} (height, width)",
+                todo="make all runs of an image with the same model and scale",
+            )
+
+
+def require_two_runs(num_runs: int) -> None:
+    """DataError for a stability over fewer than two runs."""
+    if num_runs < 2:
+        raise DataError(
+            f"stability needs at least 2 runs, not {num_runs}",
+            where="number of runs",
+            todo="restore every image with 2 or more seeds (the paper uses 10)",
+        )

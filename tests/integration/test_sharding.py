@@ -1,0 +1,57 @@
+"""A shard job on Ray over zip, shard set and pairs, and with latents: the set does not depend on the workers."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load
+from skimage import data
+
+from infra import ConfigError
+from infra.images import encode_png, resize_bicubic
+from infra.manifest import Manifest
+from infra.shards import read_sample
+from pipelines.config import ShardConfig
+from pipelines.shard import run_shard
+from pipelines.verify import verify
+from training.models import ModelConfig, build_model, save_model
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+def run(output: Path, *sources: dict[str, Any], **changes: Any) -> Manifest:
+    return run_shard(ShardConfig.model_validate({"job": "shard", "output": str(output), "sources": sources, **changes}))
+
+
+def test_latents_of_a_shard_set_of_pairs(tmp_path: Path) -> None:
+    image = data.astronaut()
+    for number in range(4):
+        hr = np.ascontiguousarray(image[number * 96 :][:96, 128:256])
+        for name, picture in ((f"HR/{number}.png", hr), (f"LR/{number}x4.png", resize_bicubic(hr, 32, 24))):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_bytes(encode_png(picture))
+    pairs = {"kind": "pairs", "name": "p", "hr": f"{tmp_path}/HR", "lr": f"{tmp_path}/LR", "licence": "ours"}
+    made = run(tmp_path / "pairs", pairs, degradation=None)
+    assert made.facts["sources"][0]["num_files"] == made.num_samples == 4
+    assert "ours" in (tmp_path / "pairs/DATA_CARD.md").read_text()
+    model = build_model(ModelConfig(family="v2"), 0)
+    save_model(model, tmp_path / "model")
+    again = {"kind": "shards", "name": "again", "path": made.uri}
+    changes: dict[str, Any] = {
+        "crop": {"kind": "grid", "size_px": 64, "step_px": 32},
+        "latents": {"model": str(tmp_path / "model"), "batch_size": 4},
+        "degradation": "bicubic",
+        "samples_per_shard": 1,
+    }
+    one, two = (run(tmp_path / f"workers{n}", again, runtime={"num_workers": n}, **changes) for n in (1, 2))
+    assert one.dataset_id == two.dataset_id
+    assert verify(two.uri).num_samples == 4 * 2 * 3
+    assert one.facts["latents_model"] == model.encoder_id()
+    stored = load(read_sample(one.uri, one.entries[0])["latent.safetensors"])
+    assert stored["lr.mean"].shape == (4, 16, 16)
+    save_model(build_model(ModelConfig(family="v2"), 1), tmp_path / "model2")
+    with pytest.raises(ConfigError, match=r"inputs\.latents\.model"):
+        run(
+            tmp_path / "workers1", again, **{**changes, "latents": {"model": str(tmp_path / "model2"), "batch_size": 4}}
+        )

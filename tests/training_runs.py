@@ -1,0 +1,197 @@
+"""Small training runs on synthetic shards, in this process or in gloo workers of their own, without Ray.
+
+As a program: `python -m tests.training_runs SPEC RANK`, SPEC being a JSON file that `run_workers` writes.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from infra.config import parse_config
+from infra.images import encode_png
+from infra.manifest import Manifest, ShardRecord, commit_record, write_manifest
+from infra.seeding import rng_for
+from infra.shards import IndexedEntry, write_tar
+from infra.storage import publish_if_absent, sha256_file
+from training.config import TrainConfig
+from training.ingest import updates
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def noise_shards(folder: Path, num_samples: int = 24, size: int = 32) -> str:
+    """A shard set whose pixels are raw Philox words and integer means of them: the same bits everywhere."""
+
+    def sample(number: int) -> tuple[str, dict[str, bytes]]:
+        words = rng_for(5, "pixels", number).bit_generator.random_raw(size * size // 16 * 3)
+        small = (words >> np.uint64(40)).astype(np.uint8).reshape(size // 4, size // 4, 3)
+        fine = (words[:, None] >> np.arange(0, 64, 4, dtype=np.uint64) & np.uint64(63)).astype(np.uint8)
+        hr = np.kron(small, np.ones((4, 4, 1), np.uint8)) // 2 + fine.reshape(size, size, 3)
+        lr = hr.reshape(size // 4, 4, size // 4, 4, 3).astype(np.uint32).sum((1, 3)) // 16
+        facts = json.dumps({"degradation": {"clean": False}}).encode()
+        images = {"hr.png": encode_png(hr), "lr.png": encode_png(lr.astype(np.uint8))}
+        return f"noise-{number:03d}", {**images, "json": facts}
+
+    with tempfile.TemporaryDirectory() as scratch:
+        tar = Path(scratch) / "000000.tar"
+        entries = write_tar(tar, "shards/000000.tar", map(sample, range(num_samples)))
+        indexed = [IndexedEntry(e.key, e.shard, e.offset_bytes, e.length_bytes) for e in entries]
+        publish_if_absent(tar, f"{folder}/shards/000000.tar")
+        record = ShardRecord(0, "shards/000000.tar", sha256_file(tar), tar.stat().st_size, indexed, [])
+    commit_record(str(folder), record)
+    write_manifest(str(folder), 1, scale=4, has_lr=True)
+    return str(folder)
+
+
+def train_config(data: str, output: Path | str, *, stage: int = 1, num_updates: int, **changes: Any) -> TrainConfig:
+    """The tiny model, 4 samples of 32 px an update in micro-batches of 2. Stage 2 with GAN and discriminator learns
+    slowly: faster, the last bits of 30 updates grow to per cents of the loss."""
+    learning_rate = 1e-4 if stage == 2 else 1e-3
+    values = {
+        "job": "train",
+        "output": str(output),
+        "stage": stage,
+        "data": [data],
+        "model": {"family": "v1"},
+        "crop_px": 32,
+        "global_batch_size": 4,
+        "num_steps": 6,
+        "num_updates": num_updates,
+        "optimizer": {"learning_rate": learning_rate},
+        "decoder_loss": {"gan_weight": 0.1, "discriminator_width": 16, "discriminator_learning_rate": learning_rate},
+    }
+    runtime = {"micro_batch_size": 2, "checkpoint_every": 10, **changes.pop("runtime", {})}
+    return parse_config(values | {"runtime": runtime} | changes, TrainConfig, where="test")
+
+
+class Losses:
+    """Takes the place of rank 0's MLflow run: keeps the losses, in a file too."""
+
+    def __init__(self, file: Path | None = None) -> None:
+        self.values: list[float] = []
+        self._file = file
+
+    def metrics(self, values: dict[str, float], step: int) -> None:
+        if "loss" not in values:  # a validation's
+            return
+        self.values.append(values["loss"])
+        if self._file is not None:
+            with self._file.open("a") as file:
+                file.write(f"{values['loss']!r}\n")
+
+    def file(self, place: str, content: bytes) -> None:
+        pass
+
+
+def train_here(config: TrainConfig, rank: int = 0, world_size: int = 1, losses: Losses | None = None) -> list[float]:
+    """Run the loop in this process, which is in a process group; the losses of the updates that it did."""
+    from training.loop import WorkerContext, train
+    from training.train import initial_model
+
+    losses = losses or Losses()
+    manifests = [Manifest.load(part.path) for part in config.data]
+    context = WorkerContext(rank, world_size, "cpu", {}, tracker=losses if rank == 0 else None)
+    train(config, manifests, initial_model(config), context)
+    return losses.values
+
+
+def join_group(rank: int, world_size: int, port: int) -> None:
+    """Make this process one of a gloo group, as the workers of `ccsr train` are."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), DS_ACCELERATOR="cpu")
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    import deepspeed
+    import torch
+
+    from training.loop import skip_compiled_collectives
+
+    skip_compiled_collectives()
+    torch.set_num_threads(1)
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run_workers(folder: Path, runs: list[dict[str, Any]], world_size: int = 2) -> None:
+    """Let processes of one group do `runs` one after another.
+
+    Each is {"config", "losses"} and perhaps "poison" (a position) or "resave" (an output).
+    """
+    spec = folder / "spec.json"
+    spec.write_text(json.dumps({"world_size": world_size, "port": free_port(), "runs": runs}))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    logs = [folder / f"worker-{rank}.log" for rank in range(world_size)]
+    workers = []
+    for rank, log in enumerate(logs):
+        command = [sys.executable, "-m", "tests.training_runs", str(spec), str(rank)]
+        with log.open("w") as file:
+            workers.append(subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=file, stderr=file))
+    try:
+        assert [worker.wait(timeout=900) for worker in workers] == [0] * world_size, logs[0].read_text()[-5000:]
+    finally:
+        for worker in workers:
+            worker.kill()
+
+
+def poisoned(position: int) -> Callable[..., Iterator[list[Any]]]:
+    """In place of the loop's `updates`: the sample at `position` is not a number."""
+
+    def stream(*arguments: Any, **named: Any) -> Iterator[list[Any]]:
+        for batches in updates(*arguments, **named):
+            yield [replace(b, hr=b.hr * float("nan")) if position in b.positions else b for b in batches]
+
+    return stream
+
+
+def resave(config: TrainConfig, rank: int, world_size: int, output: str) -> None:
+    """Restore the newest checkpoint into engines of this world size and write what they hold to `output`."""
+    from training import loop
+    from training.resume import Checkpoints
+    from training.train import initial_model
+
+    context = loop.WorkerContext(rank, world_size, "cpu", {})
+    stage = loop.build_stage(initial_model(config), config)
+    engine, optimizer = loop._engine(stage, config, context)
+    adversary = loop._Adversary(stage, config, context) if config.stage == 2 else None
+    parts = engine, optimizer, (adversary.module, adversary.optimizer) if adversary else None
+    done = Checkpoints(config, *parts, context).resume()
+    with Checkpoints(config.model_copy(update={"output": output}), *parts, context) as copy:
+        copy.save(done)
+
+
+def main(spec_file: str, rank: int) -> None:
+    """A run's losses, and each rank's [kind of error, where] in LOSSES.RANK, are for the test to read."""
+    from infra.errors import CcsrError
+    from training import loop
+    from training.ranks import OtherRankError
+
+    spec = json.loads(Path(spec_file).read_text())
+    join_group(rank, spec["world_size"], spec["port"])
+    for run in spec["runs"]:
+        config = parse_config(run["config"], TrainConfig, where="spec")
+        loop.updates = poisoned(run["poison"]) if "poison" in run else updates
+        outcome = ["", ""]
+        try:
+            if "resave" in run:
+                resave(config, rank, spec["world_size"], run["resave"])
+            else:
+                train_here(config, rank, spec["world_size"], Losses(Path(run["losses"])))
+        except (CcsrError, OtherRankError) as error:
+            outcome = [type(error).__name__, getattr(error, "where", "")]
+        Path(f"{run['losses']}.{rank}").write_text(json.dumps(outcome))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

@@ -1,0 +1,59 @@
+"""The board: what the workers tell reaches the driver, and which rank held the others up."""
+
+from dataclasses import replace
+
+from training.board import Board
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_silent_rank_is_named_else_the_one_that_is_behind() -> None:
+    clock = Clock()
+    board = Board(clock)
+    assert board.behind() == ""
+    for rank in range(3):
+        board.beat(rank, 7)
+    assert board.behind() == ""
+    board.beat(2, 8)
+    assert board.behind() == "rank 0 was still at update 7, others at 8, rank 1 was still at update 7, others at 8"
+    clock.now = 30.0
+    board.beat(0, 8)
+    board.beat(2, 8)
+    assert board.behind() == "rank 1 was silent for 30 s, last heard at update 7"
+    clock.now = 90.0  # all silent says nothing about who is to blame
+    assert board.behind() == "rank 1 was still at update 7, others at 8"
+
+
+def test_a_restart_is_told_with_its_reason_and_a_users_error_ends_the_restarts() -> None:
+    clock = Clock()
+    board = Board(clock)
+    assert all(board.begin(rank) for rank in (1, 0))
+    assert board.read().news == []
+    board.beat(0, 3)
+    board.beat(1, 2)
+    board.lost(0, "RuntimeError: timed out")
+    assert board.begin(0)
+    reason = "rank 0: RuntimeError: timed out (rank 1 was still at update 2, others at 3)"
+    assert board.read().news == [f"restart 1 from the last checkpoint: {reason}"]
+    assert board.behind() == "", "the beats were of workers that are gone"
+    board.fail("first")
+    board.fail("second")
+    assert board.read().error == "first"
+    assert not board.begin(0)
+
+
+def test_a_stop_reaches_every_rank_at_its_next_beat_and_progress_is_the_last_written() -> None:
+    board = Board()
+    assert not board.beat(0, 1)
+    board.stop()
+    assert board.beat(0, 1)
+    assert board.beat(1, 1)
+    board.write(5, "loss 1")
+    assert replace(board.read(), news=[]) == replace(board.read(), update=5, note="loss 1", news=[])
+    board.warn("look")
+    assert board.read().news == ["look"]

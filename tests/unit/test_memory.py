@@ -1,0 +1,55 @@
+"""How much memory a run needs at least, by hand."""
+
+import psutil
+import pytest
+
+from infra import ConfigError
+from training.config import TrainConfig
+from training.memory import check_memory, memory_needed
+from training.models import ModelConfig, build_model, parameter_table
+from training.ranks import WorkerContext
+
+
+def config(stage: int = 1, precision: str = "fp32", zero_stage: int = 1) -> TrainConfig:
+    values = {"job": "train", "output": "o", "stage": stage, "data": ["d"], "num_updates": 1, "precision": precision}
+    return TrainConfig.model_validate({**values, "runtime": {"zero_stage": zero_stage}})
+
+
+@pytest.mark.parametrize(
+    ("precision", "zero_stage", "per_trained"),
+    # weights, gradients, fp32 masters and two moments of a parameter, in bytes, on four workers
+    [
+        ("fp32", 0, (4, 4, 8)),
+        ("fp32", 1, (4, 4, 1 + 2)),
+        ("fp32", 2, (4, 1, 1 + 2)),
+        ("bf16", 0, (2, 2, 4 + 8)),
+        ("bf16", 1, (2, 2, 1 + 2)),
+        ("bf16", 2, (2, 0.5, 1 + 2)),
+    ],
+)
+def test_bytes_per_parameter(precision: str, zero_stage: int, per_trained: tuple[float, ...]) -> None:
+    needed = memory_needed(1000, 0, config(1, precision, zero_stage), 4)
+    assert list(needed.values()) == [1000 * number for number in per_trained]
+    frozen = memory_needed(0, 1000, config(1, precision, zero_stage), 4)
+    assert list(frozen.values()) == [per_trained[0] * 1000, 0, 0]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_run_that_cannot_fit_is_refused_with_its_numbers(monkeypatch: pytest.MonkeyPatch, stage: int) -> None:
+    model = build_model(ModelConfig(), 0)
+    rows = parameter_table("tiny")
+    trained = sum(int(row["parameters"]) for row in rows if row[f"stage{stage}"])
+    more = 4 * trained + 12 * trained // 2  # gradients, and half of masters and moments; the weights are there already
+
+    def with_free(number: int) -> None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+        memory = psutil.virtual_memory()._replace(available=2 * number)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+        check_memory(model, config(stage), WorkerContext(0, 2, "cpu", {}))
+
+    with_free(more + 100_000)
+    with pytest.raises(ConfigError, match=r"0\.00 are free") as caught:
+        with_free(1000)
+    assert f"needs {more / 2**30:.2f} GiB more on each worker" in caught.value.what
+    with pytest.raises(ConfigError):
+        with_free(int(more * 0.98))

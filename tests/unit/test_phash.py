@@ -1,0 +1,76 @@
+"""Perceptual hashes: near for the same picture, far for others, silent about skies."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from photos import photo
+
+from infra import rng_for
+from infra.phash import NEAR_BITS, near_pairs, perceptual_hash
+
+skimage = pytest.importorskip("skimage", reason="the photographs come with the extra `demo`")
+sklearn = pytest.importorskip("sklearn", reason="the photographs come with the extra `demo`")
+PLACES = [Path(skimage.__path__[0], "data", name) for name in ("astronaut.png", "coffee.png", "chelsea.png")]
+PLACES += [Path(sklearn.__path__[0], "datasets", "images", name) for name in ("china.jpg", "flower.jpg")]
+
+
+@pytest.fixture(scope="module")
+def photographs() -> list[np.ndarray]:
+    return [np.ascontiguousarray(cv2.imread(str(place))[..., ::-1]) for place in PLACES]
+
+
+def bits(a: np.ndarray, b: np.ndarray) -> int:
+    return (perceptual_hash(a) ^ perceptual_hash(b)).bit_count()
+
+
+def jpeg(image: np.ndarray) -> np.ndarray:
+    _, data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 50])
+    return cv2.imdecode(data, cv2.IMREAD_COLOR)
+
+
+def half(image: np.ndarray) -> np.ndarray:
+    return cv2.resize(image, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
+
+
+def cut(image: np.ndarray) -> np.ndarray:
+    border = min(image.shape[:2]) // 100
+    return np.ascontiguousarray(image[border:-border, border:-border])
+
+
+@pytest.mark.parametrize("change", [jpeg, half, cut, lambda image: half(jpeg(image))])
+def test_the_same_photograph_stays_near(photographs: list[np.ndarray], change: object) -> None:
+    assert max(bits(image, change(image)) for image in photographs) <= NEAR_BITS  # type: ignore[operator]
+
+
+def test_other_photographs_are_far(photographs: list[np.ndarray]) -> None:
+    distances = [bits(a, b) for i, a in enumerate(photographs) for b in photographs[:i]]
+    assert min(distances) > 3 * NEAR_BITS
+
+
+def test_skies_have_no_hash() -> None:
+    sky = np.full((256, 256, 3), (90, 140, 220), np.uint8)
+    noisy = np.clip(sky + rng_for(0, "sky").normal(0, 4, sky.shape), 0, 255).astype(np.uint8)
+    gradient = np.clip(noisy + np.linspace(0, 30, 256)[:, None, None], 0, 255).astype(np.uint8)
+    assert [perceptual_hash(image) for image in (sky, noisy, gradient)] == [0, 0, 0]
+    assert perceptual_hash(photo(64, 64)) != 0
+    assert perceptual_hash(photo(64, 64)).bit_length() <= 64
+
+
+def test_near_pairs_are_those_of_a_plain_loop() -> None:
+    rng = rng_for(1, "hashes")
+    b = rng.integers(1, 2**64, 3000, dtype=np.uint64)
+    flips = np.bitwise_or.reduce(np.uint64(1) << rng.integers(0, 64, (2000, 7), dtype=np.uint64), axis=1)
+    a = b[rng.integers(0, len(b), 2000)] ^ flips
+    a[::50], b[::50] = 0, 0  # pictures that are too flat are no pair, not even with one another
+    expected = [
+        (i, j, int(x ^ y).bit_count())
+        for i, x in enumerate(a.tolist())
+        for j, y in enumerate(b.tolist())
+        if x and y and (x ^ y).bit_count() <= 6
+    ]
+    assert len(expected) > 100
+    assert list(near_pairs(a, b)) == expected
+    assert list(near_pairs(a[:0], b)) == list(near_pairs(a, b[:0])) == []
+    assert len(list(near_pairs(a, b, max_bits=7))) > len(expected)

@@ -1,0 +1,24 @@
+"""Progress without a terminal: a line now and then, with the time that is left."""
+
+import pytest
+
+from infra import progress as module
+from infra.progress import progress
+
+
+def test_lines_tell_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A resumed run: its first report is 1000 updates that an earlier one did, then 10 updates a minute."""
+    clock = iter([0.0, 10.0, 70.0, 130.0, 131.0, 190.0])
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
+    with progress("training", 1100) as advance:
+        advance(1000, "loss 3")
+        advance(10, "loss 2")
+        advance(10)
+        advance(1)
+        advance(79)
+    assert capsys.readouterr().err.splitlines() == [
+        "training: 1000/1100 loss 3",
+        "training: 1010/1100 (0:09:00 left) loss 2",
+        "training: 1020/1100 (0:08:00 left)",
+        "training: 1100/1100",
+    ]

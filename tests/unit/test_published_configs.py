@@ -1,0 +1,78 @@
+"""The ready configs hold what the authors published: the numbers of the paper and of both code snapshots."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infra.config import load_config
+from training.config import TrainConfig
+from training.order import legal_world_sizes
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+COMMON = {"crop_px": 512, "degradation": "ccsr", "t_max": 0.6667, "num_workers": 4, "use_gpu": True}
+V1_OPTIMISER = {"clip_norm": 0.0, "warmup_updates": 0}
+V2_OPTIMISER = {"betas": (0.9, 0.999), "weight_decay": 1e-2, "clip_norm": 1.0, "warmup_updates": 0}
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "ccsr_v1_stage1": {
+        **COMMON | V1_OPTIMISER,
+        **{"stage": 1, "family": "v1", "start_from": "hr", "precision": "fp32", "seed": 231},
+        **{"learning_rate": 1e-4, "betas": (0.9, 0.999), "weight_decay": 1e-2},
+        **{"global_batch_size": 4 * 16 * 3, "micro_batch_size": 16, "num_updates": 25000, "checkpoint_every": 500},
+        **{"activation_checkpointing": True},
+    },
+    "ccsr_v1_stage2": {
+        **COMMON | V1_OPTIMISER,
+        **{"stage": 2, "family": "v1", "start_from": "hr", "precision": "fp32", "seed": 231},
+        **{"num_steps": 45, "t_min": 0.3333},
+        **{"learning_rate": 5e-6, "betas": (0.5, 0.9), "weight_decay": 0.0, "discriminator_learning_rate": 5e-6},
+        **{"global_batch_size": 4 * 16 * 8, "micro_batch_size": 16, "num_updates": 60, "checkpoint_every": 20},
+        **{"reconstruction": "l1", "perceptual": "lpips", "perceptual_start_update": 0, "gan_start_update": 1},
+        **{"discriminator": "patch", "discriminator_width": 64},
+        **{"gan_weight": 0.5, "adaptive": True, "divide_by_batch": True},
+    },
+    "ccsr_v2_stage0": {
+        **COMMON | V2_OPTIMISER,
+        **{"stage": 0, "family": "v2", "precision": "bf16", "learning_rate": 5e-5},
+        **{"global_batch_size": 4 * 4 * 6, "micro_batch_size": 4, "num_updates": 40000},
+    },
+    "ccsr_v2_stage1": {
+        **COMMON | V2_OPTIMISER,
+        **{"stage": 1, "family": "v2", "start_from": "hr", "precision": "bf16", "learning_rate": 5e-5, "seed": 0},
+        **{"global_batch_size": 4 * 4 * 6, "micro_batch_size": 4, "num_updates": 20000, "checkpoint_every": 500},
+    },
+    "ccsr_v2_stage2": {
+        **COMMON | V2_OPTIMISER,
+        **{"stage": 2, "family": "v2", "start_from": "lr", "precision": "bf16", "num_steps": 1, "t_min": 0.5},
+        **{"learning_rate": 5e-6, "discriminator_learning_rate": 5e-6},
+        **{"global_batch_size": 4 * 2 * 8, "micro_batch_size": 2, "num_updates": 2000},
+        **{"reconstruction": "l2", "perceptual": "lpips", "perceptual_start_update": 101, "gan_start_update": 101},
+        **{"discriminator": "dino", "gan_weight": 0.05, "adaptive": False, "divide_by_batch": False},
+    },
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_numbers_are_the_published_ones(name: str) -> None:
+    config = load_config(CONFIGS / f"{name}.yaml", TrainConfig)
+    found: dict[str, Any] = {}
+    for part in (config.runtime, config.decoder_loss, config.optimizer, config.model, config):
+        found |= dict(part)
+    assert {key: found[key] for key in PUBLISHED[name]} == PUBLISHED[name]
+    assert config.model.preset == "sd21"
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_world_sizes_in_the_comment_are_the_legal_ones(name: str) -> None:
+    config = load_config(CONFIGS / f"{name}.yaml", TrainConfig)
+    legal = legal_world_sizes(config.global_batch_size, config.runtime.micro_batch_size)
+    others = ", ".join(str(size) for size in legal if size != 4)
+    assert f"num_workers: 4             # or {others}\n" in (CONFIGS / f"{name}.yaml").read_text()
+
+
+def test_each_stage_starts_from_the_one_before() -> None:
+    chain = ("ccsr_v2_stage0", "ccsr_v2_stage1", "ccsr_v2_stage2")
+    configs = [load_config(CONFIGS / f"{name}.yaml", TrainConfig) for name in chain]
+    for earlier, later in itertools.pairwise(configs):
+        assert later.init_from == f"{earlier.output}/model"

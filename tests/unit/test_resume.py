@@ -1,0 +1,161 @@
+"""Checkpoints of a running engine: written behind its back, one at a time, and a failed write is told."""
+
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import training.checkpoint
+import training.resume
+from infra import DataError, StorageError, storage
+from training.checkpoint import TrainingState, complete_checkpoints, load_checkpoint, save_checkpoint
+from training.config import TrainConfig
+from training.ranks import WorkerContext
+from training.resume import Checkpoints
+
+
+class Run:
+    """A module under plain AdamW, as ZeRO 0 has it, that learns to be zero."""
+
+    def __init__(self, output: str, facts: dict[str, object] | None = None, **runtime: int) -> None:
+        torch.manual_seed(0)
+        self.module = nn.Linear(3, 2)
+        self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=0.1)
+        values = {"job": "train", "output": output, "stage": 1, "data": ["d"], "num_updates": 9, "global_batch_size": 4}
+        config = TrainConfig.model_validate({**values, "runtime": runtime})
+        engine = SimpleNamespace(module=SimpleNamespace(trained=self.module))
+        self.exported: list[str] = []
+        export = lambda weights, uri: self.exported.append(uri)  # noqa: E731
+        context = WorkerContext(0, 1, "cpu", facts or {}, export=export)
+        self.checkpoints = Checkpoints(config, engine, self.optimizer, None, context)
+
+    def update(self) -> None:
+        self.module(torch.ones(1, 3)).square().sum().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_the_next_one_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, go_on = threading.Semaphore(0), threading.Semaphore(0)
+    running: list[int] = []
+
+    def slow(output: str, state: TrainingState, *, keep: int) -> str:
+        running.append(state.facts["num_updates"])
+        entered.release()
+        assert go_on.acquire(timeout=60)
+        return save_checkpoint(output, state, keep=keep)
+
+    monkeypatch.setattr(training.resume, "save_checkpoint", slow)
+    run = Run(str(tmp_path))
+    run.update()
+    as_saved = run.module.weight.detach().clone()
+    with run.checkpoints as checkpoints:
+        checkpoints.save(1, {"psnr_y": 20.0, "l_std": 0.1})
+        assert entered.acquire(timeout=60)
+        run.update()  # changes the weights in place while the write stands still
+        assert not torch.equal(run.module.weight, as_saved)
+        assert complete_checkpoints(str(tmp_path)) == []
+        second = threading.Thread(target=checkpoints.save, args=(2,))
+        second.start()
+        second.join(0.5)
+        assert second.is_alive()
+        assert running == [1], "the second one waits for the first"
+        go_on.release()
+        second.join(60)
+        go_on.release()
+    first, last = (load_checkpoint(place) for place in complete_checkpoints(str(tmp_path)))
+    assert torch.equal(first.tensors["weights"]["weight"], as_saved)
+    assert torch.equal(last.tensors["weights"]["weight"], run.module.weight)
+    assert first.facts["validation"] == {"psnr_y": 20.0, "l_std": 0.1}
+    assert "validation" not in last.facts
+    assert [state.facts["position"] for state in (first, last)] == [4, 8]
+
+
+def test_a_run_goes_on_from_what_was_saved_as_if_never_stopped(tmp_path: Path) -> None:
+    whole = Run(str(tmp_path / "whole"))
+    for _ in range(4):
+        whole.update()
+    stopped = Run(str(tmp_path / "parts"))
+    with stopped.checkpoints as checkpoints:
+        assert checkpoints.resume() == 0
+        for _ in range(2):
+            stopped.update()
+        checkpoints.save(2)
+        checkpoints.save(2)  # nothing new: not written again
+    resumed = Run(str(tmp_path / "parts"))
+    with resumed.checkpoints as checkpoints:
+        assert checkpoints.resume() == 2
+        for _ in range(2):
+            resumed.update()
+    assert torch.equal(resumed.module.weight, whole.module.weight)
+    assert not torch.equal(stopped.module.weight, whole.module.weight)
+
+
+def test_a_lost_bucket_is_told_at_the_next_update_and_at_the_end(bucket: str) -> None:
+    storage._s3().mkdir("short-lived")
+    run = Run("s3://short-lived/run")
+    checkpoints = run.checkpoints
+    run.update()
+    checkpoints.save(1)
+    written(checkpoints)
+    assert len(complete_checkpoints("s3://short-lived/run")) == 1
+    storage._s3().rm("short-lived", recursive=True)
+    run.update()
+    checkpoints.save(2)
+    with pytest.raises(StorageError, match="no such bucket"):
+        written(checkpoints)
+    assert isinstance(checkpoints.failure(), StorageError)
+    with pytest.raises(StorageError, match="no such bucket"):
+        checkpoints.__exit__(None, None, None)
+
+
+def written(checkpoints: Checkpoints) -> None:
+    assert checkpoints._writing is not None
+    checkpoints._writing.result(60)
+
+
+def test_a_write_that_fails_half_way_leaves_the_checkpoints_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = training.checkpoint.upload
+
+    def full(local: Path, uri: str) -> None:
+        if local.name == "weights.safetensors":
+            raise StorageError("the disk is full", where=uri, todo="make room")
+        real(local, uri)
+
+    run = Run(str(tmp_path))
+    run.update()
+    run.checkpoints.save(1)
+    written(run.checkpoints)
+    monkeypatch.setattr("training.checkpoint.upload", full)
+    run.checkpoints.save(2)
+    with pytest.raises(StorageError, match="full"):
+        written(run.checkpoints)
+    (kept,) = complete_checkpoints(str(tmp_path))
+    assert load_checkpoint(kept).facts["num_updates"] == 1
+
+
+def test_every_kth_checkpoint_is_exported_too(tmp_path: Path) -> None:
+    run = Run(str(tmp_path), checkpoint_every=2, export_every=2)
+    with run.checkpoints as checkpoints:
+        for update in range(1, 9):
+            run.update()
+            if update % 2 == 0:
+                checkpoints.save(update)
+    assert run.exported == [f"{tmp_path}/exports/{position:012d}" for position in (16, 32)]
+
+
+def test_a_checkpoint_of_other_datasets_is_refused(tmp_path: Path) -> None:
+    run = Run(str(tmp_path), {"dataset_ids": ["aaaa"]})
+    run.update()
+    with run.checkpoints as checkpoints:
+        checkpoints.save(1)
+    other = Run(str(tmp_path), {"dataset_ids": ["bbbb"]})
+    with pytest.raises(DataError, match="trained on the datasets aaaa, the config names bbbb"):
+        other.checkpoints.resume()
