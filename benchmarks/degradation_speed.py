@@ -78,7 +78,7 @@ def main() -> None:
     photos = [patch(name) for name in PHOTOS]
     results = {name: measure(name, photos, arguments.draws) for name in PRESETS}
     unit = np.mean([row[1].mean() for row in results.values()])
-    print(f"* command: `python benchmarks/degradation.py {' '.join(sys.argv[1:])}`".rstrip())
+    print(f"* command: `python benchmarks/degradation_speed.py {' '.join(sys.argv[1:])}`".rstrip())
     print(f"* date: {datetime.datetime.now(datetime.UTC):%Y-%m-%d}")
     versions = f"OpenCV {cv2.__version__}, PyTorch {torch.__version__}, NumPy {np.__version__}"
     print(f"* machine: {_cpu()}, one thread; {versions}")

@@ -4,7 +4,7 @@ Published way (CCSR's cal_iqa scripts on pyiqa): each of three scripts reads eve
 torch on the CPU, L-STD stacks float32 runs. It is written here from its description, not run from its source. Its SSIM
 is in float64, in which torch's convolution is slow; `--ssim float32` is kinder to it and several times quicker.
 
-    python benchmarks/evaluation.py [--images 50] [--runs 10] [--side 512] [--threads 1] [--ssim float32]
+    python benchmarks/evaluation_speed.py [--images 50] [--runs 10] [--side 512] [--threads 1] [--ssim float32]
 """
 
 import argparse
