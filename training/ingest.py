@@ -60,7 +60,8 @@ def _stack(samples: Sequence[TrainingSample]) -> dict[str, np.ndarray]:
     size = samples[0].hr.shape[:2]
     lr = [sample.lr if sample.lr.shape[:2] == size else enlarge(sample.lr, *size) for sample in samples]
     images = {"hr": [sample.hr for sample in samples], "lr": lr}
-    stacked = {name: np.stack(rows) for name, rows in images.items()}
+    # In C order whatever the rows are: convolutions of another memory layout round otherwise.
+    stacked = {name: np.ascontiguousarray(np.stack(rows)) for name, rows in images.items()}
     return stacked | {name: np.stack([sample.moments[name] for sample in samples]) for name in samples[0].moments}
 
 

@@ -98,6 +98,9 @@ def assert_equal(ours: Iterator[list[Batch]], reference: Iterator[list[Batch]]) 
             assert (one.keys, one.positions) == (other.keys, other.positions)
             assert torch.equal(one.hr, other.hr)
             assert torch.equal(one.lr, other.lr)
+            assert (one.hr.stride(), one.lr.stride()) == (other.hr.stride(), other.lr.stride()), (
+                "rounding depends on it"
+            )
             count += 1
     return count
 

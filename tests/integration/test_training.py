@@ -93,8 +93,7 @@ class Two:
 def two(one: tuple[list[float], Path], data: str, tmp_path_factory: pytest.TempPathFactory) -> Two:
     folder = tmp_path_factory.mktemp("two")
     two = Two(folder)
-    for zero_stage in (0, 1, 2):
-        two.plan(f"zero{zero_stage}", data, LONG, runtime={"zero_stage": zero_stage})
+    two.plan("zero1", data, LONG, runtime={"zero_stage": 1})
     shutil.copytree(one[1] / "checkpoints" / f"{40:012d}", folder / "grown" / "checkpoints" / f"{40:012d}")
     two.plan("grown", data, 20)
     stage2 = train_config(data, folder / "stage2", stage=2, num_updates=2)
@@ -119,18 +118,28 @@ def test_losses_are_those_of_the_committed_run(process_group, data, tmp_path, re
     else:
         losses = train_here(train_config(data, tmp_path, stage=stage, num_updates=LONG))
     golden = json.loads((GOLDEN / f"stage{stage}.json").read_text())
-    assert len(losses) == len(golden) == LONG
     assert len(set(golden)) == LONG
-    assert losses[0] == pytest.approx(golden[0], rel=1e-5)
-    assert losses == pytest.approx(golden, rel=1e-3)
+    assert_near(losses, golden)
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1, 2])
-def test_two_workers_train_as_one_under_every_zero_stage(one, two, zero_stage):
-    losses = two.losses(f"zero{zero_stage}")
-    assert len(losses) == LONG
-    assert losses[0] == pytest.approx(one[0][0], rel=1e-5)
-    assert losses == pytest.approx(one[0], rel=1e-3)
+def assert_near(losses: list[float], expected: list[float]) -> None:
+    assert len(losses) == len(expected) == LONG
+    assert losses[0] == pytest.approx(expected[0], rel=1e-5)
+    assert losses == pytest.approx(expected, rel=1e-3)
+
+
+def test_two_workers_train_as_one(one, two):
+    assert_near(two.losses("zero1"), one[0])
+
+
+@pytest.mark.slow
+def test_two_workers_train_as_one_under_other_zero_stages(one, data, tmp_path):
+    two = Two(tmp_path)
+    for zero_stage in (0, 2):
+        two.plan(f"zero{zero_stage}", data, LONG, runtime={"zero_stage": zero_stage})
+    two.work()
+    for zero_stage in (0, 2):
+        assert_near(two.losses(f"zero{zero_stage}"), one[0])
 
 
 def test_a_run_goes_on_with_more_workers_and_with_fewer(one, two, data, tmp_path):
@@ -158,7 +167,7 @@ def test_a_loss_that_is_not_finite_names_the_samples_and_ends_both_ranks(two):
 
 def test_a_damaged_sample_ends_both_ranks_and_the_group_is_still_sound(two, one):
     outcomes = two.outcomes("damaged")
-    assert sorted(kind for kind, _ in outcomes) == ["OtherRankError", "UnreadableImageError"]
+    assert sorted(kind for kind, _ in outcomes) == ["OtherRankError", "UnusableImageError"]
     assert "noise-007" in "".join(where for _, where in outcomes)
     assert two.losses("after") == pytest.approx(one[0][:1], rel=1e-5)
 

@@ -103,9 +103,7 @@ def test_a_records_disagreement_is_found(made: Manifest) -> None:
 def test_a_manifest_that_hides_a_quarantined_file_or_a_sample(made: Manifest) -> None:
     assert made.facts["quarantined"]
     rewrite(made, lambda facts: facts.update(quarantined=[]))
-    with pytest.raises(
-        DataError, match=r"^1 faults: the manifest lists other quarantined or dropped"
-    ):
+    with pytest.raises(DataError, match=r"^1 faults: the manifest lists other quarantined or dropped"):
         verify(made.uri)
     rewrite(made, lambda facts: facts.update(dropped={"flat": 1}))
     with pytest.raises(DataError, match=r"^1 faults: the manifest lists other quarantined or dropped"):
