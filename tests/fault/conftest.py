@@ -9,7 +9,6 @@ from shard_jobs import ShardJob, save_photos
 
 from infra.errors import ClusterError
 from infra.ray_runtime import RayConfig, ray_cluster
-from tests.unit.conftest import bucket, s3, s3_server  # noqa: F401
 
 
 @pytest.fixture(scope="session")

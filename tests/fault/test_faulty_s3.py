@@ -9,7 +9,7 @@ from shard_jobs import ShardJob, require_undisturbed, wait
 
 from infra import storage
 from infra.storage import join, list_files, publish_if_absent, put_if_absent, read_bytes
-from tests.unit.conftest import S3_SETTINGS
+from tests.conftest import S3_SETTINGS
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Fixtures of the unit tests: an S3 server in a process of its own, started once and only when a test asks for it."""
+"""Fixtures of all tests: an S3 server in a process of its own, started once and only when a test asks for it."""
 
 import os
 import socket
