@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-# This folder holds a script of the package's name: the repository must come before it.
+# tests/ is not installed; its photographs serve here too.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import cv2

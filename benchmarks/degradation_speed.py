@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-# This script has the package's name: the repository must come before its own folder.
+# tests/ is not installed; its photographs serve here too.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import cv2

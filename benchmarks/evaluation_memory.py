@@ -13,9 +13,6 @@ from collections import defaultdict
 from importlib.metadata import version
 from pathlib import Path
 
-# This folder has a script of the package's name: the repository must come before it.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import cv2
 import numpy as np
 import psutil

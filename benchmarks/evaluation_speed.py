@@ -9,7 +9,6 @@ is in float64, in which torch's convolution is slow; `--ssim float32` is kinder 
 
 import argparse
 import platform
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -17,9 +16,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-
-# This script has the package's name: the repository must come before its own folder.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import cv2
 import numpy as np

@@ -1,6 +1,6 @@
 """Stage 1 at full size on one GPU: our step against the published recipe's arithmetic. Plain PyTorch, random weights.
 
-    PYTHONPATH=. python -P benchmarks/gpu_step.py [--compile] [--micro-batches 4 8]    # CPU: --preset tiny --crop-px 64
+    PYTHONPATH=. python benchmarks/gpu_step.py [--compile] [--micro-batches 4 8]    # CPU: --preset tiny --crop-px 64
 
 An update is `--accumulation` micro-batches and one optimiser step. Both sides run the same losses (training/stage1.py)
 and both VAE encodes. Blocks of the variants alternate, so a card that warms up slows all of them.

@@ -81,17 +81,7 @@ class Ranks:
         stream = self._tasks(rank, config) if candidate == "tasks" else self._ray_data(rank, config)
         asked = time.perf_counter()
         first = began = waited = 0.0
-        expected = [
-            list(positions)
-            for update in range(config.num_updates)
-            for positions in positions_of(
-                update,
-                rank,
-                self.world_size,
-                global_batch_size=config.global_batch_size,
-                micro_batch_size=config.runtime.micro_batch_size,
-            )
-        ]
+        expected = self._micro_batches(rank, config)
         taken = []
         for number, (positions, hr, lr) in enumerate(stream):
             arrived = time.perf_counter()
@@ -112,6 +102,18 @@ class Ranks:
         if taken != expected:
             raise ValueError(f"rank {rank} took {taken}, not {expected}")
         return first, waited, asked - began
+
+    def _micro_batches(self, rank: int, config: SimpleNamespace) -> list[list[int]]:
+        """The positions of each micro-batch that the rank takes, in order."""
+        sizes = {
+            "global_batch_size": config.global_batch_size,
+            "micro_batch_size": config.runtime.micro_batch_size,
+        }
+        return [
+            list(positions)
+            for update in range(config.num_updates)
+            for positions in positions_of(update, rank, self.world_size, **sizes)
+        ]
 
     def _tasks(
         self, rank: int, config: SimpleNamespace
@@ -134,17 +136,7 @@ class Ranks:
         options.preserve_order = True
         options.resource_limits = ExecutionResources(cpu=config.runtime.ingest_cpus)
         size = config.runtime.micro_batch_size
-        micro_batches = [
-            [reader.place(position) for position in positions]
-            for update in range(config.num_updates)
-            for positions in positions_of(
-                update,
-                rank,
-                self.world_size,
-                global_batch_size=config.global_batch_size,
-                micro_batch_size=size,
-            )
-        ]
+        micro_batches = [[reader.place(p) for p in positions] for positions in self._micro_batches(rank, config)]
         shared = ray.put((reader.maker, micro_batches))
 
         def make(rows: dict[str, np.ndarray]) -> dict[str, Any]:

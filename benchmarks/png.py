@@ -14,7 +14,7 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
-# This folder has scripts of the packages' names: the repository must come before it.
+# tests/ is not installed; its photographs serve here too.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import cv2

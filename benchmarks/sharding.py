@@ -25,7 +25,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-# This folder has scripts of the packages' names: the repository must come before it.
+# tests/ is not installed; its photographs serve here too.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import cv2
@@ -291,6 +291,8 @@ def main() -> None:
         part, num_parts = map(int, options.part.split("/"))
         loop(json.loads(options.loop), options.tars, part, num_parts)
         return
+    if not options.photos and options.images < 6 * PER_SHARD:  # two workers' first two shards each are not counted
+        parser.error(f"--images must be at least {6 * PER_SHARD}")
     cv2.setNumThreads(1)
     with ray_cluster(RayConfig(num_cpus=2)), tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)

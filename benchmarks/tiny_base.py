@@ -1,11 +1,7 @@
 """The demo's claim, photo by photo and for several training seeds; draws docs/tiny-base.jpg from the first seed."""
 
 import argparse
-import sys
 from pathlib import Path
-
-# This folder holds a script of a package's name: the repository must come before it.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import cv2
 import numpy as np

@@ -1,6 +1,6 @@
 """The loop's update against a bare loop over the same DeepSpeed engine, and that against plain PyTorch; one CPU worker.
 
-    OMP_NUM_THREADS=1 python -P benchmarks/training_step.py [--rounds 12]
+    OMP_NUM_THREADS=1 python benchmarks/training_step.py [--rounds 12]
 
 All three take the same batch in turns, in one process: a round is one update of each. The loop's includes its logging
 to a real MLflow store (sqlite) after every update, which a thread of its own posts: shown without that thread's work,

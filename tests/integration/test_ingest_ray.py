@@ -18,7 +18,7 @@ from infra import StorageError
 from infra.images import UnusableImageError
 from infra.manifest import Manifest
 from tests.training_runs import noise_shards, train_config
-from tests.unit.photos import make_shard_set, save_photos, shard_config
+from tests.unit.photos import make_shard_set, make_two_sets, save_photos, shard_config
 from training.checkpoint import complete_checkpoints, load_checkpoint
 from training.config import TrainConfig
 from training.ingest import Batch, updates, window
@@ -52,15 +52,7 @@ class LoggedMaker(SampleMaker):
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> list[Manifest]:
-    folder = tmp_path_factory.mktemp("ingest")
-    manifests = []
-    for name, sizes in (("a", [(64, 72), (60, 64), (80, 48)]), ("b", [(96, 100), (90, 104)])):
-        save_photos(folder / name, sizes)
-        config = shard_config(
-            folder / name, folder / "sets" / name, name=name, degradation="bicubic", samples_per_shard=2
-        )
-        manifests.append(make_shard_set(config))
-    return manifests
+    return make_two_sets(tmp_path_factory.mktemp("ingest"))
 
 
 def config(

@@ -45,3 +45,15 @@ def make_shard_set(config: ShardConfig) -> Manifest:
         write_shard(config, recipe, shard)
     facts = {"fingerprint": "of a test", **_facts(config, recipe, files)}
     return write_manifest(config.output, len(shards), **facts)
+
+
+def make_two_sets(folder: Path) -> list[Manifest]:
+    """Two shard sets with stored LR, bicubic x4; the second one's images are larger."""
+    manifests = []
+    for name, sizes in (("a", [(64, 72), (60, 64), (80, 48)]), ("b", [(96, 100), (90, 104)])):
+        save_photos(folder / name, sizes)
+        config = shard_config(
+            folder / name, folder / "sets" / name, name=name, degradation="bicubic", samples_per_shard=2
+        )
+        manifests.append(make_shard_set(config))
+    return manifests

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from photos import make_shard_set, save_photos, shard_config
+from photos import make_shard_set, make_two_sets, save_photos, shard_config
 from pydantic import ValidationError
 from safetensors.numpy import save
 
@@ -33,16 +33,7 @@ from training.steps import build_stage
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> list[Manifest]:
-    """Two shard sets with stored LR, bicubic x4; the second one's images are larger."""
-    folder = tmp_path_factory.mktemp("stored")
-    manifests = []
-    for name, sizes in (("a", [(64, 72), (60, 64), (80, 48)]), ("b", [(96, 100), (90, 104)])):
-        save_photos(folder / name, sizes)
-        config = shard_config(
-            folder / name, folder / "sets" / name, name=name, degradation="bicubic", samples_per_shard=2
-        )
-        manifests.append(make_shard_set(config))
-    return manifests
+    return make_two_sets(tmp_path_factory.mktemp("stored"))
 
 
 @pytest.fixture(scope="module")
