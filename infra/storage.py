@@ -335,7 +335,10 @@ def download_folder(uri: str, folder: Path) -> Path:
     if not is_s3(uri):
         return Path(uri)
     for place in list_files(uri):
-        target = folder / place.removeprefix(uri).lstrip("/")
+        name = place.removeprefix(uri).lstrip("/")
+        if ".." in name.split("/"):  # an object may have any name
+            raise StorageError("the object's name leads out of its folder", where=place, todo="remove or rename it")
+        target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         download(place, target.parent)
     return folder

@@ -160,6 +160,14 @@ def test_folders_travel_whole_and_the_last_file_last(place: str, tmp_path: Path,
     assert found == {name: name.encode() * 10 for name in ("a.json", "part/weights.bin", "z.json")}
 
 
+def test_an_object_named_out_of_its_folder_is_refused(s3: str, tmp_path: Path) -> None:
+    storage._s3().pipe_file(f"{s3}/model/part/../../outside", b"x")
+    with pytest.raises(StorageError, match="leads out of its folder"):
+        download_folder(join(s3, "model"), tmp_path / "in" / "copy")
+    assert not (tmp_path / "in" / "outside").exists()
+    assert not (tmp_path / "outside").exists()
+
+
 def test_uploads_replace_and_downloads_are_equal(place: str, tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"first")
     upload(tmp_path / "x", join(place, "x"))
