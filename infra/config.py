@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from infra.errors import ConfigError
+from infra.storage import absolute
 
 
 class Config(BaseModel):
@@ -22,8 +23,9 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
-Location = Annotated[str, "location"]
-"""A path or s3:// URI. It says where something is, not what it is, so it stays out of the fingerprint."""
+Location = Annotated[str, "location", AfterValidator(absolute)]
+"""A path, made absolute since workers have folders of their own, or a URI. It says where something is, not what it is,
+so it stays out of the fingerprint."""
 
 EXTENDABLE = "extendable"
 """Marks a field that says where a result ends, not what it is: it stays out of the fingerprint, so a run can go on."""

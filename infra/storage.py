@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -28,8 +29,8 @@ def join(uri: str, *parts: str) -> str:
 
 
 def absolute(uri: str) -> str:
-    """The same place named from anywhere on this machine."""
-    return uri if is_s3(uri) else os.path.abspath(uri)
+    """The same place named from anywhere on this machine; a URI (s3://, runs:/, sqlite:///) stays as it is."""
+    return uri if re.match(r"[a-z0-9+]+:/", uri) else os.path.abspath(uri)
 
 
 @cache

@@ -245,3 +245,13 @@ def test_difference_names_each_leaf() -> None:
     old = {"a": {"b": 1, "c": 2}, "d": [1], "e": 0}
     new = {"a": {"b": 1, "c": 3}, "d": [2], "f": 0}
     assert difference(old, new) == ["a.c: 2 -> 3", "d: [1] -> [2]", "e: 0 -> absent", "f: absent -> 0"]
+
+
+def test_a_path_means_the_same_to_a_worker_in_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    values = TRAIN | {"data": ["set", {"path": "../other"}, "s3://bucket/set"], "init_from": "runs:/abc"}
+    config = parse_config(values | {"tracking": {"uri": "sqlite:///m.db"}}, TrainConfig, where="run.yaml")
+    places = [part.path for part in config.data]
+    assert places == [str(tmp_path / "set"), str(tmp_path.parent / "other"), "s3://bucket/set"]
+    assert (config.output, config.init_from) == (str(tmp_path / "out"), "runs:/abc")
+    assert config.tracking.uri == "sqlite:///m.db"
