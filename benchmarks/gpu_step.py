@@ -99,7 +99,7 @@ class Ours:
             network.to(memory_format=torch.channels_last)
         self.stage, self.accumulation = make_stage(model, options, micro_batch), options.accumulation
         if compiled:
-            model.unet, model.controlnet = torch.compile(model.unet), torch.compile(model.controlnet)
+            model.unet, model.adapter = torch.compile(model.unet), torch.compile(model.adapter)
             model.vae.encoder.compile()
         self.parameters = list(self.stage.trained.parameters())
         self.masters = [parameter.detach().float().clone() for parameter in self.parameters]

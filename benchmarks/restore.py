@@ -18,7 +18,7 @@ import torch
 
 from infra import noise_for, rng_for
 from training.models import CcsrModel, ModelConfig, build_model
-from training.restore import PreparedImage, SamplingConfig, _sample, decode_rows, prepare_image, restore_batch
+from training.restore import PreparedImage, SamplingConfig, decode_rows, prepare_image, restore_batch, sample_latents
 from training.sampling import ccsr_v2_timesteps
 
 GIB = 2**30
@@ -58,7 +58,7 @@ def compare_speed(model: CcsrModel, options: argparse.Namespace) -> None:
 
     def ours() -> None:
         noise = noise_for(0, [("x", run) for run in range(options.runs)], "cpu", torch.float32)
-        latents = _sample(model, mean, std, config, noise)
+        latents = sample_latents(model, mean, std, config, noise)
         assert sum(1 for _ in decode_rows(model, latents)) == options.runs
 
     def bare() -> None:

@@ -21,7 +21,7 @@ from evaluation.sets import EvaluationSet, load_sets
 from evaluation.tables import published_summary
 from infra.errors import DataError
 from infra.progress import progress
-from infra.ray_runtime import lost_worker, on_actors, ray_cluster, user_error
+from infra.ray_runtime import cpu_work, lost_worker, on_actors, ray_cluster, user_error
 from infra.run import claim_output
 from infra.storage import exists, join, list_files, read_bytes, write_bytes
 from infra.tracking import find_model
@@ -148,7 +148,7 @@ def _score_sets(config: EvaluateConfig, data: EvaluationSet, available: bool) ->
             import ray
 
             device = "cuda" if config.runtime.use_gpu else "cpu"
-            remote = ray.remote(num_gpus=int(config.runtime.use_gpu))(fid)
+            remote = ray.remote(**({"num_gpus": 1} if config.runtime.use_gpu else cpu_work(config.runtime.ray)))(fid)
             keys = [image.key for image in data.images]
             references = [result.picture("hr", key) for key in keys]
             try:

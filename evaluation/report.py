@@ -14,7 +14,7 @@ import numpy as np
 from evaluation.metrics import METRICS, Metric
 from evaluation.orderings import load_orderings, orderings_html
 from evaluation.results import EvaluationResult, MethodScores, load_result
-from evaluation.tables import html_table, published_summary, terminal_table
+from evaluation.tables import html_table, interval_table, published_summary, terminal_table
 from infra.errors import DataError
 from infra.images import read_image
 from infra.storage import exists, join, read_bytes, write_bytes
@@ -101,6 +101,7 @@ def _tables(result: EvaluationResult) -> str:
     group = result.run.get("published")
     published = published_summary(group) if group else {}
     tables = html_table(result.summary, published)
+    tables += f"<h2>95 % intervals over the images</h2>{interval_table(result.methods)}"
     if group:
         title = html.escape(f"Published: CCSR paper, arXiv 2401.00877v1, {group}")
         tables += f"<h2>{title}</h2>{html_table(published)}"

@@ -7,7 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from evaluation.compare import bootstrap_interval, per_image_values
 from evaluation.metrics import METRICS, Metric
+from evaluation.results import MethodScores
 from infra.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -105,6 +109,33 @@ def html_table(summary: Mapping[str, Any], published: Mapping[str, Any] | None =
         body += "</tr>\n"
     notes = "<br>".join(map(html.escape, table_notes(summary)))
     return f'<div class="scroll"><table><tr><th></th>{head}</tr>\n{body}</table></div><p class="note">{notes}</p>'
+
+
+def interval_table(methods: Mapping[str, MethodScores]) -> str:
+    """An HTML table: every metric's mean over the images, its G-STD and L-STD, each with its 95 % bootstrap interval.
+
+    Equal resamples of the images for every cell; images without a number are left out of its own row alone.
+    """
+    values = {name: per_image_values(method) for name, method in methods.items()}
+    rows = list(dict.fromkeys(metric for row in values.values() for metric in row if metric != "sharpness"))
+    body = ""
+    for metric in rows:
+        label = f"G-STD of {metric.removeprefix('g_std_')}" if metric.startswith("g_std_") else metric
+        cells = []
+        for name, method in methods.items():
+            found = values[name].get(metric, np.array([]))
+            found = found[np.isfinite(found)]
+            stable = method.num_runs == 1 and (metric == "l_std" or metric.startswith("g_std_"))
+            shown = ""
+            if len(found) and not stable:
+                low, high = bootstrap_interval(found)
+                shown = f"{found.mean():.4f} <small>{low:.4f} .. {high:.4f}</small>"
+            cells.append(shown)
+        if any(cells):
+            columns = "".join(f"<td>{cell}</td>" for cell in cells)
+            body += f"<tr><th>{html.escape('L-STD' if label == 'l_std' else label)}</th>{columns}</tr>\n"
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in methods)
+    return f'<div class="scroll"><table><tr><th></th>{head}</tr>\n{body}</table></div>'
 
 
 def published_summary(group: str) -> dict[str, Any]:

@@ -1,6 +1,14 @@
 """User errors: three lines (what happened, where, what to do) and an exit code."""
 
 import json
+import re
+
+PASSWORD = re.compile(r"://[^/@\s:]*:[^/@\s]+@")  # in an address
+
+
+def without_passwords(text: str) -> str:
+    """The text with user and password of each address in it left out."""
+    return PASSWORD.sub("://***@", text)
 
 
 class CcsrError(Exception):
@@ -17,7 +25,7 @@ class CcsrError(Exception):
 
     def __str__(self) -> str:
         what, where, todo = (" ".join(part.splitlines()) for part in (self.what, self.where, self.todo))
-        return f"{what}\n  where: {where}\n  to do: {todo}"
+        return without_passwords(f"{what}\n  where: {where}\n  to do: {todo}")
 
     def __reduce__(self) -> tuple:
         return _rebuild, (type(self), self.what, self.where, self.todo), self.__dict__

@@ -4,8 +4,10 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field
@@ -13,13 +15,90 @@ from pydantic import Field
 from infra.config import Config
 from infra.errors import CcsrError, ClusterError, error_from_json, error_to_json
 
+KIND = "ccsr.io/kind"
+GPU_KIND = "gpu"
+MAX_GPUS = "ccsr.io/max-gpus"
+MAX_CPUS = "ccsr.io/max-cpus"
+# Ray reads it when it is imported. At "0" a cluster listens on loopback alone, which is its default on macOS.
+ONE_MACHINE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+
 
 class RayConfig(Config):
     """Without `address`: RAY_ADDRESS if set, else a cluster is started here and stopped at the end."""
 
     address: str | None = None
     num_cpus: int | None = Field(None, ge=1, description="logical CPUs of a cluster started here; default: all")
-    object_store_bytes: int = Field(256 * 2**20, ge=80 * 2**20)
+    object_store_bytes: int = Field(256 * 2**20, ge=80 * 2**20, description="of a cluster started here")
+    task_memory_bytes: int = Field(
+        0,
+        ge=0,
+        description="memory that a node must have free for each CPU task, actor or worker; 0: not reckoned with",
+    )
+
+
+def use_token() -> None:
+    """Let Ray send the user's token where there is one: towards a cluster that runs it does not look for it unless
+    told. To be called before Ray is imported."""
+    token_file = os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token")
+    if "RAY_AUTH_TOKEN" in os.environ or Path(token_file).is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def cpu_work(config: RayConfig) -> dict[str, Any]:
+    """Options of a Ray task or actor that needs no GPU: not on a node labelled as GPU node, and the config's memory.
+
+    Nodes without the label take everything, so on one machine this says nothing.
+    """
+    memory = {"memory": config.task_memory_bytes} if config.task_memory_bytes else {}
+    return {"label_selector": {KIND: f"!{GPU_KIND}"}, **memory}
+
+
+@dataclass(frozen=True)
+class GpuCount:
+    """GPUs of the nodes that are there, and how many there may be once the cluster has grown."""
+
+    present: int
+    most: int
+
+
+def count_gpus(nodes: Iterable[tuple[Mapping[str, float], Mapping[str, str]]]) -> GpuCount:
+    """From each node's resources and labels; a cluster that grows says how far by the label MAX_GPUS of a node."""
+    present, most = 0, 0
+    for resources, labels in nodes:
+        present += int(resources.get("GPU", 0))
+        most = max(most, int(labels.get(MAX_GPUS, 0)))
+    return GpuCount(present, max(present, most))
+
+
+def check_gpus(needed: int, gpus: GpuCount, where: str) -> None:
+    """ClusterError rather than waiting for ever for GPUs that the cluster will not have."""
+    if needed > gpus.most:
+        grown = f", {gpus.most} once it has grown" if gpus.most > gpus.present else ""
+        raise ClusterError(
+            f"this job needs {needed} GPUs, the cluster has {gpus.present}{grown}",
+            where=where,
+            todo="lower runtime.num_workers or num_actors, or add GPU nodes; a cluster that adds nodes by itself says "
+            f"up to how many GPUs by the head's label {MAX_GPUS}",
+        )
+
+
+def check_gpus_here(needed: int) -> None:
+    """`check_gpus` of the cluster that this process is connected to."""
+    if needed:
+        check_gpus(needed, count_gpus(_nodes_here()), "the cluster")
+
+
+def cpus_here() -> float:
+    """CPUs of the connected cluster that `cpu_work` may take, or will once it has grown (the label MAX_CPUS)."""
+    nodes = list(_nodes_here())
+    present = sum(resources.get("CPU", 0.0) for resources, labels in nodes if labels.get(KIND) != GPU_KIND)
+    return max([present, *(float(labels.get(MAX_CPUS, 0)) for _, labels in nodes)])
+
+
+def _nodes_here() -> list[tuple[Mapping[str, float], Mapping[str, str]]]:
+    import ray
+
+    return [(node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"]]
 
 
 @contextmanager
@@ -30,12 +109,17 @@ def ray_cluster(config: RayConfig) -> Iterator[None]:
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    if address:
+        use_token()
+    else:
+        os.environ.setdefault(ONE_MACHINE, "0")
     import ray
 
     if ray.is_initialized():
+        os.environ.pop(ONE_MACHINE, None)
         yield
         return
-    address = config.address or os.environ.get("RAY_ADDRESS")
     try:
         if address:
             ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING)
@@ -55,6 +139,8 @@ def ray_cluster(config: RayConfig) -> Iterator[None]:
             where=address or "this machine",
             todo="check the address and that the cluster runs, or leave it empty for a local one",
         ) from error
+    finally:
+        os.environ.pop(ONE_MACHINE, None)  # a `ray start` below this process is not meant
     try:
         yield
     finally:
@@ -77,7 +163,9 @@ def on_actors(
     """
     if not tasks:
         return
+    num_actors = min(num_actors, len(tasks))
     with ray_cluster(ray_config):
+        check_gpus_here(num_actors if use_gpu else 0)
         import ray
         from ray.data import ActorPoolStrategy, DataContext
 
@@ -97,9 +185,8 @@ def on_actors(
 
         done = ray.data.from_items(list(tasks), override_num_blocks=len(tasks)).map(
             Actor,
-            compute=ActorPoolStrategy(size=min(num_actors, len(tasks))),
-            num_cpus=0 if use_gpu else 1,
-            num_gpus=1 if use_gpu else 0,
+            compute=ActorPoolStrategy(size=num_actors),
+            **({"num_cpus": 0, "num_gpus": 1} if use_gpu else {"num_cpus": 1, **cpu_work(ray_config)}),
         )
         try:
             for row in done.iter_rows():

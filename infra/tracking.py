@@ -206,6 +206,29 @@ def open_tracker(config: TrackingConfig, run: Mapping[str, Any], tags: Mapping[s
     return Tracker(client, run_id)
 
 
+def ping(uri: str) -> str:
+    """The version of the MLflow server at an address, or of this machine's MLflow for a database; ClusterError where
+    none answers."""
+    import mlflow
+    import requests
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    _fail_soon()
+    uri = tracking_uri(TrackingConfig(uri=uri))
+    try:
+        MlflowClient(uri).search_experiments(max_results=1)
+        if not uri.startswith(("http://", "https://")):
+            return mlflow.__version__
+        return requests.get(f"{uri.rstrip('/')}/version", timeout=30).text.strip()
+    except (MlflowException, OSError) as error:
+        raise ClusterError(
+            f"MLflow does not answer ({_first_line(error)})",
+            where=uri,
+            todo="start the server, check its address, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
+        ) from error
+
+
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one level with dotted keys."""
     flat: dict[str, Any] = {}

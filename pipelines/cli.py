@@ -218,7 +218,13 @@ def _config_class(values: dict[str, Any], where: str) -> Any:
         from evaluation.config import EvaluateConfig
 
         return EvaluateConfig
-    raise ConfigError(f"unknown job {job!r}", where=f"{where}: job", todo="write job: shard, train or evaluate")
+    if job == "cluster":
+        from infra.cluster import ClusterConfig
+
+        return ClusterConfig
+    raise ConfigError(
+        f"unknown job {job!r}", where=f"{where}: job", todo="write job: shard, train, evaluate or cluster"
+    )
 
 
 def main() -> None:

@@ -100,9 +100,10 @@ Crop = Annotated[WholeCrop | CenterCrop | RandomCrop | GridCrop, Field(discrimin
 
 
 class LatentsConfig(Config):
-    """Stored moments of HR and LR by the encoders of a model directory."""
+    """Stored moments of HR and LR by the encoders of a model directory; for StableSR's stage 2 its samples too."""
 
     model: Location
+    sampled_steps: int = Field(0, ge=0, description="steps from the LR to a stored sample (published: 200); 0: none")
     batch_size: int = Field(8, ge=1, description="images at once; always consecutive ones of a shard")
 
 

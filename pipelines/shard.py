@@ -14,7 +14,7 @@ from infra.errors import CcsrError, ConfigError, DataError, PartialResultError, 
 from infra.images import UnusableImageError, gradient_energy
 from infra.manifest import Manifest, Quarantined, ShardRecord, commit_record, committed_records, write_manifest
 from infra.progress import progress
-from infra.ray_runtime import lost_worker, ray_cluster
+from infra.ray_runtime import check_gpus_here, cpu_work, lost_worker, ray_cluster
 from infra.run import claim_output
 from infra.shards import IndexedEntry, write_tar
 from infra.storage import download, exists, join, publish_if_absent, sha256_file, staging
@@ -111,7 +111,9 @@ def _facts(config: ShardConfig, recipe: DegradationConfig | None, files: list[So
         "has_lr": scale is not None,
     }
     encoder = latent_encoder(config, "cpu")  # where the driver is, there need not be a GPU
-    return facts | ({"latents_model": encoder.encoder_id} if encoder else {})
+    if config.latents is None or encoder is None:
+        return facts
+    return facts | {"latents_model": encoder.encoder_id, "sampled_steps": config.latents.sampled_steps}
 
 
 def _write_shards(config: ShardConfig, recipe: DegradationConfig | None, shards: list[PlannedShard]) -> None:
@@ -123,6 +125,7 @@ def _write_shards(config: ShardConfig, recipe: DegradationConfig | None, shards:
         if not pending:
             return
         with ray_cluster(config.runtime.ray):
+            check_gpus_here((config.runtime.num_workers or 1) if config.latents and config.runtime.use_gpu else 0)
             import ray
             from ray.data import DataContext
 
@@ -164,8 +167,8 @@ def _write_row(
 def _placement(config: ShardConfig) -> dict[str, Any]:
     """What a worker takes, as Ray Data wants it told."""
     runtime = config.runtime
-    gpus = {"num_gpus": 1} if config.latents and runtime.use_gpu else {}
-    return {"num_cpus": 1, "concurrency": runtime.num_workers or (1 if config.latents else None), **gpus}
+    place = {"num_gpus": 1} if config.latents and runtime.use_gpu else cpu_work(runtime.ray)
+    return {"num_cpus": 1, "concurrency": runtime.num_workers or (1 if config.latents else None), **place}
 
 
 def latent_encoder(config: ShardConfig, device: str | None = None) -> "LatentEncoder | None":
@@ -174,7 +177,7 @@ def latent_encoder(config: ShardConfig, device: str | None = None) -> "LatentEnc
         return None
     from pipelines.latents import LatentEncoder  # the networks, whose import takes seconds
 
-    return LatentEncoder(config.latents, device or _device(config))
+    return LatentEncoder(config.latents, device or _device(config), config.seed)
 
 
 def _device(config: ShardConfig) -> str:

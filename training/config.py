@@ -26,7 +26,8 @@ class OptimizerConfig(Config):
 class DecoderLossConfig(Config):
     """Stage 2's loss; see `training.generator_loss`. Defaults: v1's, with a perceptual term that needs no file.
 
-    v2: l2, lpips, dino, gan_weight 0.05, neither adaptive nor divided, both terms from update 101 on.
+    v2: l2, lpips, dino, gan_weight 0.05, neither adaptive nor divided, both terms from update 101 on. StableSR: l1,
+    lpips, patch, gan_weight 0.025, not adaptive, GAN term and discriminator from update 501 on.
     """
 
     reconstruction: Literal["l1", "l2"] = "l1"
@@ -37,6 +38,7 @@ class DecoderLossConfig(Config):
     adaptive: bool = True
     divide_by_batch: bool = True
     gan_start_update: int = Field(1, ge=0, description="updates before this one train without the GAN term")
+    discriminator_start_update: int = Field(0, ge=0, description="before this update the discriminator learns nothing")
     discriminator_width: int = Field(64, ge=4, description="channels of the first PatchGAN layer")
     discriminator_learning_rate: float = Field(5e-6, gt=0)
 
@@ -85,7 +87,8 @@ class TrainingSet(Config):
 
 
 class TrainConfig(Config):
-    """One stage of CCSR. 0: noise prediction (v2's start, and the conventional model); 1: NUTL; 2: the decoder."""
+    """One stage. CCSR's 0: noise prediction (v2's start, and the conventional model); 1: NUTL; 2: the decoder.
+    StableSR's 1: noise prediction by encoder and modulation; 2: controllable feature wrapping."""
 
     job: Literal["train"]
     output: Location
@@ -98,7 +101,7 @@ class TrainConfig(Config):
     crop_px: int = Field(512, ge=32)
     degradation: str | DegradationConfig | None = Field(None, description="none: the LR that the shards store")
     start_from: Literal["hr", "lr"] = Field("hr", description="which latent is noised to T")
-    num_steps: int = Field(45, ge=1, description="stage 2: steps of the whole chain that is truncated")
+    num_steps: int = Field(45, ge=1, description="stage 2: steps of the whole chain (CCSR truncates it)")
     t_max: float = Field(0.6667, gt=0, le=1)
     t_min: float = Field(0.3333, ge=0, lt=1)
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -120,6 +123,12 @@ class TrainConfig(Config):
             )
         if self.t_min >= self.t_max:
             raise ValueError(f"t_min ({self.t_min}) must be below t_max ({self.t_max})")
+        if self.model.family == "stablesr" and self.stage == 0:
+            raise ValueError("StableSR's stages are 1 and 2: its stage 1 is what stage 0 is for CCSR")
+        if self.model.family == "stablesr" and self.stage == 2 and self.decoder_loss.adaptive:
+            raise ValueError(
+                "StableSR's decoder is frozen, so its GAN weight cannot adapt: decoder_loss.adaptive: false"
+            )
         if self.inputs == "latents" and self.degradation is not None:
             raise ValueError("`inputs: latents` are of the LR that the shards store: leave `degradation` out")
         return self

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from infra.errors import ConfigError
-from infra.ray_runtime import user_error
+from infra.ray_runtime import RayConfig, cpu_work, user_error
 from training.order import positions_of
 from training.samples import Place, SampleMaker, SampleReader, TrainingSample
 
@@ -98,7 +98,9 @@ def updates(
         for update in range(start, config.num_updates)
         for positions in positions_of(update, rank, world_size, **sizes)
     )
-    make = _on_ray(reader.maker) if runtime.ingest_cpus else lambda places: make_arrays(reader.maker, places)
+    make = (
+        _on_ray(reader.maker, runtime.ray) if runtime.ingest_cpus else lambda places: make_arrays(reader.maker, places)
+    )
 
     def load(positions: range) -> Batch:
         places = [reader.place(position) for position in positions]
@@ -132,13 +134,13 @@ def window(config: "TrainConfig", world_size: int) -> int:
     return max(runtime.prefetch_batches * num_micro, 2 * (runtime.ingest_cpus or LOCAL_THREADS))
 
 
-def _on_ray(maker: SampleMaker) -> Callable[[Sequence[Place]], dict[str, np.ndarray]]:
+def _on_ray(maker: SampleMaker, config: RayConfig) -> Callable[[Sequence[Place]], dict[str, np.ndarray]]:
     """`make_arrays` as a Ray task of one CPU. A task whose machine dies is run again by Ray, with the same result."""
     import ray
 
     shared = ray.put(maker)
     # The strategy is named because a task would otherwise be held inside its training worker's placement group.
-    task = ray.remote(num_cpus=1, scheduling_strategy="DEFAULT")(_make_on_one_thread)
+    task = ray.remote(num_cpus=1, scheduling_strategy="DEFAULT", **cpu_work(config))(_make_on_one_thread)
 
     def make(places: Sequence[Place]) -> dict[str, np.ndarray]:
         try:

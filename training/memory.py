@@ -35,7 +35,7 @@ def check_memory(model: CcsrModel, config: TrainConfig, context: WorkerContext) 
     `model` is still in fp32 in the host's memory. Memory limits of a container are not seen.
     """
     device, world_size = context.device, context.world_size
-    num_trained = _count(model.vae.decoder if config.stage == 2 else model.controlnet)
+    num_trained = _count(model.trained_part(config.stage))
     num_frozen = sum(map(_count, model.networks.values())) - num_trained
     needed = memory_needed(num_trained, num_frozen, config, world_size)
     total = sum(needed.values())

@@ -3,22 +3,32 @@
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import pad
 
 from infra.config import Config
 from infra.errors import DataError, ModelError
-from infra.images import resize_bicubic
 from infra.seeding import Noise, noise_for
 from infra.storage import download_folder
 from training.models import CcsrModel, load_model
-from training.sampling import Denoise, color_fix, guided, sample_ccsr_v1, sample_ccsr_v2, sample_uniform, tiled
+from training.sampling import (
+    Denoise,
+    color_fix,
+    guided,
+    sample_ccsr_v1,
+    sample_ccsr_v2,
+    sample_uniform,
+    starting_point,
+    tiled,
+)
 from training.sizes import SizeRule, published_input, published_output
 from training.tiled_vae import (
     GIB,
@@ -34,21 +44,36 @@ from training.tiled_vae import (
 IMAGE_BYTES = 60  # per pixel: five float32 RGB images live at once
 UNET_MAPS = 32  # activations of the first level's size live at once in ControlNet and UNet
 
+# StableSR-S200 of the paper's tables: from noise, as the published benchmark script does.
+PRESETS: dict[str, dict[str, Any]] = {
+    "stablesr_s200": {"sampler": "uniform", "num_steps": 200, "start": "noise", "enlargement": "bilinear"}
+}
+
 
 class SamplingConfig(Config):
-    """How a model restores. `ccsr`: the truncated chain of the model's family; `uniform`: conventional DDPM."""
+    """How a model restores; or a preset's name. `ccsr`: the truncated chain of the model's family (StableSR has none
+    and takes the whole one); `uniform`: conventional DDPM over the whole chain."""
 
     sampler: Literal["ccsr", "uniform"] = "ccsr"
     num_steps: int = Field(45, ge=1, description="steps of the whole chain")
     t_max: float = Field(0.6667, gt=0, le=1)
     t_min: float = Field(0.3333, ge=0, lt=1)
-    start: Literal["lr", "noise"] = Field("lr", description="v2's start point; v1 starts from noise")
+    start: Literal["lr", "noise"] = Field("lr", description="v2's and StableSR's start point; v1's is noise")
+    wrapping: float = Field(0.5, ge=0, le=1, description="StableSR's w: how far the decoder follows the LR's features")
+    enlargement: Literal["bicubic", "bilinear"] = Field("bicubic", description="of the LR, where sizes is `pad`")
     color_fix: Literal["adain", "wavelet", "none"] = "adain"
     tile: int | None = Field(None, ge=64, description="px; larger images are denoised in tiles that overlap by half")
     sizes: SizeRule = Field("pad", description="pad by reflection, or a published script's rule")
     guidance: float = Field(1, ge=1, description="classifier-free guidance scale; 1: none")
     prompt: str = Field("", description="a text whose embedding the model directory caches")
     negative_prompt: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_preset(cls, value: Any) -> Any:
+        if isinstance(value, str) and value not in PRESETS:
+            raise ValueError(f"no sampling preset is called {value!r}; there are {', '.join(PRESETS)}")
+        return PRESETS[value] if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _ordered(self) -> "SamplingConfig":
@@ -110,7 +135,7 @@ def prepare_image(
     num_runs: int = 1,
     vae_bytes: int | None = None,
 ) -> PreparedImage:
-    """Enlarge `lr`, uint8 (h, w, 3) RGB, bicubically to `size` = (H, W), pad it by reflection, and encode it once.
+    """Enlarge `lr`, uint8 (h, w, 3) RGB, to `size` = (H, W), pad it by reflection, and encode it once.
 
     `vae_bytes`: budget of the VAE's activations, default `activation_budget`. DataError for an output under 2 px, and
     where `num_runs` runs together or the VAE's temporary files would not fit what is free.
@@ -126,7 +151,8 @@ def prepare_image(
     budget = activation_budget(device) if vae_bytes is None else vae_bytes
     _check_memory(model, size, config, num_runs, budget, key)
     if config.sizes == "pad":
-        pixels = resize_bicubic(lr, width, height)
+        filter_ = Image.Resampling[config.enlargement.upper()]
+        pixels = np.asarray(Image.fromarray(lr).resize((width, height), filter_))
     else:
         pixels = published_input(lr, size, config.sizes, where=key)
     enlarged = torch.from_numpy(pixels.copy()).to(device).permute(2, 0, 1)[None] / 255
@@ -156,21 +182,40 @@ def restore_batch(
     images = [image for image, _ in rows]
     noise = noise_for(seed, [(image.key, run) for image, run in rows], images[0].mean.device, torch.float32)
     mean, std = (torch.cat(moments) for moments in zip(*((image.mean, image.std) for image in images), strict=True))
-    latents = _sample(model, mean, std, config, noise)
-    for image, pixels in zip(images, decode_rows(model, latents, vae_bytes), strict=True):
+    latents = sample_latents(model, mean, std, config, noise)
+    padded = torch.cat([_padded(model, image) for image in images]) if _wrapped(model, config) else None
+    for image, pixels in zip(images, decode_rows(model, latents, vae_bytes, padded, config.wrapping), strict=True):
         height, width = image.enlarged.shape[-2:]
-        pixels = color_fix(pixels[..., :height, :width], image.enlarged, config.color_fix)
+        # 1e-5 is of the range that the published code works on: CCSR's [0, 1], StableSR's [-1, 1].
+        epsilon = 2.5e-6 if model.config.family == "stablesr" else 1e-5
+        pixels = color_fix(pixels[..., :height, :width], image.enlarged, config.color_fix, epsilon)
         levels = pixels[0].clamp(0, 1).mul_(255).round_().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
         yield levels if config.sizes == "pad" else published_output(levels, image.size, config.sizes)
 
 
-def decode_rows(model: CcsrModel, latents: Tensor, vae_bytes: int | None = None) -> Iterator[Tensor]:
-    """Per latent (4, h, w) of a batch the image (1, 3, H, W) around [0, 1]; as many together as `vae_bytes` allow."""
+def _padded(model: CcsrModel, image: PreparedImage) -> Tensor:
+    """The enlarged LR (1, 3, H, W) at the size that was encoded."""
+    (height, width), (h, w) = image.enlarged.shape[-2:], image.mean.shape[-2:]
+    return _reflect(image.enlarged, h * model.factor - height, w * model.factor - width)
+
+
+def decode_rows(
+    model: CcsrModel, latents: Tensor, vae_bytes: int | None = None, lr: Tensor | None = None, wrapping: float = 0.5
+) -> Iterator[Tensor]:
+    """Per latent (4, h, w) of a batch the image (1, 3, H, W) around [0, 1]; as many together as `vae_bytes` allow.
+
+    `lr`: the enlarged LR images for StableSR's feature wrapping, which needs the VAE whole, at least image by image.
+    """
     height, width = (side * model.factor for side in latents.shape[-2:])
     budget = activation_budget(latents.device) if vae_bytes is None else vae_bytes
     together = rows_at_once(model.vae, height, width, budget)
-    for part in latents.split(max(1, together)):
-        decoded = model.decode(part) if together else decode_in_bands(model.vae, part, budget)
+    size = max(1, together)
+    conditions = repeat(None) if lr is None else lr.split(size)
+    for part, condition in zip(latents.split(size), conditions, strict=False):
+        if together or condition is not None:
+            decoded = model.decode(part, condition, wrapping)
+        else:
+            decoded = decode_in_bands(model.vae, part, budget)
         yield from decoded.add_(1).div_(2).split(1)
 
 
@@ -183,13 +228,15 @@ def _check_memory(
     sides = [side if config.tile is None else min(side, config.tile) for side in (height, width)]
     needed = {
         "images": IMAGE_BYTES * height * width,
-        "VAE": min(budget, WHOLE_PLANES * plane_bytes(model.vae, height, width)),
+        "VAE": WHOLE_PLANES * plane_bytes(model.vae, height, width),
         "UNet": UNET_MAPS
         * model.unet.config.block_out_channels[0]
         * (sides[0] * sides[1] // model.factor**2)
         * next(model.unet.parameters()).element_size()
         * max(1, num_runs),
     }
+    if not _wrapped(model, config):
+        needed["VAE"] = min(budget, needed["VAE"])
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
@@ -207,22 +254,28 @@ def _check_memory(
     check_space(model.vae, height, width, budget, where=key)
 
 
-def _sample(model: CcsrModel, mean: Tensor, std: Tensor, config: SamplingConfig, noise: Noise) -> Tensor:
-    z_lr = mean
-    if model.config.family == "v2":
+def _wrapped(model: CcsrModel, config: SamplingConfig) -> bool:
+    return "wrapping" in model.networks and config.wrapping > 0
+
+
+def sample_latents(model: CcsrModel, mean: Tensor, std: Tensor, config: SamplingConfig, noise: Noise) -> Tensor:
+    """Scaled latents (B, 4, h, w), float32, that `model` makes of the LR's moments; all randomness is in `noise`."""
+    z_lr, family = mean, model.config.family
+    if family != "v1":
         z_lr = mean + std * noise(mean.shape)  # a fresh posterior sample per run: it is part of the method's randomness
     cond = _denoiser(model, z_lr, config, config.prompt)
     uncond = _denoiser(model, z_lr, config, config.negative_prompt) if config.guidance > 1 else cond
     denoise = guided(cond, uncond, config.guidance)
-    if config.sampler == "uniform":
-        return sample_uniform(denoise, noise(mean.shape), num_steps=config.num_steps, noise=noise)
+    if config.sampler == "uniform" or family == "stablesr":
+        start = config.start if family == "stablesr" else "noise"
+        return sample_uniform(denoise, starting_point(z_lr, start, noise), num_steps=config.num_steps, noise=noise)
     chain: dict[str, Any] = {
         "num_steps": config.num_steps,
         "t_max": config.t_max,
         "t_min": config.t_min,
         "noise": noise,
     }
-    if model.config.family == "v1":
+    if family == "v1":
         return sample_ccsr_v1(denoise, noise(mean.shape), **chain)
     return sample_ccsr_v2(denoise, z_lr, start=config.start, denoise_first=uncond, **chain)  # `uncond`: as published
 

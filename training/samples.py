@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # it imports the networks, which a task on a CPU node must no
     from training.config import TrainConfig
 
 MOMENTS = ("hr.mean", "hr.std", "lr.mean", "lr.std")
+SAMPLED = "sampled"  # the latent that a stage-1 model made of the LR: what StableSR's stage 2 starts from
 
 
 class Place(NamedTuple):
@@ -54,7 +55,10 @@ class SampleReader:
         self._order = Order(config.seed, sizes, tuple(part.weight for part in config.data))
         latents = config.inputs == "latents"
         recipe = _recipe(config, manifests)
-        self.maker = SampleMaker(config.seed, config.crop_px, recipe, latents, with_images=config.stage == 2)
+        sampled = config.model.family == "stablesr" and config.stage == 2
+        self.maker = SampleMaker(
+            config.seed, config.crop_px, recipe, latents, with_images=config.stage == 2, with_sampled=sampled
+        )
 
     def place(self, position: int) -> Place:
         """Where the sample of a position lies."""
@@ -69,7 +73,8 @@ class SampleReader:
 class SampleMaker:
     """Reads one sample. It knows neither index nor model, so it travels with a task and loads quickly anywhere.
 
-    `recipe`: None for the stored LR. `latents`: the stored ones, together with the images only where `with_images`.
+    `recipe`: None for the stored LR. `latents`: the stored ones, together with the images only where `with_images`,
+    with the sampled latent where `with_sampled`.
     """
 
     seed: int
@@ -77,6 +82,7 @@ class SampleMaker:
     recipe: DegradationConfig | None
     latents: bool = False
     with_images: bool = True
+    with_sampled: bool = False
 
     def __call__(self, place: Place) -> TrainingSample:
         """Its crop, flip and degradation depend on (seed, position) alone; stored latents are taken as they are."""
@@ -118,7 +124,8 @@ class SampleMaker:
             hr = decode_image(members["hr.png"], where=where)
             clean = json.loads(members["json"])["degradation"]["clean"]
             lr = hr if clean else decode_image(members["lr.png"], where=where)
-        return TrainingSample(place.entry.key, place.position, hr, lr, {name: moments[name] for name in MOMENTS})
+        names = (*MOMENTS, SAMPLED) if self.with_sampled else MOMENTS
+        return TrainingSample(place.entry.key, place.position, hr, lr, {name: moments[name] for name in names})
 
 
 def _recipe(config: "TrainConfig", manifests: Sequence[Manifest]) -> DegradationConfig | None:
@@ -143,6 +150,12 @@ def check_latents(config: "TrainConfig", manifests: Sequence[Manifest], encoder_
                 else "these shards hold no latents",
                 where=manifest.uri,
                 todo="train with `inputs: pixels`, or shard with `latents` of this model",
+            )
+        if config.model.family == "stablesr" and config.stage == 2 and not manifest.facts.get("sampled_steps"):
+            raise ConfigError(
+                "these shards hold no sampled latents, which StableSR's stage 2 starts from",
+                where=manifest.uri,
+                todo="shard with `latents.sampled_steps`, or train with `inputs: pixels`, which samples at each update",
             )
 
 

@@ -7,7 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from infra.errors import ConfigError
-from training.sampling import Denoise, DrawNoise, add_noise, sample_ccsr_v1, sample_ccsr_v2
+from training.sampling import (
+    Denoise,
+    DrawNoise,
+    add_noise,
+    sample_ccsr_v1,
+    sample_ccsr_v2,
+    sample_uniform,
+    starting_point,
+)
 from training.sampling.schedules import LAST_TIMESTEP
 
 
@@ -41,6 +49,12 @@ def stage2_latents_v2(
     Draws are those of `sample_ccsr_v2`. Give z_hq in place of z_lr to start from the HQ latent.
     """
     return sample_ccsr_v2(denoise, z_lr, num_steps=num_steps, t_max=t_max, t_min=t_min, start="lr", noise=noise)
+
+
+@torch.no_grad()
+def stage2_latents_stablesr(denoise: Denoise, z_lr: Tensor, *, noise: DrawNoise, num_steps: int) -> Tensor:
+    """StableSR's whole chain (published: 200 steps) from the noised LR latent, float32 (B, C, H, W), no gradients."""
+    return sample_uniform(denoise, starting_point(z_lr, "lr", noise), num_steps=num_steps, noise=noise)
 
 
 def generator_loss(

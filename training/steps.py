@@ -18,8 +18,15 @@ from training.models import (
     load_dino,
     load_lpips,
 )
+from training.samples import SAMPLED
 from training.stage1 import eps_loss, stage1_loss_v1, stage1_loss_v2
-from training.stage2 import discriminator_loss, generator_loss, stage2_latents_v1, stage2_latents_v2
+from training.stage2 import (
+    discriminator_loss,
+    generator_loss,
+    stage2_latents_stablesr,
+    stage2_latents_v1,
+    stage2_latents_v2,
+)
 
 LAST_TIMESTEP = 999
 
@@ -53,27 +60,28 @@ class Stage(nn.Module):
 
     @torch.no_grad()
     def _latents(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Scaled latents of HR (a posterior sample) and LR (v1: the mean, v2: a sample), encoded here or before."""
+        """Scaled latents of HR (a posterior sample) and LR (v1: the mean, else a sample), encoded here or before."""
         stored = batch.moments
         mean, std = (stored["hr.mean"], stored["hr.std"]) if stored else self.model.encode_moments(batch.hr)
         z_hr = mean + std * self._noise(batch, "hr")(mean.shape)
         mean, std = (stored["lr.mean"], stored["lr.std"]) if stored else self.model.encode_condition(batch.lr)
-        sampled = self.model.config.family == "v2"
-        return z_hr, mean + std * self._noise(batch, "lr")(mean.shape) if sampled else mean
+        if self.model.config.family == "v1":
+            return z_hr, mean
+        return z_hr, mean + std * self._noise(batch, "lr")(mean.shape)
 
 
 class NoiseStage(Stage):
-    """Stages 0 and 1: the ControlNet learns to predict noise, and in stage 1 x0 at T and t_max too."""
+    """Stages 0 and 1: the adapter learns to predict noise, and in CCSR's stage 1 x0 at T and t_max too."""
 
     def __init__(self, model: CcsrModel, config: TrainConfig) -> None:
-        super().__init__(model, model.controlnet, config)
+        super().__init__(model, model.trained_part(config.stage), config)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Named terms and "loss" of one micro-batch; see `training.stage1`."""
         z_hr, z_lr = self._latents(batch)
         denoise = self.model.denoiser(z_lr)
         noise = self._noise(batch, "steps")
-        if self.config.stage == 0:
+        if self.config.stage == 0 or self.model.config.family == "stablesr":
             t = self._timesteps(batch, LAST_TIMESTEP + 1)
             loss = eps_loss(denoise, z_hr, t=t, noise=noise(z_hr.shape))
             return {"l_diff": loss, "loss": loss}
@@ -92,17 +100,13 @@ class NoiseStage(Stage):
 
 
 class DecoderStage(Stage):
-    """Stage 2: the VAE decoder learns to turn the truncated chain's x0 into the HR image.
+    """Stage 2: the decoder (StableSR: its feature wrapping) learns to turn the chain's x0 into the HR image.
 
     One chain serves both generator and discriminator; the published v1 runs it anew for each.
     """
 
     def __init__(self, model: CcsrModel, config: TrainConfig) -> None:
-        # v1 trains post_quant_conv too, v2 only what is called "decoder".
-        parts = {"decoder": model.vae.decoder}
-        if model.config.family == "v1":
-            parts["post_quant_conv"] = model.vae.post_quant_conv
-        super().__init__(model, nn.ModuleDict(parts), config)
+        super().__init__(model, model.trained_part(2), config)
         loss = config.decoder_loss
         # Not registered either: the one has an optimiser of its own, the other is frozen.
         self._adversary = (_discriminator(config),)
@@ -120,22 +124,13 @@ class DecoderStage(Stage):
 
     def forward(self, batch: Batch, update: int) -> dict[str, Tensor]:
         """The generator's terms and "loss" of one micro-batch of an update, from 0; see `training.generator_loss`."""
-        config = self.config
-        loss = config.decoder_loss
-        z_hr, z_lr = self._latents(batch)
-        noise = self._noise(batch, "steps")
-        chain: dict[str, Any] = {"num_steps": config.num_steps, "t_max": config.t_max, "t_min": config.t_min}
-        denoise = self.model.denoiser(z_lr)
-        if self.model.config.family == "v1":
-            x0 = stage2_latents_v1(denoise, z_hr, noise=noise, **chain)
-        else:
-            x0 = stage2_latents_v2(denoise, z_lr if config.start_from == "lr" else z_hr, noise=noise, **chain)
-        decoded = self.model.decode(x0)
+        loss = self.config.decoder_loss
+        decoded = self.model.decode(self._sampled(batch), batch.lr)
         if self.model.config.family == "v2":
             decoded = decoded.clamp(-1, 1)
         target = 2 * batch.hr - 1
         judge = self._judge(batch)
-        self._last = (judge, target, decoded.detach())
+        self._last = (judge, target, decoded.detach(), update >= loss.discriminator_start_update)
         self.trained_discriminator.requires_grad_(False)  # the generator's backward leaves no gradient there
         terms = generator_loss(
             decoded,
@@ -150,6 +145,21 @@ class DecoderStage(Stage):
         )
         self.trained_discriminator.requires_grad_(True)
         return terms
+
+    def _sampled(self, batch: Batch) -> Tensor:
+        """What the chain makes of the batch, here or when the shards were made."""
+        if SAMPLED in batch.moments:
+            return batch.moments[SAMPLED]
+        config, family = self.config, self.model.config.family
+        z_hr, z_lr = self._latents(batch)
+        noise = self._noise(batch, "steps")
+        denoise = self.model.denoiser(z_lr)
+        if family == "stablesr":
+            return stage2_latents_stablesr(denoise, z_lr, noise=noise, num_steps=config.num_steps)
+        chain: dict[str, Any] = {"num_steps": config.num_steps, "t_max": config.t_max, "t_min": config.t_min}
+        if family == "v1":
+            return stage2_latents_v1(denoise, z_hr, noise=noise, **chain)
+        return stage2_latents_v2(denoise, z_lr if config.start_from == "lr" else z_hr, noise=noise, **chain)
 
     def _judge(self, batch: Batch) -> Callable[[Tensor, str], Tensor]:
         """logits(image, purpose); the projected discriminator draws its views by (seed, purpose, position)."""
@@ -167,8 +177,8 @@ class DecoderStage(Stage):
     def discriminator_loss(self) -> Tensor:
         """The discriminator's loss on the images of the last forward; not a result of `forward`, because DeepSpeed
         hooks the backward of whatever that returns."""
-        judge, target, decoded = self._last
-        return discriminator_loss(judge(target, "real"), judge(decoded, "fake"))
+        judge, target, decoded, learns = self._last
+        return learns * discriminator_loss(judge(target, "real"), judge(decoded, "fake"))
 
 
 def _perceptual(model: CcsrModel, name: str) -> Lpips | EncoderFeatures | None:
@@ -186,6 +196,6 @@ def _discriminator(config: TrainConfig) -> PatchDiscriminator | ProjectedDiscrim
 
 def build_stage(model: CcsrModel, config: TrainConfig) -> Stage:
     if config.runtime.activation_checkpointing:  # the frozen UNet too: gradients pass through it
-        for network in (model.controlnet, model.unet, model.vae):
+        for network in (model.adapter, model.unet, model.vae):
             network.enable_gradient_checkpointing()
     return DecoderStage(model, config) if config.stage == 2 else NoiseStage(model, config)

@@ -20,7 +20,7 @@ from infra.errors import (
 )
 from infra.manifest import Manifest
 from infra.progress import progress
-from infra.ray_runtime import lost_worker, ray_cluster, user_error
+from infra.ray_runtime import check_gpus_here, cpu_work, cpus_here, lost_worker, ray_cluster, user_error
 from infra.run import claim_output
 from infra.storage import (
     absolute,
@@ -36,7 +36,7 @@ from infra.storage import (
 from infra.tracking import MODEL_TAG, Tracker, find_model, open_tracker, tracking_uri
 from training.board import Pulse, Watch, make_board
 from training.checkpoint import best_checkpoint, check_tensors, complete_checkpoints, load_checkpoint, load_newest
-from training.config import TrainConfig
+from training.config import TrainConfig, TrainRuntime
 from training.ingest import check_cpus
 from training.models import CcsrModel, build_model, load_model, save_model
 from training.ranks import OtherRankError, WorkerContext, agree, attempt, sigterm_noted
@@ -120,7 +120,7 @@ def model_id(uri: str | None) -> str:
 def initial_model(config: TrainConfig) -> CcsrModel:
     """The fp32 model that training starts from. ModelError if the directory's networks are not the config's."""
     if not config.init_from:
-        return build_model(config.model, config.seed)
+        return _prepared(build_model(config.model, config.seed), config)
     with tempfile.TemporaryDirectory(prefix="ccsr-model-") as folder:
         model = load_model(download_folder(config.init_from, Path(folder)))
     if model.config != config.model:
@@ -129,6 +129,12 @@ def initial_model(config: TrainConfig) -> CcsrModel:
             where=config.init_from,
             todo="set `model` to what the directory holds, or start from another one",
         )
+    return _prepared(model, config)
+
+
+def _prepared(model: CcsrModel, config: TrainConfig) -> CcsrModel:
+    if config.stage == 2:
+        model.prepare_stage2(config.seed)
     return model
 
 
@@ -136,11 +142,11 @@ def _fit(config: TrainConfig, manifests: list[Manifest], run: dict[str, Any], fa
     runtime = config.runtime
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
     with ray_cluster(runtime.ray), tempfile.TemporaryDirectory(prefix="ccsr-train-") as scratch:
-        import ray
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train import FailureConfig, RunConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
-        check_cpus(config, ray.cluster_resources())
+        check_gpus_here(runtime.num_workers if runtime.use_gpu else 0)
+        check_cpus(config, {"CPU": cpus_here()})
         tags = {"ccsr.stage": str(config.stage), "git.commit": facts["git_commit"]}
         tracker = open_tracker(config.tracking, run, tags)
         tracker.tag(**{MODEL_TAG: absolute(join(config.output, "model")), "ccsr.num_updates": str(config.num_updates)})
@@ -161,7 +167,7 @@ def _fit(config: TrainConfig, manifests: list[Manifest], run: dict[str, Any], fa
         trainer = TorchTrainer(
             _worker,
             train_loop_config=settings,
-            scaling_config=ScalingConfig(num_workers=runtime.num_workers, use_gpu=runtime.use_gpu),
+            scaling_config=_placement(runtime),
             torch_config=TorchConfig(
                 backend="nccl" if runtime.use_gpu else "gloo", timeout_s=runtime.collective_timeout_seconds
             ),
@@ -187,6 +193,20 @@ def _fit(config: TrainConfig, manifests: list[Manifest], run: dict[str, Any], fa
             tracker.end("KILLED" if isinstance(user, StoppedError) else "FAILED")
             raise user
         tracker.end("FINISHED")
+
+
+def _placement(runtime: TrainRuntime) -> Any:
+    """Where Ray Train puts the workers, and what it reserves for each: its GPU alone, or one CPU."""
+    from ray.train import ScalingConfig
+
+    if runtime.use_gpu:
+        return ScalingConfig(num_workers=runtime.num_workers, use_gpu=True)
+    place = cpu_work(runtime.ray)
+    return ScalingConfig(
+        num_workers=runtime.num_workers,
+        label_selector=place.pop("label_selector"),
+        resources_per_worker={"CPU": 1, **place},
+    )
 
 
 def _lost(error: BaseException, config: TrainConfig, ranks: list[str]) -> ClusterError:

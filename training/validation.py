@@ -90,6 +90,6 @@ class Validation:
 
 def _trained_chain(config: TrainConfig) -> SamplingConfig:
     """How the stage's model is meant to restore: stage 0 is a conventional diffusion model."""
-    if config.stage == 0:
+    if config.stage == 0 or config.model.family == "stablesr":
         return SamplingConfig(sampler="uniform", num_steps=config.num_steps)
     return SamplingConfig(num_steps=config.num_steps, t_max=config.t_max, t_min=config.t_min)

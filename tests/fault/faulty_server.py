@@ -23,8 +23,8 @@ class FaultyServer(http.server.ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, upstream: str, deck: Sequence[str] = DECK, seed: int = 0) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, upstream: str, deck: Sequence[str] = DECK, seed: int = 0, host: str = "127.0.0.1") -> None:
+        super().__init__((host, 0), _Handler)
         self.upstream = urlsplit(upstream).netloc
         self.counts: Counter[tuple[str, str]] = Counter()
         self._deck = list(deck)
@@ -34,7 +34,7 @@ class FaultyServer(http.server.ThreadingHTTPServer):
 
     @property
     def address(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
+        return f"http://{self.server_address[0]!s}:{self.server_port}"
 
     def draw_fate(self, method: str) -> str:
         with self._lock:
@@ -86,8 +86,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 @contextmanager
-def faulty_server(upstream: str, deck: Sequence[str] = DECK) -> Iterator[FaultyServer]:
-    with FaultyServer(upstream, deck) as server:
+def faulty_server(upstream: str, deck: Sequence[str] = DECK, host: str = "127.0.0.1") -> Iterator[FaultyServer]:
+    with FaultyServer(upstream, deck, host=host) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         yield server

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,19 +39,24 @@ def save_photos(folder: Path) -> None:
 
 @dataclass
 class ShardJob:
-    """One `ccsr shard` into `output`, on the Ray at `address` or one of its own; `environment` is added to its."""
+    """One `ccsr shard` into `output`, on the Ray at `address` or one of its own; `environment` is added to its.
+
+    `source` is where its photographs are to be read instead of `photos`; `inside` goes before the command.
+    """
 
     photos: Path
     output: str
     address: str | None = None
     num_workers: int = 1
     environment: dict[str, str] = field(default_factory=dict)
+    source: str | None = None
+    inside: Sequence[str] = ()
 
     def start(self) -> subprocess.Popen[str]:
         values = {
             "job": "shard",
             "output": self.output,
-            "sources": [{"kind": "folder", "name": "set", "path": str(self.photos)}],
+            "sources": [{"kind": "folder", "name": "set", "path": self.source or str(self.photos)}],
             "degradation": "realesrgan",
             "draws": DRAWS,
             "samples_per_shard": PER_SHARD,
@@ -63,7 +68,7 @@ class ShardJob:
         # The output goes to a file: Ray's processes would hold a pipe open after their driver was killed.
         with open(f"{file.name}.log", "w") as log:
             return subprocess.Popen(
-                [CCSR, "shard", "-c", file.name], env=environment, stdout=log, stderr=log, text=True
+                [*self.inside, CCSR, "shard", "-c", file.name], env=environment, stdout=log, stderr=log, text=True
             )
 
     def run(self) -> tuple[int, str]:
@@ -87,7 +92,7 @@ def wait_until(job: subprocess.Popen[str], reached: Callable[[], Any]) -> Any:
 
 
 def num_records(output: str) -> int:
-    return len(list(Path(output, "records").glob("[0-9]*.json")))
+    return sum(place.endswith(".json") for place in list_files(join(output, "records")))
 
 
 def writing_workers() -> list[psutil.Process]:

@@ -1,18 +1,31 @@
-"""`ccsr submit` against a real Ray head with its job server."""
+"""`ccsr submit` and `ccsr jobs` against a real Ray of two nodes, one of them a GPU node by its label."""
 
+import json
 import os
+import select
+import shlex
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from infra.doctor import diagnose
+from infra.errors import ClusterError, ConfigError, StorageError
+from infra.job_client import cluster_facts, connect
+from infra.jobs import Need, follow, job_status, list_jobs, stop, submit
 from infra.manifest import Manifest
+from pipelines.cli import app
 from tests.integration.conftest import REPOSITORY, run_ccsr
 
 
@@ -23,27 +36,41 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def job_server():
-    """A Ray head on loopback, started and ended by the test; yields the address of its job server."""
-    port, dashboard = free_port(), free_port()
-    command = [
-        str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--disable-usage-stats",
-        "--num-cpus=2", "--object-store-memory=100000000", "--node-ip-address=127.0.0.1", f"--port={port}",
-        "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--include-dashboard=true",
-        # Its own port: the agent of the Ray that the other tests share holds the default one.
-        f"--dashboard-agent-listen-port={free_port()}",
-        f"--temp-dir=/tmp/ccsr-ray-{os.getpid()}",
-    ]  # fmt: skip
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    """A head and a GPU node on loopback, started and ended by the test; yields job server and Ray address."""
+    port, dashboard, logs = free_port(), free_port(), tmp_path_factory.mktemp("ray")
+    ray, nodes = str(Path(sys.executable).with_name("ray")), []
     # A job's `python` is the one that comes first on the node's PATH, as in an activated environment.
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    head = subprocess.Popen(command, **quiet, start_new_session=True, env=environment)
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "RAY_AUTH_MODE": "token"}
+    if not (Path.home() / ".ray" / "auth_token").is_file():
+        subprocess.run([ray, "get-auth-token", "--generate"], check=True, capture_output=True)
+
+    def start(*options: str) -> subprocess.Popen:
+        common = ["--block", "--disable-usage-stats", "--num-cpus=2", "--object-store-memory=100000000"]
+        # Its own port: the agent of the Ray that the other tests share holds the default one.
+        command = [ray, "start", *common, f"--dashboard-agent-listen-port={free_port()}", *options]
+        with open(logs / f"{len(nodes)}.log", "w") as log:
+            output = {"stdout": log, "stderr": subprocess.STDOUT}
+            nodes.append(subprocess.Popen(command, **output, start_new_session=True, env=environment))
+        return nodes[-1]
+
     try:
+        head = start(
+            "--head", "--node-ip-address=127.0.0.1", f"--port={port}", "--include-dashboard=true",
+            "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--temp-dir=/tmp/ccsr-ray-{os.getpid()}",
+        )  # fmt: skip
         _wait_for(f"http://127.0.0.1:{dashboard}", head)
-        yield f"http://127.0.0.1:{dashboard}"
+        gpu_node = start(f"--address=127.0.0.1:{port}", "--num-gpus=1", "--labels=ccsr.io/kind=gpu")
+        client = connect(f"http://127.0.0.1:{dashboard}")
+        while len(cluster_facts(client).nodes) < 2:
+            assert gpu_node.poll() is None, (logs / "1.log").read_text()
+            time.sleep(0.5)
+        yield client.get_address(), f"127.0.0.1:{port}"
     finally:
-        os.killpg(head.pid, signal.SIGTERM)
-        head.wait(timeout=60)
+        for node in nodes:  # not asked politely: that takes half a minute
+            with suppress(ProcessLookupError):
+                os.killpg(node.pid, signal.SIGKILL)
+            node.wait(timeout=60)
 
 
 def _wait_for(address: str, head: subprocess.Popen) -> None:
@@ -60,28 +87,184 @@ def _wait_for(address: str, head: subprocess.Popen) -> None:
             time.sleep(0.5)
 
 
-def test_a_submitted_job_runs_there_and_returns_its_exit_code(job_server, tmp_path):
+@pytest.fixture
+def job_server(cluster: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")  # what connecting sets in this process is undone
+    return cluster[0]
+
+
+def test_a_submitted_job_runs_there_once_and_returns_its_exit_code(job_server, tmp_path):
     config = (REPOSITORY / "configs" / "demo" / "shard_heldout.yaml").read_text()
     (tmp_path / "mine.yaml").write_text(config)
-    out = f"output={tmp_path}/shards"
+    sharding = ["shard", "-c", "mine.yaml", "--set", f"output={tmp_path}/shards", "--set", "samples_per_shard=1"]
     # From another folder: the packages are shipped, the caller's folder is not.
-    done = run_ccsr("submit", "--address", job_server, "--", "shard", "-c", "mine.yaml", "--set", out, cwd=tmp_path)
+    done = run_ccsr("submit", "--address", job_server, "--", *sharding, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 samples, dataset" in done.stdout
     assert Manifest.load(f"{tmp_path}/shards").num_samples == 4
+    lines: list[str] = []
+    sharding[2] = str(tmp_path / "mine.yaml")  # the same content
+    assert follow(*submit(job_server, sharding, lines.append), lines.append) == 0
+    assert "submitted before and is SUCCEEDED" in lines[0]
+    assert "4 samples, dataset" in "".join(lines)  # the log of the one job
     stranger = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
     refused = run_ccsr("submit", "--address", job_server, "--", "verify", "x", cwd=tmp_path, **stranger)
     assert refused.returncode == 6
     assert "its token is missing or wrong" in refused.stderr
-    failed = run_ccsr("submit", "--address", job_server, "--", "verify", f"{tmp_path}/nothing", cwd=tmp_path)
-    assert failed.returncode == 1
-    assert "there is no complete shard set here" in failed.stdout
+    client = connect(job_server)
+    assert [job.status for job in list_jobs(client)] == ["SUCCEEDED"]
+
+    failing = ["verify", f"{tmp_path}/nothing"]
+    attempts = [submit(job_server, failing, lines.append, key="failing")[1]]
+    assert follow(client, attempts[0], lines.append) == 3
+    assert "there is no complete shard set here" in "".join(lines)
+    with ThreadPoolExecutor(2) as both:  # after a failure the next attempt is started, by one of two
+        attempts += both.map(lambda _: submit(job_server, failing, lines.append, key="failing")[1], range(2))
+    assert attempts[1] == attempts[2] == attempts[0].removesuffix("1") + "2"
+    assert len(list_jobs(client)) == 3
+    assert job_status(client, attempts[0]).exit_code == 3
+    listed = CliRunner(env={"COLUMNS": "250"}).invoke(app, ["jobs", "list", "--address", job_server])
+    assert listed.exit_code == 0, listed.output
+    assert f"ccsr verify {tmp_path}/nothing" in listed.output
 
 
-def test_what_cannot_be_submitted_is_told_at_once(tmp_path):
-    unreachable = run_ccsr("submit", "--address", f"http://127.0.0.1:{free_port()}", "--", "verify", "x", cwd=tmp_path)
+class CuttingProxy:
+    """Passes bytes on to a server, and cuts every connection that has lived for `seconds`; counts its cuts."""
+
+    def __init__(self, target: str, seconds: float) -> None:
+        host, port = target.removeprefix("http://").split(":")
+        self._target, self._seconds, self.num_cut = (host, int(port)), seconds, 0
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._pass_on, args=(connection,), daemon=True).start()
+
+    def _pass_on(self, connection: socket.socket) -> None:
+        end = time.monotonic() + self._seconds
+        with connection, socket.create_connection(self._target) as server:
+            while time.monotonic() < end:
+                for ready in select.select([connection, server], [], [], 0.05)[0]:
+                    data = ready.recv(65536)
+                    if not data:
+                        return
+                    (server if ready is connection else connection).sendall(data)
+            self.num_cut += 1
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+def test_a_log_survives_lost_connections(job_server):
+    script = "import time\nfor i in range(24): print(f'line {i}', flush=True); time.sleep(0.25)\nraise SystemExit(7)"
+    proxy = CuttingProxy(job_server, seconds=2.5)
+    try:
+        client = connect(proxy.address)
+        job = client.submit_job(entrypoint=f"python -c {shlex.quote(script)}")
+        texts: list[str] = []
+        assert follow(client, job, texts.append) == 7
+    finally:
+        proxy.close()
+    assert proxy.num_cut >= 2
+    told = [line for line in "".join(texts).splitlines() if line.startswith("line ")]
+    assert told == [f"line {i}" for i in range(24)]
+
+    direct = connect(job_server)
+    sleeping = direct.submit_job(entrypoint="sleep 100")
+    while job_status(direct, sleeping).status == "PENDING":
+        time.sleep(0.2)
+    assert stop(direct, sleeping)
+    assert follow(direct, sleeping, texts.append) == 143
+    assert not stop(direct, sleeping)
+    with pytest.raises(ClusterError, match="knows no such job"):
+        job_status(direct, "ccsr-never")
+
+
+PLACEMENT = """
+import json, sys, time
+import numpy as np
+import ray
+from infra.ray_runtime import RayConfig, on_actors, ray_cluster
+from training.ingest import _on_ray
+from training.samples import TrainingSample
+
+def node(task):
+    return {"node": ray.get_runtime_context().get_node_id()}
+
+config = RayConfig(address=sys.argv[1], task_memory_bytes=50 * 2**20)
+with ray_cluster(config):
+    gpus = {one["NodeID"] for one in ray.nodes() if one["Resources"].get("GPU")}
+    everywhere = ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(lambda: (time.sleep(1), node({}))[1]["node"])
+    found = {"plain": ray.get([everywhere.remote() for _ in range(4)])}
+    found["actors"] = [one["node"] for one in on_actors(
+        lambda: node, [{"task": i} for i in range(2)], ray_config=config, num_actors=2, use_gpu=False, output="o")]
+    found["on gpus"] = [one["node"] for one in on_actors(
+        lambda: node, [{"task": 0}], ray_config=config, num_actors=1, use_gpu=True, output="o")]
+    class Maker:
+        def __call__(self, place):
+            pixels = np.full((1, 1, 3), int(ray.get_runtime_context().get_node_id() in gpus), np.uint8)
+            time.sleep(0.5)
+            return TrainingSample("k", 0, pixels, pixels)
+    make = _on_ray(Maker(), config)
+    from concurrent.futures import ThreadPoolExecutor
+    with ThreadPoolExecutor(4) as pool:
+        found["ingest on gpu nodes"] = [int(one["hr"].max()) for one in pool.map(make, [[None]] * 4)]
+    from ray.util.state import list_tasks
+    written = [task for task in list_tasks(detail=True, limit=1000) if "write" in task.name and task.node_id]
+    found["sharding"] = [task.node_id for task in written]
+    print(json.dumps({"gpus": sorted(gpus), **found}))
+"""
+
+
+def test_work_without_gpus_keeps_off_gpu_nodes(cluster, job_server):
+    """After the first test, whose sharding is looked up in Ray's list of tasks."""
+    done = subprocess.run(
+        [sys.executable, "-c", PLACEMENT, cluster[1]],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=REPOSITORY,
+        env=os.environ | {"RAY_API_SERVER_ADDRESS": job_server},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    (gpu_node,) = found["gpus"]
+    assert gpu_node in found["plain"]  # it does take work that does not say where it wants to be
+    assert found["on gpus"] == [gpu_node]
+    assert len(found["actors"]) == 2
+    assert gpu_node not in found["actors"]
+    assert found["ingest on gpu nodes"] == [0] * 4
+    assert len(found["sharding"]) >= 4
+    assert gpu_node not in found["sharding"]
+
+
+def test_what_cannot_work_is_told_before_anything_starts(job_server, bucket, tmp_path, monkeypatch):
+    client = connect(job_server)
+    before = len(list_jobs(client))
+    assert cluster_facts(client).gpus.most == 1
+
+    def refused(kind: type[Exception], match: str, **needs: object) -> None:
+        with pytest.raises(kind, match=match):
+            submit(job_server, ["verify", "x"], print, need=Need(**needs))
+
+    refused(ClusterError, "needs 2 GPUs, the cluster has 1", num_gpus=2)
+    refused(StorageError, "no such bucket", outputs=("s3://absent/out",))
+    found = {line.name: line for line in diagnose(job_server, None, None)}
+    assert [found[name].state for name in ("cluster", "token", "nodes")] == ["ok", "ok", "ok"]
+    assert "placement" not in found
+    monkeypatch.setattr("ray.__version__", "2.59.0")
+    refused(ClusterError, "Ray 2.60.* runs there, 2.59.0 is installed here")
+    assert len(list_jobs(client)) == before
+
+    unreachable = run_ccsr("submit", "--address", f"127.0.0.1:{free_port()}", "--", "verify", "x", cwd=tmp_path)
     assert unreachable.returncode == 6
     assert unreachable.stderr.startswith("error: the cluster's job server does not answer")
-    demo = run_ccsr("submit", "--", "demo", cwd=tmp_path)
-    assert demo.returncode == 2
-    assert "cannot be submitted" in demo.stderr
+    with pytest.raises(ConfigError, match="cannot be submitted"):
+        submit(job_server, ["demo"], print)

@@ -201,6 +201,25 @@ def test_v2s_decoder_with_dino_and_lpips_resumes_bit_by_bit(process_group, data,
     assert_equal(checkpoint_at(tmp_path / "whole", 4), checkpoint_at(tmp_path / "parts", 4))
 
 
+@pytest.mark.parametrize(("stage", "zero_stage"), [(1, 2), (2, 1)])
+def test_stablesr_resumes_bit_by_bit(process_group, data, tmp_path, stage, zero_stage):
+    """The same loop, order and checkpoints; GAN and discriminator come in at the third update."""
+    loss = {"adaptive": False, "gan_weight": 0.025, "gan_start_update": 2, "discriminator_start_update": 2}
+    loss |= {"discriminator_width": 16, "discriminator_learning_rate": 1e-4}
+    runtime = {"zero_stage": zero_stage, "activation_checkpointing": True}
+    changes = {"model": {"family": "stablesr"}, "decoder_loss": loss, "num_steps": 3, "stage": stage}
+
+    def run(name: str, num_updates: int) -> list[float]:
+        return train_here(train_config(data, tmp_path / name, num_updates=num_updates, runtime=runtime, **changes))
+
+    whole = run("whole", 4)
+    assert run("parts", 2) + run("parts", 4) == whole
+    assert len(set(whole)) == 4
+    assert_equal(checkpoint_at(tmp_path / "whole", 4), checkpoint_at(tmp_path / "parts", 4))
+    names = checkpoint_at(tmp_path / "whole", 4).tensors["weights"]
+    assert {name.split(".")[0] for name in names} == ({"encoder", "sft"} if stage == 1 else {"wrapping"})
+
+
 def test_a_checkpoint_goes_on_under_another_zero_stage(one, data, tmp_path):
     shutil.copytree(one[1] / "checkpoints" / f"{40:012d}", tmp_path / "checkpoints" / f"{40:012d}")
     parts = train_here(train_config(data, tmp_path, num_updates=12, runtime={"zero_stage": 0}))

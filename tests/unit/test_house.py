@@ -9,12 +9,13 @@ import pytest
 import yaml
 
 from evaluation.config import EvaluateConfig
+from infra.cluster import ClusterConfig
 from infra.config import load_config, parse_config
 from pipelines.config import ShardConfig
 from training.config import TrainConfig
 
 ROOT = Path(__file__).parents[2]
-CONFIG_CLASSES = {"shard": ShardConfig, "train": TrainConfig, "evaluate": EvaluateConfig}
+CONFIG_CLASSES = {"shard": ShardConfig, "train": TrainConfig, "evaluate": EvaluateConfig, "cluster": ClusterConfig}
 README_CONFIGS = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
 
 

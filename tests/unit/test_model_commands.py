@@ -52,6 +52,21 @@ def test_a_base_alone_becomes_a_fresh_model(base: Path, tmp_path: Path) -> None:
     assert not found.controlnet.controlnet_mid_block.weight.any()
 
 
+def test_a_base_becomes_a_start_for_stablesr_and_its_prediction_is_kept(base: Path, tmp_path: Path) -> None:
+    velocity = build_model(ModelConfig(prediction="v"), seed=5)
+    save_model(velocity, tmp_path / "velocity")
+    for number, place in enumerate((base, tmp_path / "velocity", tmp_path / "velocity")):
+        options = ["--base", str(place), "--family", "stablesr"]
+        done = CliRunner().invoke(app, ["convert", str(tmp_path / f"m{number}"), *options])
+        assert done.exit_code == 0, done.output
+    models = [load_model(tmp_path / f"m{number}") for number in range(3)]
+    assert [m.config for m in models[:2]] == [ModelConfig(family="stablesr", prediction=p) for p in ("eps", "v")]
+    first, again = (model.adapter.state_dict() for model in models[1:])
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    unet = models[1].unet.state_dict()
+    assert all(torch.equal(value, unet[name]) for name, value in velocity.unet.state_dict().items())
+
+
 def test_v2_from_and_to_s3(base: Path, v2: Path, s3: str, tmp_path: Path) -> None:
     for name, folder in (("base", base), ("controlnet", v2 / "controlnet"), ("vae", v2 / "vae")):
         upload_folder(folder, f"{s3}/{name}", last="config.json")
@@ -80,11 +95,15 @@ def test_nothing_is_written_where_the_source_does_not_fit(base: Path, v2: Path, 
         run_convert(str(tmp_path / "out"), v1=str(v2 / "controlnet" / WEIGHTS))
     with pytest.raises(StorageError, match="no such file"):
         run_convert(str(tmp_path / "out"), v1=str(tmp_path / "v1.ckpt"))
+    with pytest.raises(ModelError, match="not a StableSR checkpoint"):
+        run_convert(str(tmp_path / "out"), stablesr=str(v2 / "controlnet" / WEIGHTS))
     for wrong in (
         {"vae": "x"},
         {"v1": "x", "vae": "x", "controlnet": "x"},
         {"family": "v3"},
         {"v1": "x", "family": "v1"},
+        {"v1": "x", "stablesr": "x"},
+        {"wrapping": "x"},
     ):
         with pytest.raises(ConfigError):
             run_convert(str(tmp_path / "out"), **wrong)

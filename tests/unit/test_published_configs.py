@@ -50,6 +50,21 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         **{"reconstruction": "l2", "perceptual": "lpips", "perceptual_start_update": 101, "gan_start_update": 101},
         **{"discriminator": "dino", "gan_weight": 0.05, "adaptive": False, "divide_by_batch": False},
     },
+    "stablesr_stage1": {
+        **COMMON | V1_OPTIMISER,
+        **{"stage": 1, "family": "stablesr", "precision": "fp32", "degradation": "stablesr"},
+        **{"learning_rate": 5e-5, "betas": (0.9, 0.999), "weight_decay": 1e-2},
+        **{"global_batch_size": 8 * 6 * 4, "micro_batch_size": 6},
+    },
+    "stablesr_stage2": {
+        **COMMON | V1_OPTIMISER,
+        **{"stage": 2, "family": "stablesr", "precision": "fp32", "degradation": None, "inputs": "latents"},
+        **{"learning_rate": 5e-5, "betas": (0.5, 0.9), "weight_decay": 0.0, "discriminator_learning_rate": 5e-5},
+        **{"global_batch_size": 4 * 1 * 8, "micro_batch_size": 1},
+        **{"reconstruction": "l1", "perceptual": "lpips", "perceptual_start_update": 0, "gan_start_update": 501},
+        **{"discriminator": "patch", "discriminator_width": 64, "discriminator_start_update": 501},
+        **{"gan_weight": 0.025, "adaptive": False, "divide_by_batch": True},
+    },
 }
 
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from evaluation import l_std, psnr_y
 from evaluation.report import write_report
 from evaluation.results import image_row, load_result, summarise
-from evaluation.tables import html_table, published_summary, table_rows, terminal_table
+from evaluation.tables import html_table, interval_table, published_summary, table_rows, terminal_table
 from infra import ConfigError, DataError, StorageError
 from infra.images import read_image
 
@@ -40,6 +40,18 @@ def without(table: pa.Table, **cell: object) -> pa.Table:
 
 def tables(folder: Path) -> tuple[pa.Table, pa.Table]:
     return pq.read_table(folder / "results.parquet"), pq.read_table(folder / "images.parquet")
+
+
+def test_intervals_are_of_the_images_and_only_of_what_varies(folder: Path) -> None:
+    result = load_result(folder)
+    table = interval_table({name: result.methods[name] for name in ("bicubic", "ccsr")})
+    rows = dict(re.findall(r"<tr><th>([^<]+)</th>(.*?)</tr>", table))
+    assert list(rows) == ["psnr_y", "G-STD of psnr_y", "ssim_y", "G-STD of ssim_y", "L-STD"]
+    assert [rows[name].startswith("<td></td><td>") for name in rows] == [False, True, False, True, True]
+    *_, mean, low, high = (float(text) for text in re.findall(r"\d+\.\d+", rows["psnr_y"]))
+    scores = result.methods["ccsr"].scores["psnr_y"].mean(axis=1)
+    assert mean == pytest.approx(scores.mean(), abs=1e-4)
+    assert scores.min() - 1e-4 <= low < mean < high <= scores.max() + 1e-4
 
 
 def test_summary_is_what_the_pictures_say(folder: Path) -> None:

@@ -15,9 +15,10 @@ from degradation import apply
 from infra import ConfigError, DataError, PartialResultError, StorageError
 from infra.images import UnusableImageError, decode_image, encode_png
 from infra.manifest import Manifest, committed_records, record_uri
+from infra.seeding import noise_for
 from infra.shards import read_sample
 from infra.storage import exists, join, list_files, publish_if_absent, read_bytes, write_bytes
-from pipelines.config import ShardConfig
+from pipelines.config import LatentsConfig, ShardConfig
 from pipelines.plan import plan_shards
 from pipelines.sample import crop_image
 from pipelines.shard import _report_quarantine, resolve_degradation, write_shard
@@ -424,3 +425,36 @@ def test_stored_latents_are_the_models_own(photos: Path, tmp_path: Path) -> None
             np.testing.assert_allclose(stored[f"{name}.std"], std[0].numpy(), atol=2e-3, rtol=2e-3)
     with pytest.raises(ConfigError, match="latents need a crop of one size"):
         resolve_degradation(shard_config(photos, "out", degradation="ccsr", latents=latents))
+    with pytest.raises(ConfigError, match="this model is of family v2"):
+        latent_encoder(config.model_copy(update={"latents": LatentsConfig(**latents, sampled_steps=2)}))
+
+
+def test_samples_of_a_stablesr_model_are_its_restorations_latents(photos: Path, tmp_path: Path) -> None:
+    """The stored sample, decoded, is what the same chain and noise give a restoration of the LR."""
+    import torch
+    from safetensors.numpy import load
+
+    from pipelines.shard import latent_encoder
+    from training.models import ModelConfig, build_model, save_model
+    from training.restore import SamplingConfig, sample_latents
+    from training.samples import SAMPLED
+
+    model = build_model(ModelConfig(family="stablesr"), 0)
+    save_model(model, tmp_path / "model")
+    latents = {"model": str(tmp_path / "model"), "batch_size": 2, "sampled_steps": 3}
+    crop = {"kind": "random", "size_px": 64}
+    config = shard_config(photos, tmp_path / "out", degradation="stablesr", crop=crop, latents=latents, seed=5)
+    encoder, recipe = latent_encoder(config), resolve_degradation(config)
+    record = write_shard(config, recipe, first_shard(config), encoder)
+    assert write_shard(config, recipe, first_shard(config), encoder) == record
+    sampling = SamplingConfig(num_steps=3, start="lr")
+    for entry in record.entries:
+        stored = load(read_sample(config.output, entry)["latent.safetensors"])
+        mean, std = (torch.tensor(stored[f"lr.{name}"]).float()[None] for name in ("mean", "std"))
+        with torch.inference_mode():
+            noise = noise_for(5, [("latent", entry.key)], "cpu", torch.float32)
+            expected = sample_latents(model, mean, std, sampling, noise)[0]
+        assert stored[SAMPLED].dtype == np.float16
+        error = np.abs(stored[SAMPLED] - expected.numpy()).max()
+        assert error < 0.02 * expected.abs().max()  # the chain starts from moments that were rounded to float16
+        assert np.abs(stored[SAMPLED] - mean[0].numpy()).max() > 0.2 * expected.abs().max()

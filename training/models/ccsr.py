@@ -1,23 +1,24 @@
-"""CcsrModel: the three networks and the prompt that samplers, losses and the training loop work with."""
+"""CcsrModel: the networks and the prompt that samplers, losses and the training loop work with."""
 
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self
 
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
 
-from infra.errors import ConfigError
-from training.models.networks import PROMPT_TOKENS, ModelConfig, build_networks, seeded_init
+from training.models.networks import ModelConfig
 from training.sampling.schedules import velocity_to_eps
 
 
 @dataclass
 class CcsrModel:
-    """VAE, UNet, ControlNet and cached prompt embeddings, {text: float32 (1, L, C)}; "" is always among them.
+    """VAE, UNet, adapter and cached prompt embeddings, {text: float32 (1, L, C)}; "" is always among them.
 
+    The adapter shows the UNet the LR latent: here a ControlNet. StableSR's model is a subclass with another adapter
+    (`_predict`), decoder (`decode`) and `trained_part`.
     `condition_encoder` encodes the LR image where that is not the VAE's own encoder's work; its decoder is not used.
     A network may be replaced by anything that is called alike (a DeepSpeed engine, a DDP wrapper).
     """
@@ -25,15 +26,20 @@ class CcsrModel:
     config: ModelConfig
     vae: AutoencoderKL
     unet: UNet2DConditionModel
-    controlnet: ControlNetModel
+    adapter: Any
     prompts: dict[str, Tensor] = field(repr=False)
     condition_encoder: AutoencoderKL | None = None
 
     @property
     def networks(self) -> dict[str, nn.Module]:
         """The networks by name, `condition_encoder` only where there is one."""
-        networks = {"vae": self.vae, "unet": self.unet, "controlnet": self.controlnet}
+        networks = {"vae": self.vae, "unet": self.unet, self.config.adapter_name: self.adapter}
         return networks if self.condition_encoder is None else networks | {"condition_encoder": self.condition_encoder}
+
+    @property
+    def controlnet(self) -> ControlNetModel:
+        """The adapter of a CCSR model."""
+        return self.adapter
 
     @property
     def prompt(self) -> Tensor:
@@ -62,7 +68,7 @@ class CcsrModel:
     def encode_condition(self, lr: Tensor) -> tuple[Tensor, Tensor]:
         """`encode_moments` of an LR image enlarged to the HR's size, by the encoder that conditions the ControlNet.
 
-        v1 takes the mean, v2 a sample.
+        v1 takes the mean, v2 and StableSR a sample.
         """
         return _moments(self.vae if self.condition_encoder is None else self.condition_encoder, lr)
 
@@ -80,12 +86,31 @@ class CcsrModel:
                     digest.update(weight.detach().float().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Image float32 (B, 3, H, W) around [-1, 1], un-clamped, from scaled latents (B, 4, h, w)."""
-        return self.vae.decode((latents / self.vae.config.scaling_factor).to(_dtype(self.vae))).sample.float()
+    def trained_part(self, stage: int) -> nn.Module:
+        """What a training stage's optimiser sees: the adapter; in stage 2 what turns latents into the image.
+
+        v1 trains post_quant_conv too, v2 only what is called "decoder".
+        """
+        if stage != 2:
+            return self.adapter
+        parts = {"decoder": self.vae.decoder}
+        if self.config.family == "v1":
+            parts["post_quant_conv"] = self.vae.post_quant_conv
+        return nn.ModuleDict(parts)
+
+    def prepare_stage2(self, seed: int) -> None:
+        """Make what stage 2 trains, where stage 1's model lacks it; random weights depend on `seed`."""
+
+    def decode(self, latents: Tensor, lr: Tensor | None = None, weight: float = 1.0) -> Tensor:
+        """Image float32 (B, 3, H, W) around [-1, 1], un-clamped, from scaled latents (B, 4, h, w).
+
+        `lr`: the enlarged LR images (B, 3, H, W) in [0, 1], which StableSR's feature wrapping follows with `weight`
+        from 0 (not at all) to 1; CCSR has no use for them.
+        """
+        return self.vae.decode((latents / self.vae.config.scaling_factor).to(dtype_of(self.vae))).sample.float()
 
     def denoiser(self, z_lr: Tensor, prompt: Tensor | None = None) -> Callable[..., Tensor]:
-        """denoise(x_t (B, 4, h, w), t int64 (B,), at=None) -> eps, float32: the UNet under the ControlNet's residuals.
+        """denoise(x_t (B, 4, h, w), t int64 (B,), at=None) -> eps, float32: the UNet under the adapter.
 
         `z_lr`: scaled condition latent (b, 4, H, W) with B a multiple of b; it is repeated whole, so row i of x_t
         sees row i % b. `at` = (y, x) cuts x_t's window out of a larger z_lr: for `training.sampling.tiled`.
@@ -101,45 +126,33 @@ class CcsrModel:
             if batch % len(z_lr) or condition.shape[-2:] != x_t.shape[-2:]:
                 raise ValueError(f"x_t {tuple(x_t.shape)} does not fit z_lr {tuple(z_lr.shape)} at {at}")
             condition = condition.repeat(batch // len(z_lr), 1, 1, 1)
-            states = text.expand(batch, -1, -1)
-            dtype = _dtype(self.controlnet)
-            down, middle = self.controlnet(
-                x_t.to(dtype), t, states.to(dtype), controlnet_cond=condition.to(dtype), return_dict=False
-            )
-            dtype = _dtype(self.unet)
-            found = self.unet(
-                x_t.to(dtype),
-                t,
-                states.to(dtype),
-                down_block_additional_residuals=tuple(residual.to(dtype) for residual in down),
-                mid_block_additional_residual=middle.to(dtype),
-                return_dict=False,
-            )[0].float()
+            found = self._predict(x_t, t, text.expand(batch, -1, -1), condition).float()
             return velocity_to_eps(x_t, found, t) if self.config.prediction == "v" else found
 
         return denoise
 
+    def _predict(self, x_t: Tensor, t: Tensor, text: Tensor, condition: Tensor) -> Tensor:
+        """What the UNet puts out for x_t under the condition latent; all have B rows."""
+        dtype = dtype_of(self.controlnet)
+        down, middle = self.controlnet(
+            x_t.to(dtype), t, text.to(dtype), controlnet_cond=condition.to(dtype), return_dict=False
+        )
+        dtype = dtype_of(self.unet)
+        return self.unet(
+            x_t.to(dtype),
+            t,
+            text.to(dtype),
+            down_block_additional_residuals=tuple(residual.to(dtype) for residual in down),
+            mid_block_additional_residual=middle.to(dtype),
+            return_dict=False,
+        )[0]
+
 
 def _moments(vae: AutoencoderKL, image: Tensor) -> tuple[Tensor, Tensor]:
-    posterior = vae.encode((2 * image - 1).to(_dtype(vae))).latent_dist
+    posterior = vae.encode((2 * image - 1).to(dtype_of(vae))).latent_dist
     return posterior.mean.float() * vae.config.scaling_factor, posterior.std.float() * vae.config.scaling_factor
 
 
-def _dtype(network: nn.Module) -> torch.dtype:
+def dtype_of(network: nn.Module) -> torch.dtype:
+    """The dtype of a network's weights."""
     return next(network.parameters()).dtype
-
-
-def build_model(config: ModelConfig, seed: int) -> CcsrModel:
-    """Random float32 weights on CPU, a function of `seed` alone; the prompt embedding is zero until it is converted.
-
-    The ControlNet starts as a copy of the UNet's encoder whose output and condition convolutions are zero, so that the
-    first prediction is the UNet's own. Networks are in train mode. Raises ConfigError for preset `custom`.
-    """
-    if config.preset == "custom":
-        raise ConfigError(
-            "preset 'custom' cannot be built", where="model.preset", todo="use 'tiny' or 'sd21', or load a directory"
-        )
-    with seeded_init(seed):
-        vae, unet, controlnet = build_networks(config.preset)
-    prompt = torch.zeros(1, PROMPT_TOKENS[config.preset], unet.config.cross_attention_dim)
-    return CcsrModel(config, vae, unet, controlnet, {"": prompt})

@@ -1,8 +1,8 @@
-"""Published weights in: CCSR v1's checkpoint, v2's directories, Stable Diffusion 2.1-base become model directories."""
+"""Published weights in: CCSR v1, v2, StableSR and Stable Diffusion 2.1-base become model directories."""
 
 import copy
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 
 from infra.errors import ModelError
-from training.models.ccsr import CcsrModel
+from training.models.build import build_adapter, model_class
 from training.models.directory import (
     WEIGHTS,
     check_finite,
@@ -19,19 +19,32 @@ from training.models.directory import (
     fill,
     load_part,
     part_from_config,
-    read_checkpoint,
     read_json,
     read_weights,
     save_model,
 )
-from training.models.ldm import unet_names, vae_names
-from training.models.networks import CONDITION, UNET_CONFIGS, VAE_CONFIGS, ModelConfig, latent_controlnet
-from training.models.text import V2_NEGATIVE_PROMPT, V2_PROMPT, embed_empty_prompt_open_clip, embed_prompts
-
-# What a v1 checkpoint holds beside networks: the noise schedules, a loss's scalar, and stage 2's loss networks.
-_NOT_NETWORKS = re.compile(
-    r"(betas|alphas_cumprod\w*|posterior_\w+|sqrt_\w+|log_one_minus_alphas_cumprod)(_inter)?|logvar|decoder_loss\..+"
+from training.models.ldm import (
+    LdmCheckpoint,
+    encoder_names,
+    sft_names,
+    split_qkv,
+    unet_names,
+    vae_names,
+    wrapping_names,
 )
+from training.models.networks import (
+    CONDITION,
+    UNET_CONFIGS,
+    VAE_CONFIGS,
+    ModelConfig,
+    latent_controlnet,
+    seeded_init,
+)
+from training.models.stablesr import StableSrAdapter
+from training.models.text import V2_NEGATIVE_PROMPT, V2_PROMPT, embed_empty_prompt_open_clip, embed_prompts
+from training.models.wrapping import FeatureWrapping
+
+_UNET = "model.diffusion_model."
 
 
 def convert_v1(checkpoint: Path | str, base: Path | str | None, out: Path | str) -> None:
@@ -45,55 +58,88 @@ def convert_v1(checkpoint: Path | str, base: Path | str | None, out: Path | str)
     Raises ModelError naming the first difference.
     """
     path, base = Path(checkpoint), None if base is None else Path(base)
-    state = read_checkpoint(path)
-    if not any(key.startswith("control_model.") for key in state):
-        raise ModelError(
-            f"not a CCSR v1 checkpoint: no control_model.* among its {len(state)} tensors (first: {min(state)})",
-            where=str(path),
-            todo="give the published v1 .ckpt; for v2's directories use the v2 conversion",
-        )
+    source = LdmCheckpoint(path, "control_model.", "CCSR v1")
     unet, vae = _architecture(base)
     with torch.device("meta"):
         controlnet = latent_controlnet(unet)
-    taken: set[str] = set()
-
-    def take(network: nn.Module, names: Mapping[str, str], prefix: str) -> None:
-        expected = network.state_dict()
-        needed = {prefix + source: expected[key] for key, source in names.items()}
-        found = {}
-        for source, tensor in needed.items():
-            if source in state:
-                value = state[source]
-                # 1x1 convolutions of the VAE's attention are linear layers in diffusers.
-                found[source] = value[..., 0, 0] if value.dim() == 4 and tensor.dim() == 2 else value
-        check_keys(needed, found, path)
-        taken.update(needed)
-        fill(network, {key: found[prefix + source] for key, source in names.items()}, path)
-
-    _split_first_convolution(state, unet.config.in_channels, path)
+    _split_first_convolution(source.state, unet.config.in_channels, path)
     depth = unet.config.layers_per_block
     names = unet_names({key: value for key, value in controlnet.state_dict().items() if CONDITION not in key}, depth)
     names |= {f"{CONDITION}.{leaf}": f"{CONDITION}.{leaf}" for leaf in ("weight", "bias")}
-    take(controlnet, names, "control_model.")
-    take(unet, unet_names(unet.state_dict(), depth), "model.diffusion_model.")
-    take(vae, vae_names(vae.state_dict(), len(vae.config.block_out_channels)), "first_stage_model.")
-    condition_encoder = _condition_encoder(vae, state, path)
-    taken |= {key for key in state if key.startswith("cond_encoder.")}
-    _check_surplus(set(state) - taken, path)
+    source.take(controlnet, names, "control_model.")
+    _take_base(source, unet, vae)
+    condition_encoder = _condition_encoder(vae, source.state, path)
+    source.check_all_taken(also=[key for key in source.state if key.startswith("cond_encoder.")])
+    prompts = _empty_prompt(base, source)
+    _write(unet, vae, controlnet, prompts, "v1", out, path, condition_encoder=condition_encoder)
 
-    prefix = "cond_stage_model.model."
-    tower = {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
+
+def convert_stablesr(
+    checkpoint: Path | str, wrapping: Path | str | None, base: Path | str | None, out: Path | str
+) -> None:
+    """Write `out` from StableSR's published checkpoint, and the one of its feature wrapping; strict, all or nothing.
+
+    `base` as in `convert_v1`; the sizes of encoder and wrapping are read off the tensors. Every tensor must have a
+    place. The wrapping's file carries a VAE of its own, which becomes the model's; the checkpoint's is kept as the
+    condition encoder where their encoders differ. Raises ModelError naming the first difference.
+    """
+    path, base = Path(checkpoint), None if base is None else Path(base)
+    source = LdmCheckpoint(path, "structcond_stage_model.", "StableSR")
+    unet, vae = _architecture(base)
+    prefix = "structcond_stage_model."
+    width, hidden = (
+        len(source.state.get(key, ()))
+        for key in (f"{prefix}input_blocks.0.0.weight", f"{_UNET}middle_block.0.spade.mlp_shared.0.bias")
+    )
+    with torch.device("meta"):
+        adapter = StableSrAdapter.for_unet(unet, width=width or 256, hidden=hidden or 128)
+    source.state = split_qkv(source.state, adapter.config.num_heads)
+    encoder = adapter.encoder
+    source.take(encoder, encoder_names(encoder.state_dict(), adapter.config.encoder_layers), prefix)
+    source.take(adapter.sft, sft_names(adapter.levels, unet.config.layers_per_block), _UNET)
+    _take_base(source, unet, vae)
+    source.check_all_taken()
+    others: dict[str, Any] = {}
+    if wrapping is not None:
+        first_stage = vae
+        vae, others["wrapping"] = _wrapping(Path(wrapping), first_stage)
+        encoders = (first_stage.encoder, vae.encoder), (first_stage.quant_conv, vae.quant_conv)
+        pairs = (zip(a.state_dict().values(), b.state_dict().values(), strict=True) for a, b in encoders)
+        if not all(torch.equal(a, b) for tensors in pairs for a, b in tensors):
+            others["condition_encoder"] = first_stage
+    _write(unet, vae, adapter, _empty_prompt(base, source), "stablesr", out, path, **others)
+
+
+def _wrapping(path: Path, vae: AutoencoderKL) -> tuple[AutoencoderKL, FeatureWrapping]:
+    """The VAE, of the architecture of `vae`, and the wrapping of a feature wrapping's checkpoint."""
+    source = LdmCheckpoint(path, "decoder.fusion_layer_", "StableSR feature wrapping")
+    growth = len(source.state.get("decoder.fusion_layer_1.encode_enc_2.0.rdb1.conv1.bias", ())) or 32
+    channels, groups = tuple(vae.config.block_out_channels), vae.config.norm_num_groups
+    with torch.device("meta"):
+        wrapping, own = FeatureWrapping(channels, growth, groups), AutoencoderKL.from_config(vae.config)
+    source.take(wrapping, wrapping_names(wrapping.state_dict()), "decoder.")
+    source.take(own, vae_names(own.state_dict(), len(channels)), "")
+    source.check_all_taken()
+    return own, wrapping
+
+
+def _take_base(source: LdmCheckpoint, unet: UNet2DConditionModel, vae: AutoencoderKL) -> None:
+    source.take(unet, unet_names(unet.state_dict(), unet.config.layers_per_block), _UNET)
+    source.take(vae, vae_names(vae.state_dict(), len(vae.config.block_out_channels)), "first_stage_model.")
+
+
+def _empty_prompt(base: Path | None, source: LdmCheckpoint) -> dict[str, Tensor]:
+    """The prompts to cache: by the base's text encoder, or by the text tower in the checkpoint."""
     if base is not None:
-        prompts = embed_prompts(base, [""])
-    elif tower:
-        prompts = {"": embed_empty_prompt_open_clip(tower, path)}
-    else:
+        return embed_prompts(base, [""])
+    tower = source.text_tower()
+    if not tower:
         raise ModelError(
             "the checkpoint holds no text tower, so the empty prompt's embedding cannot be computed",
-            where=str(path),
+            where=str(source.path),
             todo="give a Stable Diffusion 2.1-base directory as base: ccsr weights fetch sd21-base",
         )
-    _write(unet, vae, controlnet, prompts, "v1", out, path, condition_encoder)
+    return {"": embed_empty_prompt_open_clip(tower, source.path)}
 
 
 def convert_v2(controlnet_dir: Path | str, vae_dir: Path | str, base_dir: Path | str, out: Path | str) -> None:
@@ -127,15 +173,19 @@ def convert_v2(controlnet_dir: Path | str, vae_dir: Path | str, base_dir: Path |
 
 
 def convert_base(base_dir: Path | str, family: str, out: Path | str) -> None:
-    """Write `out` from SD 2.1-base alone: a start for training, its ControlNet the UNet's copy that changes nothing.
+    """Write `out` from SD 2.1-base alone: a start for training. A ControlNet is the UNet's copy that changes nothing,
+    StableSR's adapter has random weights, always the same.
 
-    `family`: "v1" or "v2". Strict, all or nothing; raises ModelError naming the first difference.
+    `family`: "v1", "v2" or "stablesr". `base_dir` may be a model directory too, whose prediction is kept. Strict, all
+    or nothing; raises ModelError naming the first difference.
     """
     base = Path(base_dir)
     _check_prediction_type(base)
     unet, vae = load_part(base / "unet", "unet"), load_part(base / "vae", "vae")
     prompts = embed_prompts(base, ["", V2_PROMPT, V2_NEGATIVE_PROMPT])
-    _write(unet, vae, latent_controlnet(unet), prompts, family, out, base)
+    with seeded_init(0):
+        adapter = build_adapter(_config(unet, vae, family, base), unet)
+    _write(unet, vae, adapter, prompts, family, out, base)
 
 
 def _architecture(base: Path | None) -> tuple[UNet2DConditionModel, AutoencoderKL]:
@@ -191,16 +241,6 @@ def _condition_encoder(vae: AutoencoderKL, state: Mapping[str, Tensor], path: Pa
     return fill(copy.deepcopy(vae), tensors | own, path)
 
 
-def _check_surplus(left: Iterable[str], path: Path) -> None:
-    surplus = sorted(key for key in left if not (_NOT_NETWORKS.fullmatch(key) or key.startswith("cond_stage_model.")))
-    if surplus:
-        raise ModelError(
-            f"tensor {surplus[0]} has no place in CCSR v1 ({len(surplus)} such)",
-            where=str(path),
-            todo="give the published v1 checkpoint; another family's cannot be converted",
-        )
-
-
 def _subfolder(directory: Path, name: str) -> Path:
     return directory / name if (directory / name).is_dir() else directory
 
@@ -208,15 +248,15 @@ def _subfolder(directory: Path, name: str) -> Path:
 def _write(
     unet: UNet2DConditionModel,
     vae: AutoencoderKL,
-    controlnet: nn.Module,
+    adapter: nn.Module,
     prompts: dict[str, Tensor],
     family: str,
     out: Path | str,
     source: Path,
-    condition_encoder: AutoencoderKL | None = None,
+    **others: Any,
 ) -> None:
-    shared = {key: tensor for key, tensor in unet.state_dict().items() if key in controlnet.state_dict()}
-    check_keys(shared, {key: controlnet.state_dict()[key] for key in shared}, source)
+    shared = {key: tensor for key, tensor in unet.state_dict().items() if key in adapter.state_dict()}
+    check_keys(shared, {key: adapter.state_dict()[key] for key in shared}, source)
     widths = {
         "the VAE's latents": (vae.config.latent_channels, unet.config.in_channels),
         "the prompt's embedding": (prompts[""].shape[-1], unet.config.cross_attention_dim),
@@ -228,13 +268,21 @@ def _write(
                 where=str(source),
                 todo="give parts that belong together",
             )
+    config = _config(unet, vae, family, source)
+    save_model(model_class(config)(config, vae, unet, adapter, prompts, **others), out)
+
+
+def _config(unet: UNet2DConditionModel, vae: AutoencoderKL, family: str, base: Path) -> ModelConfig:
     presets = [
         name
         for name in UNET_CONFIGS
         if _is_preset(unet.config, UNET_CONFIGS[name]) and _is_preset(vae.config, VAE_CONFIGS[name])
     ]
-    config = ModelConfig.model_validate({"preset": presets[0] if presets else "custom", "family": family})
-    save_model(CcsrModel(config, vae, unet, controlnet, prompts, condition_encoder), out)
+    record = base / "ccsr.json"
+    prediction = read_json(record)["prediction"] if record.is_file() else "eps"
+    return ModelConfig.model_validate(
+        {"preset": presets[0] if presets else "custom", "family": family, "prediction": prediction}
+    )
 
 
 def _is_preset(config: Mapping[str, Any], preset: Mapping[str, Any]) -> bool:

@@ -20,15 +20,20 @@ from torch import Tensor, nn
 
 from infra.errors import ModelError, StorageError
 from infra.storage import sha256_file
+from training.models.build import model_class
 from training.models.ccsr import CcsrModel
 from training.models.networks import ModelConfig, from_stock_condition, to_stock_condition, with_latent_condition
+from training.models.stablesr import StableSrAdapter
+from training.models.wrapping import FeatureWrapping
 
-OPTIONAL = "condition_encoder"
+OPTIONAL = ("condition_encoder", "wrapping")
 PARTS = {
     "vae": AutoencoderKL,
     "unet": UNet2DConditionModel,
     "controlnet": ControlNetModel,
-    OPTIONAL: AutoencoderKL,
+    "adapter": StableSrAdapter,
+    "condition_encoder": AutoencoderKL,
+    "wrapping": FeatureWrapping,
 }
 NetworkT = TypeVar("NetworkT", bound=nn.Module)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -49,7 +54,7 @@ class ModelRecord(ModelConfig):
 def save_model(model: CcsrModel, directory: Path | str) -> None:
     """Write `model` as a directory, all or nothing; a complete directory of the same name is replaced.
 
-    Each part loads with plain diffusers' `from_pretrained`, the ControlNet too: it then takes the LR latent as
+    Each part of CCSR loads with plain diffusers' `from_pretrained`, the ControlNet too: it then takes the LR latent as
     `controlnet_cond`. Raises ModelError where a weight is not finite.
     """
     with replacing(Path(directory)) as partial:
@@ -96,15 +101,16 @@ def load_model(
                 where=str(directory / name),
                 todo="copy the directory again, or convert again",
             )
-    names = [name for name in PARTS if name != OPTIONAL or f"{OPTIONAL}/{WEIGHTS}" in record.sha256]
-    parts = {name: load_part(directory / name, name) for name in names}
-    prompts = read_weights(directory / PROMPTS)
     config = ModelConfig(preset=record.preset, family=record.family, prediction=record.prediction)
-    return CcsrModel(config=config, prompts=prompts, **parts).to(device, dtype)
+    names = ["vae", "unet", config.adapter_name, *(n for n in OPTIONAL if f"{n}/{WEIGHTS}" in record.sha256)]
+    parts = {name: load_part(directory / name, name) for name in names}
+    parts["adapter"] = parts.pop(config.adapter_name)
+    prompts = read_weights(directory / PROMPTS)
+    return model_class(config)(config=config, prompts=prompts, **parts).to(device, dtype)
 
 
 def load_part(directory: Path, name: str) -> Any:
-    """One diffusers network (`name` in PARTS) from config.json and weights in `directory`, float32, in eval mode."""
+    """One network (`name` in PARTS) from config.json and weights in `directory`, float32, in eval mode."""
     network = part_from_config(read_json(directory / "config.json"), name, where=directory / "config.json")
     state = {_OLD_ATTENTION.sub(_new_attention, key): value for key, value in read_weights(directory / WEIGHTS).items()}
     if name == "controlnet":

@@ -1,10 +1,21 @@
-"""Where CCSR v1's checkpoint keeps each tensor: from diffusers' names to those of latent-diffusion's code."""
+"""Checkpoints of latent-diffusion's code (CCSR v1, StableSR): from diffusers' names of tensors to theirs."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from infra.errors import ModelError
+from training.models.directory import check_keys, fill, read_checkpoint
+
+# What a checkpoint holds beside networks: noise schedules, a loss's scalar, loss networks, the text tower.
+_NOT_NETWORKS = re.compile(
+    r"(betas|alphas_cumprod\w*|posterior_\w+|sqrt_\w+|log_one_minus_alphas_cumprod)(_inter)?|logvar"
+    r"|(decoder_)?loss\..+|cond_stage_model\..+"
+)
+TEXT = "cond_stage_model.model."
 _RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -38,7 +49,53 @@ _VAE_PIECES = {
 }
 
 
-def unet_names(state: Mapping[str, Tensor], layers_per_block: int) -> dict[str, str]:
+class LdmCheckpoint:
+    """A checkpoint's tensors by name, taken network by network; nothing may be missing or be left over."""
+
+    def __init__(self, path: Path, must_have: str, kind: str) -> None:
+        """ModelError unless some tensor's name starts with `must_have`: the file is then none of `kind`."""
+        self.path, self.kind, self.state = path, kind, read_checkpoint(path)
+        self.taken: set[str] = set()
+        if not any(key.startswith(must_have) for key in self.state):
+            raise ModelError(
+                f"not a {kind} checkpoint: no {must_have}* among its {len(self.state)} tensors "
+                f"(first: {min(self.state)})",
+                where=str(path),
+                todo=f"give the published {kind} checkpoint",
+            )
+
+    def take(self, network: nn.Module, names: Mapping[str, str], prefix: str) -> None:
+        """Fill `network` with the tensors that `names` (its key -> theirs, without `prefix`) say. ModelError naming the
+        first that is missing or of another shape."""
+        expected = network.state_dict()
+        needed = {prefix + source: expected[key] for key, source in names.items()}
+        found = {}
+        for source, tensor in needed.items():
+            if source in self.state:
+                value = self.state[source]
+                # 1x1 convolutions of attention layers are linear layers in diffusers.
+                found[source] = value.flatten(1) if value.dim() > tensor.dim() == 2 else value
+        check_keys(needed, found, self.path)
+        self.taken.update(needed)
+        fill(network, {key: found[prefix + source] for key, source in names.items()}, self.path)
+
+    def text_tower(self) -> dict[str, Tensor]:
+        """OpenCLIP's tensors by their own names, where there are any."""
+        return {key.removeprefix(TEXT): value for key, value in self.state.items() if key.startswith(TEXT)}
+
+    def check_all_taken(self, also: Iterable[str] = ()) -> None:
+        """ModelError naming the first tensor that no network took and that is not known to be none of a network."""
+        left = set(self.state) - self.taken - set(also)
+        surplus = sorted(key for key in left if not _NOT_NETWORKS.fullmatch(key))
+        if surplus:
+            raise ModelError(
+                f"tensor {surplus[0]} has no place in {self.kind} ({len(surplus)} such)",
+                where=str(self.path),
+                todo=f"give the published {self.kind} checkpoint; another family's cannot be converted",
+            )
+
+
+def unet_names(state: Mapping[str, Any], layers_per_block: int) -> dict[str, str]:
     """{diffusers key: latent-diffusion key} of a UNet or ControlNet, without the checkpoint's prefix.
 
     Input block 0 is conv_in; then every level has `layers_per_block` residual blocks and a downsampler, the last none.
@@ -74,6 +131,58 @@ def _resnet(name: str) -> str:
         return name
     head, layer, leaf = name.rsplit(".", 2)
     return f"{head}.{_RESNET.get(layer, layer)}.{leaf}"
+
+
+def encoder_names(state: Mapping[str, Tensor], layers: int) -> dict[str, str]:
+    """{our key: StableSR's key} of the time-aware encoder, its `qkv` split by `split_qkv`."""
+    inner = unet_names({key: value for key, value in state.items() if not key.startswith("out_blocks.")}, layers)
+    outer = {key: _resnet(key.replace("out_blocks", "fea_tran")) for key in state if key not in inner}
+    return {
+        key: name.replace(".group_norm.", ".norm.").replace(".to_out.0.", ".proj_out.")
+        for key, name in (inner | outer).items()
+    }
+
+
+def split_qkv(state: Mapping[str, Tensor], num_heads: int) -> dict[str, Tensor]:
+    """Tensors with `qkv` as to_q, to_k and to_v; its rows are (head, q | k | v, channel of the head)."""
+    split = {}
+    for key, value in state.items():
+        if ".qkv." not in key or len(value) % (3 * num_heads):
+            split[key] = value
+            continue
+        parts = value.unflatten(0, (num_heads, 3, -1)).unbind(1)
+        split |= {key.replace("qkv", f"to_{n}"): part.flatten(0, 1) for n, part in zip("qkv", parts, strict=True)}
+    return split
+
+
+def sft_names(places: Iterable[str], layers: int) -> dict[str, str]:
+    """{our key: StableSR's key} of the modulations of a UNet's residual blocks at `places` (diffusers' names)."""
+    last = unet_names({f"{place}.conv2.weight": None for place in places}, layers)
+    pieces = {"norm": "param_free_norm", "shared": "mlp_shared.0", "scale": "mlp_gamma", "shift": "mlp_beta"}
+    return {
+        f"{key.removesuffix('.conv2.weight').replace('.', '-')}.{piece}.{leaf}": name.replace(
+            "out_layers.3.weight", f"spade.{source}.{leaf}"
+        )
+        for key, name in last.items()
+        for piece, source in pieces.items()
+        for leaf in ("weight", "bias")
+    }
+
+
+def wrapping_names(state: Iterable[str]) -> dict[str, str]:
+    """{our key: StableSR's key} of the controllable feature wrapping."""
+
+    def name(key: str) -> str:
+        key = re.sub(r"fusions\.(\d+)\.", r"fusion_layer_\1.", key)
+        key = key.replace("enter.", "encode_enc_1.").replace("leave.", "encode_enc_3.")
+        key = key.replace("conv_shortcut", "conv_out")
+        match = re.fullmatch(r"(.+)\.dense\.(\d+)\.(\d+)\.convs\.(\d+)\.(\w+)", key)
+        if not match:
+            return key
+        level, block, dense, conv, leaf = match.groups()
+        return f"{level}.encode_enc_2.{block}.rdb{int(dense) + 1}.conv{int(conv) + 1}.{leaf}"
+
+    return {key: name(key) for key in state}
 
 
 def vae_names(state: Mapping[str, Tensor], num_levels: int) -> dict[str, str]:

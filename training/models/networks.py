@@ -14,12 +14,17 @@ from infra.errors import ModelError
 
 class ModelConfig(Config):
     """Which networks. `family` says whose habits the weights were trained with: v1 conditions on the posterior's mean,
-    v2 on a sample of it. `prediction` is what the UNet puts out: noise, or the velocity of Salimans & Ho (2022).
-    `custom` marks converted networks of another size; it can be loaded, not built."""
+    v2 on a sample of it, stablesr is the other method. `prediction` is what the UNet puts out: noise, or the velocity
+    of Salimans & Ho (2022). `custom` marks converted networks of another size; it can be loaded, not built."""
 
     preset: Literal["tiny", "sd21", "custom"] = "tiny"
-    family: Literal["v1", "v2"] = "v2"
+    family: Literal["v1", "v2", "stablesr"] = "v2"
     prediction: Literal["eps", "v"] = "eps"
+
+    @property
+    def adapter_name(self) -> str:
+        """The part that shows the UNet the LR latent."""
+        return "adapter" if self.family == "stablesr" else "controlnet"
 
 
 # tiny: 4.36 M parameters, a 4-fold VAE and no text.  sd21: Stable Diffusion 2.1-base (Rombach et al., CVPR 2022).
@@ -140,8 +145,6 @@ def _copy_and_negation(weight: Tensor) -> Tensor:
     return kernel
 
 
-def build_networks(preset: str) -> tuple[AutoencoderKL, UNet2DConditionModel, ControlNetModel]:
-    """VAE, UNet and ControlNet of a preset, initialised by torch's defaults on the current default device."""
-    vae = AutoencoderKL(**VAE_CONFIGS[preset])
-    unet = UNet2DConditionModel(**UNET_CONFIGS[preset])
-    return vae, unet, latent_controlnet(unet)
+def build_networks(preset: str) -> tuple[AutoencoderKL, UNet2DConditionModel]:
+    """VAE and UNet of a preset, initialised by torch's defaults on the current default device."""
+    return AutoencoderKL(**VAE_CONFIGS[preset]), UNet2DConditionModel(**UNET_CONFIGS[preset])

@@ -1,33 +1,48 @@
 """How many parameters a model has, counted on modules without memory; `ccsr estimate` prints the table."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
 from infra.errors import ConfigError
+from training.models.build import build_adapter
 from training.models.discriminators import PatchDiscriminator, ProjectedDiscriminator
-from training.models.networks import build_networks
+from training.models.networks import ModelConfig, build_networks
 from training.models.vit import build_vit
+from training.models.wrapping import FeatureWrapping
 
 PAPER_MILLIONS = 1700.91  # CCSR in Table 2 of Sun et al., arXiv 2401.00877: all rows of "sd21"
 
 
-def parameter_table(preset: str) -> list[dict[str, str | int | bool]]:
+def parameter_table(preset: str, family: str = "v1") -> list[dict[str, str | int | bool]]:
     """Rows of name, parameters, and whether stage 1 and stage 2 train them.
 
-    For "sd21" two more rows hold what CCSR v1's checkpoint carries beside the networks and a model directory does not:
-    a copy of the VAE's encoder and the OpenCLIP-H text tower with all 24 blocks. All rows sum to the paper's 1700.91 M.
+    For CCSR's "sd21" two more rows hold what v1's checkpoint carries beside the networks and a model directory does
+    not: a copy of the VAE's encoder and the OpenCLIP-H text tower with all 24 blocks. All rows sum to the paper's
+    1700.91 M.
     Building transformers' text tower takes some seconds of import. Raises ConfigError for an unknown preset.
     """
     if preset not in ("tiny", "sd21"):
         raise ConfigError(f"no preset is called {preset!r}", where="model.preset", todo="choose 'tiny' or 'sd21'")
     with torch.device("meta"):
-        vae, unet, controlnet = build_networks(preset)
+        vae, unet = build_networks(preset)
+        adapter: Any = build_adapter(ModelConfig.model_validate({"preset": preset, "family": family}), unet)
+        wrapping = FeatureWrapping.for_vae(vae)
     encoder, decoder = _count(vae.encoder, vae.quant_conv), _count(vae.decoder, vae.post_quant_conv)
+    if family == "stablesr":
+        return [
+            _row("UNet", _count(unet)),
+            _row("time-aware encoder", _count(adapter.encoder), stage1=True),
+            _row("feature modulation", _count(adapter.sft), stage1=True),
+            _row("VAE encoder", encoder),
+            _row("VAE decoder", decoder),
+            _row("feature wrapping", _count(wrapping), stage2=True),
+        ]
     rows = [
         _row("UNet", _count(unet)),
-        _row("ControlNet", _count(controlnet), stage1=True),
+        _row("ControlNet", _count(adapter), stage1=True),
         _row("VAE encoder", encoder),
         _row("VAE decoder", decoder, stage2=True),
     ]

@@ -1,7 +1,15 @@
 """Samplers, schedules, tiles and colour correction: free functions in plain PyTorch."""
 
 from training.sampling.color import color_fix
-from training.sampling.samplers import Denoise, DrawNoise, guided, sample_ccsr_v1, sample_ccsr_v2, sample_uniform
+from training.sampling.samplers import (
+    Denoise,
+    DrawNoise,
+    guided,
+    sample_ccsr_v1,
+    sample_ccsr_v2,
+    sample_uniform,
+    starting_point,
+)
 from training.sampling.schedules import add_noise, ccsr_v1_timesteps, ccsr_v2_timesteps, predict_x0
 from training.sampling.tiles import tile_grid, tile_weights, tiled
 
@@ -17,6 +25,7 @@ __all__ = [
     "sample_ccsr_v1",
     "sample_ccsr_v2",
     "sample_uniform",
+    "starting_point",
     "tile_grid",
     "tile_weights",
     "tiled",

@@ -7,10 +7,11 @@ from torch import Tensor
 from infra.errors import ConfigError, DataError
 
 
-def color_fix(image: Tensor, reference: Tensor, method: str) -> Tensor:
+def color_fix(image: Tensor, reference: Tensor, method: str, epsilon: float = 1e-5) -> Tensor:
     """`image` with the colours of `reference` (same shape); float (N, C, H, W) in [0, 1], the result is not clamped.
 
-    "adain": per image and channel, mean and deviation of the reference (Huang & Belongie 2017). "wavelet": the low
+    "adain": per image and channel, mean and deviation of the reference (Huang & Belongie 2017), with `epsilon` added to
+    the variances: 1e-5 in CCSR, 2.5e-6 is StableSR's 1e-5 on [-1, 1]. "wavelet": the low
     frequencies of the reference. "none": `image` itself. ConfigError on another method, DataError on unequal shapes.
     """
     if method == "none":
@@ -25,15 +26,15 @@ def color_fix(image: Tensor, reference: Tensor, method: str) -> Tensor:
         )
     if method == "wavelet":
         return image - _low_frequencies(image) + _low_frequencies(reference)
-    mean, std = _statistics(image)
-    reference_mean, reference_std = _statistics(reference)
+    mean, std = _statistics(image, epsilon)
+    reference_mean, reference_std = _statistics(reference, epsilon)
     return (image - mean) / std * reference_std + reference_mean
 
 
-def _statistics(image: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation, (N, C, 1, 1). 1e-5 weighs four times more on [0, 1] (CCSR) than on [-1, 1] (StableSR)."""
+def _statistics(image: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Mean and deviation, (N, C, 1, 1)."""
     variance, mean = torch.var_mean(image, dim=(2, 3), keepdim=True)
-    return mean, (variance + 1e-5).sqrt()
+    return mean, (variance + epsilon).sqrt()
 
 
 def _low_frequencies(image: Tensor) -> Tensor:

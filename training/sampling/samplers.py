@@ -67,11 +67,7 @@ def sample_ccsr_v2(
     ConfigError on an unknown start or an empty loop. Source: CCSR v2, published code of December 2024.
     """
     timesteps = ccsr_v2_timesteps(num_steps, t_max, t_min)
-    if start not in ("lr", "noise"):
-        raise ConfigError(f"unknown start {start!r}", where="start", todo='choose "lr" or "noise"')
-    x = noise(z_lr.shape).float()
-    if start == "lr":
-        x = add_noise(z_lr, x, _batch_of(LAST_TIMESTEP, z_lr))
+    x = starting_point(z_lr, start, noise)
     if t_max < 1:
         x = _denoise_to_x0(denoise_first or denoise, x, timesteps.pop(0))
         if not timesteps:
@@ -86,6 +82,17 @@ def sample_uniform(denoise: Denoise, x_T: Tensor, *, num_steps: int, noise: Draw
     `x_T` (B, C, H, W). One draw per step but the last, which adds no noise. ConfigError unless 2 <= num_steps <= 1000.
     """
     return _ddpm(denoise, x_T.float(), respaced_grid(num_steps)[::-1], noise)
+
+
+def starting_point(z_lr: Tensor, start: str, noise: DrawNoise) -> Tensor:
+    """x_T, float32 of z_lr's shape, from one draw: pure "noise", or "lr", the LR latent noised to 999.
+
+    ConfigError on an unknown start.
+    """
+    if start not in ("lr", "noise"):
+        raise ConfigError(f"unknown start {start!r}", where="start", todo='choose "lr" or "noise"')
+    x = noise(z_lr.shape).float()
+    return add_noise(z_lr, x, _batch_of(LAST_TIMESTEP, z_lr)) if start == "lr" else x
 
 
 def guided(cond: Denoise, uncond: Denoise, scale: float) -> Denoise:

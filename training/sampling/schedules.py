@@ -12,6 +12,7 @@ LAST_TIMESTEP = NUM_TIMESTEPS - 1
 
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, NUM_TIMESTEPS, dtype=torch.float64) ** 2
 ALPHAS_CUMPROD = torch.cumprod(1 - BETAS, dim=0)
+ABARS: list[float] = ALPHAS_CUMPROD.tolist()
 
 
 def _coefficients(t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,7 +55,7 @@ def posterior(t: int, t_prev: int) -> tuple[float, float, float]:
 
     Ho et al. 2020, eqs. 6 and 7, with beta and alpha of the jump from `t` to `t_prev` < `t`.
     """
-    abar, abar_prev = float(ALPHAS_CUMPROD[t]), float(ALPHAS_CUMPROD[t_prev])
+    abar, abar_prev = ABARS[t], ABARS[t_prev]
     alpha = abar / abar_prev
     beta = 1 - alpha
     return (

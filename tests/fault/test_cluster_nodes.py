@@ -1,0 +1,200 @@
+"""Nodes that are machines of their own, with S3 as all that they share, die and are cut off; results stay."""
+
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from cluster_nodes import Nodes, cluster_nodes
+from faulty_server import faulty_server
+from mlflow.tracking import MlflowClient
+from shard_jobs import CCSR, NUM_SHARDS, ShardJob, num_records, require_undisturbed, wait, wait_until
+
+from evaluation.config import EvaluateConfig
+from evaluation.job import run_evaluate
+from infra.config import Config, parse_config
+from infra.storage import download_folder, join, read_bytes, write_bytes
+from tests.conftest import S3_SETTINGS
+from tests.training_runs import noise_shards, run_workers, train_config
+from training.checkpoint import complete_checkpoints, load_checkpoint
+
+NUM_UPDATES = 20
+PATIENCE_SECONDS = 900
+
+
+@pytest.fixture
+def nodes(s3_server: str) -> Iterator[Nodes]:
+    """A head and two workers that reach the S3 server through the bridge."""
+    with cluster_nodes() as cluster, faulty_server(s3_server, ["passed"], cluster.host) as server:
+        cluster.environment |= {**S3_SETTINGS, "AWS_ENDPOINT_URL": server.address}
+        cluster.add(num_cpus=0)
+        for _ in range(2):
+            cluster.add(num_cpus=1)
+        cluster.wait(3)
+        yield cluster
+
+
+def on_head(nodes: Nodes) -> dict[str, Any]:
+    """How a job is started on the head."""
+    return {"environment": nodes.environment, "inside": nodes.inside(nodes.nodes[0])}
+
+
+def uploaded(photos: Path, place: str) -> str:
+    for path in photos.iterdir():
+        write_bytes(join(place, path.name), path.read_bytes())
+    return place
+
+
+def shard_with_a_loss(nodes: Nodes, photos: Path, s3: str) -> str:
+    """Shard across both workers, one of which dies in the middle."""
+    source, output = uploaded(photos, join(s3, "photos")), join(s3, "set")
+    job = ShardJob(photos, output, nodes.ray_address, num_workers=2, source=source, **on_head(nodes)).start()
+    wait_until(job, lambda: num_records(output) >= 3)
+    nodes.kill(nodes.nodes[1])
+    assert num_records(output) < NUM_SHARDS, "killed too late"
+    code, printed = wait(job)
+    assert code == 0, printed
+    return output
+
+
+def test_a_worker_node_dies_while_sharding(photos: Path, whole: str, s3: str, nodes: Nodes) -> None:
+    require_undisturbed(shard_with_a_loss(nodes, photos, s3), whole)
+
+
+class Job:
+    """`ccsr COMMAND` on the head, with its config and log in `folder`."""
+
+    def __init__(self, nodes: Nodes, command: str, config: Config, folder: Path) -> None:
+        values = config.model_dump(mode="json")
+        values["runtime"]["ray"]["address"] = nodes.ray_address
+        file, self._log = folder / f"{command}.yaml", folder / f"{command}.log"
+        file.write_text(yaml.safe_dump(values))
+        self.process = start_inside(nodes, [CCSR, command, "-c", str(file)], self._log)
+
+    def wait_until(self, reached: Callable[[], object]) -> None:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not reached():
+            assert self.process.poll() is None, self._log.read_text()
+            assert time.monotonic() < deadline, self._log.read_text()
+            time.sleep(0.2)
+
+    def end(self) -> str:
+        """What it printed, once it has succeeded."""
+        code = self.process.wait(timeout=PATIENCE_SECONDS)
+        printed = self._log.read_text()
+        assert code == 0, printed
+        return printed
+
+
+def start_inside(nodes: Nodes, command: list[str], log: Path) -> subprocess.Popen[bytes]:
+    """Start a command on the head."""
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            [*nodes.inside(nodes.nodes[0]), *command],
+            env={**os.environ, **nodes.environment, "CC": "/bin/false", "COLUMNS": "200"},
+            stdout=file,
+            stderr=file,
+        )
+
+
+@contextmanager
+def mlflow_server(nodes: Nodes, folder: Path) -> Iterator[str]:
+    """An MLflow server on the head, as the manifests start it."""
+    store = ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", f"{folder}/artifacts"]
+    network = ["--host", "0.0.0.0", "--port", "5000", "--workers", "1"]
+    program = [sys.executable, "-m", "mlflow", "server", *store, *network]
+    server = start_inside(nodes, program, folder / "server.log")
+    address = f"http://{nodes.nodes[0].address}:5000"
+    try:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=5).close()
+                break
+            except OSError:
+                assert server.poll() is None, (folder / "server.log").read_text()
+                assert time.monotonic() < deadline, (folder / "server.log").read_text()
+                time.sleep(0.5)
+        yield address
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+def updates_saved(output: str) -> int:
+    places = complete_checkpoints(output)
+    return int(places[-1].rpartition("/")[2]) // 4 if places else 0
+
+
+def evaluate_config(data: str, model: str, output: str, tracking: str) -> EvaluateConfig:
+    sampling = {"num_steps": 6}
+    values = {
+        "job": "evaluate",
+        "output": output,
+        "data": [data],
+        "num_runs": 2,
+        "methods": [{"kind": "bicubic"}, {"kind": "model", "name": "ours", "model": model, "sampling": sampling}],
+        "tracking": {"uri": tracking},
+        "runtime": {"num_actors": 2},
+    }
+    return parse_config(values, EvaluateConfig, where="test")
+
+
+@pytest.mark.slow
+def test_shard_train_and_evaluate_each_lose_a_node(
+    photos: Path, whole: str, s3: str, nodes: Nodes, tmp_path: Path
+) -> None:
+    """Every stage reads what the one before wrote to S3; what it is compared with was made on one machine, from local
+    files, with nobody disturbing."""
+    data, run, result = shard_with_a_loss(nodes, photos, s3), join(s3, "run"), join(s3, "result")
+    require_undisturbed(data, whole)
+    nodes.add(num_cpus=1)
+
+    with mlflow_server(nodes, tmp_path) as tracking:
+        runtime = {"num_workers": 2, "checkpoint_every": 2, "collective_timeout_seconds": 60}
+        nodes.wait(3)
+        changes = {"runtime": runtime, "tracking": {"uri": tracking}}
+        job = Job(nodes, "train", train_config(data, run, num_updates=NUM_UPDATES, **changes), tmp_path)
+        for disturb, moment in ((nodes.kill, 4), (nodes.cut, 10)):  # of two workers on nodes of one CPU
+            job.wait_until(lambda: updates_saved(run) >= moment)  # noqa: B023
+            disturb(nodes.nodes[-1])
+            nodes.add(num_cpus=1)
+        assert job.end().count("from the last checkpoint") == 2
+        client = MlflowClient(tracking)
+        (logged,) = client.search_runs([client.get_experiment_by_name("ccsr").experiment_id])
+        losses = [(point.step // 4, point.value) for point in client.get_metric_history(logged.info.run_id, "loss")]
+
+        tested = noise_shards(join(s3, "test"), 12, 64)
+        job = Job(nodes, "evaluate", evaluate_config(tested, join(run, "model"), result, tracking), tmp_path)
+        job.wait_until(lambda: num_records(result) >= 3)
+        nodes.kill(nodes.nodes[-1])
+        nodes.add(num_cpus=1)
+        assert num_records(result) < 2 * 12, "killed too late"
+        job.end()
+
+    alone = train_config(whole, tmp_path / "alone", num_updates=NUM_UPDATES)
+    run_workers(tmp_path, [{"config": alone.model_dump(mode="json"), "losses": str(tmp_path / "losses")}])
+    expected = [float(line) for line in (tmp_path / "losses").read_text().split()]
+    assert {update for update, _ in losses} == set(range(1, NUM_UPDATES + 1))
+    assert all(loss == expected[update - 1] for update, loss in losses), (losses, expected)
+    found, wanted = (load_checkpoint(complete_checkpoints(place)[-1]).tensors for place in (run, alone.output))
+    assert all(found[file][name].equal(wanted[file][name]) for file in wanted for name in wanted[file])
+
+    model = str(download_folder(join(run, "model"), tmp_path / "model"))
+    local = noise_shards(tmp_path / "test", 12, 64)
+    undisturbed = run_evaluate(
+        evaluate_config(local, model, str(tmp_path / "result"), f"sqlite:///{tmp_path}/alone.db")
+    )
+    for name in ("results.parquet", "images.parquet"):
+        here, there = (pq.read_table(BytesIO(read_bytes(join(p, name)))) for p in (undisturbed.folder, result))
+        assert here.num_rows > 0
+        assert here.equals(there), name

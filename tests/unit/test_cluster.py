@@ -1,0 +1,249 @@
+"""Cluster templates: what is rendered has only fields that KubeRay and Kubernetes know, and runs as a batch script."""
+
+import re
+import subprocess
+import sys
+from importlib.metadata import requires, version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+from infra.cluster import ClusterConfig
+from infra.config import load_config, parse_config
+from infra.errors import ConfigError
+from infra.ray_runtime import cpus_here
+from infra.render import render
+
+REPOSITORY = Path(__file__).parents[2]
+FIELDS = yaml.safe_load((Path(__file__).parent / "kuberay_fields.yaml").read_text())
+GROUP = {"cpus": 4, "memory_gib": 8, "max_nodes": 2}
+
+
+def problems(value: Any, kind: str, place: str = "") -> list[str]:
+    """What KubeRay's operator would refuse, or Kubernetes prune in silence."""
+    kind = kind.rstrip("!")
+    if kind[0] == "[" and isinstance(value, list):
+        return [p for number, item in enumerate(value) for p in problems(item, kind[1:-1], f"{place}[{number}]")]
+    if kind[0] == "{" and isinstance(value, dict):
+        return [p for key, item in value.items() for p in problems(item, kind[1:-1], f"{place}.{key}")]
+    if kind in FIELDS and isinstance(value, dict):
+        fields = FIELDS[kind]
+        unknown = [f"{place}.{key}: unknown to {kind}" for key in value.keys() - fields.keys()]
+        missing = [f"{place}.{key}: missing" for key in fields if fields[key].endswith("!") and key not in value]
+        inside = [
+            p for key in value.keys() & fields.keys() for p in problems(value[key], fields[key], f"{place}.{key}")
+        ]
+        return unknown + missing + inside
+    plain = {"string": str, "integer": int, "boolean": bool, "number": (int, float)}
+    fits = type(value) in (plain[kind] if kind == "number" else (plain[kind],)) if kind in plain else False
+    return [] if fits or (kind not in plain and value in kind.split("|")) else [f"{place}: {value!r} is not {kind}"]
+
+
+def documents(config: ClusterConfig) -> dict[str, dict[str, Any]]:
+    """Everything that is rendered for Kubernetes, by kind and name."""
+    files = render(config, "kuberay").values()
+    found = [document for text in files for document in yaml.safe_load_all(text)]
+    return {f"{document['kind']}/{document['metadata']['name']}": document for document in found}
+
+
+def example(**changes: Any) -> ClusterConfig:
+    values = yaml.safe_load((REPOSITORY / "configs" / "cluster.yaml").read_text())
+    values["command"] = ["train", "-c", str(REPOSITORY / "configs" / "ccsr_v2_stage1.yaml"), "--set", "seed=a b"]
+    return parse_config(values | changes, ClusterConfig, where="test")
+
+
+def test_the_check_of_fields_finds_what_it_should():
+    cluster = documents(example())["RayCluster/ccsr"]
+    spec = cluster["spec"]
+    spec["authOption"] = spec.pop("authOptions")
+    spec["workerGroupSpecs"][0]["maxReplicas"] = "4"
+    spec["headGroupSpec"]["template"]["spec"]["containers"][0].pop("image")
+    spec["autoscalerOptions"]["version"] = "v3"
+    assert sorted(problems(cluster, "RayCluster")) == [
+        ".spec.authOption: unknown to RayClusterSpec",
+        ".spec.autoscalerOptions.version: 'v3' is not v1|v2",
+        ".spec.headGroupSpec.template.spec.containers[0].image: missing",
+        ".spec.workerGroupSpecs[0].maxReplicas: '4' is not integer",
+    ]
+
+
+@pytest.mark.parametrize("mlflow", [{"artifacts": "s3://b/m"}, {"artifacts": "s3://b/m", "database_secret": "db"}])
+def test_manifests_have_only_known_fields(mlflow):
+    s3 = {"secret": "keys", "service_account": "robot", "endpoint_url": "http://minio:9000"}
+    found = documents(example(mlflow=mlflow, s3=s3))
+    assert [p for document in found.values() for p in problems(document, document["kind"])] == []
+    disk = {"PersistentVolumeClaim/ccsr-mlflow"} if "database_secret" not in mlflow else set()
+    job = {"RayCluster/ccsr", "ConfigMap/ccsr-job", "RayJob/ccsr-job"}
+    assert found.keys() == job | {"Deployment/ccsr-mlflow", "Service/ccsr-mlflow"} | disk
+
+
+def test_every_cluster_wants_a_token_and_places_work_by_node():
+    found = documents(example())
+    job = found["RayJob/ccsr-job"]["spec"]
+    for cluster in (found["RayCluster/ccsr"]["spec"], job["rayClusterSpec"]):
+        assert cluster["authOptions"] == {"mode": "token"}
+        assert cluster["rayVersion"] == version("ray")
+        assert cluster["headGroupSpec"]["serviceType"] == "ClusterIP"
+        assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+        assert cluster["headGroupSpec"]["labels"] == {"ccsr.io/max-gpus": "32", "ccsr.io/max-cpus": "256"}
+        gpu, cpu = cluster["workerGroupSpecs"]
+        assert (gpu["labels"], cpu["labels"]) == ({"ccsr.io/kind": "gpu"}, {})
+        assert gpu["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "8"
+        assert cpu["rayStartParams"] == {"num-cpus": "16", "object-store-memory": str(8 * 2**30)}
+        assert (cpu["minReplicas"], cpu["maxReplicas"]) == (0, 16)
+        assert cpu["template"]["spec"]["tolerations"][0]["key"] == "spot"
+    for manifest in found.values():
+        specs = [value for value in _walk(manifest) if isinstance(value, dict) and "containers" in value]
+        assert all(spec["securityContext"]["runAsNonRoot"] for spec in specs)
+    assert job["entrypoint"] == "ccsr train -c /etc/ccsr/ccsr_v2_stage1.yaml --set 'seed=a b'"
+    config = (REPOSITORY / "configs" / "ccsr_v2_stage1.yaml").read_text()
+    assert found["ConfigMap/ccsr-job"]["data"] == {"ccsr_v2_stage1.yaml": config}
+    (volume,) = job["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["volumes"]
+    assert volume["configMap"] == {"name": "ccsr-job"}
+
+
+def test_gpu_nodes_take_all_work_where_there_are_no_others():
+    cluster = documents(example(cpu_workers=None))["RayCluster/ccsr"]["spec"]
+    assert cluster["workerGroupSpecs"][0]["labels"] == {}
+    assert cluster["headGroupSpec"]["labels"]["ccsr.io/max-cpus"] == "128"
+
+
+def test_a_cluster_that_can_grow_has_the_cpus_that_its_head_promises(monkeypatch):
+    nodes = [({}, {"ccsr.io/max-cpus": "256"}), ({"CPU": 32.0}, {"ccsr.io/kind": "gpu"}), ({"CPU": 16.0}, {})]
+    monkeypatch.setattr("infra.ray_runtime._nodes_here", lambda: nodes)
+    assert cpus_here() == 256
+    monkeypatch.setattr("infra.ray_runtime._nodes_here", lambda: nodes[1:])
+    assert cpus_here() == 16
+
+
+def _walk(value: Any) -> list[Any]:
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    return [value, *(found for item in inside for found in _walk(item))]
+
+
+def test_mlflow_keeps_its_password_in_a_secret_and_knows_its_name():
+    container = documents(example())["Deployment/ccsr-mlflow"]["spec"]["template"]["spec"]["containers"][0]
+    env = {entry["name"]: entry for entry in container["env"]}
+    assert env["MLFLOW_BACKEND_STORE_URI"]["valueFrom"] == {"secretKeyRef": {"name": "ccsr-mlflow-db", "key": "uri"}}
+    assert "MLFLOW_TRACKING_URI" not in env
+    worker = documents(example())["RayCluster/ccsr"]["spec"]["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]
+    (address,) = [entry["value"] for entry in worker["env"] if entry["name"] == "MLFLOW_TRACKING_URI"]
+    (hosts,) = [word for word in container["command"] if word.startswith("--allowed-hosts=")]
+    assert address.removeprefix("http://") in hosts.removeprefix("--allowed-hosts=").split(",")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image": "registry/ccsr:latest"}, "pin the image"),
+        ({"image": "registry:5000/ccsr"}, "pin the image"),
+        ({"gpu_workers": GROUP}, "how many `gpus`"),
+        ({"cpu_workers": GROUP | {"gpus": 1}}, "are gpu_workers"),
+        ({"cpu_workers": GROUP | {"object_store_gib": 5}}, "half of memory_gib"),
+        ({"name": "Ours"}, "pattern"),
+    ],
+)
+def test_a_config_that_cannot_be_meant_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        example(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        ({"cpu_workers": None, "gpu_workers": None}, "kuberay", "no workers"),
+        ({"image": None}, "kuberay", "needs an image"),
+        ({"command": []}, "slurm", "names none"),
+        ({"command": ["train", "-c", "nowhere.yaml"]}, "kuberay", "cannot be read"),
+    ],
+)
+def test_what_is_missing_for_a_kind_is_told(changes, kind, message):
+    with pytest.raises(ConfigError, match=message):
+        render(example(**changes), kind)
+
+
+# Programs that a Slurm node has, in the place of those: they write down how they were called.
+STAND_INS = {
+    "srun": 'echo "srun $*" >> calls; exec sleep 60',
+    "ray": 'echo "ray $* token ${#RAY_AUTH_TOKEN}" >> calls; [ "$1" = health-check ] || exec sleep 60',
+    "python": "exit 0",
+    "scontrol": 'echo "scontrol $*" >> calls',
+    "ccsr": 'echo "ccsr $*" >> calls; trap "exit ${CODE_AT_TERM:-0}" TERM\n'
+    '[ -z "${CODE_AT_TERM:-}" ] && exit ${CODE:-0}\nkill -TERM $PPID; for i in $(seq 600); do sleep 0.1; done',
+}
+
+
+def run_batch(folder: Path, config: ClusterConfig, **environment: str) -> tuple[int, list[str]]:
+    """Run the rendered script among stand-ins; its exit code and their calls."""
+    (folder / "ccsr.sbatch").write_text(render(config, "slurm")["ccsr.sbatch"])
+    for name, body in STAND_INS.items():
+        (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    settings = {"PATH": f"{folder}:/usr/bin:/bin", "SLURM_JOB_ID": "123456", "SLURMD_NODENAME": "node0"} | environment
+    done = subprocess.run(["bash", "ccsr.sbatch"], cwd=folder, env=settings, timeout=60, check=False)
+    return done.returncode, (folder / "calls").read_text().splitlines()
+
+
+def test_the_batch_script_starts_ray_on_every_node_with_a_token(tmp_path):
+    config = example(slurm={"setup": ["export LINE='a b'"]}, mlflow_uri="http://there:5000")
+    code, calls = run_batch(tmp_path, config, CODE="3")
+    assert code == 3, "the job's own exit code"
+    assert not any(call.startswith("scontrol") for call in calls)
+    (head,) = [call for call in calls if call.startswith("ray start")]
+    assert "--port=23456" in head
+    assert "--dashboard-host=127.0.0.1" in head
+    assert "--num-gpus=8 --labels=ccsr.io/kind=gpu --block token 64" in head
+    gpu, cpu = sorted(call for call in calls if call.startswith("srun"))
+    assert gpu.startswith("srun --het-group=0 --nodes=3 --ntasks=3 --exclude=node0 bash -c until ray start --address=")
+    assert re.search(r'"\$RAY_ADDRESS" --num-cpus=32 .* --num-gpus=8 --labels=ccsr.io/kind=gpu --block; do', gpu)
+    assert re.search(r"--het-group=1 --nodes=16 .* --num-cpus=16 .* --num-gpus=0 --block", cpu)
+    assert "ccsr.io/kind" not in cpu
+    text = (tmp_path / "ccsr.sbatch").read_text()
+    first, second = text.split("#SBATCH hetjob")
+    assert "--gpus-per-node=8" in first
+    assert "--gpus-per-node" not in second
+    assert (
+        "export LINE='a b'\nexport AWS_DEFAULT_REGION=us-east-1\nexport MLFLOW_TRACKING_URI=http://there:5000" in text
+    )
+
+
+@pytest.mark.parametrize(("code", "queued"), [(143, ["scontrol requeue 123456"]), (1, [])])
+def test_a_batch_job_whose_time_is_over_saves_and_is_queued_again(tmp_path, code, queued):
+    config = example(cpu_workers=None, gpu_workers=GROUP | {"gpus": 1, "max_nodes": 1}, slurm={})
+    ended, calls = run_batch(tmp_path, config, CODE_AT_TERM=str(code))
+    assert not any("--labels" in call for call in calls)
+    assert ended == code
+    assert [call for call in calls if call.startswith("scontrol")] == queued
+    assert not any(call.startswith("srun") for call in calls), "one node: the head"
+
+
+def test_the_image_pins_what_the_project_asks_for():
+    lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    wanted = [Requirement(text) for text in requires("ccsr-cluster") or [] if "extra ==" not in text]
+    assert wanted
+    for requirement in wanted:
+        assert requirement.specifier.contains(pinned[requirement.name.lower()]), requirement
+    dockerfile = (REPOSITORY / "Dockerfile").read_text()
+    assert re.search(r"^FROM python:3\.\d+\.\d+-", dockerfile, re.MULTILINE)
+    assert "--constraint constraints.txt" in dockerfile
+    assert dockerfile.index("\nUSER ") < dockerfile.index("\nCMD ")
+
+
+def test_render_writes_its_files(tmp_path):
+    command = [str(Path(sys.executable).with_name("ccsr")), "cluster", "render", "-c", "configs/cluster.yaml"]
+    for kind, names in (("kuberay", {"raycluster.yaml", "rayjob.yaml", "mlflow.yaml"}), ("slurm", {"ccsr.sbatch"})):
+        done = subprocess.run(
+            [*command, "--kind", kind, "--out", str(tmp_path / kind)],
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+        rendered = render(load_config(REPOSITORY / "configs" / "cluster.yaml", ClusterConfig), kind)
+        assert {path.name: path.read_text() for path in (tmp_path / kind).iterdir()} == rendered
+        assert rendered.keys() == names

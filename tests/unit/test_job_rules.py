@@ -1,0 +1,131 @@
+"""What `ccsr submit` decides before and after a cluster is asked."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from typer.testing import CliRunner
+
+from infra import ClusterError, ConfigError
+from infra.errors import without_passwords
+from infra.job_client import job_server, same_release
+from infra.jobs import Need, _identity, _refuse_passwords, _ship_configs, exit_code
+from infra.ray_runtime import GpuCount, RayConfig, check_gpus, count_gpus, cpu_work
+from pipelines.cli import app
+from pipelines.needs import needs_of
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+ON_S3 = ("--set", "output=s3://b/out")
+
+
+def ended(status: str, code: int | None) -> SimpleNamespace:
+    return SimpleNamespace(status=status, driver_exit_code=code)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "expected"),
+    [
+        ("SUCCEEDED", 0, 0),
+        ("FAILED", 3, 3),
+        ("FAILED", -9, 137),
+        ("FAILED", None, 6),  # its node was lost, or its environment could not be made
+        ("STOPPED", None, 143),
+    ],
+)
+def test_a_job_ends_with_its_drivers_exit_code(status: str, code: int | None, expected: int) -> None:
+    assert exit_code(ended(status, code)) == expected
+
+
+def test_the_same_job_is_the_same_arguments_config_and_code(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("seed: 1\n")
+    arguments = ["shard", "-c", "a.yaml"]
+    first = _identity(arguments, tmp_path, None, False)
+    assert first == _identity(list(arguments), tmp_path, None, False)
+    others = {
+        _identity([*arguments, "--set", "draws=2"], tmp_path, None, False),
+        _identity(arguments, tmp_path, None, True),
+        _identity(arguments, tmp_path, "mine", False),
+    }
+    (tmp_path / "a.yaml").write_text("seed: 2\n")
+    others.add(_identity(arguments, tmp_path, None, False))
+    assert len(others - {first}) == 4
+    assert _identity(["train"], tmp_path, "mine", True) == _identity(arguments, tmp_path, "mine", False)
+
+
+@pytest.mark.parametrize("option", [["-c", "{}"], ["--config", "{}"], ["--config={}"], ["-c{}"]])
+def test_the_config_travels_under_its_name_alone(tmp_path: Path, option: list[str]) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "ship").mkdir()
+    source = tmp_path / "here" / "mine.yaml"
+    source.write_text("x: 1\n")
+    shipped = _ship_configs(["shard", *(part.format(source) for part in option), *ON_S3], tmp_path / "ship")
+    assert shipped == ["shard", *(part.format("mine.yaml") for part in option), *ON_S3]
+    assert (tmp_path / "ship" / "mine.yaml").read_text() == "x: 1\n"
+    with pytest.raises(ConfigError, match="no such config"):
+        _ship_configs(["shard", "-c", str(tmp_path / "absent.yaml")], tmp_path / "ship")
+
+
+def test_a_password_is_neither_sent_nor_printed() -> None:
+    _refuse_passwords(["uri: http://mlflow:5000", "s3://bucket/a@b:c", "postgresql://host/db"])
+    with pytest.raises(ConfigError) as caught:
+        _refuse_passwords(["fine", "tracking: {uri: 'https://me:hunter2@mlflow:5000'}"])
+    assert "mlflow:5000" in str(caught.value)
+    assert "hunter2" not in repr(caught.value)
+    shown = str(ClusterError("no answer from http://me:hunter2@x/y", where="http://:hunter2@x", todo="wait"))
+    assert shown.splitlines()[:2] == ["no answer from http://***@x/y", "  where: http://***@x"]
+    assert without_passwords("http://host:80/a@b") == "http://host:80/a@b"
+
+
+def test_gpus_are_counted_with_those_that_may_come() -> None:
+    nodes = [({"CPU": 4.0}, {}), ({"GPU": 2.0}, {"ccsr.io/kind": "gpu"}), ({"GPU": 2.0}, {})]
+    assert count_gpus(nodes) == GpuCount(4, 4)
+    growing = count_gpus([({"CPU": 1.0}, {"ccsr.io/max-gpus": "8"}), *nodes])
+    assert growing == GpuCount(4, 8)
+    check_gpus(8, growing, "there")
+    with pytest.raises(ClusterError, match="needs 9 GPUs, the cluster has 4, 8 once it has grown"):
+        check_gpus(9, growing, "there")
+    with pytest.raises(ClusterError) as caught:
+        check_gpus(5, count_gpus(nodes), "there")
+    assert caught.value.what == "this job needs 5 GPUs, the cluster has 4"
+
+
+def test_work_without_gpus_asks_for_other_nodes_and_its_memory() -> None:
+    assert cpu_work(RayConfig()) == {"label_selector": {"ccsr.io/kind": "!gpu"}}
+    assert cpu_work(RayConfig(task_memory_bytes=5))["memory"] == 5
+
+
+def test_the_address_is_the_one_that_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_ADDRESS", "http://other:8265")
+    assert job_server("head:8265/") == "http://head:8265"
+    assert job_server(None) == "http://other:8265"
+    monkeypatch.delenv("RAY_ADDRESS")
+    assert job_server(None) == "http://127.0.0.1:8265"
+    assert same_release("2.60.0", "2.60.1")
+    assert not same_release("2.60.0", "2.61.0")
+
+
+def test_what_a_command_needs_is_read_from_its_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    published = str(CONFIGS / "ccsr_v2_stage1.yaml")
+    assert needs_of(["train", "-c", published, *ON_S3]) == Need(4, ("s3://b/out",))
+    on_cpu = ["train", "--config", published, "--set", "runtime.use_gpu=false", *ON_S3]
+    assert needs_of(on_cpu) == Need(0, ("s3://b/out",))
+    sharding = ["shard", "-c", str(CONFIGS / "demo" / "shard_train.yaml"), *ON_S3]
+    assert needs_of(sharding) == Need(0, ("s3://b/out",))
+    restoring = ["restore", "s3://b/in", "/shared/out", "--model", "m", "--ray", "--device", "cuda"]
+    assert needs_of([*restoring, "--set", "runtime.num_actors=3"]) == Need(3, ("/shared/out",))
+    assert needs_of(["verify", "s3://b/x"]) == Need()
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert "is lost" in needs_of(["train", "-c", published, *ON_S3]).notes[0]
+
+
+def test_what_would_fail_there_is_told_here() -> None:
+    published = str(CONFIGS / "ccsr_v2_stage1.yaml")
+    with pytest.raises(ConfigError, match="relative output"):
+        needs_of(["train", "-c", published])
+    with pytest.raises(ConfigError, match="unknown key"):
+        needs_of(["train", "-c", published, *ON_S3, "--set", "lerning_rate=1"])
+    misspelt = CliRunner().invoke(app, ["submit", "--", "train", "-c", published, "--sett", "a=b"])
+    assert misspelt.exit_code == 2
+    assert "--sett" in misspelt.output

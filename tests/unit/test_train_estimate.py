@@ -1,0 +1,89 @@
+"""`ccsr estimate` of a training config: counted without weights what a real step counts, and arithmetic by hand."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from infra import ConfigError
+from pipelines.cli import app
+from pipelines.train_estimate import Assumed, TrainEstimate, estimate_training
+from training.config import TrainConfig
+from training.cost import StepCost, _batch, ingest_seconds, step_cost
+from training.measure import flop_counter
+from training.memory import memory_needed
+from training.models import build_model
+from training.steps import build_stage
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def config(stage: int = 1, **changes: Any) -> TrainConfig:
+    values = {"job": "train", "output": "o", "stage": stage, "data": ["d"], "num_updates": 1000, "crop_px": 32}
+    runtime = {"micro_batch_size": 4, **changes.pop("runtime", {})}
+    losses = {"perceptual": "none", "discriminator_width": 4}
+    return TrainConfig.model_validate({**values, "decoder_loss": losses, **changes, "runtime": runtime})
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_the_count_is_that_of_a_real_step(stage: int) -> None:
+    settings = config(stage, num_steps=6)
+    stage_module = build_stage(build_model(settings.model, 0), settings)
+    batch = _batch(settings)
+    with flop_counter() as counter:
+        loss = stage_module(batch, 1000) if stage == 2 else stage_module(batch)
+        loss["loss"].backward()
+    cost = step_cost(settings)
+    assert cost.flops_per_sample * 4 == counter.get_total_flops() > 0
+    assert cost.num_trained == sum(weight.numel() for weight in stage_module.trained.parameters())
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_precision_and_checkpointing_show_in_the_memory() -> None:
+    plain, half = step_cost(config()), step_cost(config(precision="bf16"))
+    assert half.flops_per_sample == plain.flops_per_sample
+    assert 0.4 < half.activation_bytes / plain.activation_bytes < 0.7
+    again = step_cost(config(runtime={"activation_checkpointing": True}))
+    assert again.activation_bytes < 0.5 * plain.activation_bytes
+    assert again.flops_per_sample > plain.flops_per_sample
+
+
+def test_hours_and_cost_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.train_estimate.step_cost", lambda config: StepCost(100, 50, 4e12, 400))
+    monkeypatch.setattr("pipelines.train_estimate.ingest_seconds", lambda config: 0.02)
+    settings = config(global_batch_size=96, precision="bf16", runtime={"num_workers": 4})
+    estimates = estimate_training(settings, Assumed("A100", mfu=0.5, price=2.0), [8, 32, 5])
+    assert [(one.num_gpus, one.micro_batch_size, one.accumulation) for one in estimates] == [
+        (4, 4, 6),
+        (8, 4, 3),
+        (32, 3, 1),  # five GPUs cannot share 96 samples
+    ]
+    eight: TrainEstimate = estimates[1]
+    assert eight.samples_per_second == pytest.approx(8 * 0.5 * 312e12 / 4e12)
+    assert eight.gpu_hours == pytest.approx(1000 * 96 / (0.5 * 312e12 / 4e12) / 3600)
+    assert eight.cost == pytest.approx(2 * eight.gpu_hours)
+    assert eight.hours == pytest.approx(eight.gpu_hours / 8)
+    assert eight.ingest_cores == pytest.approx(0.02 * 39)
+    assert eight.gpu_bytes == memory_needed(100, 50, settings, 8) | {"activations": 400}
+    assert estimates[2].gpu_bytes["activations"] == 300
+    assert eight.exchanged_bytes == 2 * 7 * 200 // 8
+    assert eight.checkpoint_bytes == 1200
+    with pytest.raises(ConfigError, match="'Z9'"):
+        estimate_training(settings, Assumed("Z9"), [])
+
+
+def test_a_harder_recipe_takes_more_of_a_core() -> None:
+    light, heavy = (ingest_seconds(config(crop_px=128, degradation=name)) for name in ("bicubic", "realesrgan"))
+    assert 0 < light < heavy
+
+
+def test_the_command_prints_a_column_for_each_number_of_gpus() -> None:
+    demo = str(CONFIGS / "demo" / "train_stage1.yaml")
+    shown = CliRunner(env={"COLUMNS": "160"}).invoke(app, ["estimate", "-c", demo, "--gpus", "1", "--gpus", "3"])
+    assert shown.exit_code == 0, shown.output
+    assert "2 GPUs" in shown.output
+    assert "1 GPUs" in shown.output
+    assert "3 GPUs" not in shown.output  # cannot share the global batch
+    assert "assumed, not measured: H100 at 40%" in shown.output
