@@ -13,6 +13,7 @@ from degradation import DegradationConfig, load_preset
 from infra.errors import CcsrError, ConfigError, DataError, PartialResultError, error_from_json, error_to_json
 from infra.images import UnusableImageError, gradient_energy
 from infra.manifest import Manifest, Quarantined, ShardRecord, commit_record, committed_records, write_manifest
+from infra.memory import give_back_memory
 from infra.progress import progress
 from infra.ray_runtime import check_gpus_here, cpu_work, lost_worker, ray_cluster
 from infra.run import claim_output
@@ -209,6 +210,7 @@ def write_shard(
             for sample in samples:
                 hashes.append((sample.phash, sample.digest))
                 yield sample.key, sample.members
+                give_back_memory()
 
         samples = _samples(config, recipe, shard.samples, quarantined, dropped)
         written = write_tar(tar, shard.name, members(encoder(samples) if encoder else samples))
