@@ -78,15 +78,16 @@ def test_the_whole_journey_beside_ccsr(tmp_path: Path) -> None:
         crop = {"kind": "random", "size_px": 64, "num_per_image": 4}
         return run_shard(parse_config(values | {"crop": crop} | changes, ShardConfig, where="test")).uri
 
-    stage1 = train_config(shards("plain"), tmp_path / "stage1", num_updates=2, model=MODEL, init_from=base, crop_px=64)
+    common = {"num_updates": 2, "model": MODEL, "crop_px": 64, "tracking": {"uri": f"sqlite:///{tmp_path}/mlflow.db"}}
+    stage1 = train_config(shards("plain"), tmp_path / "stage1", init_from=base, **common)
     first = run_train(stage1)
     started, adapted = load_model(base), load_model(first)
     assert all(torch.equal(value, adapted.unet.state_dict()[name]) for name, value in started.unet.state_dict().items())
     assert not torch.equal(adapted.adapter.encoder.conv_in.weight, started.adapter.encoder.conv_in.weight)
 
     sampled = shards("sampled", latents={"model": first, "sampled_steps": 3})
-    changes = {"stage": 2, "inputs": "latents", "init_from": first, "decoder_loss": SETTINGS, "crop_px": 64}
-    second = run_train(train_config(sampled, tmp_path / "stage2", num_updates=2, model=MODEL, **changes))
+    changes = {"stage": 2, "inputs": "latents", "init_from": first, "decoder_loss": SETTINGS}
+    second = run_train(train_config(sampled, tmp_path / "stage2", **common, **changes))
     wrapped = load_model(second)
     assert isinstance(wrapped, StableSrModel)
     assert wrapped.wrapping is not None
