@@ -16,8 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from infra.errors import CcsrError, StorageError, without_passwords
-from infra.job_client import ClusterFacts, cluster_facts, connect, job_server, same_release
+from infra.errors import CcsrError, ClusterError, StorageError, without_passwords
+from infra.job_client import ClusterFacts, check_version, cluster_facts, connect, job_server
 from infra.jobs import PACKAGES
 from infra.ray_runtime import GPU_KIND, KIND
 from infra.storage import exists, join, put_if_absent, read_bytes, remove
@@ -84,15 +84,13 @@ def _versions() -> Iterator[Line]:
             version = "missing"
         if version == "missing" or not requirement.specifier.contains(version, prereleases=True):
             wrong.append(f"{requirement.name} {version}, wanted {requirement.specifier}")
-    told = ", ".join(
-        f"{name} {metadata.version(name)}" for name in ("torch", "ray", "deepspeed") if name not in str(wrong)
-    )
     if wrong:
         yield Line(
             "versions", "fail", "; ".join(wrong), f"pip install --upgrade {DISTRIBUTION}, in an environment of its own"
         )
     else:
-        yield Line("versions", "ok", told)
+        told = (f"{name} {metadata.version(name)}" for name in ("torch", "ray", "deepspeed"))
+        yield Line("versions", "ok", ", ".join(told))
 
 
 def _packages() -> Iterator[Line]:
@@ -216,11 +214,11 @@ def _cluster(address: str) -> Iterator[Line]:
     place = job_server(address)
     facts = cluster_facts(client)
     versions = f"Ray {facts.ray_version}, Python {facts.python_version} there; {ray.__version__} here"
-    if same_release(ray.__version__, facts.ray_version):
+    try:
+        check_version(facts, place)
         yield Line("cluster", "ok", f"{place}: {versions}")
-    else:
-        todo = f"give the cluster an image with Ray {ray.__version__}, or install Ray {facts.ray_version} here"
-        yield Line("cluster", "fail", f"{place}: {versions}", todo)
+    except ClusterError as error:  # the next lines are still worth having
+        yield Line("cluster", "fail", f"{place}: {versions}", error.todo)
     if _asks_for_token(place):
         yield Line("token", "ok", "the cluster answers only with its token")
     elif urlsplit(place).hostname in ("127.0.0.1", "localhost", "::1"):

@@ -23,7 +23,6 @@ from infra.progress import progress
 from infra.ray_runtime import check_gpus_here, cpu_work, cpus_here, lost_worker, ray_cluster, user_error
 from infra.run import claim_output
 from infra.storage import (
-    absolute,
     download_folder,
     exists,
     join,
@@ -149,7 +148,7 @@ def _fit(config: TrainConfig, manifests: list[Manifest], run: dict[str, Any], fa
         check_cpus(config, {"CPU": cpus_here()})
         tags = {"ccsr.stage": str(config.stage), "git.commit": facts["git_commit"]}
         tracker = open_tracker(config.tracking, run, tags)
-        tracker.tag(**{MODEL_TAG: absolute(join(config.output, "model")), "ccsr.num_updates": str(config.num_updates)})
+        tracker.tag(**{MODEL_TAG: join(config.output, "model"), "ccsr.num_updates": str(config.num_updates)})
         _log_inputs(tracker, config, manifests)
         board = make_board()
         settings = {
