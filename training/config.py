@@ -121,6 +121,10 @@ class TrainConfig(Config):
                 f"a global batch of {self.global_batch_size} in micro-batches of {self.runtime.micro_batch_size} "
                 f"can be shared by runtime.num_workers = {', '.join(map(str, legal)) or 'none'}"
             )
+        if self.precision == "bf16" and self.runtime.zero_stage == 0:
+            raise ValueError(
+                "under runtime.zero_stage 0 DeepSpeed accumulates bf16 gradients in bf16: use zero_stage 1 or 2"
+            )
         if self.t_min >= self.t_max:
             raise ValueError(f"t_min ({self.t_min}) must be below t_max ({self.t_max})")
         if self.model.family == "stablesr" and self.stage == 0:

@@ -16,15 +16,17 @@ GIB = 2**30
 def memory_needed(num_trained: int, num_frozen: int, config: TrainConfig, world_size: int) -> dict[str, int]:
     """Bytes per worker by kind. Without activations and discriminator, hence less than a run really takes.
 
-    fp32 masters and two moments per trained parameter are shared out from ZeRO 1 on, gradients from ZeRO 2 on.
+    fp32 masters and two moments per trained parameter are shared out from ZeRO 1 on, fp32 gradients from ZeRO 2 on;
+    bf16 gradients, which are added to those after each micro-batch, come on top.
     """
     size = 2 if config.precision == "bf16" else 4
     zero = config.runtime.zero_stage
     share = world_size if zero else 1
-    masters = 4 * num_trained // share if zero or size == 2 else 0
+    masters = 4 * num_trained // share if zero else 0
+    rounded = 2 * num_trained if size == 2 else 0
     return {
         "weights": size * (num_trained + num_frozen),
-        "gradients": size * num_trained // (world_size if zero == 2 else 1),
+        "gradients": 4 * num_trained // (world_size if zero == 2 else 1) + rounded,
         "optimiser": masters + 8 * num_trained // share,
     }
 

@@ -115,6 +115,11 @@ def test_a_global_batch_that_does_not_divide_lists_the_legal_world_sizes() -> No
     assert "none" in refused(TRAIN, TrainConfig, "runtime.micro_batch_size=5").what
 
 
+def test_bf16_without_fp32_accumulation_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"accumulates bf16 gradients in bf16: use zero_stage 1 or 2"):
+        parse_config({**TRAIN, "precision": "bf16", "runtime": {"zero_stage": 0}}, TrainConfig, where="train.yaml")
+
+
 def test_t_min_must_be_below_t_max_and_method_names_differ() -> None:
     assert "t_min" in refused(TRAIN, TrainConfig, "t_min=0.9").what
     assert "differ" in refused(EVALUATE, EvaluateConfig, "methods=[{kind: bicubic}, {kind: bicubic}]").what

@@ -22,9 +22,8 @@ def config(stage: int = 1, precision: str = "fp32", zero_stage: int = 1) -> Trai
         ("fp32", 0, (4, 4, 8)),
         ("fp32", 1, (4, 4, 1 + 2)),
         ("fp32", 2, (4, 1, 1 + 2)),
-        ("bf16", 0, (2, 2, 4 + 8)),
-        ("bf16", 1, (2, 2, 1 + 2)),
-        ("bf16", 2, (2, 0.5, 1 + 2)),
+        ("bf16", 1, (2, 4 + 2, 1 + 2)),
+        ("bf16", 2, (2, 1 + 2, 1 + 2)),
     ],
 )
 def test_bytes_per_parameter(precision: str, zero_stage: int, per_trained: tuple[float, ...]) -> None:
