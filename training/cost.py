@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from degradation import degrade, load_preset
+from degradation.pipeline import degrade
+from degradation.presets import load_preset
 from infra.images import decode_image, encode_png
 from infra.seeding import rng_for
 from training.config import TrainConfig

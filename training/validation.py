@@ -9,10 +9,10 @@ from infra.images import decode_image, encode_png, resize_bicubic
 from infra.manifest import Manifest
 from infra.pixels import l_std, psnr_y
 from infra.shards import Entry, read_sample
-from training.config import TrainConfig, ValidationConfig
+from training.config import SamplingConfig, TrainConfig, ValidationConfig
 from training.models import CcsrModel
 from training.ranks import WorkerContext, agree, all_objects, attempt
-from training.restore import SamplingConfig, restore_runs
+from training.restore import restore_runs
 
 
 @dataclass(frozen=True)

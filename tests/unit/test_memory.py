@@ -4,9 +4,9 @@ import psutil
 import pytest
 
 from infra import ConfigError
-from training.config import TrainConfig
+from training.config import ModelConfig, TrainConfig
 from training.memory import check_memory, memory_needed
-from training.models import ModelConfig, build_model, parameter_table
+from training.models import build_model, parameter_table
 from training.ranks import WorkerContext
 
 

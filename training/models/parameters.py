@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from infra.errors import ConfigError
+from training.config import ModelConfig
 from training.models.build import build_adapter
 from training.models.discriminators import PatchDiscriminator, ProjectedDiscriminator
-from training.models.networks import ModelConfig, build_networks
+from training.models.networks import build_networks
 from training.models.vit import build_vit
 from training.models.wrapping import FeatureWrapping
 
