@@ -74,9 +74,8 @@ def step_cost(config: TrainConfig) -> StepCost:
 def _batch(config: TrainConfig, factor: int = 8) -> Batch:
     size, side = config.runtime.micro_batch_size, config.crop_px
     pixels = torch.zeros(size, 3, side, side)
-    # StableSR's stage 2 starts from a stored sample; the chain that made it is no part of the step.
-    sampled = config.stage == 2 and config.model.family == "stablesr" and config.inputs == "latents"
-    moments = {SAMPLED: torch.zeros(size, 4, side // factor, side // factor)} if sampled else {}
+    stored = torch.zeros(size, 4, side // factor, side // factor)
+    moments = {SAMPLED: stored} if config.starts_from_stored_samples else {}
     return Batch(["estimate"] * size, list(range(size)), pixels, pixels.clone(), moments)
 
 

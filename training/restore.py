@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,17 +16,9 @@ from infra.errors import DataError, ModelError
 from infra.seeding import Noise, noise_for
 from infra.storage import download_folder
 from training.config import SamplingConfig
+from training.method import METHODS
 from training.models import CcsrModel, load_model
-from training.sampling import (
-    Denoise,
-    color_fix,
-    guided,
-    sample_ccsr_v1,
-    sample_ccsr_v2,
-    sample_uniform,
-    starting_point,
-    tiled,
-)
+from training.sampling import Denoise, color_fix, guided, tiled
 from training.sizes import published_input, published_output
 from training.tiled_vae import (
     GIB,
@@ -148,8 +139,7 @@ def restore_batch(
     padded = torch.cat([_padded(model, image) for image in images]) if _wrapped(model, config) else None
     for image, pixels in zip(images, decode_rows(model, latents, vae_bytes, padded, config.wrapping), strict=True):
         height, width = image.enlarged.shape[-2:]
-        # 1e-5 is of the range that the published code works on: CCSR's [0, 1], StableSR's [-1, 1].
-        epsilon = 2.5e-6 if model.config.family == "stablesr" else 1e-5
+        epsilon = METHODS[model.config.family].color_epsilon
         pixels = color_fix(pixels[..., :height, :width], image.enlarged, config.color_fix, epsilon)
         levels = pixels[0].clamp(0, 1).mul_(255).round_().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
         yield levels if config.sizes == "pad" else published_output(levels, image.size, config.sizes)
@@ -222,24 +212,11 @@ def _wrapped(model: CcsrModel, config: SamplingConfig) -> bool:
 
 def sample_latents(model: CcsrModel, mean: Tensor, std: Tensor, config: SamplingConfig, noise: Noise) -> Tensor:
     """Scaled latents (B, 4, h, w), float32, that `model` makes of the LR's moments; all randomness is in `noise`."""
-    z_lr, family = mean, model.config.family
-    if family != "v1":
-        z_lr = mean + std * noise(mean.shape)  # a fresh posterior sample per run: it is part of the method's randomness
+    method = METHODS[model.config.family]
+    z_lr = method.condition(mean, std, noise)  # where it is a sample, a fresh one per run: part of the randomness
     cond = _denoiser(model, z_lr, config, config.prompt)
     uncond = _denoiser(model, z_lr, config, config.negative_prompt) if config.guidance > 1 else cond
-    denoise = guided(cond, uncond, config.guidance)
-    if config.sampler == "uniform" or family == "stablesr":
-        start = config.start if family == "stablesr" else "noise"
-        return sample_uniform(denoise, starting_point(z_lr, start, noise), num_steps=config.num_steps, noise=noise)
-    chain: dict[str, Any] = {
-        "num_steps": config.num_steps,
-        "t_max": config.t_max,
-        "t_min": config.t_min,
-        "noise": noise,
-    }
-    if family == "v1":
-        return sample_ccsr_v1(denoise, noise(mean.shape), **chain)
-    return sample_ccsr_v2(denoise, z_lr, start=config.start, denoise_first=uncond, **chain)  # `uncond`: as published
+    return method.sample(guided(cond, uncond, config.guidance), uncond, z_lr, noise, config)
 
 
 def _denoiser(model: CcsrModel, z_lr: Tensor, config: SamplingConfig, text: str) -> Denoise:

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from infra import ConfigError, ModelError, StorageError
+from training.config import ModelConfig
 from training.models import (
     CcsrModel,
-    ModelConfig,
     build_model,
     load_model,
     parameter_table,

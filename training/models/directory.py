@@ -103,9 +103,9 @@ def load_model(
                 todo="copy the directory again, or convert again",
             )
     config = ModelConfig(preset=record.preset, family=record.family, prediction=record.prediction)
-    names = ["vae", "unet", config.adapter_name, *(n for n in OPTIONAL if f"{n}/{WEIGHTS}" in record.sha256)]
+    names = ["vae", "unet", config.facts.adapter, *(n for n in OPTIONAL if f"{n}/{WEIGHTS}" in record.sha256)]
     parts = {name: load_part(directory / name, name) for name in names}
-    parts["adapter"] = parts.pop(config.adapter_name)
+    parts["adapter"] = parts.pop(config.facts.adapter)
     prompts = read_weights(directory / PROMPTS)
     return model_class(config)(config=config, prompts=prompts, **parts).to(device, dtype)
 
