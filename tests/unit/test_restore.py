@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from photos import photo
@@ -20,6 +21,7 @@ from pipelines.restore import restore as run_restore
 from training import restore
 from training.models import CcsrModel, ModelConfig, build_model, save_model
 from training.restore import SamplingConfig, prepare_image, restore_batch, restore_runs
+from training.tiled_vae import VAE_BYTES, WHOLE_PLANES, plane_bytes
 
 FAST = SamplingConfig(num_steps=4)
 
@@ -126,19 +128,54 @@ def in_bands(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     for name in ("encode_in_bands", "decode_in_bands"):
         monkeypatch.setattr(restore, name, watched(name, getattr(restore, name)))
-    monkeypatch.setattr(restore, "activation_budget", lambda device: 0)
+    monkeypatch.setitem(VAE_BYTES, "cpu", 0)
     return calls
 
 
 def test_a_vae_in_bands_changes_no_picture(model: CcsrModel, in_bands: list[str]) -> None:
     with pytest.MonkeyPatch.context() as whole:
-        whole.setattr(restore, "activation_budget", lambda device: 2**40)
+        whole.setitem(VAE_BYTES, "cpu", 2**40)
         expected = np.stack(restored(model, range(2))).astype(int)
     assert in_bands == []
     difference = np.abs(np.stack(restored(model, range(2))) - expected)
     assert in_bands == ["encode_in_bands", "decode_in_bands", "decode_in_bands"]
     assert difference.max() <= 1
     assert (difference > 0).mean() < 1e-3
+
+
+def with_free(patch: pytest.MonkeyPatch, number: int) -> None:
+    """Every function that tells of free memory reports `number` bytes."""
+    memory = psutil.virtual_memory()._replace(available=number)
+    patch.setattr(psutil, "virtual_memory", lambda: memory)
+    patch.setattr(torch.cuda, "mem_get_info", lambda *_: (number, 2**50))
+
+
+@pytest.mark.parametrize("spare", [0, -1], ids=["whole", "in bands"])
+def test_what_is_free_moves_no_byte(
+    model: CcsrModel, in_bands: list[str], monkeypatch: pytest.MonkeyPatch, spare: int
+) -> None:
+    """Just above and just below what takes the VAE whole; too little memory is an error and nothing else."""
+    monkeypatch.setitem(VAE_BYTES, "cpu", WHOLE_PLANES * plane_bytes(model.vae, 32, 48) + spare)
+    pictures = []
+    for free in (16 * 2**20, 2**50):
+        with_free(monkeypatch, free)
+        pictures.append(np.stack(restored(model, range(2))).tobytes())
+    assert pictures[0] == pictures[1]
+    assert bool(in_bands) == (spare < 0)
+    with_free(monkeypatch, 2**10)
+    with pytest.raises(DataError, match="are free"):
+        restored(model, [0])
+
+
+def test_runs_that_are_decoded_together_count(model: CcsrModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(VAE_BYTES, "cpu", 2**40)
+    unet = 4 * restore.UNET_MAPS * model.unet.config.block_out_channels[0] * 32 * 48 // model.factor**2
+    needed = restore.IMAGE_BYTES * 32 * 48 + 3 * (unet + WHOLE_PLANES * plane_bytes(model.vae, 32, 48))
+    with_free(monkeypatch, needed)
+    assert len(restored(model, range(3), runs_at_once=3)) == 3
+    with_free(monkeypatch, needed - 1)
+    with pytest.raises(DataError, match="are free"):
+        restored(model, range(3), runs_at_once=3)
 
 
 def test_large_pictures_are_denoised_in_tiles(model: CcsrModel, monkeypatch: pytest.MonkeyPatch) -> None:
