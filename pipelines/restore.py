@@ -14,6 +14,7 @@ from pydantic import Field
 from infra.config import Config
 from infra.errors import CcsrError, ConfigError, DataError, PartialResultError
 from infra.images import decode_image, encode_png, icc_profile, list_images
+from infra.numerics import NumericsConfig, set_numerics
 from infra.progress import progress
 from infra.ray_runtime import RayConfig, on_actors
 from infra.run import claim_output
@@ -45,6 +46,7 @@ class RestoreConfig(Config):
     scale: float = Field(4, ge=1, le=8)
     dtype: Literal["float32", "bfloat16"] = "float32"
     sampling: SamplingConfig = SamplingConfig()
+    numerics: NumericsConfig = NumericsConfig()
     runtime: RestoreRuntime = RestoreRuntime()
 
 
@@ -97,6 +99,7 @@ def _outcomes(
         return
     runtime = config.runtime
     if not runtime.use_ray:
+        set_numerics(config.numerics)
         yield from Restorer(config, model_uri, output).restore(images)
         return
     groups = [images[first : first + IMAGES_PER_TASK] for first in range(0, len(images), IMAGES_PER_TASK)]
@@ -106,6 +109,7 @@ def _outcomes(
         ray_config=runtime.ray,
         num_actors=runtime.num_actors,
         use_gpu=runtime.device == "cuda",
+        numerics=config.numerics,
         output=output,
     ):
         yield from result["outcomes"]
