@@ -12,11 +12,14 @@ import torch
 from photos import photo
 from PIL import Image, ImageCms
 from pydantic import ValidationError
+from typer.testing import CliRunner
 
 from infra import ConfigError, DataError, ModelError, PartialResultError
 from infra.images import decode_image, encode_png
 from infra.storage import read_bytes, upload_folder, write_bytes
-from pipelines.restore import RestoreConfig, RestoreRuntime, pick_device
+from pipelines.cli import app
+from pipelines.needs import needs_of
+from pipelines.restore import RestoreConfig, RestoreRuntime, _resolved
 from pipelines.restore import restore as run_restore
 from training import restore
 from training.models import CcsrModel, ModelConfig, build_model, save_model
@@ -305,12 +308,32 @@ def test_from_s3_to_s3(s3: str, tmp_path: Path) -> None:
     assert decode_image(read_bytes(f"{s3}/out/sub/a.png"), where="a").shape == (32, 40, 3)
 
 
+def picked(device: str, dtype: str) -> tuple[str, str]:
+    config = _resolved(RestoreConfig.model_validate({"dtype": dtype, "runtime": {"device": device}}))
+    return config.runtime.device, config.dtype
+
+
 def test_auto_takes_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert pick_device("auto", "auto") == ("cpu", "float32")
+    assert picked("auto", "auto") == ("cpu", "float32")
     config = RestoreConfig(runtime=RestoreRuntime(device="cuda"))
     with pytest.raises(ConfigError, match="no GPU"):
         run_restore(str(tmp_path), str(tmp_path / "out"), str(tmp_path / "model"), config)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert pick_device("auto", "auto") == ("cuda", "bfloat16")
-    assert pick_device("cpu", "bfloat16") == ("cpu", "bfloat16")
+    assert picked("auto", "auto") == ("cuda", "bfloat16")
+    assert picked("auto", "float32") == ("cuda", "float32")
+    assert picked("cpu", "bfloat16") == ("cpu", "bfloat16")
+
+
+@pytest.mark.parametrize("ray", [["--ray"], ["--set", "runtime.use_ray=true"]])
+@pytest.mark.parametrize("device", [[], ["--device", "auto"], ["--device=cpu", "--set", "runtime.device=auto"]])
+def test_auto_on_ray_is_refused_before_anything_starts(ray: list[str], device: list[str], tmp_path: Path) -> None:
+    """The driver's hardware says nothing about the actors'; `submit` refuses it too."""
+    command = ["restore", "s3://bucket/in", str(tmp_path / "out"), "--model", "m", *ray, *device]
+    done = CliRunner().invoke(app, command)
+    assert isinstance(done.exception, ConfigError)
+    assert str(done.exception).count("\n") == 2
+    assert "--device cuda" in done.exception.todo
+    with pytest.raises(ConfigError, match="auto"):
+        needs_of(command)
+    assert not (tmp_path / "out").exists()
