@@ -14,6 +14,7 @@ from pydantic import Field
 
 from infra.config import Config
 from infra.errors import CcsrError, ClusterError, error_from_json, error_to_json
+from infra.numerics import NumericsConfig, set_numerics
 
 KIND = "ccsr.io/kind"
 GPU_KIND = "gpu"
@@ -154,12 +155,13 @@ def on_actors(
     ray_config: RayConfig,
     num_actors: int,
     use_gpu: bool,
+    numerics: NumericsConfig,
     output: str,
 ) -> Iterator[dict[str, Any]]:
     """Yield what actors return for `tasks`, as it comes; each of `num_actors` calls `make` once, on a GPU or one CPU.
 
-    A task is a dict of plain values of the same kinds in each. A CcsrError in an actor is raised here; ClusterError
-    where a worker is lost.
+    The actors compute under `numerics`. A task is a dict of plain values of the same kinds in each. A CcsrError in an
+    actor is raised here; ClusterError where a worker is lost.
     """
     if not tasks:
         return
@@ -178,7 +180,9 @@ def on_actors(
 
             def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
                 try:
-                    self.work = self.work or make()
+                    if self.work is None:
+                        set_numerics(numerics)
+                        self.work = make()
                     return {"result": json.dumps(self.work(task)), "error": ""}
                 except CcsrError as error:  # Ray Data does not carry it to the driver
                     return {"result": "", "error": error_to_json(error)}

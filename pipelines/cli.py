@@ -171,17 +171,16 @@ def restore(
     t_min: Annotated[float, typer.Option(help="Where it ends.")] = 0.3333,
     tile: Annotated[int, typer.Option(help="Pixels of a tile for larger outputs; 0: never tile.")] = 512,
     color: Annotated[str, typer.Option(help="Colours from the input: adain, wavelet or none.")] = "adain",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu or cuda; auto: what this machine has, not with --ray.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16; auto: bfloat16 on CUDA.")] = "auto",
     ray: Annotated[bool, typer.Option("--ray", help="Use a Ray cluster; --set runtime.num_actors=N.")] = False,
     set_: Overrides = None,
 ) -> None:
     """Enlarge photographs with a trained model."""
     from infra.config import apply_overrides, parse_config
-    from pipelines.restore import RestoreConfig, pick_device
+    from pipelines.restore import RestoreConfig
     from pipelines.restore import restore as run_restore
 
-    device, dtype = pick_device(device, dtype)
     sampling = {"num_steps": steps, "t_max": t_max, "t_min": t_min, "tile": tile or None, "color_fix": color}
     values = {
         "num_runs": runs,

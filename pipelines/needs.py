@@ -62,9 +62,13 @@ def _evaluate(options: dict[str, Any]) -> Need:
 
 
 def _restore(options: dict[str, Any]) -> Need:
-    runtime = apply_overrides({}, options["set_"] or []).get("runtime", {})
-    on_gpus = options["ray"] and options["device"] == "cuda"
-    return Need(runtime.get("num_actors", 1) if on_gpus else 0, (options["output"],))
+    from pipelines.restore import RestoreRuntime, pick_device
+
+    values = {"runtime": {"device": options["device"], "use_ray": options["ray"]}}
+    values = apply_overrides(values, options["set_"] or [])["runtime"]
+    runtime = parse_config(values, RestoreRuntime, where="command line: runtime")
+    on_gpus = runtime.use_ray and pick_device(runtime) == "cuda"
+    return Need(runtime.num_actors if on_gpus else 0, (options["output"],))
 
 
 def _tracking_note(config: Any) -> tuple[str, ...]:

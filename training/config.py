@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from degradation.config import DegradationConfig
 from infra.config import EXTENDABLE, Config, Location
+from infra.numerics import NumericsConfig
 from infra.ray_runtime import RayConfig
 from infra.tracking import TrackingConfig
 
@@ -192,6 +193,7 @@ class TrainConfig(Config):
     t_max: float = Field(0.6667, gt=0, le=1)
     t_min: float = Field(0.3333, ge=0, lt=1)
     precision: Literal["fp32", "bf16"] = "fp32"
+    numerics: NumericsConfig = NumericsConfig()
     global_batch_size: int = Field(96, ge=1)
     num_updates: Annotated[int, EXTENDABLE] = Field(ge=1)
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -220,6 +222,12 @@ class TrainConfig(Config):
             )
         if self.validation is not None:
             (self.validation.sampling or self.trained_sampling).check_family(self.model.family)
+        on_dino = self.stage == 2 and self.decoder_loss.discriminator == "dino" and self.runtime.use_gpu
+        if self.numerics.deterministic and on_dino:
+            raise ValueError(
+                "`discriminator: dino` reduces images by area, whose backward no GPU computes deterministically: "
+                "numerics.deterministic: false"
+            )
         if self.inputs == "latents" and self.degradation is not None:
             raise ValueError("`inputs: latents` are of the LR that the shards store: leave `degradation` out")
         return self

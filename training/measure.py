@@ -71,9 +71,9 @@ def flop_counter() -> FlopCounter:
 
 
 def peak_memory_bytes(device: str) -> int:
-    """On a GPU the most that was allocated there, else the process's largest resident size."""
+    """On a GPU the most that was allocated since the last reset, else the process's largest resident size."""
     if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -91,6 +91,8 @@ class Meter:
         self._restart()
 
     def _restart(self) -> None:
+        if self._device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats(self._device)
         self._since = self._waiting_since = time.perf_counter()
         self._waited = self._aside = 0.0
         self._num_updates = 0

@@ -2,10 +2,10 @@
 
 import os
 
-import torch
 from torch import nn
 
 from infra.errors import ConfigError
+from infra.memory import free_memory
 from training.config import TrainConfig
 from training.models import CcsrModel
 from training.ranks import WorkerContext
@@ -41,14 +41,11 @@ def check_memory(model: CcsrModel, config: TrainConfig, context: WorkerContext) 
     num_frozen = sum(map(_count, model.networks.values())) - num_trained
     needed = memory_needed(num_trained, num_frozen, config, world_size)
     total = sum(needed.values())
-    if device.startswith("cuda"):
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        import psutil
-
+    free = free_memory(device)
+    if not device.startswith("cuda"):
         if config.precision == "fp32":
             total -= needed["weights"]  # they are there already
-        free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        free //= int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     if total > free:
         parts = ", ".join(f"{name} {number / GIB:.2f}" for name, number in needed.items())
         raise ConfigError(

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from infra.errors import DataError, ModelError
+from infra.memory import free_memory
 from infra.seeding import Noise, noise_for
 from infra.storage import download_folder
 from training.config import SamplingConfig
@@ -22,8 +23,8 @@ from training.sampling import Denoise, color_fix, guided, tiled
 from training.sizes import published_input, published_output
 from training.tiled_vae import (
     GIB,
+    VAE_BYTES,
     WHOLE_PLANES,
-    activation_budget,
     check_space,
     decode_in_bands,
     encode_in_bands,
@@ -90,8 +91,8 @@ def prepare_image(
 ) -> PreparedImage:
     """Enlarge `lr`, uint8 (h, w, 3) RGB, to `size` = (H, W), pad it by reflection, and encode it once.
 
-    `vae_bytes`: budget of the VAE's activations, default `activation_budget`. DataError for an output under 2 px, and
-    where `num_runs` runs together or the VAE's temporary files would not fit what is free.
+    `vae_bytes`: budget of the VAE's activations, default VAE_BYTES. DataError for an output under 2 px, and where
+    `num_runs` runs together or the VAE's temporary files would not fit what is free.
     """
     height, width = size
     if min(height, width) < 2:
@@ -101,7 +102,7 @@ def prepare_image(
             todo="use a larger image",
         )
     device = next(model.vae.parameters()).device
-    budget = activation_budget(device) if vae_bytes is None else vae_bytes
+    budget = VAE_BYTES[device.type] if vae_bytes is None else vae_bytes
     _check_memory(model, size, config, num_runs, budget, key)
     if config.sizes == "pad":
         filter_ = Image.Resampling[config.enlargement.upper()]
@@ -159,7 +160,7 @@ def decode_rows(
     `lr`: the enlarged LR images for StableSR's feature wrapping, which needs the VAE whole, at least image by image.
     """
     height, width = (side * model.factor for side in latents.shape[-2:])
-    budget = activation_budget(latents.device) if vae_bytes is None else vae_bytes
+    budget = VAE_BYTES[latents.device.type] if vae_bytes is None else vae_bytes
     together = rows_at_once(model.vae, height, width, budget)
     size = max(1, together)
     conditions = repeat(None) if lr is None else lr.split(size)
@@ -178,23 +179,18 @@ def _check_memory(
     device = next(model.vae.parameters()).device
     height, width = (max(side, 512) for side in size) if config.sizes != "pad" else size
     sides = [side if config.tile is None else min(side, config.tile) for side in (height, width)]
+    whole = WHOLE_PLANES * plane_bytes(model.vae, height, width)
+    vae = min(budget, whole * max(1, num_runs))
     needed = {
         "images": IMAGE_BYTES * height * width,
-        "VAE": WHOLE_PLANES * plane_bytes(model.vae, height, width),
+        "VAE": max(vae, whole) if _wrapped(model, config) else vae,
         "UNet": UNET_MAPS
         * model.unet.config.block_out_channels[0]
         * (sides[0] * sides[1] // model.factor**2)
         * next(model.unet.parameters()).element_size()
         * max(1, num_runs),
     }
-    if not _wrapped(model, config):
-        needed["VAE"] = min(budget, needed["VAE"])
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        import psutil
-
-        free = psutil.virtual_memory().available
+    free = free_memory(str(device))
     if sum(needed.values()) > free:
         parts = ", ".join(f"{name} {number / GIB:.1f}" for name, number in needed.items())
         raise DataError(

@@ -237,11 +237,13 @@ def _worker(settings: dict[str, Any]) -> None:
     import torch
 
     from infra.background import BackgroundTracker
+    from infra.numerics import set_numerics
     from infra.tracking import Tracker
     from training.engine import skip_compiled_collectives
     from training.loop import train
 
     config: TrainConfig = settings["config"]
+    set_numerics(config.numerics)
     ray_context = ray.train.get_context()
     rank = ray_context.get_world_rank()
     torch.set_num_threads(config.runtime.threads_per_worker)

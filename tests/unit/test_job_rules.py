@@ -115,6 +115,8 @@ def test_what_a_command_needs_is_read_from_its_config(monkeypatch: pytest.Monkey
     assert needs_of(sharding) == Need(0, ("s3://b/out",))
     restoring = ["restore", "s3://b/in", "/shared/out", "--model", "m", "--ray", "--device", "cuda"]
     assert needs_of([*restoring, "--set", "runtime.num_actors=3"]) == Need(3, ("/shared/out",))
+    by_overrides = [*restoring[:5], "--set", "runtime.use_ray=true", "--set", "runtime.device=cuda"]
+    assert needs_of(by_overrides) == Need(1, ("/shared/out",))
     assert needs_of(["verify", "s3://b/x"]) == Need()
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert "is lost" in needs_of(["train", "-c", published, *ON_S3]).notes[0]

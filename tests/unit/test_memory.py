@@ -2,9 +2,12 @@
 
 import psutil
 import pytest
+import torch
 
 from infra import ConfigError
+from infra.memory import free_memory
 from training.config import ModelConfig, TrainConfig
+from training.memory import _count as count
 from training.memory import check_memory, memory_needed
 from training.models import build_model, parameter_table
 from training.ranks import WorkerContext
@@ -52,3 +55,20 @@ def test_a_run_that_cannot_fit_is_refused_with_its_numbers(monkeypatch: pytest.M
     assert f"needs {more / 2**30:.2f} GiB more on each worker" in caught.value.what
     with pytest.raises(ConfigError):
         with_free(int(more * 0.98))
+
+
+def test_what_torch_caches_on_a_gpu_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a validation the card is full of cached blocks, and a run or a picture still fits."""
+    figures = {"mem_get_info": (300, 10_000), "memory_reserved": 9_000, "memory_allocated": 2_000}
+    for name, figure in figures.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, figure=figure: figure)
+    assert free_memory("cuda:0") == 300 + 9_000 - 2_000
+    model = build_model(ModelConfig(), 0)
+    trained, every = (sum(map(count, part)) for part in ([model.trained_part(1)], model.networks.values()))
+    needed = sum(memory_needed(trained, every - trained, config(), 1).values())
+    card = WorkerContext(0, 1, "cuda:0", {})
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2_000 + needed - 300)
+    check_memory(model, config(), card)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2_000 + needed - 301)
+    with pytest.raises(ConfigError, match="are free"):
+        check_memory(model, config(), card)
