@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,11 @@ def run_train(config: TrainConfig) -> str:
     if done < config.num_updates:
         _check_start(config, manifests)
     tags = {"ccsr.stage": str(config.stage), "git.commit": facts["git_commit"]}
-    with track(config.tracking, run, tags) as tracker, sigterm_noted() as sigterm:
+    with (
+        ray_cluster(config.runtime.ray) if done < config.num_updates else nullcontext(),
+        track(config.tracking, run, tags) as tracker,
+        sigterm_noted() as sigterm,  # after Ray's start, which sets a handler of its own
+    ):
         if done < config.num_updates:
             _fit(config, manifests, facts, tracker, sigterm)
         _export(config, model_uri)  # after SIGTERM too: what was finished counts
@@ -145,7 +150,7 @@ def _fit(
     """Train on Ray until the last update. StoppedError where `sigterm` says that this process is to end."""
     runtime = config.runtime
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
-    with ray_cluster(runtime.ray), tempfile.TemporaryDirectory(prefix="ccsr-train-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="ccsr-train-") as scratch:
         from ray.train import FailureConfig, RunConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
