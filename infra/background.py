@@ -14,16 +14,22 @@ from infra.tracking import Tracker, refused_for_good
 MAX_POINTS = 1000  # in one request: MLflow's limit
 MAX_FAILURES = 3
 SECONDS_BETWEEN_LAST_TRIES = 1.0
-log = logging.getLogger(__name__)
 
 
 class BackgroundTracker:
     """One MLflow run. What the server does not take stays queued and is tried again until `close` gives up; what it
     refuses for good is dropped with a warning. Points do not wait for files."""
 
-    def __init__(self, tracker: Tracker, *, seconds_between_tries: float = 15.0) -> None:
-        self._points = _Sender("points", tracker.send, MAX_POINTS, seconds_between_tries)
-        self._files = _Sender("files", lambda files: tracker.file(*files[0]), 1, seconds_between_tries)
+    def __init__(
+        self,
+        tracker: Tracker,
+        *,
+        warn: Callable[[str], object] = logging.getLogger(__name__).warning,
+        seconds_between_tries: float = 15.0,
+    ) -> None:
+        self._warn = warn
+        self._points = _Sender("points", tracker.send, MAX_POINTS, warn, seconds_between_tries)
+        self._files = _Sender("files", lambda files: tracker.file(*files[0]), 1, warn, seconds_between_tries)
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Queue one point per value, with the present time."""
@@ -47,7 +53,7 @@ class BackgroundTracker:
             sender.end_by(time.monotonic() + seconds)
         unsent = sum(sender.num_unsent() for sender in senders)
         if unsent:
-            log.warning("MLflow never took %d points and files of this run", unsent)
+            self._warn(f"MLflow never took {unsent} points and files of this run")
         return unsent
 
 
@@ -66,8 +72,15 @@ class _Sender:
     dropped after MAX_FAILURES failures if another one got through meanwhile.
     """
 
-    def __init__(self, name: str, send: Callable[[list[Any]], None], most: int, pause: float) -> None:
-        self._name, self._send, self._most, self._pause = name, send, most, pause
+    def __init__(
+        self,
+        name: str,
+        send: Callable[[list[Any]], None],
+        most: int,
+        warn: Callable[[str], object],
+        pause: float,
+    ) -> None:
+        self._name, self._send, self._most, self._warn, self._pause = name, send, most, warn, pause
         self._changed = threading.Condition()
         self._deadline = math.inf  # until it is closed
         self._num_taken = self._num_dropped = 0
@@ -136,7 +149,7 @@ class _Sender:
 
     def _keep(self, error: Exception) -> None:
         if not self.failing:
-            log.warning("MLflow does not take %s; they wait and are tried again (%s)", self._name, line_of(error))
+            self._warn(f"MLflow does not take {self._name}; they wait and are sent again ({line_of(error)})")
         with self._changed:
             self.failing = True
             if self._most == 1:
@@ -145,5 +158,5 @@ class _Sender:
     def _warn_dropped(self, item: _Item, error: Exception) -> None:
         self._num_dropped += 1
         if (words := line_of(error)) != self._last_words:
-            log.warning("MLflow does not take %r of the %s, it is dropped (%s)", item.content[0], self._name, words)
+            self._warn(f"MLflow does not take {item.content[0]!r} of the {self._name}, it is dropped ({words})")
         self._last_words = words

@@ -62,14 +62,20 @@ class Tracker:
         _fail_soon()
         return cls(MlflowClient(uri), run_id)
 
-    def end(self, status: str) -> None:
-        """Close the run as FINISHED, FAILED or KILLED; a server that died meanwhile is a warning, not an error."""
+    def end(self, status: str, seconds: float = 30.0) -> None:
+        """Close the run as FINISHED, FAILED or KILLED, trying for `seconds`; a server that died meanwhile is a warning,
+        not an error."""
         from mlflow.exceptions import MlflowException
 
-        try:
-            self._client.set_terminated(self.run_id, status)
-        except MlflowException as error:
-            print(f"warning: MLflow does not know that its run is {status} ({line_of(error)})", file=sys.stderr)
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                return self._client.set_terminated(self.run_id, status)
+            except MlflowException as error:
+                if refused_for_good(error) or time.monotonic() > deadline:
+                    print(f"warning: MLflow does not know that its run is {status} ({line_of(error)})", file=sys.stderr)
+                    return None
+            time.sleep(1)
 
     def describe(self, run: Mapping[str, Any], known: Mapping[str, str]) -> None:
         """Log run.json and the config's parameters, leaving out the `known` ones."""

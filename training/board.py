@@ -175,7 +175,7 @@ class Watch:
             if not asked:
                 self._board.stop.remote()
                 asked = True
-                print("SIGTERM: saving a checkpoint at the next update", file=sys.stderr, flush=True)
+                print("SIGTERM: the workers are asked to save and end", file=sys.stderr, flush=True)
             if self.state.silent_seconds > NOBODY_RUNS_SECONDS:
                 print("SIGTERM: no worker runs that could save; ending", file=sys.stderr, flush=True)
                 _thread.interrupt_main(signal.SIGTERM)

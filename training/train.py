@@ -276,7 +276,10 @@ def _worker(settings: dict[str, Any]) -> None:
     board = settings["board"]
     if not ray.get(board.begin.remote(rank)):
         return
-    tracker = BackgroundTracker(Tracker.connect(settings["tracking_uri"], settings["run_id"])) if rank == 0 else None
+    tracker = None
+    if rank == 0:
+        logged = Tracker.connect(settings["tracking_uri"], settings["run_id"])
+        tracker = BackgroundTracker(logged, warn=board.warn.remote)
     drain = get_train_context().preemption_context  # the public function waits for all ranks
     with sigterm_noted() as sigterm:
         context = WorkerContext(

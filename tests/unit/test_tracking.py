@@ -308,7 +308,7 @@ def test_what_a_server_never_took_is_counted(port: int, caplog: pytest.LogCaptur
     tracker.file("a.png", b"")
     assert tracker.close(1) == 3
     assert "never took 3" in caplog.text
-    Tracker.connect(f"http://127.0.0.1:{port}", "run").end("FINISHED")  # a warning, no error
+    Tracker.connect(f"http://127.0.0.1:{port}", "run").end("FINISHED", 0)  # a warning, no error
 
 
 def test_a_server_that_does_not_answer_holds_up_nobody(port: int) -> None:
