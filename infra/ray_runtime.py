@@ -3,7 +3,9 @@
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ from typing import Any
 from pydantic import Field
 
 from infra.config import Config
-from infra.errors import CcsrError, ClusterError, error_from_json, error_to_json
+from infra.errors import CcsrError, ClusterError, error_from_json, error_to_json, line_of
 from infra.numerics import NumericsConfig, set_numerics
 
 KIND = "ccsr.io/kind"
@@ -121,6 +123,7 @@ def ray_cluster(config: RayConfig) -> Iterator[None]:
         os.environ.pop(ONE_MACHINE, None)
         yield
         return
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         if address:
             ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING)
@@ -136,12 +139,14 @@ def ray_cluster(config: RayConfig) -> Iterator[None]:
             )
     except Exception as error:  # a node that starts too slowly is the bare class; a bad address has one of its own
         raise ClusterError(
-            f"Ray cannot be reached ({str(error).splitlines()[0][:200]})",
+            f"Ray cannot be reached ({line_of(error)})",
             where=address or "this machine",
             todo="check the address and that the cluster runs, or leave it empty for a local one",
         ) from error
     finally:
         os.environ.pop(ONE_MACHINE, None)  # a `ray start` below this process is not meant
+        if callable(handler) and threading.current_thread() is threading.main_thread():  # Ray's own aborts the process
+            signal.signal(signal.SIGTERM, handler)
     try:
         yield
     finally:
@@ -204,7 +209,7 @@ def on_actors(
 def lost_worker(error: BaseException, output: str) -> ClusterError:
     """What to tell where `user_error` finds nothing that the user did."""
     return ClusterError(
-        f"a worker failed ({type(error).__name__}: {str(error).strip().splitlines()[-1][:300]})",
+        f"a worker failed ({type(error).__name__}: {line_of(error, -1)})",
         where=output,
         todo="run the same command again to go on from what is complete; --debug shows the traceback",
     )

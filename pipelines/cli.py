@@ -1,13 +1,14 @@
 """The `ccsr` command. Nothing heavy is imported before a command needs it: `ccsr --help` answers at once."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from infra.errors import CcsrError
+from infra.errors import CcsrError, StoppedError
 from pipelines import cluster_commands, model_commands
 from pipelines.model_commands import Overrides
 
@@ -233,10 +234,18 @@ def _config_class(values: dict[str, Any], where: str) -> Any:
 
 def main() -> None:
     """Run a command; a user's error becomes three lines and an exit code."""
-    arguments, _, rest = " ".join(sys.argv[1:]).partition(" -- ")
-    debug = "--debug" in arguments.split(" ")
-    if debug:
-        sys.argv = [sys.argv[0], *(a for a in sys.argv[1:] if a != "--debug" or rest)]
+    end_of_ours = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    ours, theirs = sys.argv[1:end_of_ours], sys.argv[end_of_ours:]
+    debug = "--debug" in ours
+    sys.argv[1:] = [word for word in ours if word != "--debug"] + theirs
+    terminated = False
+
+    def terminate(*_: object) -> None:
+        nonlocal terminated
+        terminated = True
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, terminate)  # ends as Ctrl-C does, so that what is open is closed
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched behind the user's back
     try:
         app(standalone_mode=True)
@@ -248,6 +257,8 @@ def main() -> None:
     except SystemExit as end:
         if end.code == 130:  # Ctrl-C, which typer turns into this
             typer.echo("stopped; the same command goes on from here", err=True)
+        if end.code == 130 and terminated:
+            sys.exit(StoppedError.exit_code)
         raise
 
 

@@ -17,7 +17,7 @@ def needs_of(arguments: Sequence[str]) -> Need:
     config, or an output that would lie in the job's temporary folder."""
     from pipelines.cli import app
 
-    name, *rest = arguments
+    name, *rest = arguments or [""]
     command = typer.main.get_command(app).commands.get(name)  # type: ignore[attr-defined]
     if command is None or name not in READERS:
         return Need()  # `submit` says what can be submitted

@@ -437,12 +437,17 @@ def in_loop(config: Any, **context: Any) -> list[float]:
 
 
 def test_a_stop_saves_at_the_next_update_and_the_same_call_goes_on(one, data, tmp_path):
-    config = train_config(data, tmp_path, num_updates=5)
+    config = train_config(data, tmp_path, num_updates=5, runtime={"profile": True})
     with pytest.raises(StoppedError, match="after 3 of 5 updates") as caught:
         in_loop(config, stop_asked=lambda update: update == 3)
     assert caught.value.exit_code == 143
     assert checkpoint_at(tmp_path, 3).facts["position"] == 12
-    assert in_loop(config) == one[0][3:5]
+    assert "conv" in (tmp_path / "profile" / "top_ops.txt").read_text(), "what was profiled up to there"
+    shutil.rmtree(tmp_path / "profile")
+    (tmp_path / "profile").write_bytes(b"")  # no folder can be made there
+    warnings: list[str] = []
+    assert in_loop(config, warn=warnings.append) == one[0][3:5]
+    assert [warning.split(":")[0] for warning in warnings] == ["the profile was not written"]
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_costs_no_other(one, data, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from infra import ClusterError, ConfigError
 from infra.errors import without_passwords
 from infra.job_client import job_server, same_release
-from infra.jobs import Need, _identity, _refuse_passwords, _ship_configs, exit_code
+from infra.jobs import Need, _identity, _refuse_passwords, _ship_configs, _start_once, exit_code
 from infra.ray_runtime import GpuCount, RayConfig, check_gpus, count_gpus, cpu_work
 from pipelines.cli import app
 from pipelines.needs import needs_of
@@ -50,6 +50,28 @@ def test_the_same_job_is_the_same_arguments_config_and_code(tmp_path: Path) -> N
     others.add(_identity(arguments, tmp_path, None, False))
     assert len(others - {first}) == 4
     assert _identity(["train"], tmp_path, "mine", True) == _identity(arguments, tmp_path, "mine", False)
+
+
+@pytest.mark.parametrize(
+    ("known", "expected"),
+    [
+        ([], "name-1"),
+        (["name-1 FAILED", "name-2 FAILED"], "name-3"),
+        (["name-2 FAILED"], "name-3"),  # the first was deleted
+        (["name-10 STOPPED", "name-9 FAILED", "other-11 FAILED", "name-x FAILED", "name-1-2 FAILED"], "name-11"),
+        (["name-3 RUNNING", "name-1 FAILED"], "name-3"),
+    ],
+)
+def test_a_new_attempt_takes_the_number_after_the_newest(known: list[str], expected: str) -> None:
+    class Server:
+        def list_jobs(self) -> list[SimpleNamespace]:
+            return [SimpleNamespace(submission_id=name, status=status) for name, status in map(str.split, known)]
+
+        def submit_job(self, submission_id: str) -> str:
+            assert submission_id not in {name.split()[0] for name in known}
+            return submission_id
+
+    assert _start_once(Server(), "name", print) == expected
 
 
 @pytest.mark.parametrize("option", [["-c", "{}"], ["--config", "{}"], ["--config={}"], ["-c{}"]])
