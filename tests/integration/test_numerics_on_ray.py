@@ -19,7 +19,8 @@ from infra.images import encode_png
 from pipelines.config import ShardConfig
 from pipelines.restore import RestoreConfig
 from tests.training_runs import noise_shards, train_config
-from training.models import ModelConfig, build_model, save_model
+from training.config import ModelConfig
+from training.models import build_model, save_model
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 NUMERICS = {"tf32": False, "deterministic": True}  # torch's defaults: TF32 convolutions, not deterministic
