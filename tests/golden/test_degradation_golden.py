@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from degradation_statistics import collect, distances
@@ -59,10 +60,16 @@ def test_kernels_are_the_published_ones(name: str) -> None:
 
 @cache
 def motorcycle() -> np.ndarray:
+    """The recording's input, float32 (3, 512, 512). OpenCV scales by Intel's IPP to bits that depend on the CPU, and
+    without it to the same everywhere: from those the recorded photograph differs by one level in some places."""
+    before = cv2.ipp.useIPP()
+    cv2.ipp.setUseIPP(False)
     photo = patch("motorcycle")
+    cv2.ipp.setUseIPP(before)
+    with np.load(FOLDER / "motorcycle_difference.npz") as difference:
+        photo.ravel()[np.cumsum(difference["at"], dtype=np.int64)] += difference["by"].astype(np.uint8)
     digest = hashlib.sha256(photo.tobytes()).hexdigest()
-    if not digest.startswith("6cd0da713b2eae32"):
-        pytest.skip("OpenCV on this CPU scales the photograph to other bits than in the recording")
+    assert digest.startswith("6cd0da713b2eae32"), "this is not the recording's photograph"
     return np.ascontiguousarray(photo.transpose(2, 0, 1)) * np.float32(1 / 255)
 
 
