@@ -5,8 +5,8 @@ import pytest
 
 from infra import ConfigError
 from training.config import TrainConfig
-from training.memory import check_memory, memory_needed
-from training.models import ModelConfig, build_model, parameter_table
+from training.cost import check_memory, memory_needed, parameter_table
+from training.models import ModelConfig, build_model
 from training.ranks import WorkerContext
 
 

@@ -12,16 +12,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from infra import ConfigError, ModelError, StorageError
+from training.cost import PAPER_MILLIONS, parameter_table
 from training.models import (
     CcsrModel,
     ModelConfig,
     build_model,
     load_model,
-    parameter_table,
     save_model,
 )
 from training.models.directory import WEIGHTS
-from training.models.parameters import PAPER_MILLIONS
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
