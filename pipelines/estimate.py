@@ -6,10 +6,10 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from infra.errors import ConfigError
 from infra.manifest import ShardRecord
@@ -77,17 +77,11 @@ def estimate_shards(config: ShardConfig, *, num_files: int = NUM_FILES) -> Shard
                 measured.append((num_samples, num_bytes, cpu, wall))
                 advance()
     return ShardEstimate(
-        num_files=len(files),
-        num_measured=len(chosen),
-        num_shards=len(plan_shards(files, config)),
-        num_workers=config.runtime.num_workers or os.cpu_count() or 1,
-        **dict(
-            zip(
-                ("samples", "num_bytes", "core_seconds", "seconds"),
-                (_scaled_up(list(column), len(files)) for column in zip(*measured, strict=True)),
-                strict=True,
-            )
-        ),
+        len(files),
+        len(chosen),
+        len(plan_shards(files, config)),
+        config.runtime.num_workers or os.cpu_count() or 1,
+        *(_scaled_up(list(column), len(files)) for column in zip(*measured, strict=True)),
     )
 
 
@@ -236,31 +230,28 @@ def train_tables(config: "TrainConfig", assumed: Assumed, estimates: Sequence[Tr
     )
     places = Table(("where", "what", *gpus, "unit"), "placement", ["head node: the driver, one core, no GPU"])
 
-    def add(table: Table, *names: str, values: list[float], unit: str, form: str | None = None) -> None:
-        table.add(*names, *(cell(value, form or _form(value)) for value in values), unit)
+    def add(
+        table: Table, names: tuple[str, ...], of: Callable[[TrainEstimate], Any], unit: str, form: str = ""
+    ) -> None:
+        table.add(*names, *(cell(of(one), form or _form(of(one))) for one in estimates), unit)
 
-    add(answer, "time", values=[one.hours for one in estimates], unit="hours")
-    add(answer, "GPU time", values=[one.gpu_hours for one in estimates], unit="GPU-hours")
-    add(answer, "cost", values=[one.cost for one in estimates], unit="USD", form=",.2f")
-    add(answer, "speed", values=[one.samples_per_second for one in estimates], unit="samples/s")
-    memory = [sum(one.gpu_bytes.values()) / GIB for one in estimates]
-    add(answer, "GPU memory", values=memory, unit="GiB a GPU", form=".2f")
-    cores = [one.ingest_cores * one.num_gpus for one in estimates]
-    add(answer, "CPUs for degradation", values=cores, unit="cores", form=",.1f")
+    add(answer, ("time",), lambda one: one.hours, "hours")
+    add(answer, ("GPU time",), lambda one: one.gpu_hours, "GPU-hours")
+    add(answer, ("cost",), lambda one: one.cost, "USD", ",.2f")
+    add(answer, ("speed",), lambda one: one.samples_per_second, "samples/s")
+    add(answer, ("GPU memory",), lambda one: sum(one.gpu_bytes.values()) / GIB, "GiB a GPU", ".2f")
+    add(answer, ("CPUs for degradation",), lambda one: one.ingest_cores * one.num_gpus, "cores", ",.1f")
     splits = ([one.micro_batch_size, one.accumulation] for one in estimates)
     cells = (Cell(split, ((" x ".join(map(str, split)), ""),)) for split in splits)
     places.add("GPU node", "micro-batch x accumulation", *cells, "samples x steps")
     for name in estimates[0].gpu_bytes:
-        parts = [one.gpu_bytes[name] / GIB for one in estimates]
-        add(places, "GPU node", name, values=parts, unit="GiB a GPU", form=".2f")
-    exchanged = [one.exchanged_bytes / GIB for one in estimates]
-    add(places, "GPU node", "gradients exchanged", values=exchanged, unit="GiB a GPU and update", form=".2f")
-    ingest = [one.ingest_cores for one in estimates]
-    add(places, "CPU node", "degradation", values=ingest, unit="cores a GPU", form=".2f")
-    windows = [one.window_bytes / MIB for one in estimates]
-    add(places, "CPU node", "batches in flight", values=windows, unit="MiB a GPU", form=".0f")
-    checkpoints = [one.checkpoint_bytes / GIB for one in estimates]
-    add(places, "storage", "a checkpoint", values=checkpoints, unit="GiB", form=".2f")
+        parts = (cell(one.gpu_bytes[name] / GIB, ".2f") for one in estimates)
+        places.add("GPU node", name, *parts, "GiB a GPU")
+    exchanged = ("GPU node", "gradients exchanged")
+    add(places, exchanged, lambda one: one.exchanged_bytes / GIB, "GiB a GPU and update", ".2f")
+    add(places, ("CPU node", "degradation"), lambda one: one.ingest_cores, "cores a GPU", ".2f")
+    add(places, ("CPU node", "batches in flight"), lambda one: one.window_bytes / MIB, "MiB a GPU", ".0f")
+    add(places, ("storage", "a checkpoint"), lambda one: one.checkpoint_bytes / GIB, "GiB", ".2f")
     return [answer, places, _networks_table(config)]
 
 
@@ -277,9 +268,8 @@ def _networks_table(config: "TrainConfig") -> Table:
     table = Table(("part", "parameters", "trained"), f"{config.model.preset}, {config.model.family}: networks")
     for row in rows:
         table.add(row["name"], row["parameters"], "yes" if row[stage] else "")
-    table.add("a model directory", sum(int(row["parameters"]) for row in rows), "")
-    trained = sum(int(row["parameters"]) for row in rows if row[stage])
-    table.add(f"trained by this config (stage {config.stage})", trained, "")
+    table.add("a model directory", _total(rows), "")
+    table.add(f"trained by this config (stage {config.stage})", _total([row for row in rows if row[stage]]), "")
     if config.stage == 2:
         patch, *dino = discriminator_table(config.decoder_loss.discriminator_width)
         for row in [patch] if config.decoder_loss.discriminator == "patch" else dino:
@@ -293,20 +283,18 @@ def model_tables(preset: str) -> list[Table]:
 
     rows = parameter_table(preset)
     table = Table(("part", "parameters", "trained in"), f"{preset}: networks")
-    num_shared = sum(not str(row["name"]).startswith("v1 only") for row in rows)
-    for number, row in enumerate(rows, 1):
-        table.add(row["name"], row["parameters"], _trained_in(row))
-        if number == num_shared:
-            table.add("a model directory", sum(int(row["parameters"]) for row in rows[:number]), "")
+    others = Table(table.columns, "discriminators")
+    for one, listed in ((table, rows), (others, discriminator_table())):
+        for row in listed:
+            stages = (name for name, key in (("stages 0, 1", "stage1"), ("stage 2", "stage2")) if row[key])
+            one.add(row["name"], row["parameters"], ", ".join(stages))
+    shared = [row for row in rows if not str(row["name"]).startswith("v1 only")]
+    table.add("a model directory", _total(shared), "")
     if preset == "tiny":
         return [table]
-    total = sum(int(row["parameters"]) for row in rows)
-    table.add(f"CCSR v1 as published (paper: {PAPER_MILLIONS} M)", total, "")
-    others = Table(table.columns, "discriminators")
-    for row in discriminator_table():
-        others.add(row["name"], row["parameters"], _trained_in(row))
+    table.add(f"CCSR v1 as published (paper: {PAPER_MILLIONS} M)", _total(rows), "")
     return [table, others]
 
 
-def _trained_in(row: dict[str, str | int | bool]) -> str:
-    return ", ".join(name for name, key in (("stages 0, 1", "stage1"), ("stage 2", "stage2")) if row[key])
+def _total(rows: Sequence[dict[str, str | int | bool]]) -> int:
+    return sum(int(row["parameters"]) for row in rows)
