@@ -95,20 +95,20 @@ def _scaled_up(values: list[float], total: int) -> Amount:
 def shard_table(estimate: ShardEstimate) -> Table:
     """What a shard config will make."""
     title = f"by {estimate.num_measured} of {estimate.num_files:,} files, ± two standard errors"
-    table = Table(("what", "estimate", "±", "unit"), title)
+    table = Table(("what", "estimate", "±"), title)
     workers = min(estimate.num_workers, estimate.num_shards)
 
-    def add(what: str, amount: Amount, unit: str, share: float = 1, form: str | None = None) -> None:
+    def add(what: str, amount: Amount, share: float = 1, form: str = "") -> None:
         value, spread = amount.value * share, amount.spread * share
-        table.add(what, cell(value, form or _form(value)), cell(spread or None, form or _form(spread)), unit)
+        table.add(what, cell(value, form or _form(value)), cell(spread or None, form or _form(spread)))
 
-    size, size_unit = (GIB, "GiB") if estimate.num_bytes.value >= GIB else (MIB, "MiB")
-    add("shards", Amount(estimate.num_shards, 0), "", form=",.0f")
-    add("samples", estimate.samples, "", form=",.0f")
-    add("size", estimate.num_bytes, size_unit, 1 / size, form=",.2f")
-    add("size of a shard", estimate.num_bytes, "MiB", 1 / estimate.num_shards / MIB, form=",.2f")
-    add("processor time", estimate.core_seconds, "core-hours", 1 / 3600)
-    add(f"time with {workers} workers of one core", estimate.seconds, "hours", 1 / workers / 3600)
+    unit, size = ("GiB", GIB) if estimate.num_bytes.value >= GIB else ("MiB", MIB)
+    add("shards", Amount(estimate.num_shards, 0), form=",.0f")
+    add("samples", estimate.samples, form=",.0f")
+    add(f"size, {unit}", estimate.num_bytes, 1 / size, ",.2f")
+    add("size of a shard, MiB", estimate.num_bytes, 1 / estimate.num_shards / MIB, ",.2f")
+    add("core-hours", estimate.core_seconds, 1 / 3600)
+    add(f"hours with {workers} workers of one core", estimate.seconds, 1 / workers / 3600)
     return table
 
 

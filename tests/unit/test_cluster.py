@@ -237,7 +237,8 @@ STAND_INS = {
     "python": "exit 0",
     "scontrol": 'echo "scontrol $*" >> calls',
     "ccsr": 'echo "ccsr $*" >> calls; trap "exit ${CODE_AT_TERM:-0}" TERM\n'
-    '[ -z "${CODE_AT_TERM:-}" ] && exit ${CODE:-0}\nkill -TERM $PPID; for i in $(seq 600); do sleep 0.1; done',
+    '[ -z "${CODE_AT_TERM:-}" ] && exit ${CODE:-0}\n'
+    "sleep 0.5; kill -TERM $PPID; for i in $(seq 600); do sleep 0.1; done",
 }
 
 
