@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from infra import noise_for
-from training.models import ModelConfig, build_model
+from training.config import ModelConfig
+from training.models import build_model
 from training.sampling import sample_ccsr_v2
 
 

@@ -30,10 +30,10 @@ from torch import Tensor, nn
 
 from infra import noise_for
 from infra.config import parse_config
-from training.config import TrainConfig
+from training.config import ModelConfig, TrainConfig
 from training.ingest import Batch
 from training.measure import flop_counter, peak_flops, peak_memory_bytes
-from training.models import CcsrModel, ModelConfig, build_model
+from training.models import CcsrModel, build_model
 from training.steps import NoiseStage, build_stage
 
 PUBLISHED_MICRO_BATCH = 4

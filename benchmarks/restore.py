@@ -17,8 +17,9 @@ import psutil
 import torch
 
 from infra import noise_for, rng_for
-from training.models import CcsrModel, ModelConfig, build_model
-from training.restore import PreparedImage, SamplingConfig, decode_rows, prepare_image, restore_batch, sample_latents
+from training.config import ModelConfig, SamplingConfig
+from training.models import CcsrModel, build_model
+from training.restore import PreparedImage, decode_rows, prepare_image, restore_batch, sample_latents
 from training.sampling import ccsr_v2_timesteps
 
 GIB = 2**30

@@ -24,6 +24,7 @@ import deepspeed
 import numpy as np
 import torch
 
+import training.engine
 import training.loop
 from infra import rng_for
 from infra.background import BackgroundTracker
@@ -66,9 +67,11 @@ class Bench:
     def __init__(self, config: TrainConfig, tracker: BackgroundTracker) -> None:
         self.config, self.tracker = config, tracker
         self.loop, self.posted, self.bare, self.plain = Clock(), Clock(), Clock(), Clock()
-        self._make_engine = training.loop._engine
+        self._make_engine = training.loop.make_engine
 
-    def engine(self, stage: Any, config: TrainConfig, context: WorkerContext) -> tuple[Any, torch.optim.Optimizer]:
+    def engine(
+        self, stage: Any, config: TrainConfig, world_size: int, device: str
+    ) -> tuple[Any, torch.optim.Optimizer]:
         self._plain = copy.deepcopy(stage)
         settings = config.optimizer
         self._optimizer = torch.optim.AdamW(
@@ -77,7 +80,7 @@ class Bench:
             betas=settings.betas,
             weight_decay=settings.weight_decay,
         )
-        engine, optimizer = self._make_engine(stage, config, context)
+        engine, optimizer = self._make_engine(stage, config, world_size, device)
         self._engine = engine
         return engine, optimizer
 
@@ -142,7 +145,7 @@ def main() -> None:
     torch.set_num_threads(1)
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29547"}
     os.environ.update(alone | {"DS_ACCELERATOR": "cpu"})
-    training.loop.skip_compiled_collectives()
+    training.engine.skip_compiled_collectives()
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     with tempfile.TemporaryDirectory(prefix="ccsr-benchmark-") as folder:
         values = {
@@ -160,7 +163,7 @@ def main() -> None:
         run = {"job": "train", "fingerprint": "benchmark", "config": {}}
         tracker = BackgroundTracker(open_tracker(TrackingConfig(uri=config.tracking.uri), run))
         bench = Bench(config, tracker)
-        training.loop._engine, training.loop.updates = bench.engine, bench.stream  # type: ignore[assignment]
+        training.loop.make_engine, training.loop.updates = bench.engine, bench.stream  # type: ignore[assignment]
         training.loop.SampleReader = lambda *_: None  # type: ignore[assignment,misc]
         training.loop.train(config, [], build_model(config.model, 0), WorkerContext(0, 1, "cpu", {}, tracker=tracker))
         tracker.close()

@@ -1,7 +1,21 @@
 """Floor 4: quality and stability of restorations, measured, reported and compared."""
 
-from evaluation.metrics import niqe, sharpness, ssim_y
-from evaluation.stability import g_std
-from infra.pixels import StabilityAccumulator, l_std, psnr_y
+from typing import Any
 
-__all__ = ["StabilityAccumulator", "g_std", "l_std", "niqe", "psnr_y", "sharpness", "ssim_y"]
+from infra.exports import load
+
+# Loaded at first use: the schemas in `evaluation.config` must not wait for OpenCV and SciPy.
+_PLACES = {
+    "StabilityAccumulator": "infra.pixels",
+    "g_std": "evaluation.stability",
+    "l_std": "infra.pixels",
+    "niqe": "evaluation.metrics",
+    "psnr_y": "infra.pixels",
+    "sharpness": "evaluation.metrics",
+    "ssim_y": "evaluation.metrics",
+}
+__all__ = list(_PLACES)
+
+
+def __getattr__(name: str) -> Any:
+    return load(__name__, _PLACES, name)

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from infra.config import Config, Location
 from infra.ray_runtime import RayConfig
 from infra.tracking import TrackingConfig
-from training.restore import SamplingConfig
+from training.config import SamplingConfig
 
 MethodName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]{0,39}$")]
 MetricName = Literal["psnr_y", "ssim_y", "lpips", "dists", "niqe", "musiq", "clipiqa", "fid"]

@@ -54,10 +54,12 @@ def shard(
     """Turn image sets into degraded WebDataset shards."""
     from infra.config import load_config
     from pipelines.config import ShardConfig
-    from pipelines.shard import run_shard
 
     allowed = [] if max_failed_fraction is None else [f"runtime.max_failed_fraction={max_failed_fraction}"]
-    manifest = run_shard(load_config(config, ShardConfig, [*(set_ or []), *allowed]))
+    values = load_config(config, ShardConfig, [*(set_ or []), *allowed])
+    from pipelines.shard import run_shard  # torch, which a mistake in the config must not wait for
+
+    manifest = run_shard(values)
     typer.echo(f"{manifest.num_samples} samples, dataset {manifest.dataset_id}: {manifest.uri}")
 
 
@@ -94,10 +96,11 @@ def train(
     from infra.config import load_config
     from infra.storage import exists, join, read_bytes
     from training.config import TrainConfig
-    from training.train import run_train
 
     overrides = [*(set_ or []), *(["runtime.profile=true"] if profile else [])]
     values = load_config(config, TrainConfig, overrides)
+    from training.train import run_train
+
     model = run_train(values)
     if profile and exists(place := join(values.output, "profile", "top_ops.txt")):
         typer.echo(read_bytes(place).decode())
@@ -112,13 +115,15 @@ def evaluate(
 ) -> None:
     """Measure quality and stability of one or several methods."""
     from evaluation.config import EvaluateConfig
+    from infra.config import load_config
+
+    values = load_config(config, EvaluateConfig, set_ or [])
     from evaluation.job import run_evaluate
     from evaluation.orderings import load_orderings, orderings_table
     from evaluation.tables import score_table
-    from infra.config import load_config
     from infra.table import print_report
 
-    result = run_evaluate(load_config(config, EvaluateConfig, set_ or []), log_only=log_only)
+    result = run_evaluate(values, log_only=log_only)
     orderings = load_orderings(result.folder)
     beside = [orderings_table(orderings, result.run["published"])] if orderings else []
     print_report([score_table(result.summary), *beside])

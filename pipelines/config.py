@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from degradation import DegradationConfig
+from degradation.config import DegradationConfig
 from infra.config import Config, Location
 from infra.ray_runtime import RayConfig
 

@@ -20,9 +20,9 @@ from pipelines.config import ShardConfig
 from pipelines.plan import plan_shards
 from pipelines.shard import latent_encoder, resolve_degradation, write_shard
 from pipelines.sources import SourceFile, list_sources
+from training.config import TrainConfig
 
 if TYPE_CHECKING:
-    from training.config import TrainConfig
     from training.cost import StepCost
 
 NUM_FILES = 16
@@ -156,7 +156,7 @@ class TrainEstimate:
     cost: float
 
 
-def estimate_training(config: "TrainConfig", assumed: Assumed, sizes: Sequence[int]) -> list[TrainEstimate]:
+def estimate_training(config: TrainConfig, assumed: Assumed, sizes: Sequence[int]) -> list[TrainEstimate]:
     """One estimate for the config's own number of workers and each of `sizes` that can share its global batch.
 
     FLOPs and activations are counted on the config's networks, CPU time of a sample is measured here, the speed of a
@@ -178,14 +178,14 @@ def estimate_training(config: "TrainConfig", assumed: Assumed, sizes: Sequence[i
     return estimates
 
 
-def _micro_batch(config: "TrainConfig", num_gpus: int) -> int | None:
+def _micro_batch(config: TrainConfig, num_gpus: int) -> int | None:
     """The largest micro-batch, up to the config's, in which `num_gpus` can share the global batch."""
     fitting = range(config.runtime.micro_batch_size, 0, -1)
     return next((size for size in fitting if config.global_batch_size % (size * num_gpus) == 0), None)
 
 
 def _estimate(
-    config: "TrainConfig", assumed: Assumed, cost: "StepCost", rate: float, ingest: float, num_gpus: int, micro: int
+    config: TrainConfig, assumed: Assumed, cost: "StepCost", rate: float, ingest: float, num_gpus: int, micro: int
 ) -> TrainEstimate:
     from training.cost import memory_needed
     from training.ingest import window
@@ -215,7 +215,7 @@ def _estimate(
     )
 
 
-def train_tables(config: "TrainConfig", assumed: Assumed, estimates: Sequence[TrainEstimate]) -> list[Table]:
+def train_tables(config: TrainConfig, assumed: Assumed, estimates: Sequence[TrainEstimate]) -> list[Table]:
     """The answer, a column for each number of GPUs; then what is placed where; then the config's networks."""
     updates, batch = config.num_updates, config.global_batch_size
     slower = "; precision fp32 reaches a fraction of that" if config.precision == "fp32" else ""
@@ -255,7 +255,7 @@ def train_tables(config: "TrainConfig", assumed: Assumed, estimates: Sequence[Tr
     return [answer, places, _networks_table(config)]
 
 
-def _networks_table(config: "TrainConfig") -> Table:
+def _networks_table(config: TrainConfig) -> Table:
     """The parameters of the networks that a train config has, and which of them it trains."""
     from training.cost import discriminator_table, parameter_table
 

@@ -13,9 +13,10 @@ from infra.seeding import noise_for
 from infra.storage import download_folder
 from pipelines.config import LatentsConfig
 from pipelines.sample import Sample
+from training.config import SamplingConfig
 from training.ingest import enlarge
 from training.models import CcsrModel, load_model
-from training.restore import SamplingConfig, sample_latents
+from training.restore import sample_latents
 from training.samples import MOMENTS, SAMPLED
 
 

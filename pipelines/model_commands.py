@@ -55,20 +55,22 @@ def estimate(
     from infra.config import load_config, load_yaml
     from infra.errors import ConfigError
     from infra.table import print_report
-    from pipelines import estimate as estimates
     from pipelines.config import ShardConfig
+    from training.config import TrainConfig
 
     if (config is None) == (model is None):
         raise ConfigError("nothing says which model", where="ccsr estimate", todo="give -c FILE or --model sd21")
-    if config is None:
-        tables = estimates.model_tables(str(model))
-    elif load_yaml(config).get("job") == "shard":
-        tables = [estimates.shard_table(estimates.estimate_shards(load_config(config, ShardConfig, set_ or [])))]
-    else:
-        from training.config import TrainConfig
+    schema = ShardConfig if config and load_yaml(config).get("job") == "shard" else TrainConfig
+    values = load_config(config, schema, set_ or []) if config else None
+    from pipelines.estimate import Assumed, estimate_shards, estimate_training, model_tables, shard_table, train_tables
 
-        values, assumed = load_config(config, TrainConfig, set_ or []), estimates.Assumed(card, mfu, price)
-        tables = estimates.train_tables(values, assumed, estimates.estimate_training(values, assumed, gpus or [8, 32]))
+    if isinstance(values, ShardConfig):
+        tables = [shard_table(estimate_shards(values))]
+    elif isinstance(values, TrainConfig):
+        assumed = Assumed(card, mfu, price)
+        tables = train_tables(values, assumed, estimate_training(values, assumed, gpus or [8, 32]))
+    else:
+        tables = model_tables(str(model))
     print_report(tables, as_json=as_json)
 
 

@@ -18,8 +18,9 @@ from infra.progress import progress
 from infra.ray_runtime import RayConfig, on_actors
 from infra.run import claim_output
 from infra.storage import absolute, exists, join, list_files, put_if_absent, read_bytes
+from training.config import SamplingConfig
 from training.models import CcsrModel
-from training.restore import PreparedImage, SamplingConfig, fetch_model, prepare_image, restore_batch
+from training.restore import PreparedImage, fetch_model, prepare_image, restore_batch
 from training.train import model_id
 
 MIN_SIDE = 16

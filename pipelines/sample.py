@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from degradation import DegradationConfig, degrade
+from degradation.config import DegradationConfig
+from degradation.pipeline import degrade
 from infra.images import UnusableImageError, decode_image, encode_png, is_plain_png
 from infra.phash import perceptual_hash
 from infra.seeding import rng_for

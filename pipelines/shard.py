@@ -9,7 +9,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from degradation import DegradationConfig, load_preset
+from degradation.config import DegradationConfig
+from degradation.presets import load_preset
 from infra.errors import CcsrError, ConfigError, DataError, PartialResultError, error_from_json, error_to_json
 from infra.images import UnusableImageError, gradient_energy
 from infra.manifest import Manifest, Quarantined, ShardRecord, commit_record, committed_records, write_manifest

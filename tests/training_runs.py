@@ -3,6 +3,7 @@
 As a program: `python -m tests.training_runs SPEC RANK`, SPEC being a JSON file that `run_workers` writes.
 """
 
+import itertools
 import json
 import os
 import socket
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from infra.config import parse_config
 from infra.images import encode_png
@@ -24,6 +27,8 @@ from infra.shards import IndexedEntry, write_tar
 from infra.storage import publish_if_absent, sha256_file
 from training.config import TrainConfig
 from training.ingest import updates
+from training.models import CcsrModel
+from training.steps import Stage, build_stage
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -74,16 +79,18 @@ def train_config(data: str, output: Path | str, *, stage: int = 1, num_updates: 
 
 
 class Losses:
-    """Takes the place of rank 0's MLflow run: keeps the losses, in a file too."""
+    """Takes the place of rank 0's MLflow run: keeps the losses, in a file too, and all else that came with them."""
 
     def __init__(self, file: Path | None = None) -> None:
         self.values: list[float] = []
+        self.reports: list[dict[str, float]] = []
         self._file = file
 
     def metrics(self, values: dict[str, float], step: int) -> None:
         if "loss" not in values:  # a validation's
             return
         self.values.append(values["loss"])
+        self.reports.append(values)
         if self._file is not None:
             with self._file.open("a") as file:
                 file.write(f"{values['loss']!r}\n")
@@ -109,9 +116,8 @@ def join_group(rank: int, world_size: int, port: int) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), DS_ACCELERATOR="cpu")
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     import deepspeed
-    import torch
 
-    from training.loop import skip_compiled_collectives
+    from training.engine import skip_compiled_collectives
 
     skip_compiled_collectives()
     torch.set_num_threads(1)
@@ -127,7 +133,7 @@ def free_port() -> int:
 def run_workers(folder: Path, runs: list[dict[str, Any]], world_size: int = 2) -> None:
     """Let processes of one group do `runs` one after another.
 
-    Each is {"config", "losses"} and perhaps "poison" (a position) or "resave" (an output).
+    Each is {"config", "losses"} and perhaps "poison" (a position), "bad_gradient" (an update) or "resave" (an output).
     """
     spec = folder / "spec.json"
     spec.write_text(json.dumps({"world_size": world_size, "port": free_port(), "runs": runs}))
@@ -155,6 +161,24 @@ def poisoned(position: int) -> Callable[..., Iterator[list[Any]]]:
     return stream
 
 
+def with_bad_gradient(update: int) -> Callable[..., Stage]:
+    """In place of the loop's `build_stage`: at an update, from 0, a gradient is infinite and the loss is not."""
+
+    def build(model: CcsrModel, config: TrainConfig) -> Stage:
+        stage = build_stage(model, config)
+        num_micro_steps = config.global_batch_size // config.runtime.micro_batch_size
+        num_micro_steps //= torch.distributed.get_world_size()
+        calls = itertools.count()
+
+        def spoil(gradient: Tensor) -> Tensor:
+            return gradient * (float("inf") if next(calls) // num_micro_steps == update else 1)
+
+        next(stage.trained.parameters()).register_hook(spoil)
+        return stage
+
+    return build
+
+
 def resave(config: TrainConfig, rank: int, world_size: int, output: str) -> None:
     """Restore the newest checkpoint into engines of this world size and write what they hold to `output`."""
     from training import loop
@@ -163,7 +187,7 @@ def resave(config: TrainConfig, rank: int, world_size: int, output: str) -> None
 
     context = loop.WorkerContext(rank, world_size, "cpu", {})
     stage = loop.build_stage(initial_model(config), config)
-    engine, optimizer = loop._engine(stage, config, context)
+    engine, optimizer = loop.make_engine(stage, config, context.world_size, context.device)
     adversary = loop._Adversary(stage, config, context) if config.stage == 2 else None
     parts = engine, optimizer, (adversary.module, adversary.optimizer) if adversary else None
     done = Checkpoints(config, *parts, context).resume()
@@ -182,6 +206,7 @@ def main(spec_file: str, rank: int) -> None:
     for run in spec["runs"]:
         config = parse_config(run["config"], TrainConfig, where="spec")
         loop.updates = poisoned(run["poison"]) if "poison" in run else updates
+        loop.build_stage = with_bad_gradient(run["bad_gradient"]) if "bad_gradient" in run else build_stage
         outcome = ["", ""]
         try:
             if "resave" in run:

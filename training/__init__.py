@@ -1,6 +1,19 @@
 """Floor 3: networks, losses, samplers and the training loop of CCSR."""
 
-from training.stage1 import eps_loss, stage1_loss_v1, stage1_loss_v2
-from training.stage2 import discriminator_loss, generator_loss
+from typing import Any
 
-__all__ = ["discriminator_loss", "eps_loss", "generator_loss", "stage1_loss_v1", "stage1_loss_v2"]
+from infra.exports import load
+
+# Loaded at first use: the schemas in `training.config` must not wait for torch.
+_PLACES = {
+    "discriminator_loss": "training.stage2",
+    "eps_loss": "training.stage1",
+    "generator_loss": "training.stage2",
+    "stage1_loss_v1": "training.stage1",
+    "stage1_loss_v2": "training.stage1",
+}
+__all__ = list(_PLACES)
+
+
+def __getattr__(name: str) -> Any:
+    return load(__name__, _PLACES, name)

@@ -26,59 +26,6 @@ class TrainingState:
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # file name without suffix -> tensors
 
 
-def engine_state(
-    engine: Any, optimizer: torch.optim.Optimizer, *, keep: bool = True
-) -> dict[str, dict[str, Tensor]] | None:
-    """Parameters and moments of a DeepSpeed engine by name: full fp32 copies on the CPU.
-
-    Collective: every rank calls it. A rank that does not `keep` them holds one tensor at a time and returns None.
-    """
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-    tensors: dict[str, dict[str, Tensor]] = {"weights": {}, "moments": {}}
-    for name, parameter in engine.module.trained.named_parameters():
-        partitioned = hasattr(parameter, "_hp_mapping")  # else ZeRO 0: the plain optimiser holds the state
-        full = safe_get_full_fp32_param(parameter) if partitioned else parameter
-        if keep:
-            tensors["weights"][name] = _copy(full)
-        for kind in MOMENTS:
-            full = safe_get_full_optimizer_state(parameter, kind) if partitioned else optimizer.state[parameter][kind]
-            if keep:
-                tensors["moments"][f"{kind}.{name}"] = _copy(full)
-    return tensors if keep else None
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", torch.float32, copy=True)
-
-
-def restore_engine(
-    engine: Any, optimizer: torch.optim.Optimizer, tensors: dict[str, dict[str, Tensor]], num_updates: int
-) -> None:
-    """Put `engine_state`'s tensors back into an engine of any world size and ZeRO stage, before its first step."""
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-    step = torch.tensor(float(num_updates))
-    partitioned = hasattr(next(engine.module.trained.parameters()), "_hp_mapping")
-    if partitioned:
-        for group in optimizer.param_groups:  # DeepSpeed put its flat partitions there
-            for flat in group["params"]:
-                optimizer.state[flat] = {"step": step.clone(), **{kind: torch.zeros_like(flat) for kind in MOMENTS}}
-        engine.optimizer._lazy_init_hp_params_optimizer_state()
-    for name, parameter in engine.module.trained.named_parameters():
-        weight = tensors["weights"][name].to(parameter.device)
-        state = {kind: tensors["moments"][f"{kind}.{name}"].to(parameter.device) for kind in MOMENTS}
-        if partitioned:
-            safe_set_full_fp32_param(parameter, weight)
-            for kind in MOMENTS:
-                safe_set_full_optimizer_state(parameter, state[kind], kind)
-        else:
-            parameter.data.copy_(weight)
-            optimizer.state[parameter] = {"step": step.clone(), **state}
-    if partitioned:
-        engine.optimizer.update_lp_params()
-
-
 def module_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Weights, buffers and moments of a plain replicated module by name."""
     tensors = {f"weights.{name}": tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}
@@ -102,16 +49,18 @@ def restore_module(
 def save_checkpoint(output: str, state: TrainingState, *, keep: int) -> str:
     """Write OUT/checkpoints/POSITION, `complete.json` last, then remove all but the newest `keep` and the best one.
 
-    What an interrupted save or removal left goes too. One process per run calls this. ModelError where a weight is not
-    finite: such a checkpoint would only push out one that a run can go on from.
+    What an interrupted save or removal left goes too. One process per run calls this. ModelError where any tensor is
+    not finite: such a checkpoint would only push out one that a run can resume from.
     """
-    for name, tensor in state.tensors["weights"].items():
-        if not torch.isfinite(tensor).all():
-            raise ModelError(
-                f"tensor {name} is not finite after update {state.facts['num_updates']}; nothing was saved",
-                where=output,
-                todo="lower the learning rate and run again from the checkpoint before, which is kept",
-            )
+    for group, tensors in state.tensors.items():
+        for name, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise ModelError(
+                    f"{group}: tensor {name} is not finite after update {state.facts['num_updates']}; "
+                    "nothing was saved",
+                    where=output,
+                    todo="lower the learning rate and run again from the checkpoint before, which is kept",
+                )
     place = join(output, "checkpoints", f"{state.facts['position']:012d}")
     if exists(join(place, "complete.json")):  # one that was found damaged and is made again
         remove_checkpoint(place)

@@ -1,16 +1,67 @@
-"""What `ccsr train` may be asked for."""
+"""What users write about models: which networks, how to sample from them, how to train them."""
 
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from degradation import DegradationConfig
+from degradation.config import DegradationConfig
 from infra.config import EXTENDABLE, Config, Location
 from infra.ray_runtime import RayConfig
 from infra.tracking import TrackingConfig
-from training.models import ModelConfig
-from training.order import legal_world_sizes
-from training.restore import SamplingConfig
+
+SizeRule = Literal["pad", "v1", "v1_tiled", "v2"]
+
+# StableSR-S200 of the paper's tables: from noise, as the published benchmark script does.
+SAMPLING_PRESETS: dict[str, dict[str, Any]] = {
+    "stablesr_s200": {"sampler": "uniform", "num_steps": 200, "start": "noise", "enlargement": "bilinear"}
+}
+
+
+class ModelConfig(Config):
+    """Which networks. `family` says whose habits the weights were trained with: v1 conditions on the posterior's mean,
+    v2 on a sample of it, stablesr is the other method. `prediction` is what the UNet puts out: noise, or the velocity
+    of Salimans & Ho (2022). `custom` marks converted networks of another size; it can be loaded, not built."""
+
+    preset: Literal["tiny", "sd21", "custom"] = "tiny"
+    family: Literal["v1", "v2", "stablesr"] = "v2"
+    prediction: Literal["eps", "v"] = "eps"
+
+    @property
+    def adapter_name(self) -> str:
+        """The part that shows the UNet the LR latent."""
+        return "adapter" if self.family == "stablesr" else "controlnet"
+
+
+class SamplingConfig(Config):
+    """How a model restores; or a preset's name. `ccsr`: the truncated chain of the model's family (StableSR has none
+    and takes the whole one); `uniform`: conventional DDPM over the whole chain."""
+
+    sampler: Literal["ccsr", "uniform"] = "ccsr"
+    num_steps: int = Field(45, ge=1, description="steps of the whole chain")
+    t_max: float = Field(0.6667, gt=0, le=1)
+    t_min: float = Field(0.3333, ge=0, lt=1)
+    start: Literal["lr", "noise"] = Field("lr", description="v2's and StableSR's start point; v1's is noise")
+    wrapping: float = Field(0.5, ge=0, le=1, description="StableSR's w: how far the decoder follows the LR's features")
+    enlargement: Literal["bicubic", "bilinear"] = Field("bicubic", description="of the LR, where sizes is `pad`")
+    color_fix: Literal["adain", "wavelet", "none"] = "adain"
+    tile: int | None = Field(None, ge=64, description="px; larger images are denoised in tiles that overlap by half")
+    sizes: SizeRule = Field("pad", description="pad by reflection, or a published script's rule")
+    guidance: float = Field(1, ge=1, description="classifier-free guidance scale; 1: none")
+    prompt: str = Field("", description="a text whose embedding the model directory caches")
+    negative_prompt: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_preset(cls, value: Any) -> Any:
+        if isinstance(value, str) and value not in SAMPLING_PRESETS:
+            raise ValueError(f"no sampling preset is called {value!r}; there are {', '.join(SAMPLING_PRESETS)}")
+        return SAMPLING_PRESETS[value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "SamplingConfig":
+        if self.t_min >= self.t_max:
+            raise ValueError(f"t_min ({self.t_min}) must be below t_max ({self.t_max})")
+        return self
 
 
 class OptimizerConfig(Config):
@@ -121,6 +172,10 @@ class TrainConfig(Config):
                 f"a global batch of {self.global_batch_size} in micro-batches of {self.runtime.micro_batch_size} "
                 f"can be shared by runtime.num_workers = {', '.join(map(str, legal)) or 'none'}"
             )
+        if self.precision == "bf16" and self.runtime.zero_stage == 0:
+            raise ValueError(
+                "under runtime.zero_stage 0 DeepSpeed accumulates bf16 gradients in bf16: use zero_stage 1 or 2"
+            )
         if self.t_min >= self.t_max:
             raise ValueError(f"t_min ({self.t_min}) must be below t_max ({self.t_max})")
         if self.model.family == "stablesr" and self.stage == 0:
@@ -132,3 +187,9 @@ class TrainConfig(Config):
         if self.inputs == "latents" and self.degradation is not None:
             raise ValueError("`inputs: latents` are of the LR that the shards store: leave `degradation` out")
         return self
+
+
+def legal_world_sizes(global_batch_size: int, micro_batch_size: int) -> list[int]:
+    """The divisors of global_batch_size / micro_batch_size; none if that is not whole."""
+    num_micro, rest = divmod(global_batch_size, micro_batch_size)
+    return [] if rest else [size for size in range(1, num_micro + 1) if num_micro % size == 0]

@@ -10,17 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from degradation import degrade, load_preset
+from degradation.pipeline import degrade
+from degradation.presets import load_preset
 from infra.errors import ConfigError
 from infra.images import decode_image, encode_png
 from infra.seeding import rng_for
-from training.config import TrainConfig
+from training.config import ModelConfig, TrainConfig
 from training.ingest import Batch, enlarge
 from training.measure import flop_counter
 from training.models import (
     CcsrModel,
     FeatureWrapping,
-    ModelConfig,
     PatchDiscriminator,
     ProjectedDiscriminator,
     build_model,
@@ -108,15 +108,17 @@ def _text() -> int:
 def memory_needed(num_trained: int, num_frozen: int, config: TrainConfig, world_size: int) -> dict[str, int]:
     """Bytes per worker by kind. Without activations and discriminator, hence less than a run really takes.
 
-    fp32 masters and two moments per trained parameter are shared out from ZeRO 1 on, gradients from ZeRO 2 on.
+    fp32 masters and two moments per trained parameter are shared out from ZeRO 1 on, fp32 gradients from ZeRO 2 on;
+    bf16 gradients, which are added to those after each micro-batch, come on top.
     """
     size = 2 if config.precision == "bf16" else 4
     zero = config.runtime.zero_stage
     share = world_size if zero else 1
-    masters = 4 * num_trained // share if zero or size == 2 else 0
+    masters = 4 * num_trained // share if zero else 0
+    rounded = 2 * num_trained if size == 2 else 0
     return {
         "weights": size * (num_trained + num_frozen),
-        "gradients": size * num_trained // (world_size if zero == 2 else 1),
+        "gradients": 4 * num_trained // (world_size if zero == 2 else 1) + rounded,
         "optimiser": masters + 8 * num_trained // share,
     }
 

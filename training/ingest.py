@@ -11,13 +11,12 @@ import numpy as np
 
 from infra.errors import ConfigError
 from infra.ray_runtime import RayConfig, cpu_work, user_error
+from training.config import TrainConfig
 from training.order import positions_of
 from training.samples import Place, SampleMaker, SampleReader, TrainingSample
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from training.config import TrainConfig
 
 LOCAL_THREADS = 2
 
@@ -84,7 +83,7 @@ def make_arrays(maker: SampleMaker, places: Sequence[Place]) -> dict[str, np.nda
 
 
 def updates(
-    reader: SampleReader, config: "TrainConfig", *, start: int, rank: int, world_size: int
+    reader: SampleReader, config: TrainConfig, *, start: int, rank: int, world_size: int
 ) -> Generator[list[Batch], None, None]:
     """The micro-batches of `rank` for every update from `start` on, prepared ahead and always in order.
 
@@ -127,7 +126,7 @@ def updates(
                 future.cancel()
 
 
-def window(config: "TrainConfig", world_size: int) -> int:
+def window(config: TrainConfig, world_size: int) -> int:
     """Micro-batches of one rank that may be under way or waiting: `prefetch_batches` updates, or two a CPU."""
     runtime = config.runtime
     num_micro = config.global_batch_size // (runtime.micro_batch_size * world_size)
@@ -162,7 +161,7 @@ def _make_on_one_thread(maker: SampleMaker, places: Sequence[Place]) -> dict[str
     return make_arrays(maker, places)
 
 
-def check_cpus(config: "TrainConfig", cluster: Mapping[str, float]) -> None:
+def check_cpus(config: TrainConfig, cluster: Mapping[str, float]) -> None:
     """Refuse to wait for ever for CPUs that the cluster (resource -> amount) does not have."""
     runtime = config.runtime
     own = 0 if runtime.use_gpu else 1  # Ray Train reserves a GPU worker's GPU alone

@@ -10,21 +10,15 @@ from infra.errors import ModelError, StoppedError
 from infra.manifest import Manifest
 from training.config import TrainConfig
 from training.cost import check_memory
+from training.engine import make_engine, step
 from training.ingest import Batch, updates
 from training.measure import Meter, Profile
 from training.models import CcsrModel
-from training.ranks import WorkerContext, agree, attempt, limit_collectives
+from training.ranks import WorkerContext, agree, all_objects, attempt, gathered, limit_collectives
 from training.resume import Checkpoints
 from training.samples import SampleReader
 from training.steps import DecoderStage, Stage, build_stage
 from training.validation import Validation
-
-
-def skip_compiled_collectives() -> None:
-    """Keep DeepSpeed from compiling its shared-memory collectives: a machine without a compiler must do."""
-    import deepspeed.ops
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def train(config: TrainConfig, manifests: list[Manifest], model: CcsrModel, context: WorkerContext) -> None:
@@ -36,7 +30,7 @@ def train(config: TrainConfig, manifests: list[Manifest], model: CcsrModel, cont
     """
     stage, error = attempt(lambda: _stage(config, model, context))
     agree(context, error)
-    engine, optimizer = _engine(stage, config, context)
+    engine, optimizer = make_engine(stage, config, context.world_size, context.device)
     limit_collectives(config.runtime.collective_timeout_seconds)
     adversary = _Adversary(stage, config, context) if isinstance(stage, DecoderStage) else None
     discriminator = (adversary.module, adversary.optimizer) if adversary else None
@@ -66,8 +60,7 @@ def train(config: TrainConfig, manifests: list[Manifest], model: CcsrModel, cont
             finished = update + 1
             position = finished * config.global_batch_size
             if finished % config.runtime.log_every == 0 or finished == config.num_updates:
-                gradient_norm = float(engine.get_global_grad_norm() or 0)
-                terms |= {"gradient_norm": gradient_norm, "learning_rate": learning_rate}
+                terms["learning_rate"] = learning_rate
                 _report(context, finished, terms | meter.values(), step=position)
             scores = None
             if validation is not None and validation.due(finished):
@@ -84,37 +77,7 @@ def train(config: TrainConfig, manifests: list[Manifest], model: CcsrModel, cont
 
 def _stage(config: TrainConfig, model: CcsrModel, context: WorkerContext) -> Stage:
     check_memory(model, config, context)
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    return build_stage(model.to(context.device, dtype), config)
-
-
-def _engine(stage: Stage, config: TrainConfig, context: WorkerContext) -> tuple[Any, torch.optim.Optimizer]:
-    import deepspeed
-
-    settings = config.optimizer
-    optimizer = torch.optim.AdamW(
-        [p for p in stage.parameters() if p.requires_grad],
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        weight_decay=settings.weight_decay,
-    )
-    accumulation = config.global_batch_size // (config.runtime.micro_batch_size * context.world_size)
-    engine, *_ = deepspeed.initialize(
-        model=stage,
-        optimizer=optimizer,
-        config={
-            "train_batch_size": config.global_batch_size,
-            "train_micro_batch_size_per_gpu": config.runtime.micro_batch_size,
-            "gradient_accumulation_steps": accumulation,
-            "gradient_clipping": settings.clip_norm,
-            "bf16": {"enabled": config.precision == "bf16"},
-            "zero_optimization": {"stage": config.runtime.zero_stage},
-            "zero_force_ds_cpu_optimizer": False,
-            "zero_allow_untested_optimizer": True,
-            "steps_per_print": 10**9,
-        },
-    )
-    return engine, optimizer
+    return build_stage(model, config)
 
 
 def _set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, update: int) -> float:
@@ -167,9 +130,14 @@ def _update(
     context: WorkerContext,
     meter: Meter,
 ) -> dict[str, float]:
-    """One optimiser update over this rank's micro-batches; the mean of each loss term over all ranks."""
-    sums: dict[str, torch.Tensor] = {}
-    losses: list[torch.Tensor] = []
+    """One optimiser update over this rank's micro-batches.
+
+    Returns each loss term's mean over all samples, "loss_max" (the largest of all micro-batches) and "gradient_norm"
+    (before clipping). ModelError with the samples' keys where one of them is not finite.
+    """
+    names: list[str] = []
+    rows: list[torch.Tensor] = []
+    gradient_norm = None
     for micro_step, micro in enumerate(batches):
         batch = micro.to(context.device)
         with meter.counting(micro_step):
@@ -179,30 +147,39 @@ def _update(
                 terms = engine(batch, update=update)
                 terms["d_loss"] = adversary.accumulate(len(batches))
             engine.backward(terms["loss"])
-        engine.step()
-        losses.append(terms["loss"].detach())
-        for name, value in terms.items():
-            sums[name] = sums.get(name, torch.zeros((), device=context.device)) + value.detach().float() / len(batches)
+        gradient_norm = step(engine)
+        names = list(terms)
+        rows.append(torch.stack([value.detach().float() for value in terms.values()]))
     if adversary is not None:
         adversary.step()
-    means = torch.stack(list(sums.values()))
-    if context.world_size > 1:
-        torch.distributed.all_reduce(means)
-        means /= context.world_size
-    values = dict(zip(sums, means.tolist(), strict=True))
-    if not math.isfinite(values["loss"]):  # on one rank is on all: the mean tells, without a check at each micro-step
-        agree(context, _not_finite(losses, batches, update))
+    here = torch.stack(rows)
+    largest = {"loss_max": here[:, names.index("loss")].max()}
+    if gradient_norm is not None:
+        largest["gradient_norm"] = torch.as_tensor(gradient_norm, device=context.device)
+    over_ranks = gathered(context, torch.cat([here.mean(0), torch.stack(list(largest.values()))]))
+    numbers = torch.cat([over_ranks[:, : len(names)].mean(0), over_ranks[:, len(names) :].amax(0)])
+    values = dict(zip([*names, *largest], numbers.tolist(), strict=True))
+    # All ranks hold the same values, so all of them come here, without a check at each micro-step.
+    wrong = [f"{name} {value}" for name, value in values.items() if not math.isfinite(value)]
+    if wrong:
+        own = [batch for batch, row in zip(batches, here.isfinite().all(1).tolist(), strict=True) if not row]
+        agree(context, _not_finite(own, batches, wrong, update, context))
     return values
 
 
-def _not_finite(losses: list[torch.Tensor], batches: list[Batch], update: int) -> ModelError | None:
-    """The error that names this rank's samples, if the loss was not finite here."""
-    bad = [(float(loss), batch) for loss, batch in zip(losses, batches, strict=True) if not torch.isfinite(loss)]
-    if not bad:
+def _not_finite(
+    own: list[Batch], batches: list[Batch], wrong: list[str], update: int, context: WorkerContext
+) -> ModelError | None:
+    """Collective. The error of a rank whose `own` micro-batches gave a loss that is not finite; where all losses of all
+    ranks were finite and the gradient was not, each rank's error, with the keys of the whole update."""
+    keys = [key for batch in own for key in batch.keys]
+    if not any(all_objects(context, keys)):
+        keys = [key for rank in all_objects(context, [key for batch in batches for key in batch.keys]) for key in rank]
+    if not keys:
         return None
     return ModelError(
-        f"the loss is {bad[0][0]} at update {update}",
-        where=f"samples {', '.join(key for _, batch in bad for key in batch.keys)}",
+        f"not finite at update {update}: {', '.join(wrong)}",
+        where=f"samples {', '.join(keys)}",
         todo="lower the learning rate, or look at these samples; checkpoints up to here are kept",
     )
 

@@ -75,9 +75,3 @@ def positions_of(
     num_micro = global_batch_size // micro_batch_size
     firsts = [start + micro * micro_batch_size for micro in range(rank, num_micro, world_size)]
     return [range(first, first + micro_batch_size) for first in firsts]
-
-
-def legal_world_sizes(global_batch_size: int, micro_batch_size: int) -> list[int]:
-    """The divisors of global_batch_size / micro_batch_size; none if that is not whole."""
-    num_micro, rest = divmod(global_batch_size, micro_batch_size)
-    return [] if rest else [size for size in range(1, num_micro + 1) if num_micro % size == 0]

@@ -19,11 +19,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from degradation import degrade, load_preset
+from degradation.pipeline import degrade
+from degradation.presets import load_preset
 from infra.config import Config, load_config
 from infra.images import gradient_energy, read_image, resize_bicubic
 from infra.seeding import rng_for
-from training.models import CcsrModel, ModelConfig, build_model, save_model
+from training.config import ModelConfig
+from training.models import CcsrModel, build_model, save_model
 from training.sampling import add_noise, predict_x0
 
 NUM_TIMESTEPS = 1000

@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from infra.errors import CcsrError
+
+T = TypeVar("T")
 
 
 class Log(Protocol):
@@ -78,6 +80,24 @@ def from_rank_0(context: WorkerContext, number: int) -> int:
     if context.world_size > 1:
         torch.distributed.broadcast(told, 0)
     return int(told)
+
+
+def gathered(context: WorkerContext, row: torch.Tensor) -> torch.Tensor:
+    """Collective. Every rank's `row` (N,), as (world_size, N)."""
+    rows = row.new_zeros(context.world_size, len(row))
+    rows[context.rank] = row
+    if context.world_size > 1:
+        torch.distributed.all_reduce(rows)
+    return rows
+
+
+def all_objects(context: WorkerContext, own: T) -> list[T]:
+    """Collective. Every rank's object, in the ranks' order."""
+    objects: list[Any] = [own]
+    if context.world_size > 1:
+        objects = [None] * context.world_size
+        torch.distributed.all_gather_object(objects, own)
+    return objects
 
 
 def limit_collectives(seconds: float) -> None:

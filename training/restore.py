@@ -5,19 +5,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import pad
 
-from infra.config import Config
 from infra.errors import DataError, ModelError
 from infra.seeding import Noise, noise_for
 from infra.storage import download_folder
+from training.config import SamplingConfig
 from training.models import CcsrModel, load_model
 from training.sampling import (
     Denoise,
@@ -29,7 +28,7 @@ from training.sampling import (
     starting_point,
     tiled,
 )
-from training.sizes import SizeRule, published_input, published_output
+from training.sizes import published_input, published_output
 from training.tiled_vae import (
     GIB,
     WHOLE_PLANES,
@@ -43,43 +42,6 @@ from training.tiled_vae import (
 
 IMAGE_BYTES = 60  # per pixel: five float32 RGB images live at once
 UNET_MAPS = 32  # activations of the first level's size live at once in ControlNet and UNet
-
-# StableSR-S200 of the paper's tables: from noise, as the published benchmark script does.
-PRESETS: dict[str, dict[str, Any]] = {
-    "stablesr_s200": {"sampler": "uniform", "num_steps": 200, "start": "noise", "enlargement": "bilinear"}
-}
-
-
-class SamplingConfig(Config):
-    """How a model restores; or a preset's name. `ccsr`: the truncated chain of the model's family (StableSR has none
-    and takes the whole one); `uniform`: conventional DDPM over the whole chain."""
-
-    sampler: Literal["ccsr", "uniform"] = "ccsr"
-    num_steps: int = Field(45, ge=1, description="steps of the whole chain")
-    t_max: float = Field(0.6667, gt=0, le=1)
-    t_min: float = Field(0.3333, ge=0, lt=1)
-    start: Literal["lr", "noise"] = Field("lr", description="v2's and StableSR's start point; v1's is noise")
-    wrapping: float = Field(0.5, ge=0, le=1, description="StableSR's w: how far the decoder follows the LR's features")
-    enlargement: Literal["bicubic", "bilinear"] = Field("bicubic", description="of the LR, where sizes is `pad`")
-    color_fix: Literal["adain", "wavelet", "none"] = "adain"
-    tile: int | None = Field(None, ge=64, description="px; larger images are denoised in tiles that overlap by half")
-    sizes: SizeRule = Field("pad", description="pad by reflection, or a published script's rule")
-    guidance: float = Field(1, ge=1, description="classifier-free guidance scale; 1: none")
-    prompt: str = Field("", description="a text whose embedding the model directory caches")
-    negative_prompt: str = ""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_preset(cls, value: Any) -> Any:
-        if isinstance(value, str) and value not in PRESETS:
-            raise ValueError(f"no sampling preset is called {value!r}; there are {', '.join(PRESETS)}")
-        return PRESETS[value] if isinstance(value, str) else value
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "SamplingConfig":
-        if self.t_min >= self.t_max:
-            raise ValueError(f"t_min ({self.t_min}) must be below t_max ({self.t_max})")
-        return self
 
 
 @dataclass(frozen=True)

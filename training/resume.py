@@ -13,15 +13,14 @@ from infra.storage import join
 from training.checkpoint import (
     TrainingState,
     check_tensors,
-    engine_state,
     load_checkpoint,
     load_newest,
     module_state,
-    restore_engine,
     restore_module,
     save_checkpoint,
 )
 from training.config import TrainConfig
+from training.engine import engine_state, restore_engine
 from training.ranks import WorkerContext, agree, attempt, from_rank_0
 
 

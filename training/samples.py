@@ -4,21 +4,21 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from degradation import DegradationConfig, degrade, load_preset
+from degradation.config import DegradationConfig
+from degradation.pipeline import degrade
+from degradation.presets import load_preset
 from infra.errors import ConfigError, DataError
 from infra.images import decode_image
 from infra.manifest import Manifest
 from infra.seeding import rng_for
 from infra.shards import Entry, read_sample
+from training.config import TrainConfig
 from training.order import Order
-
-if TYPE_CHECKING:  # it imports the networks, which a task on a CPU node must not wait for
-    from training.config import TrainConfig
 
 MOMENTS = ("hr.mean", "hr.std", "lr.mean", "lr.std")
 SAMPLED = "sampled"  # the latent that a stage-1 model made of the LR: what StableSR's stage 2 starts from
@@ -49,7 +49,7 @@ class TrainingSample:
 class SampleReader:
     """Samples by position from one or several shard sets, in the seeded order over all of them."""
 
-    def __init__(self, manifests: Sequence[Manifest], config: "TrainConfig") -> None:
+    def __init__(self, manifests: Sequence[Manifest], config: TrainConfig) -> None:
         self._entries = [(manifest.uri, entry) for manifest in manifests for entry in manifest.entries]
         sizes = tuple(manifest.num_samples for manifest in manifests)
         self._order = Order(config.seed, sizes, tuple(part.weight for part in config.data))
@@ -128,7 +128,7 @@ class SampleMaker:
         return TrainingSample(place.entry.key, place.position, hr, lr, {name: moments[name] for name in names})
 
 
-def _recipe(config: "TrainConfig", manifests: Sequence[Manifest]) -> DegradationConfig | None:
+def _recipe(config: TrainConfig, manifests: Sequence[Manifest]) -> DegradationConfig | None:
     if config.degradation is None:
         for manifest in manifests:
             if not manifest.facts["has_lr"]:
@@ -139,7 +139,7 @@ def _recipe(config: "TrainConfig", manifests: Sequence[Manifest]) -> Degradation
     return load_preset(config.degradation) if isinstance(config.degradation, str) else config.degradation
 
 
-def check_latents(config: "TrainConfig", manifests: Sequence[Manifest], encoder_id: str) -> None:
+def check_latents(config: TrainConfig, manifests: Sequence[Manifest], encoder_id: str) -> None:
     """Refuse stored latents that another encoder made than the model's: `CcsrModel.encoder_id`."""
     for manifest in manifests if config.inputs == "latents" else ():
         stored = manifest.facts.get("latents_model")

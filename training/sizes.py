@@ -2,14 +2,13 @@
 
 import math
 from collections.abc import Iterator
-from typing import Literal
 
 import numpy as np
 from PIL import Image
 
 from infra.errors import ConfigError
+from training.config import SizeRule
 
-SizeRule = Literal["pad", "v1", "v1_tiled", "v2"]
 SHORT_SIDE = 512  # px that the published scripts enlarge smaller images to
 _Step = tuple[int, int, Image.Resampling]
 

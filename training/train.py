@@ -238,7 +238,8 @@ def _worker(settings: dict[str, Any]) -> None:
 
     from infra.background import BackgroundTracker
     from infra.tracking import Tracker
-    from training.loop import skip_compiled_collectives, train
+    from training.engine import skip_compiled_collectives
+    from training.loop import train
 
     config: TrainConfig = settings["config"]
     ray_context = ray.train.get_context()

@@ -1,20 +1,18 @@
 """Held-out pairs restored while training runs: PSNR-Y, L-STD and pictures, the same numbers at every world size."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch
 
 from infra.errors import DataError
 from infra.images import decode_image, encode_png, resize_bicubic
 from infra.manifest import Manifest
 from infra.pixels import l_std, psnr_y
 from infra.shards import Entry, read_sample
-from training.config import TrainConfig, ValidationConfig
+from training.config import SamplingConfig, TrainConfig, ValidationConfig
 from training.models import CcsrModel
-from training.ranks import WorkerContext, agree, attempt
-from training.restore import SamplingConfig, restore_runs
+from training.ranks import WorkerContext, agree, all_objects, attempt
+from training.restore import restore_runs
 
 
 @dataclass(frozen=True)
@@ -60,11 +58,7 @@ class Validation:
         places = range(context.rank, len(self.images), context.world_size)
         mine, error = attempt(lambda: [self._score(model, place) for place in places])
         agree(context, error)
-        parts: list[Any] = [mine]
-        if context.world_size > 1:
-            parts = [None] * context.world_size
-            torch.distributed.all_gather_object(parts, mine)
-        scored = sorted((image for part in parts for image in part), key=lambda image: image[0])
+        scored = sorted((image for part in all_objects(context, mine) for image in part), key=lambda image: image[0])
         if context.tracker is not None:  # rank 0
             for place, _, _, picture in scored:
                 key = self.images[place][1].key

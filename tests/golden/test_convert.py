@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from infra import ModelError
-from training.models import CcsrModel, ModelConfig, convert_v1, convert_v2, load_model
+from training.config import ModelConfig
+from training.models import CcsrModel, convert_v1, convert_v2, load_model
 from training.models.directory import WEIGHTS
 from training.models.ldm import unet_names, vae_names
 from training.models.networks import UNET_CONFIGS, VAE_CONFIGS, latent_controlnet, seeded_init

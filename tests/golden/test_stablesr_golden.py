@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from infra import ModelError
+from training.config import ModelConfig
 from training.models import (
     FeatureWrapping,
-    ModelConfig,
     StableSrAdapter,
     StableSrModel,
     convert_stablesr,

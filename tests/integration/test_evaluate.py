@@ -19,7 +19,8 @@ from infra.errors import ClusterError, ConfigError, DataError
 from infra.images import encode_png
 from infra.tracking import TrackingConfig
 from tests.integration.conftest import REPOSITORY
-from training.models import ModelConfig, build_model, save_model
+from training.config import ModelConfig
+from training.models import build_model, save_model
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 KEYS = ("astro", "bird", "cat")

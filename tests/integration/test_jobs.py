@@ -15,8 +15,8 @@ from infra.manifest import Manifest
 from pipelines.config import ShardConfig
 from pipelines.shard import run_shard
 from pipelines.verify import verify
-from training.config import TrainConfig
-from training.models import ModelConfig, build_model, save_model
+from training.config import ModelConfig, TrainConfig
+from training.models import build_model, save_model
 from training.train import run_train
 
 pytestmark = pytest.mark.usefixtures("ray_session")

@@ -9,8 +9,8 @@ from infra import PartialResultError, rng_for
 from infra.images import encode_png, read_image
 from pipelines import restore as module
 from pipelines.restore import RestoreConfig, RestoreRuntime, restore
-from training.models import ModelConfig, build_model, save_model
-from training.restore import SamplingConfig
+from training.config import ModelConfig, SamplingConfig
+from training.models import build_model, save_model
 
 
 @pytest.mark.usefixtures("ray_session")

@@ -15,7 +15,8 @@ from infra.shards import read_sample
 from pipelines.config import ShardConfig
 from pipelines.shard import run_shard
 from pipelines.verify import verify
-from training.models import ModelConfig, build_model, save_model
+from training.config import ModelConfig
+from training.models import build_model, save_model
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 

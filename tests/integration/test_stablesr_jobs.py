@@ -17,7 +17,8 @@ from pipelines.models import run_convert
 from pipelines.shard import run_shard
 from tests.integration.conftest import REPOSITORY
 from tests.training_runs import train_config
-from training.models import ModelConfig, StableSrModel, build_model, load_model, save_model
+from training.config import ModelConfig
+from training.models import StableSrModel, build_model, load_model, save_model
 from training.train import run_train
 
 pytestmark = pytest.mark.usefixtures("ray_session")

@@ -165,11 +165,14 @@ def test_the_best_validated_one_is_kept_beside_the_newest(output: str) -> None:
     assert best_checkpoint(output) == complete_checkpoints(output)[0]
 
 
-def test_a_checkpoint_that_is_not_finite_is_not_saved_and_pushes_nothing_out(output: str) -> None:
+@pytest.mark.parametrize("group", ["weights", "moments", "discriminator"])
+def test_a_checkpoint_that_is_not_finite_is_not_saved_and_pushes_nothing_out(output: str, group: str) -> None:
     good = save_checkpoint(output, state(8), keep=1)
     bad = state(16)
-    bad.tensors["weights"]["a.weight"][1, 2] = float("nan")
-    with pytest.raises(ModelError, match=r"tensor a\.weight is not finite after update 2"):
+    bad.tensors["discriminator"] = {"weights.main": torch.ones(3)}
+    name, tensor = next(iter(bad.tensors[group].items()))
+    tensor[..., 2] = float("nan")
+    with pytest.raises(ModelError, match=f"{group}: tensor {name} is not finite after update 2"):
         save_checkpoint(output, bad, keep=1)
     assert complete_checkpoints(output) == [good]
 

@@ -23,9 +23,9 @@ from infra.images import decode_image
 from infra.manifest import Manifest, ShardRecord, commit_record, write_manifest
 from infra.shards import IndexedEntry, read_sample, write_tar
 from infra.storage import sha256_file
-from training.config import TrainConfig, TrainingSet
+from training.config import ModelConfig, TrainConfig, TrainingSet
 from training.ingest import Batch, check_cpus, collate, updates, window
-from training.models import CcsrModel, ModelConfig, build_model
+from training.models import CcsrModel, build_model
 from training.order import Order
 from training.samples import MOMENTS, Place, SampleMaker, SampleReader, TrainingSample, check_latents
 from training.steps import build_stage

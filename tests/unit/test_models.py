@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from infra import ConfigError, ModelError, StorageError
+from training.config import ModelConfig
 from training.cost import PAPER_MILLIONS, parameter_table
 from training.models import (
     CcsrModel,
-    ModelConfig,
     build_model,
     load_model,
     save_model,

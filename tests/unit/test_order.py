@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infra import ConfigError, rng_for
-from training.order import Order, legal_world_sizes, positions_of
+from training.config import legal_world_sizes
+from training.order import Order, positions_of
 
 WORLD_SIZES = [1, 2, 3, 4, 6, 8, 12, 24]
 

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 import infra.weights
 from evaluation.quality import Quality
 from infra import ModelError
-from training.models import EncoderFeatures, ModelConfig, build_model, load_dists, load_lpips
+from training.config import ModelConfig
+from training.models import EncoderFeatures, build_model, load_dists, load_lpips
 
 LAYERS = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M")
 

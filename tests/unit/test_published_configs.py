@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from infra.config import load_config
-from training.config import TrainConfig
-from training.order import legal_world_sizes
+from training.config import TrainConfig, legal_world_sizes
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 COMMON = {"crop_px": 512, "degradation": "ccsr", "t_max": 0.6667, "num_workers": 4, "use_gpu": True}

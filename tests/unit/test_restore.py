@@ -18,8 +18,9 @@ from infra.storage import read_bytes, upload_folder, write_bytes
 from pipelines.restore import RestoreConfig, RestoreRuntime, pick_device
 from pipelines.restore import restore as run_restore
 from training import restore
-from training.models import CcsrModel, ModelConfig, build_model, save_model
-from training.restore import SamplingConfig, prepare_image, restore_batch, restore_runs
+from training.config import ModelConfig, SamplingConfig
+from training.models import CcsrModel, build_model, save_model
+from training.restore import prepare_image, restore_batch, restore_runs
 
 FAST = SamplingConfig(num_steps=4)
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from infra import noise_for
 from infra.errors import ConfigError, DataError
-from training.models import ModelConfig, build_model
+from training.config import ModelConfig
+from training.models import build_model
 from training.sampling import (
     ccsr_v1_timesteps,
     ccsr_v2_timesteps,

@@ -393,8 +393,9 @@ def test_stored_latents_are_the_models_own(photos: Path, tmp_path: Path) -> None
     from safetensors.numpy import load
 
     from pipelines.shard import latent_encoder
+    from training.config import ModelConfig
     from training.ingest import enlarge
-    from training.models import ModelConfig, build_model, save_model
+    from training.models import build_model, save_model
 
     model = build_model(ModelConfig(family="v2"), 0)
     save_model(model, tmp_path / "model")
@@ -435,8 +436,9 @@ def test_samples_of_a_stablesr_model_are_its_restorations_latents(photos: Path, 
     from safetensors.numpy import load
 
     from pipelines.shard import latent_encoder
-    from training.models import ModelConfig, build_model, save_model
-    from training.restore import SamplingConfig, sample_latents
+    from training.config import ModelConfig, SamplingConfig
+    from training.models import build_model, save_model
+    from training.restore import sample_latents
     from training.samples import SAMPLED
 
     model = build_model(ModelConfig(family="stablesr"), 0)

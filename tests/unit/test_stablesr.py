@@ -8,13 +8,12 @@ from torch import Tensor
 
 from infra import ConfigError, noise_for
 from infra.config import parse_config
-from training.config import TrainConfig
+from training.config import ModelConfig, SamplingConfig, TrainConfig
 from training.cost import parameter_table
 from training.ingest import Batch
 from training.measure import flop_counter
 from training.models import (
     FeatureWrapping,
-    ModelConfig,
     StableSrModel,
     build_model,
     load_model,
@@ -22,7 +21,7 @@ from training.models import (
 )
 from training.models.stablesr import Sft, sft_places
 from training.models.wrapping import Fusion
-from training.restore import SamplingConfig, prepare_image, restore_batch, restore_runs
+from training.restore import prepare_image, restore_batch, restore_runs
 from training.stage1 import eps_loss
 from training.steps import Stage, build_stage
 

@@ -10,11 +10,11 @@ import training.steps
 from infra import noise_for
 from infra.config import parse_config
 from tests.small_networks import seeded_lpips, small_dino
-from training.config import TrainConfig
+from training.config import ModelConfig, SamplingConfig, TrainConfig
 from training.ingest import Batch
 from training.measure import flop_counter
-from training.models import CcsrModel, ModelConfig, PatchDiscriminator, build_model
-from training.restore import SamplingConfig, restore_runs
+from training.models import CcsrModel, PatchDiscriminator, build_model
+from training.restore import restore_runs
 from training.steps import DecoderStage, build_stage
 
 V2 = {

@@ -12,10 +12,10 @@ from infra.images import decode_image, resize_bicubic
 from infra.pixels import l_std, psnr_y
 from infra.shards import read_sample
 from tests.unit.photos import make_shard_set, save_photos, shard_config
-from training.config import TrainConfig
-from training.models import CcsrModel, ModelConfig, build_model
+from training.config import ModelConfig, SamplingConfig, TrainConfig
+from training.models import CcsrModel, build_model
 from training.ranks import WorkerContext
-from training.restore import SamplingConfig, restore_runs
+from training.restore import restore_runs
 from training.validation import Validation
 
 

@@ -5,7 +5,7 @@ from training.models.ccsr import CcsrModel
 from training.models.convert import convert_base, convert_stablesr, convert_v1, convert_v2
 from training.models.directory import load_model, save_model
 from training.models.discriminators import PatchDiscriminator, ProjectedDiscriminator
-from training.models.networks import ModelConfig, seeded_init, with_latent_condition
+from training.models.networks import seeded_init, with_latent_condition
 from training.models.perceptual import Dists, EncoderFeatures, Lpips, load_dino, load_dists, load_lpips
 from training.models.stablesr import StableSrAdapter, StableSrModel
 from training.models.wrapping import FeatureWrapping
@@ -16,7 +16,6 @@ __all__ = [
     "EncoderFeatures",
     "FeatureWrapping",
     "Lpips",
-    "ModelConfig",
     "PatchDiscriminator",
     "ProjectedDiscriminator",
     "StableSrAdapter",

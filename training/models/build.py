@@ -5,8 +5,9 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from infra.errors import ConfigError
+from training.config import ModelConfig
 from training.models.ccsr import CcsrModel
-from training.models.networks import PROMPT_TOKENS, ModelConfig, build_networks, latent_controlnet, seeded_init
+from training.models.networks import PROMPT_TOKENS, build_networks, latent_controlnet, seeded_init
 from training.models.stablesr import StableSrAdapter, StableSrModel
 
 TINY_ADAPTER = {"width": 32, "hidden": 32}

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
 
-from training.models.networks import ModelConfig
+from training.config import ModelConfig
 from training.sampling.schedules import velocity_to_eps
 
 

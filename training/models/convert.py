@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 
 from infra.errors import ModelError
+from training.config import ModelConfig
 from training.models.build import build_adapter, model_class
 from training.models.directory import (
     WEIGHTS,
@@ -36,7 +37,6 @@ from training.models.networks import (
     CONDITION,
     UNET_CONFIGS,
     VAE_CONFIGS,
-    ModelConfig,
     latent_controlnet,
     seeded_init,
 )

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from infra.errors import ModelError, StorageError
 from infra.storage import sha256_file
+from training.config import ModelConfig
 from training.models.build import model_class
 from training.models.ccsr import CcsrModel
-from training.models.networks import ModelConfig, from_stock_condition, to_stock_condition, with_latent_condition
+from training.models.networks import from_stock_condition, to_stock_condition, with_latent_condition
 from training.models.stablesr import StableSrAdapter
 from training.models.wrapping import FeatureWrapping
 

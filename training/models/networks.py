@@ -2,30 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
 
-from infra.config import Config
 from infra.errors import ModelError
-
-
-class ModelConfig(Config):
-    """Which networks. `family` says whose habits the weights were trained with: v1 conditions on the posterior's mean,
-    v2 on a sample of it, stablesr is the other method. `prediction` is what the UNet puts out: noise, or the velocity
-    of Salimans & Ho (2022). `custom` marks converted networks of another size; it can be loaded, not built."""
-
-    preset: Literal["tiny", "sd21", "custom"] = "tiny"
-    family: Literal["v1", "v2", "stablesr"] = "v2"
-    prediction: Literal["eps", "v"] = "eps"
-
-    @property
-    def adapter_name(self) -> str:
-        """The part that shows the UNet the LR latent."""
-        return "adapter" if self.family == "stablesr" else "controlnet"
-
 
 # tiny: 4.36 M parameters, a 4-fold VAE and no text.  sd21: Stable Diffusion 2.1-base (Rombach et al., CVPR 2022).
 VAE_CONFIGS: dict[str, dict[str, Any]] = {
