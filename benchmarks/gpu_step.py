@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python benchmarks/gpu_step.py [--compile] [--micro-batches 4 8]    # CPU: --preset tiny --crop-px 64
 
-An update is `--accumulation` micro-batches and one optimiser step. Both sides run the same losses (training/stage1.py)
+An update is `--accumulation` micro-batches and one optimiser step. Both sides run the same losses (training/losses.py)
 and both VAE encodes. Blocks of the variants alternate, so a card that warms up slows all of them.
   published  fp16 autocast, fp32 ControlNet, fp16 UNet and VAE, loss scaling, unfused AdamW, micro-batch 4
   ours       bf16 networks with fp32 masters, channels-last, fused AdamW; with --compile also compiled networks

@@ -29,7 +29,7 @@ import training.loop
 from infra import rng_for
 from infra.background import BackgroundTracker
 from infra.config import parse_config
-from infra.tracking import TrackingConfig, open_tracker
+from infra.tracking import TrackingConfig, track
 from training.config import TrainConfig
 from training.ingest import Batch, collate
 from training.models import build_model
@@ -161,12 +161,15 @@ def main() -> None:
         }
         config = parse_config(values, TrainConfig, where="benchmark")
         run = {"job": "train", "fingerprint": "benchmark", "config": {}}
-        tracker = BackgroundTracker(open_tracker(TrackingConfig(uri=config.tracking.uri), run))
-        bench = Bench(config, tracker)
-        training.loop.make_engine, training.loop.updates = bench.engine, bench.stream  # type: ignore[assignment]
-        training.loop.SampleReader = lambda *_: None  # type: ignore[assignment,misc]
-        training.loop.train(config, [], build_model(config.model, 0), WorkerContext(0, 1, "cpu", {}, tracker=tracker))
-        tracker.close()
+        with track(TrackingConfig(uri=config.tracking.uri), run) as logged:
+            tracker = BackgroundTracker(logged)
+            bench = Bench(config, tracker)
+            training.loop.make_engine, training.loop.updates = bench.engine, bench.stream  # type: ignore[assignment]
+            training.loop.SampleReader = lambda *_: None  # type: ignore[assignment,misc]
+            training.loop.train(
+                config, [], build_model(config.model, 0), WorkerContext(0, 1, "cpu", {}, tracker=tracker)
+            )
+            tracker.close()
     names = ("torch", "deepspeed", "mlflow")
     print(f"\n{date.today()}  {platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; ", end="")
     print(", ".join(f"{name} {version(name)}" for name in names) + f"; {options}")

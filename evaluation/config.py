@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from infra.config import Config, Location
+from infra.numerics import NumericsConfig
 from infra.ray_runtime import RayConfig
 from infra.tracking import TrackingConfig
 from training.config import SamplingConfig
@@ -71,6 +72,7 @@ class EvaluateConfig(Config):
     seed: int = 0
     metrics: Annotated[tuple[MetricName, ...], Field(min_length=1)] = ("psnr_y", "ssim_y")
     crop_border: int = Field(4, ge=0)
+    numerics: NumericsConfig = NumericsConfig()
     published: str | None = Field(None, description='the paper\'s numbers to stand beside: "Table 1, RealSR"')
     tracking: TrackingConfig = TrackingConfig()
     runtime: EvaluateRuntime = EvaluateRuntime()

@@ -4,9 +4,9 @@ import os
 from pathlib import Path
 
 from evaluation.results import EvaluationResult, load_result
-from infra.errors import ClusterError, DataError
+from infra.errors import DataError
 from infra.storage import exists, is_s3, join
-from infra.tracking import TrackingConfig, tracking_uri
+from infra.tracking import TrackingConfig, mlflow_errors, tracking_uri
 
 _NEEDED = ("run.json", "results.parquet", "images.parquet")
 
@@ -27,10 +27,9 @@ def find_result(place: str, tracking: TrackingConfig, scratch: Path) -> Evaluati
             todo="check the path, or --mlflow",
         )
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 
-    try:
+    with mlflow_errors(uri):
         client = MlflowClient(uri)
         experiments = [experiment.experiment_id for experiment in client.search_experiments()]
         found = client.search_runs(
@@ -53,10 +52,6 @@ def find_result(place: str, tracking: TrackingConfig, scratch: Path) -> Evaluati
             )
         for name in names & {*_NEEDED, "set_metrics.json"}:
             client.download_artifacts(run_id, name, str(folder))
-    except MlflowException as error:
-        raise ClusterError(
-            f"MLflow does not answer ({str(error).splitlines()[0][:200]})", where=uri, todo="check --mlflow"
-        ) from error
     result = load_result(folder)
     return EvaluationResult(found[0].info.run_name or run_id, result.run, result.methods)
 

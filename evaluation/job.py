@@ -20,6 +20,7 @@ from evaluation.scoring import Scorer, record_uri
 from evaluation.sets import EvaluationSet, load_sets
 from evaluation.tables import published_summary
 from infra.errors import DataError
+from infra.numerics import set_numerics
 from infra.progress import progress
 from infra.ray_runtime import cpu_work, lost_worker, on_actors, ray_cluster, user_error
 from infra.run import claim_output
@@ -113,6 +114,7 @@ def _score(config: EvaluateConfig, tasks: list[dict[str, Any]], available: Seque
             ray_config=config.runtime.ray,
             num_actors=config.runtime.num_actors,
             use_gpu=config.runtime.use_gpu,
+            numerics=config.numerics,
             output=config.output,
         )
         for row in scored:
@@ -148,13 +150,18 @@ def _score_sets(config: EvaluateConfig, data: EvaluationSet, available: bool) ->
             import ray
 
             device = "cuda" if config.runtime.use_gpu else "cpu"
-            remote = ray.remote(**({"num_gpus": 1} if config.runtime.use_gpu else cpu_work(config.runtime.ray)))(fid)
             keys = [image.key for image in data.images]
             references = [result.picture("hr", key) for key in keys]
+
+            def score(run: list[str]) -> float:
+                set_numerics(config.numerics)
+                return fid(run, references, device=device)
+
+            remote = ray.remote(**({"num_gpus": 1} if config.runtime.use_gpu else cpu_work(config.runtime.ray)))(score)
             try:
                 for name, method in result.methods.items():
                     runs = [[result.picture(name, key, run) for key in keys] for run in range(method.num_runs)]
-                    scores = ray.get([remote.remote(run, references, device=device) for run in runs])
+                    scores = ray.get([remote.remote(run) for run in runs])
                     found[name]["fid"] = sum(scores) / len(scores)
             except ray.exceptions.RayError as error:
                 raise user_error(error) or lost_worker(error, config.output) from error

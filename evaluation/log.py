@@ -9,7 +9,7 @@ from evaluation.compare import Comparison
 from evaluation.config import EvaluateConfig, ModelMethod
 from evaluation.results import EvaluationResult
 from infra.config import fingerprint_of
-from infra.errors import ClusterError
+from infra.errors import ClusterError, line_of
 from infra.storage import exists, join, list_files, read_bytes, read_json
 from infra.tracking import PARENT_TAG, Tracker, TrackingConfig, find_run, track, tracking_uri
 from training.train import git_commit
@@ -22,8 +22,6 @@ def log_result(config: EvaluateConfig, result: EvaluationResult) -> None:
 
     Raises ClusterError where the server is away, saying how to send the result later.
     """
-    from mlflow.exceptions import MlflowException
-
     tags = {"git.commit": git_commit(), "dataset_id": result.run["dataset_id"]}
     tags |= {f"model.{name}": model for name, model in result.run["inputs"]["models"].items()}
     try:
@@ -31,9 +29,9 @@ def log_result(config: EvaluateConfig, result: EvaluationResult) -> None:
             tracker.tag(**_training_runs(config))
             tracker.metrics(flat_summary(result.summary))
             _log_artifacts(tracker, config, result)
-    except (ClusterError, MlflowException) as error:
+    except ClusterError as error:
         raise ClusterError(
-            f"the result is complete, but MLflow did not take it ({str(error).splitlines()[0][:200]})",
+            f"the result is complete, but MLflow did not take it ({line_of(error)})",
             where=f"{result.folder} to {tracking_uri(config.tracking)}",
             todo="when the server answers: ccsr evaluate -c FILE --log-only",
         ) from error

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, Self, TypeVar, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
 from infra.errors import ConfigError
 from infra.storage import absolute
@@ -21,6 +21,20 @@ class Config(BaseModel):
     """Base of every config: unknown keys are refused, values are frozen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    def unused(self) -> dict[str, str]:
+        """Fields that change nothing beside the others' values, each with where that is so ("in stage 1").
+
+        They may hold nothing but their defaults, and stay out of the fingerprint.
+        """
+        return {}
+
+    @model_validator(mode="after")
+    def _refuse_unused(self) -> Self:
+        for name, where in self.unused().items():
+            if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True):
+                raise ValueError(f"`{name}` has no effect {where}: leave it out")
+        return self
 
 
 Location = Annotated[str, "location", AfterValidator(absolute)]
@@ -136,12 +150,13 @@ def load_config(path: str | Path, config_class: type[ConfigT], overrides: Sequen
 
 def result_part(config: Config) -> dict[str, Any]:
     """What the result depends on, as plain JSON-able values: every field but `runtime`, `tracking`, `validation` (which
-    only looks on), locations and where it ends."""
+    only looks on), locations, where it ends, and what has no effect."""
     return _without_locations(config, skip={"runtime", "tracking", "validation"})
 
 
 def _without_locations(value: Any, skip: frozenset[str] | set[str] = frozenset()) -> Any:
-    if isinstance(value, BaseModel):
+    if isinstance(value, Config):
+        skip = skip | value.unused().keys()
         return {
             name: _without_locations(getattr(value, name))
             for name, field in type(value).model_fields.items()

@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from infra.errors import CcsrError, ClusterError, StorageError, without_passwords
+from infra.errors import CcsrError, ClusterError, StorageError, line_of, without_passwords
 from infra.job_client import ClusterFacts, check_version, cluster_facts, connect, job_server
 from infra.jobs import PACKAGES
 from infra.ray_runtime import GPU_KIND, KIND
@@ -60,7 +60,7 @@ def diagnose(address: str | None, storage: str | None, mlflow: str | None) -> li
         except CcsrError as error:
             lines.append(Line(name, "fail", without_passwords(f"{error.what} ({error.where})"), error.todo))
         except Exception as error:  # noqa: BLE001  the next checks are still worth their lines
-            found = without_passwords(f"{type(error).__name__}: {str(error)[:200]}")
+            found = without_passwords(f"{type(error).__name__}: {line_of(error)}")
             lines.append(Line(name, "fail", found, "mend what it names; the other checks went on"))
     return lines
 

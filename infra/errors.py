@@ -11,6 +11,13 @@ def without_passwords(text: str) -> str:
     return PASSWORD.sub("://***@", text)
 
 
+def line_of(error: BaseException, number: int = 0) -> str:
+    """One line of an error's message (0: the first, -1: the last), at most 300 characters; its kind where the message
+    is empty."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[number][:300] if lines else type(error).__name__
+
+
 class CcsrError(Exception):
     """A mistake or mishap that a user can act on; shown as three lines, without a traceback.
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from infra.errors import ClusterError
+from infra.errors import ClusterError, line_of
 from infra.ray_runtime import GpuCount, count_gpus, use_token
 
 REQUEST_SECONDS = 30
@@ -57,7 +57,7 @@ def connect(address: str | None) -> Any:
         ) from error
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise ClusterError(
-            f"the cluster's job server does not answer ({str(error).splitlines()[0][:200]})",
+            f"the cluster's job server does not answer ({line_of(error)})",
             where=place,
             todo="check the address (the dashboard's, usually port 8265) and the tunnel to it",
         ) from error
@@ -82,7 +82,7 @@ def cluster_facts(client: Any) -> ClusterFacts:
         return ClusterFacts(about["rayVersion"], about["pythonVersion"], nodes)
     except (OSError, RuntimeError, ValueError, LookupError, TypeError) as error:
         raise ClusterError(
-            f"the cluster does not tell its versions and nodes ({type(error).__name__}: {str(error)[:200]})",
+            f"the cluster does not tell its versions and nodes ({type(error).__name__}: {line_of(error)})",
             where=client.get_address(),
             todo="look whether the whole dashboard runs there, then try again",
         ) from error

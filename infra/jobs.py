@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import os
+import re
 import shlex
 import shutil
 import tempfile
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infra.errors import PASSWORD, ClusterError, ConfigError, StorageError
+from infra.errors import PASSWORD, ClusterError, ConfigError, StorageError, line_of
 from infra.job_client import check_version, cluster_facts, connect
 from infra.ray_runtime import check_gpus
 from infra.storage import ensure_writable, is_s3
@@ -117,7 +118,7 @@ def _refuse_passwords(texts: Sequence[str]) -> None:
     for text in texts:
         found = PASSWORD.search(text)
         if found:
-            host = text[found.end() :].split()[0][:80]
+            host = (text[found.end() :].split() or [""])[0][:80]
             raise ConfigError(
                 "a password stands in an address; jobs and their settings can be read by everyone on the cluster",
                 where=f"the address of {host}",
@@ -158,21 +159,25 @@ def _start_once(client: Any, name: str, on_log: Callable[[str], None], **job: An
     deadline = time.monotonic() + 60
     while True:
         try:
-            attempts = [one for one in client.list_jobs() if (one.submission_id or "").startswith(f"{name}-")]
-            attempts.sort(key=lambda one: int(one.submission_id.rpartition("-")[2]))
-            last = str(attempts[-1].status) if attempts else ""
+            attempts = {
+                int(found[1]): one
+                for one in client.list_jobs()
+                if (found := re.fullmatch(rf"{re.escape(name)}-(\d+)", one.submission_id or ""))
+            }
+            newest = max(attempts, default=0)  # not how many there are: one may have been deleted
+            last = str(attempts[newest].status) if attempts else ""
             if attempts and last not in ("FAILED", "STOPPED"):
                 again = "; --key NAME starts it anew" if last == "SUCCEEDED" else ""
                 on_log(f"this was submitted before and is {last}{again}\n")
-                return attempts[-1].submission_id
-            return client.submit_job(submission_id=f"{name}-{len(attempts) + 1}", **job)
+                return attempts[newest].submission_id
+            return client.submit_job(submission_id=f"{name}-{newest + 1}", **job)
         except (RuntimeError, OSError) as error:
             # A head that is up but whose nodes have not registered yet is given a minute. "Exists" is another submit,
             # or our own whose answer was lost: the list tells.
             passing = ("No available agent", "already exists")
             if not any(text in str(error) for text in passing) or time.monotonic() > deadline:
                 raise ClusterError(
-                    f"the cluster did not take the job ({str(error).splitlines()[0][:200]})",
+                    f"the cluster did not take the job ({line_of(error)})",
                     where=client.get_address(),
                     todo="look at the cluster's dashboard, then submit again",
                 ) from error

@@ -1,4 +1,4 @@
-"""Memory that a long-lived worker has freed, given back to the system."""
+"""Memory: how much this process may still take, and what a long-lived worker gives back to the system."""
 
 import ctypes
 from functools import cache
@@ -11,6 +11,21 @@ HELD_BYTES = 640 * 2**20
 def _trim() -> Any:
     """glibc's `malloc_trim`, None in another C library."""
     return getattr(ctypes.CDLL(None), "malloc_trim", None)
+
+
+def free_memory(device: str) -> int:
+    """Bytes that this process can still allocate: on a GPU the unused part of torch's cache too, else host memory.
+
+    For refusing what cannot fit. What decides between two roundings must not depend on it.
+    """
+    if device.startswith("cuda"):
+        import torch
+
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    import psutil
+
+    return psutil.virtual_memory().available
 
 
 def give_back_memory() -> None:

@@ -3,7 +3,9 @@
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +15,8 @@ from typing import Any
 from pydantic import Field
 
 from infra.config import Config
-from infra.errors import CcsrError, ClusterError, error_from_json, error_to_json
+from infra.errors import CcsrError, ClusterError, error_from_json, error_to_json, line_of
+from infra.numerics import NumericsConfig, set_numerics
 
 KIND = "ccsr.io/kind"
 GPU_KIND = "gpu"
@@ -120,6 +123,7 @@ def ray_cluster(config: RayConfig) -> Iterator[None]:
         os.environ.pop(ONE_MACHINE, None)
         yield
         return
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         if address:
             ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING)
@@ -135,12 +139,14 @@ def ray_cluster(config: RayConfig) -> Iterator[None]:
             )
     except Exception as error:  # a node that starts too slowly is the bare class; a bad address has one of its own
         raise ClusterError(
-            f"Ray cannot be reached ({str(error).splitlines()[0][:200]})",
+            f"Ray cannot be reached ({line_of(error)})",
             where=address or "this machine",
             todo="check the address and that the cluster runs, or leave it empty for a local one",
         ) from error
     finally:
         os.environ.pop(ONE_MACHINE, None)  # a `ray start` below this process is not meant
+        if callable(handler) and threading.current_thread() is threading.main_thread():  # Ray's own aborts the process
+            signal.signal(signal.SIGTERM, handler)
     try:
         yield
     finally:
@@ -154,12 +160,13 @@ def on_actors(
     ray_config: RayConfig,
     num_actors: int,
     use_gpu: bool,
+    numerics: NumericsConfig,
     output: str,
 ) -> Iterator[dict[str, Any]]:
     """Yield what actors return for `tasks`, as it comes; each of `num_actors` calls `make` once, on a GPU or one CPU.
 
-    A task is a dict of plain values of the same kinds in each. A CcsrError in an actor is raised here; ClusterError
-    where a worker is lost.
+    The actors compute under `numerics`. A task is a dict of plain values of the same kinds in each. A CcsrError in an
+    actor is raised here; ClusterError where a worker is lost.
     """
     if not tasks:
         return
@@ -178,7 +185,9 @@ def on_actors(
 
             def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
                 try:
-                    self.work = self.work or make()
+                    if self.work is None:
+                        set_numerics(numerics)
+                        self.work = make()
                     return {"result": json.dumps(self.work(task)), "error": ""}
                 except CcsrError as error:  # Ray Data does not carry it to the driver
                     return {"result": "", "error": error_to_json(error)}
@@ -200,7 +209,7 @@ def on_actors(
 def lost_worker(error: BaseException, output: str) -> ClusterError:
     """What to tell where `user_error` finds nothing that the user did."""
     return ClusterError(
-        f"a worker failed ({type(error).__name__}: {str(error).strip().splitlines()[-1][:300]})",
+        f"a worker failed ({type(error).__name__}: {line_of(error, -1)})",
         where=output,
         todo="run the same command again to go on from what is complete; --debug shows the traceback",
     )

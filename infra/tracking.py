@@ -1,5 +1,6 @@
 """MLflow: one run per job, found again on a resume; only drivers and rank 0 import this."""
 
+import errno
 import json
 import os
 import sys
@@ -11,12 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from infra.config import Config, Location
-from infra.errors import ClusterError, ConfigError, StorageError
+from infra.errors import ClusterError, ConfigError, StoppedError, StorageError, line_of
 from infra.storage import exists, join
 
 RUN_TAG = "ccsr.fingerprint"
 PARENT_TAG = "mlflow.parentRunId"
 MODEL_TAG = "ccsr.model"
+MAX_PARAMETERS = 100  # in one request: MLflow's limit
+# HTTP statuses of requests that may be taken later: rights, a proxy whose server starts, too many at once.
+PASSING = {401, 403, 404, 407, 408, 409, 425, 429}
+BAD_NAMES = {errno.EINVAL, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTDIR}
 
 
 class TrackingConfig(Config):
@@ -57,14 +62,39 @@ class Tracker:
         _fail_soon()
         return cls(MlflowClient(uri), run_id)
 
-    def end(self, status: str) -> None:
-        """Close the run as FINISHED, FAILED or KILLED; a server that died meanwhile is a warning, not an error."""
+    def end(self, status: str, seconds: float = 30.0) -> None:
+        """Close the run as FINISHED, FAILED or KILLED, trying for `seconds`; a server that died meanwhile is a warning,
+        not an error."""
         from mlflow.exceptions import MlflowException
 
-        try:
-            self._client.set_terminated(self.run_id, status)
-        except MlflowException as error:
-            print(f"warning: MLflow was not told that its run {status} ({_first_line(error)})", file=sys.stderr)
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                return self._client.set_terminated(self.run_id, status)
+            except MlflowException as error:
+                if refused_for_good(error) or time.monotonic() > deadline:
+                    print(f"warning: MLflow does not know that its run is {status} ({line_of(error)})", file=sys.stderr)
+                    return None
+            time.sleep(1)
+
+    def describe(self, run: Mapping[str, Any], known: Mapping[str, str]) -> None:
+        """Log run.json and the config's parameters, leaving out the `known` ones."""
+        from mlflow.entities import Param
+        from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH
+
+        values = {name: str(value) for name, value in flatten(run["config"]).items() if name not in known}
+        long = [name for name, value in values.items() if len(value) > MAX_PARAM_VAL_LENGTH]
+        if long:
+            print(
+                f"note: MLflow holds {MAX_PARAM_VAL_LENGTH} characters of a parameter, {', '.join(long)} is cut there; "
+                "the whole config is the run's artifact run.json",
+                file=sys.stderr,
+            )
+        parameters = [Param(name, value[:MAX_PARAM_VAL_LENGTH]) for name, value in values.items()]
+        for first in range(0, len(parameters), MAX_PARAMETERS):
+            self._client.log_batch(self.run_id, params=parameters[first : first + MAX_PARAMETERS])
+        if parameters:
+            self._client.log_dict(self.run_id, dict(run), "run.json")
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         self.send([(name, float(value), int(time.time() * 1000), step) for name, value in values.items()])
@@ -118,19 +148,11 @@ def find_model(place: str | None, config: TrackingConfig) -> str | None:
     if place is None:
         return None
     if place.startswith("runs:/"):
-        from mlflow.exceptions import MlflowException
         from mlflow.tracking import MlflowClient
 
-        _fail_soon()
         uri, run_id = tracking_uri(config), place.removeprefix("runs:/")
-        try:
+        with mlflow_errors(f"{uri}: {run_id}"):
             tags = MlflowClient(uri).get_run(run_id).data.tags
-        except MlflowException as error:
-            raise ClusterError(
-                f"MLflow does not know this run ({_first_line(error)})",
-                where=f"{uri}: {run_id}",
-                todo="check the id and tracking.uri",
-            ) from error
         if MODEL_TAG not in tags:
             raise ConfigError("this run trained no model", where=f"{uri}: {run_id}", todo="give a run of ccsr train")
         return tags[MODEL_TAG]
@@ -139,71 +161,108 @@ def find_model(place: str | None, config: TrackingConfig) -> str | None:
 
 
 def _fail_soon() -> None:
-    """A dead server is told within seconds; MLflow's own default is to try for many minutes."""
+    """Fail within seconds if the server is unreachable; MLflow's own default is to try for many minutes."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+def _status(error: BaseException) -> int:
+    """The HTTP status of a server's answer, 500 where there was none."""
+    response = getattr(error, "response", None)  # of `requests`, for files
+    return response.status_code if response is not None else getattr(error, "get_http_status_code", lambda: 500)()
+
+
+def refused_for_good(error: BaseException) -> bool:
+    """Whether MLflow would refuse the same request again: its contents are at fault, not the server's state."""
+    if isinstance(error, OSError) and error.errno in BAD_NAMES:
+        return True
+    return 400 <= _status(error) < 500 and _status(error) not in PASSING
+
+
+@contextmanager
+def mlflow_errors(where: str) -> Iterator[None]:
+    """Raise MLflow's exceptions as ClusterError, with the server's own words if it answered."""
+    from mlflow.exceptions import MlflowException, RestException
+    from requests import RequestException
+
+    _fail_soon()
+    try:
+        yield
+    except (MlflowException, RequestException) as error:
+        if isinstance(error, RestException) or _status(error) != 500:
+            raise ClusterError(
+                f"MLflow refused the request ({line_of(error)})",
+                where=where,
+                todo="check tracking.uri, tracking.experiment and the id, then run the same command again",
+            ) from error
+        raise ClusterError(
+            f"MLflow does not answer ({line_of(error)})",
+            where=where,
+            todo="start the server, check tracking.uri, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or set "
+            "tracking.uri to a sqlite:/// file",
+        ) from error
 
 
 @contextmanager
 def track(config: TrackingConfig, run: Mapping[str, Any], tags: Mapping[str, str] | None = None) -> Iterator[Tracker]:
     """The MLflow run of an output folder (its run.json is `run`): continued if it exists, else begun.
 
-    It ends FINISHED, or FAILED if the body raises. Raises ClusterError if the store cannot be reached.
+    It ends FINISHED; KILLED where the block is stopped (StoppedError, Ctrl-C, SIGTERM); FAILED where it raises anything
+    else. Raises ClusterError where MLflow cannot be reached or refuses, in the block too.
     """
-    tracker = open_tracker(config, run, tags)
-    try:
-        yield tracker
-    except BaseException:
-        tracker.end("FAILED")
-        raise
-    tracker.end("FINISHED")
-
-
-def open_tracker(config: TrackingConfig, run: Mapping[str, Any], tags: Mapping[str, str] | None = None) -> Tracker:
-    """Begin or continue the run with this fingerprint in the experiment."""
     import logging
 
-    from mlflow.entities import Param
-    from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 
     for name in ("mlflow", "alembic"):  # the first use of a sqlite store logs each of its migrations
         logging.getLogger(name).setLevel(logging.WARNING)
     uri = tracking_uri(config)
-    _fail_soon()
-    try:
+    with mlflow_errors(uri):
         client = MlflowClient(uri)
-        experiment = client.get_experiment_by_name(config.experiment)
-        if experiment is None:
-            location = None
-            if uri.startswith("sqlite:///"):
-                location = Path(uri.removeprefix("sqlite:///")).with_name("mlartifacts").as_uri()
-            experiment_id = client.create_experiment(config.experiment, artifact_location=location)
-        else:
-            experiment_id = experiment.experiment_id
+        experiment_id = _experiment(client, config.experiment, uri)
         found = client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{run['fingerprint']}'", max_results=1)
         if found:
-            run_id = found[0].info.run_id
-            client.update_run(run_id, status="RUNNING")
-            return Tracker(client, run_id)
-        all_tags = {RUN_TAG: run["fingerprint"], "ccsr.job": run["job"], **(tags or {})}
-        stage = f"-stage{run['config']['stage']}" if "stage" in run["config"] else ""
-        name = config.run_name or f"{run['job']}{stage}-{run['fingerprint'][:8]}"
-        run_id = client.create_run(experiment_id, tags=all_tags, run_name=name).info.run_id
-        parameters = [Param(k, str(v)[:500]) for k, v in flatten(run["config"]).items()]
-        client.log_batch(run_id, params=parameters[:100])
-        client.log_dict(run_id, dict(run), "run.json")
-    except MlflowException as error:
-        raise ClusterError(
-            f"MLflow does not answer ({_first_line(error)})",
-            where=uri,
-            todo="start the server, or set tracking.uri to a sqlite:/// file",
-        ) from error
-    return Tracker(client, run_id)
+            client.update_run(found[0].info.run_id, status="RUNNING")
+        else:
+            all_tags = {RUN_TAG: run["fingerprint"], "ccsr.job": run["job"], **(tags or {})}
+            stage = f"-stage{run['config']['stage']}" if "stage" in run["config"] else ""
+            name = config.run_name or f"{run['job']}{stage}-{run['fingerprint'][:8]}"
+            found = [client.create_run(experiment_id, tags=all_tags, run_name=name)]
+        tracker, status = Tracker(client, found[0].info.run_id), "FAILED"
+        try:
+            tracker.describe(run, found[0].data.params)
+            yield tracker
+            status = "FINISHED"
+        except (KeyboardInterrupt, SystemExit, StoppedError):
+            status = "KILLED"
+            raise
+        finally:
+            tracker.end(status)
+
+
+def _experiment(client: Any, name: str, uri: str) -> str:
+    """The id of the experiment, which is made if there is none. ClusterError for a deleted one."""
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None or found.lifecycle_stage == "deleted":
+        location = None
+        if uri.startswith("sqlite:///"):
+            location = Path(uri.removeprefix("sqlite:///")).with_name("mlartifacts").as_uri()
+        try:
+            return client.create_experiment(name, artifact_location=location)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            found = client.get_experiment_by_name(name)  # another job has made it meanwhile
+            if found is None or found.lifecycle_stage == "deleted":
+                number = found.experiment_id if found else "ID"
+                raise ClusterError(
+                    f"the MLflow experiment {name!r} is deleted ({line_of(error)})",
+                    where=f"{uri}: experiment {number}",
+                    todo=f"mlflow experiments restore --experiment-id {number}, or set tracking.experiment anew",
+                ) from error
+    return found.experiment_id
 
 
 def ping(uri: str) -> str:
@@ -211,22 +270,14 @@ def ping(uri: str) -> str:
     none answers."""
     import mlflow
     import requests
-    from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 
-    _fail_soon()
     uri = tracking_uri(TrackingConfig(uri=uri))
-    try:
+    with mlflow_errors(uri):
         MlflowClient(uri).search_experiments(max_results=1)
         if not uri.startswith(("http://", "https://")):
             return mlflow.__version__
         return requests.get(f"{uri.rstrip('/')}/version", timeout=30).text.strip()
-    except (MlflowException, OSError) as error:
-        raise ClusterError(
-            f"MLflow does not answer ({_first_line(error)})",
-            where=uri,
-            todo="start the server, check its address, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
-        ) from error
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

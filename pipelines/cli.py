@@ -1,13 +1,14 @@
 """The `ccsr` command. Nothing heavy is imported before a command needs it: `ccsr --help` answers at once."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from infra.errors import CcsrError
+from infra.errors import CcsrError, StoppedError
 from pipelines import cluster_commands, model_commands
 from pipelines.model_commands import AsJson, Overrides
 
@@ -168,17 +169,16 @@ def restore(
     t_min: Annotated[float, typer.Option(help="Where it ends.")] = 0.3333,
     tile: Annotated[int, typer.Option(help="Pixels of a tile for larger outputs; 0: never tile.")] = 512,
     color: Annotated[str, typer.Option(help="Colours from the input: adain, wavelet or none.")] = "adain",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu or cuda; auto: what this machine has, not with --ray.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16; auto: bfloat16 on CUDA.")] = "auto",
     ray: Annotated[bool, typer.Option("--ray", help="Use a Ray cluster; --set runtime.num_actors=N.")] = False,
     set_: Overrides = None,
 ) -> None:
     """Enlarge photographs with a trained model."""
     from infra.config import apply_overrides, parse_config
-    from pipelines.restore import RestoreConfig, pick_device
+    from pipelines.restore import RestoreConfig
     from pipelines.restore import restore as run_restore
 
-    device, dtype = pick_device(device, dtype)
     sampling = {"num_steps": steps, "t_max": t_max, "t_min": t_min, "tile": tile or None, "color_fix": color}
     values = {
         "num_runs": runs,
@@ -231,10 +231,18 @@ def _config_class(values: dict[str, Any], where: str) -> Any:
 
 def main() -> None:
     """Run a command; a user's error becomes three lines and an exit code."""
-    arguments, _, rest = " ".join(sys.argv[1:]).partition(" -- ")
-    debug = "--debug" in arguments.split(" ")
-    if debug:
-        sys.argv = [sys.argv[0], *(a for a in sys.argv[1:] if a != "--debug" or rest)]
+    end_of_ours = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    ours, theirs = sys.argv[1:end_of_ours], sys.argv[end_of_ours:]
+    debug = "--debug" in ours
+    sys.argv[1:] = [word for word in ours if word != "--debug"] + theirs
+    terminated = False
+
+    def terminate(*_: object) -> None:
+        nonlocal terminated
+        terminated = True
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, terminate)  # ends as Ctrl-C does, so that what is open is closed
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched behind the user's back
     try:
         app(standalone_mode=True)
@@ -246,6 +254,8 @@ def main() -> None:
     except SystemExit as end:
         if end.code == 130:  # Ctrl-C, which typer turns into this
             typer.echo("stopped; the same command goes on from here", err=True)
+        if end.code == 130 and terminated:
+            sys.exit(StoppedError.exit_code)
         raise
 
 

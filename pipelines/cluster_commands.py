@@ -36,7 +36,9 @@ def submit(
     from infra.jobs import submit as submit_job
     from pipelines.needs import needs_of
 
-    _follow(*submit_job(address, command, _echo, need=needs_of(command), key=key, image=image))
+    words = [word for word in command if word != "--debug"]  # of `main`, which also runs there
+    shipped = [words[0], "--debug", *words[1:]] if words and words != command else command
+    _follow(*submit_job(address, shipped, _echo, need=needs_of(words), key=key, image=image))
 
 
 @jobs_app.command("list")

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from degradation.config import DegradationConfig
 from infra.config import Config, Location
+from infra.numerics import NumericsConfig
 from infra.ray_runtime import RayConfig
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,32}$")]
@@ -99,12 +100,19 @@ class GridCrop(Config):
 Crop = Annotated[WholeCrop | CenterCrop | RandomCrop | GridCrop, Field(discriminator="kind")]
 
 
+class LatentsNumerics(NumericsConfig):
+    """Deterministic unless that is switched off: a shard that is written again has to have the same bytes."""
+
+    deterministic: bool = True
+
+
 class LatentsConfig(Config):
     """Stored moments of HR and LR by the encoders of a model directory; for StableSR's stage 2 its samples too."""
 
     model: Location
     sampled_steps: int = Field(0, ge=0, description="steps from the LR to a stored sample (published: 200); 0: none")
     batch_size: int = Field(8, ge=1, description="images at once; always consecutive ones of a shard")
+    numerics: LatentsNumerics = LatentsNumerics()
 
 
 class ShardRuntime(Config):

@@ -197,7 +197,6 @@ def _estimate(
     per_gpu = rate / cost.flops_per_sample
     hours = config.num_updates * config.global_batch_size / (per_gpu * num_gpus) / 3600
     accumulation = config.global_batch_size // (micro * num_gpus)
-    size = 2 if config.precision == "bf16" else 4
     exchanges = accumulation if config.runtime.zero_stage == 2 else 1  # ZeRO 2 reduces after every micro-batch
     return TrainEstimate(
         num_gpus=num_gpus,
@@ -205,7 +204,7 @@ def _estimate(
         accumulation=accumulation,
         gpu_bytes=needed,
         checkpoint_bytes=12 * cost.num_trained,  # fp32: weights and two moments
-        exchanged_bytes=2 * (num_gpus - 1) * size * cost.num_trained * exchanges // num_gpus,
+        exchanged_bytes=2 * (num_gpus - 1) * 4 * cost.num_trained * exchanges // num_gpus,
         window_bytes=ahead * micro * 6 * config.crop_px**2,  # HR and enlarged LR, 8-bit RGB
         ingest_cores=ingest * per_gpu,
         samples_per_second=per_gpu * num_gpus,

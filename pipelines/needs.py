@@ -17,7 +17,7 @@ def needs_of(arguments: Sequence[str]) -> Need:
     config, or an output that would lie in the job's temporary folder."""
     from pipelines.cli import app
 
-    name, *rest = arguments
+    name, *rest = arguments or [""]
     command = typer.main.get_command(app).commands.get(name)  # type: ignore[attr-defined]
     if command is None or name not in READERS:
         return Need()  # `submit` says what can be submitted
@@ -62,9 +62,13 @@ def _evaluate(options: dict[str, Any]) -> Need:
 
 
 def _restore(options: dict[str, Any]) -> Need:
-    runtime = apply_overrides({}, options["set_"] or []).get("runtime", {})
-    on_gpus = options["ray"] and options["device"] == "cuda"
-    return Need(runtime.get("num_actors", 1) if on_gpus else 0, (options["output"],))
+    from pipelines.restore import RestoreRuntime, pick_device
+
+    values = {"runtime": {"device": options["device"], "use_ray": options["ray"]}}
+    values = apply_overrides(values, options["set_"] or [])["runtime"]
+    runtime = parse_config(values, RestoreRuntime, where="command line: runtime")
+    on_gpus = runtime.use_ray and pick_device(runtime) == "cuda"
+    return Need(runtime.num_actors if on_gpus else 0, (options["output"],))
 
 
 def _tracking_note(config: Any) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from pydantic import Field
 from infra.config import Config
 from infra.errors import CcsrError, ConfigError, DataError, PartialResultError
 from infra.images import decode_image, encode_png, icc_profile, list_images
+from infra.numerics import NumericsConfig, set_numerics
 from infra.progress import progress
 from infra.ray_runtime import RayConfig, on_actors
 from infra.run import claim_output
@@ -31,7 +32,7 @@ BATCH_PIXELS = {"cpu": 8 * 512**2, "cuda": 16 * 512**2}
 class RestoreRuntime(Config):
     """How the job runs; of the pictures it moves single levels by float rounding."""
 
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: Literal["auto", "cpu", "cuda"] = "cpu"
     rows_at_once: int | None = Field(None, ge=1, description="(image, run) pairs in a batch; none: by their size")
     use_ray: bool = False
     num_actors: int = Field(1, ge=1, description="with use_ray")
@@ -44,15 +45,38 @@ class RestoreConfig(Config):
     num_runs: int = Field(1, ge=1)
     seed: int = 0
     scale: float = Field(4, ge=1, le=8)
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     sampling: SamplingConfig = SamplingConfig()
+    numerics: NumericsConfig = NumericsConfig()
     runtime: RestoreRuntime = RestoreRuntime()
 
 
-def pick_device(device: str, dtype: str) -> tuple[str, str]:
-    """The device and dtype that `auto` stands for: a GPU and bfloat16 where there is one, else a CPU and float32."""
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    return device, ("bfloat16" if device == "cuda" else "float32") if dtype == "auto" else dtype
+def pick_device(runtime: RestoreRuntime) -> Literal["cpu", "cuda"]:
+    """The device that `auto` stands for: a GPU where this machine has one.
+
+    ConfigError for `auto` on Ray, whose actors run on other machines than this one, and for a GPU that is not here.
+    """
+    if runtime.use_ray and runtime.device == "auto":
+        raise ConfigError(
+            "device auto asks the machine that starts the job, not those that restore",
+            where="device, with --ray",
+            todo="add --device cuda for one GPU per actor, or --device cpu",
+        )
+    if runtime.device == "cuda" and not runtime.use_ray and not torch.cuda.is_available():
+        raise ConfigError(
+            "there is no GPU here", where="device", todo="use --device cpu, or --ray on a cluster with GPUs"
+        )
+    if runtime.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return runtime.device
+
+
+def _resolved(config: RestoreConfig) -> RestoreConfig:
+    """`config` without `auto`; a GPU's dtype is bfloat16, a CPU's float32."""
+    device = pick_device(config.runtime)
+    dtype = {"cpu": "float32", "cuda": "bfloat16"}[device] if config.dtype == "auto" else config.dtype
+    runtime = config.runtime.model_copy(update={"device": device})
+    return config.model_copy(update={"dtype": dtype, "runtime": runtime})
 
 
 def restore(source: str, output: str, model_uri: str, config: RestoreConfig) -> int:
@@ -61,10 +85,7 @@ def restore(source: str, output: str, model_uri: str, config: RestoreConfig) -> 
     Writes OUT/NAME.png, or OUT/runs/NN/NAME.png for several runs, and OUT/run.json. What is there is kept. A file that
     cannot be used is passed over; PartialResultError names them at the end.
     """
-    if config.runtime.device == "cuda" and not config.runtime.use_ray and not torch.cuda.is_available():
-        raise ConfigError(
-            "there is no GPU here", where="device", todo="use --device cpu, or --ray on a cluster with GPUs"
-        )
+    config = _resolved(config)
     source, output, model_uri = map(absolute, (source, output, model_uri))
     names = {source: Path(source).stem} if exists(source) else _names(source)
     inputs = {"model": model_id(model_uri)}
@@ -98,6 +119,7 @@ def _outcomes(
         return
     runtime = config.runtime
     if not runtime.use_ray:
+        set_numerics(config.numerics)
         yield from Restorer(config, model_uri, output).restore(images)
         return
     groups = [images[first : first + IMAGES_PER_TASK] for first in range(0, len(images), IMAGES_PER_TASK)]
@@ -107,6 +129,7 @@ def _outcomes(
         ray_config=runtime.ray,
         num_actors=runtime.num_actors,
         use_gpu=runtime.device == "cuda",
+        numerics=config.numerics,
         output=output,
     ):
         yield from result["outcomes"]

@@ -15,6 +15,7 @@ from infra.errors import CcsrError, ConfigError, DataError, PartialResultError, 
 from infra.images import UnusableImageError, gradient_energy
 from infra.manifest import Manifest, Quarantined, ShardRecord, commit_record, committed_records, write_manifest
 from infra.memory import give_back_memory
+from infra.numerics import set_numerics
 from infra.progress import progress
 from infra.ray_runtime import check_gpus_here, cpu_work, lost_worker, ray_cluster
 from infra.run import claim_output
@@ -136,6 +137,8 @@ def _write_shards(config: ShardConfig, recipe: DegradationConfig | None, shards:
 
             class Writer:  # an actor where a model is to be loaded once, else a task's function
                 def __init__(self) -> None:
+                    if config.latents:
+                        set_numerics(config.latents.numerics)
                     self.encoder = latent_encoder(config)
 
                 def __call__(self, row: dict[str, Any]) -> dict[str, Any]:

@@ -69,11 +69,12 @@ def train_config(data: str, output: Path | str, *, stage: int = 1, num_updates: 
         "model": {"family": "v1"},
         "crop_px": 32,
         "global_batch_size": 4,
-        "num_steps": 6,
         "num_updates": num_updates,
         "optimizer": {"learning_rate": learning_rate},
-        "decoder_loss": {"gan_weight": 0.1, "discriminator_width": 16, "discriminator_learning_rate": learning_rate},
     }
+    if stage == 2:
+        loss = {"gan_weight": 0.1, "discriminator_width": 16, "discriminator_learning_rate": learning_rate}
+        values |= {"num_steps": 6, "decoder_loss": loss}
     runtime = {"micro_batch_size": 2, "checkpoint_every": 10, **changes.pop("runtime", {})}
     return parse_config(values | {"runtime": runtime} | changes, TrainConfig, where="test")
 

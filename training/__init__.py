@@ -6,11 +6,11 @@ from infra.exports import load
 
 # Loaded at first use: the schemas in `training.config` must not wait for torch.
 _PLACES = {
-    "discriminator_loss": "training.stage2",
-    "eps_loss": "training.stage1",
-    "generator_loss": "training.stage2",
-    "stage1_loss_v1": "training.stage1",
-    "stage1_loss_v2": "training.stage1",
+    "discriminator_loss": "training.losses",
+    "eps_loss": "training.losses",
+    "generator_loss": "training.losses",
+    "stage1_loss_v1": "training.losses",
+    "stage1_loss_v2": "training.losses",
 }
 __all__ = list(_PLACES)
 

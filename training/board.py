@@ -1,5 +1,7 @@
 """The actor on which workers say how far they are and what failed, and through which the driver asks them to stop."""
 
+import _thread
+import signal
 import sys
 import threading
 import time
@@ -7,20 +9,24 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from infra.errors import CcsrError, error_from_json
+
 SECONDS_BETWEEN_BEATS = 2.0
 SILENT_SECONDS = 4 * SECONDS_BETWEEN_BEATS
+NOBODY_RUNS_SECONDS = 60.0  # without any rank's beat
 
 
 @dataclass
 class BoardState:
     """What the driver reads. `error` is a user's error as JSON; `news` are lines to print, oldest first; `lost` is what
-    the ranks of this attempt met otherwise."""
+    the ranks of this attempt met otherwise; `silent_seconds`: since any rank was heard."""
 
     update: int = 0
     note: str = ""
     error: str | None = None
     lost: list[str] = field(default_factory=list)
     news: list[str] = field(default_factory=list)
+    silent_seconds: float = 0.0
 
 
 class Board:
@@ -30,6 +36,7 @@ class Board:
         self._clock = clock
         self._state = BoardState()
         self._beats: dict[int, tuple[int, float]] = {}
+        self._heard = clock()
         self._attempts = 0
         self._stop = False
 
@@ -45,7 +52,8 @@ class Board:
 
     def beat(self, rank: int, update: int) -> bool:
         """A worker lives and works on `update`; True if it is to stop."""
-        self._beats[rank] = update, self._clock()
+        self._heard = self._clock()
+        self._beats[rank] = update, self._heard
         return self._stop
 
     def write(self, update: int, note: str) -> None:
@@ -66,7 +74,12 @@ class Board:
     def stop(self) -> None:
         self._stop = True
 
+    def start_anew(self, reason: str) -> None:
+        """Forget the error that the workers left with: others are started in their place."""
+        self._state.error, self._state.lost = None, [reason]
+
     def read(self) -> BoardState:
+        self._state.silent_seconds = self._clock() - self._heard
         return self._state
 
     def behind(self) -> str:
@@ -100,16 +113,16 @@ def make_board() -> Any:
 class Pulse:
     """A worker's beats, from a thread, so that a process that stands still is noticed; call it at each update."""
 
-    def __init__(self, board: Any, rank: int, sigterm: Callable[[], bool]) -> None:
-        self._board, self._rank, self._sigterm = board, rank, sigterm
+    def __init__(self, board: Any, rank: int, told_to_end: Callable[[], bool]) -> None:
+        self._board, self._rank, self._told_to_end = board, rank, told_to_end
         self._update = -1
         self._stop = False
         threading.Thread(target=self._run, name="pulse", daemon=True).start()
 
     def __call__(self, update: int) -> bool:
-        """True once the driver or a SIGTERM to this process asks to stop."""
+        """True once the driver asks to stop, or this process is told to end."""
         self._update = update
-        return self._stop or self._sigterm()
+        return self._stop or self._told_to_end()
 
     def _run(self) -> None:
         import ray
@@ -142,14 +155,31 @@ class Watch:
         if not isinstance(error[1], KeyboardInterrupt):
             self._show()
 
+    def error(self) -> CcsrError | None:
+        """The user's error that a worker has met, if any."""
+        self._show()
+        return error_from_json(self.state.error) if self.state.error else None
+
+    def start_anew(self, error: CcsrError) -> None:
+        """Let new workers start after the old ones left with `error`."""
+        import ray
+
+        ray.get(self._board.start_anew.remote(f"a worker's node is being drained; {error.what}"))
+
     def _watch(self) -> None:
         asked = False
         while not self._stop.wait(1.0):
-            if self._sigterm() and not asked:
+            self._show()
+            if not self._sigterm():
+                continue
+            if not asked:
                 self._board.stop.remote()
                 asked = True
-                print("SIGTERM: saving a checkpoint at the next update", file=sys.stderr, flush=True)
-            self._show()
+                print("SIGTERM: the workers are asked to save and end", file=sys.stderr, flush=True)
+            if self.state.silent_seconds > NOBODY_RUNS_SECONDS:
+                print("SIGTERM: no worker runs that could save; ending", file=sys.stderr, flush=True)
+                _thread.interrupt_main(signal.SIGTERM)
+                return
 
     def _show(self) -> None:
         import ray

@@ -1,11 +1,12 @@
 """What users write about models: which networks, how to sample from them, how to train them."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
 from degradation.config import DegradationConfig
 from infra.config import EXTENDABLE, Config, Location
+from infra.numerics import NumericsConfig
 from infra.ray_runtime import RayConfig
 from infra.tracking import TrackingConfig
 
@@ -14,6 +15,23 @@ SizeRule = Literal["pad", "v1", "v1_tiled", "v2"]
 # StableSR-S200 of the paper's tables: from noise, as the published benchmark script does.
 SAMPLING_PRESETS: dict[str, dict[str, Any]] = {
     "stablesr_s200": {"sampler": "uniform", "num_steps": 200, "start": "noise", "enlargement": "bilinear"}
+}
+
+
+class Family(NamedTuple):
+    """What the schemas know of a method: the fields that have an effect. What it computes is in `training.method`."""
+
+    trains: dict[int, set[str]]  # of TrainConfig's fields that not every stage uses, by stage
+    samples: set[str]  # of SamplingConfig's fields that not every method uses
+    adapter: str = "controlnet"  # the part that shows the UNet the LR latent
+    stores_samples: bool = False  # stage 2 can start from latents that the shards store
+
+
+_STAGE2 = {"num_steps", "t_max", "t_min", "decoder_loss"}
+FAMILIES = {
+    "v1": Family({0: set(), 1: {"start_from", "t_max"}, 2: _STAGE2}, {"t_max", "t_min"}),
+    "v2": Family({0: set(), 1: {"start_from", "t_max"}, 2: {*_STAGE2, "start_from"}}, {"t_max", "t_min", "start"}),
+    "stablesr": Family({1: set(), 2: {"num_steps", "decoder_loss"}}, {"start", "wrapping"}, "adapter", True),
 }
 
 
@@ -27,9 +45,8 @@ class ModelConfig(Config):
     prediction: Literal["eps", "v"] = "eps"
 
     @property
-    def adapter_name(self) -> str:
-        """The part that shows the UNet the LR latent."""
-        return "adapter" if self.family == "stablesr" else "controlnet"
+    def facts(self) -> Family:
+        return FAMILIES[self.family]
 
 
 class SamplingConfig(Config):
@@ -63,6 +80,19 @@ class SamplingConfig(Config):
             raise ValueError(f"t_min ({self.t_min}) must be below t_max ({self.t_max})")
         return self
 
+    def unused(self) -> dict[str, str]:
+        """Beside these, what `check_family` knows."""
+        unused = dict.fromkeys(("t_max", "t_min"), "in sampler: uniform") if self.sampler == "uniform" else {}
+        return unused if self.sizes == "pad" else unused | {"enlargement": f"with sizes: {self.sizes}"}
+
+    def check_family(self, family: str) -> Self:
+        """ValueError where a field has no effect on a model of this family."""
+        every = set().union(*(other.samples for other in FAMILIES.values()))
+        for name in sorted(every - FAMILIES[family].samples):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"`{name}` has no effect on a model of family {family}: leave it out")
+        return self
+
 
 class OptimizerConfig(Config):
     """AdamW. The defaults are v2's stage 1 (train_ccsr_stage1.py)."""
@@ -93,6 +123,10 @@ class DecoderLossConfig(Config):
     discriminator_width: int = Field(64, ge=4, description="channels of the first PatchGAN layer")
     discriminator_learning_rate: float = Field(5e-6, gt=0)
 
+    def unused(self) -> dict[str, str]:
+        unused = {"discriminator_width": "with discriminator: dino"} if self.discriminator == "dino" else {}
+        return unused | ({"perceptual_start_update": "with perceptual: none"} if self.perceptual == "none" else {})
+
 
 class TrainRuntime(Config):
     """How the job runs. Any legal world size, micro-step order and ZeRO stage trains on the same global batches."""
@@ -113,6 +147,9 @@ class TrainRuntime(Config):
     export_every: int = Field(0, ge=0, description="every k-th checkpoint also as a model directory; 0: none")
     max_restarts: int = Field(3, ge=0, description="restarts from the last checkpoint after a worker was lost")
     collective_timeout_seconds: int = Field(600, ge=10, description="ranks that wait longer for another one give up")
+
+    def unused(self) -> dict[str, str]:
+        return {"threads_per_worker": "with use_gpu"} if self.use_gpu else {}
 
 
 class ValidationConfig(Config):
@@ -156,6 +193,7 @@ class TrainConfig(Config):
     t_max: float = Field(0.6667, gt=0, le=1)
     t_min: float = Field(0.3333, ge=0, lt=1)
     precision: Literal["fp32", "bf16"] = "fp32"
+    numerics: NumericsConfig = NumericsConfig()
     global_batch_size: int = Field(96, ge=1)
     num_updates: Annotated[int, EXTENDABLE] = Field(ge=1)
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -176,17 +214,45 @@ class TrainConfig(Config):
             raise ValueError(
                 "under runtime.zero_stage 0 DeepSpeed accumulates bf16 gradients in bf16: use zero_stage 1 or 2"
             )
-        if self.t_min >= self.t_max:
+        if self.t_min >= self.t_max and "t_min" not in self.unused():
             raise ValueError(f"t_min ({self.t_min}) must be below t_max ({self.t_max})")
-        if self.model.family == "stablesr" and self.stage == 0:
-            raise ValueError("StableSR's stages are 1 and 2: its stage 1 is what stage 0 is for CCSR")
-        if self.model.family == "stablesr" and self.stage == 2 and self.decoder_loss.adaptive:
+        if self.stage == 2 and self.model.family == "stablesr" and self.decoder_loss.adaptive:
             raise ValueError(
                 "StableSR's decoder is frozen, so its GAN weight cannot adapt: decoder_loss.adaptive: false"
+            )
+        if self.validation is not None:
+            (self.validation.sampling or self.trained_sampling).check_family(self.model.family)
+        on_dino = self.stage == 2 and self.decoder_loss.discriminator == "dino" and self.runtime.use_gpu
+        if self.numerics.deterministic and on_dino:
+            raise ValueError(
+                "`discriminator: dino` reduces images by area, whose backward no GPU computes deterministically: "
+                "numerics.deterministic: false"
             )
         if self.inputs == "latents" and self.degradation is not None:
             raise ValueError("`inputs: latents` are of the LR that the shards store: leave `degradation` out")
         return self
+
+    def unused(self) -> dict[str, str]:
+        family, trains = self.model.family, self.model.facts.trains
+        if self.stage not in trains:
+            raise ValueError(f"a model of family {family} has the stages {', '.join(map(str, trains))}")
+        used = trains[self.stage] - ({"num_steps"} if self.starts_from_stored_samples else set())
+        every = {"start_from", "num_steps", "t_max", "t_min", "decoder_loss"}
+        return dict.fromkeys(sorted(every - used), f"in stage {self.stage} of family {family}")
+
+    @property
+    def trained_sampling(self) -> SamplingConfig:
+        """How the stage's model is meant to restore: stage 0's is a conventional diffusion model."""
+        if self.stage == 0:
+            return SamplingConfig(sampler="uniform")
+        facts = self.model.facts
+        trained = {"num_steps", *facts.samples} & facts.trains[self.stage]
+        return SamplingConfig.model_validate({name: getattr(self, name) for name in trained})
+
+    @property
+    def starts_from_stored_samples(self) -> bool:
+        """Whether stage 2 takes latents that the shards store in place of its own chain's."""
+        return self.stage == 2 and self.inputs == "latents" and self.model.facts.stores_samples
 
 
 def legal_world_sizes(global_batch_size: int, micro_batch_size: int) -> list[int]:

@@ -14,6 +14,7 @@ from degradation.pipeline import degrade
 from degradation.presets import load_preset
 from infra.errors import ConfigError
 from infra.images import decode_image, encode_png
+from infra.memory import free_memory
 from infra.seeding import rng_for
 from training.config import ModelConfig, TrainConfig
 from training.ingest import Batch, enlarge
@@ -133,14 +134,11 @@ def check_memory(model: CcsrModel, config: TrainConfig, context: WorkerContext) 
     num_frozen = sum(map(_count, model.networks.values())) - num_trained
     needed = memory_needed(num_trained, num_frozen, config, world_size)
     total = sum(needed.values())
-    if device.startswith("cuda"):
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        import psutil
-
+    free = free_memory(device)
+    if not device.startswith("cuda"):
         if config.precision == "fp32":
             total -= needed["weights"]  # they are there already
-        free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        free //= int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     if total > free:
         parts = ", ".join(f"{name} {number / GIB:.2f}" for name, number in needed.items())
         raise ConfigError(
@@ -203,9 +201,8 @@ def step_cost(config: TrainConfig) -> StepCost:
 def _batch(config: TrainConfig, factor: int = 8) -> Batch:
     size, side = config.runtime.micro_batch_size, config.crop_px
     pixels = torch.zeros(size, 3, side, side)
-    # StableSR's stage 2 starts from a stored sample; the chain that made it is no part of the step.
-    sampled = config.stage == 2 and config.model.family == "stablesr" and config.inputs == "latents"
-    moments = {SAMPLED: torch.zeros(size, 4, side // factor, side // factor)} if sampled else {}
+    stored = torch.zeros(size, 4, side // factor, side // factor)
+    moments = {SAMPLED: stored} if config.starts_from_stored_samples else {}
     return Batch(["estimate"] * size, list(range(size)), pixels, pixels.clone(), moments)
 
 

@@ -42,7 +42,8 @@ def train(config: TrainConfig, manifests: list[Manifest], model: CcsrModel, cont
         ends.enter_context(closing(stream))
         validation, error = attempt(lambda: Validation.load(config))
         agree(context, error)
-        profile = Profile(config, context.tracker) if config.runtime.profile and context.rank == 0 else None
+        profiled = config.runtime.profile and context.rank == 0
+        profile = ends.enter_context(Profile(config, context)) if profiled else None
         meter = Meter(config, context.device, context.world_size)
         for update in range(done, config.num_updates):
             batches, error = attempt(lambda: next(stream))
@@ -71,8 +72,6 @@ def train(config: TrainConfig, manifests: list[Manifest], model: CcsrModel, cont
             if profile is not None:
                 profile.update_done()
             meter.wait_for_batch()
-        if profile is not None:
-            profile.close()
 
 
 def _stage(config: TrainConfig, model: CcsrModel, context: WorkerContext) -> Stage:

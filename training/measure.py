@@ -13,8 +13,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop, shape_wrapper
 
-from infra.storage import join, upload
+from infra.storage import explained, join, upload
 from training.config import TrainConfig
+from training.ranks import WorkerContext, attempt
 
 # Dense bf16 peaks in FLOP/s by what is in the card's name, from the vendors' datasheets (V100: fp16); the first counts.
 PEAK_FLOPS = {
@@ -71,9 +72,9 @@ def flop_counter() -> FlopCounter:
 
 
 def peak_memory_bytes(device: str) -> int:
-    """On a GPU the most that was allocated there, else the process's largest resident size."""
+    """On a GPU the most that was allocated since the last reset, else the process's largest resident size."""
     if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -91,6 +92,8 @@ class Meter:
         self._restart()
 
     def _restart(self) -> None:
+        if self._device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats(self._device)
         self._since = self._waiting_since = time.perf_counter()
         self._waited = self._aside = 0.0
         self._num_updates = 0
@@ -146,27 +149,36 @@ class Meter:
 
 
 class Profile:
-    """torch's profile of three updates after two others, as OUT/profile/trace.json and top_ops.txt."""
+    """torch's profile of three updates after two others, as OUT/profile/trace.json and top_ops.txt; a block, at whose
+    end what was recorded so far is written. Where it cannot be written, training continues with a warning."""
 
-    def __init__(self, config: TrainConfig, tracker: Any) -> None:
-        self._folder, self._tracker = join(config.output, "profile"), tracker
+    def __init__(self, config: TrainConfig, context: WorkerContext) -> None:
+        self._folder, self._context = join(config.output, "profile"), context
         schedule = torch.profiler.schedule(wait=1, warmup=1, active=PROFILED_UPDATES, repeat=1)
         self._profiler = torch.profiler.profile(schedule=schedule, on_trace_ready=self._write)
+
+    def __enter__(self) -> "Profile":
         self._profiler.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._profiler.stop()
 
     def update_done(self) -> None:
         self._profiler.step()
 
-    def close(self) -> None:
-        self._profiler.stop()
-
     def _write(self, profiler: torch.profiler.profile) -> None:
+        _, error = attempt(lambda: self._save(profiler))
+        if error is not None:
+            self._context.warn(f"the profile was not written: {error.what} ({error.where})")
+
+    def _save(self, profiler: torch.profiler.profile) -> None:
         key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         table = profiler.key_averages().table(sort_by=key, row_limit=20, max_name_column_width=60)
-        with tempfile.TemporaryDirectory(prefix="ccsr-profile-") as scratch:
+        with explained("cannot write", self._folder), tempfile.TemporaryDirectory(prefix="ccsr-profile-") as scratch:
             profiler.export_chrome_trace(f"{scratch}/trace.json")
             (Path(scratch) / "top_ops.txt").write_text(table + "\n")
             for name in ("trace.json", "top_ops.txt"):
                 upload(Path(scratch) / name, join(self._folder, name))
-        if self._tracker is not None:
-            self._tracker.file("profile/top_ops.txt", table.encode())
+        if self._context.tracker is not None:
+            self._context.tracker.file("profile/top_ops.txt", table.encode())

@@ -23,6 +23,7 @@ from degradation.pipeline import degrade
 from degradation.presets import load_preset
 from infra.config import Config, load_config
 from infra.images import gradient_energy, read_image, resize_bicubic
+from infra.numerics import NumericsConfig, set_numerics
 from infra.seeding import rng_for
 from training.config import ModelConfig
 from training.models import CcsrModel, build_model, save_model
@@ -41,6 +42,7 @@ class PretrainConfig(Config):
     output: str
     seed: int = 0
     device: str = "cpu"
+    numerics: NumericsConfig = NumericsConfig()
     threads: int = Field(2, ge=1)
     vae_minutes: float = Field(ge=0)
     decoder_minutes: float = Field(ge=0)
@@ -292,6 +294,7 @@ def velocity(model: CcsrModel, x_t: Tensor, t: Tensor, z_lr: Tensor, blind: Tens
 def pretrain(config: PretrainConfig) -> None:
     """Run both phases' remaining minutes and write OUT/model, in fp16."""
     torch.set_num_threads(config.threads)
+    set_numerics(config.numerics)
     out = Path(config.output)
     out.mkdir(parents=True, exist_ok=True)
     model = build_model(ModelConfig(preset="tiny", family="v1", prediction="v"), config.seed).to(config.device)

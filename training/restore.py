@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,25 +13,18 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from infra.errors import DataError, ModelError
+from infra.memory import free_memory
 from infra.seeding import Noise, noise_for
 from infra.storage import download_folder
 from training.config import SamplingConfig
+from training.method import METHODS
 from training.models import CcsrModel, load_model
-from training.sampling import (
-    Denoise,
-    color_fix,
-    guided,
-    sample_ccsr_v1,
-    sample_ccsr_v2,
-    sample_uniform,
-    starting_point,
-    tiled,
-)
+from training.sampling import Denoise, color_fix, guided, tiled
 from training.sizes import published_input, published_output
 from training.tiled_vae import (
     GIB,
+    VAE_BYTES,
     WHOLE_PLANES,
-    activation_budget,
     check_space,
     decode_in_bands,
     encode_in_bands,
@@ -99,8 +91,8 @@ def prepare_image(
 ) -> PreparedImage:
     """Enlarge `lr`, uint8 (h, w, 3) RGB, to `size` = (H, W), pad it by reflection, and encode it once.
 
-    `vae_bytes`: budget of the VAE's activations, default `activation_budget`. DataError for an output under 2 px, and
-    where `num_runs` runs together or the VAE's temporary files would not fit what is free.
+    `vae_bytes`: budget of the VAE's activations, default VAE_BYTES. DataError for an output under 2 px, and where
+    `num_runs` runs together or the VAE's temporary files would not fit what is free.
     """
     height, width = size
     if min(height, width) < 2:
@@ -110,7 +102,7 @@ def prepare_image(
             todo="use a larger image",
         )
     device = next(model.vae.parameters()).device
-    budget = activation_budget(device) if vae_bytes is None else vae_bytes
+    budget = VAE_BYTES[device.type] if vae_bytes is None else vae_bytes
     _check_memory(model, size, config, num_runs, budget, key)
     if config.sizes == "pad":
         filter_ = Image.Resampling[config.enlargement.upper()]
@@ -148,8 +140,7 @@ def restore_batch(
     padded = torch.cat([_padded(model, image) for image in images]) if _wrapped(model, config) else None
     for image, pixels in zip(images, decode_rows(model, latents, vae_bytes, padded, config.wrapping), strict=True):
         height, width = image.enlarged.shape[-2:]
-        # 1e-5 is of the range that the published code works on: CCSR's [0, 1], StableSR's [-1, 1].
-        epsilon = 2.5e-6 if model.config.family == "stablesr" else 1e-5
+        epsilon = METHODS[model.config.family].color_epsilon
         pixels = color_fix(pixels[..., :height, :width], image.enlarged, config.color_fix, epsilon)
         levels = pixels[0].clamp(0, 1).mul_(255).round_().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
         yield levels if config.sizes == "pad" else published_output(levels, image.size, config.sizes)
@@ -169,7 +160,7 @@ def decode_rows(
     `lr`: the enlarged LR images for StableSR's feature wrapping, which needs the VAE whole, at least image by image.
     """
     height, width = (side * model.factor for side in latents.shape[-2:])
-    budget = activation_budget(latents.device) if vae_bytes is None else vae_bytes
+    budget = VAE_BYTES[latents.device.type] if vae_bytes is None else vae_bytes
     together = rows_at_once(model.vae, height, width, budget)
     size = max(1, together)
     conditions = repeat(None) if lr is None else lr.split(size)
@@ -188,23 +179,18 @@ def _check_memory(
     device = next(model.vae.parameters()).device
     height, width = (max(side, 512) for side in size) if config.sizes != "pad" else size
     sides = [side if config.tile is None else min(side, config.tile) for side in (height, width)]
+    whole = WHOLE_PLANES * plane_bytes(model.vae, height, width)
+    vae = min(budget, whole * max(1, num_runs))
     needed = {
         "images": IMAGE_BYTES * height * width,
-        "VAE": WHOLE_PLANES * plane_bytes(model.vae, height, width),
+        "VAE": max(vae, whole) if _wrapped(model, config) else vae,
         "UNet": UNET_MAPS
         * model.unet.config.block_out_channels[0]
         * (sides[0] * sides[1] // model.factor**2)
         * next(model.unet.parameters()).element_size()
         * max(1, num_runs),
     }
-    if not _wrapped(model, config):
-        needed["VAE"] = min(budget, needed["VAE"])
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        import psutil
-
-        free = psutil.virtual_memory().available
+    free = free_memory(str(device))
     if sum(needed.values()) > free:
         parts = ", ".join(f"{name} {number / GIB:.1f}" for name, number in needed.items())
         raise DataError(
@@ -222,24 +208,11 @@ def _wrapped(model: CcsrModel, config: SamplingConfig) -> bool:
 
 def sample_latents(model: CcsrModel, mean: Tensor, std: Tensor, config: SamplingConfig, noise: Noise) -> Tensor:
     """Scaled latents (B, 4, h, w), float32, that `model` makes of the LR's moments; all randomness is in `noise`."""
-    z_lr, family = mean, model.config.family
-    if family != "v1":
-        z_lr = mean + std * noise(mean.shape)  # a fresh posterior sample per run: it is part of the method's randomness
+    method = METHODS[model.config.family]
+    z_lr = method.condition(mean, std, noise)  # where it is a sample, a fresh one per run: part of the randomness
     cond = _denoiser(model, z_lr, config, config.prompt)
     uncond = _denoiser(model, z_lr, config, config.negative_prompt) if config.guidance > 1 else cond
-    denoise = guided(cond, uncond, config.guidance)
-    if config.sampler == "uniform" or family == "stablesr":
-        start = config.start if family == "stablesr" else "noise"
-        return sample_uniform(denoise, starting_point(z_lr, start, noise), num_steps=config.num_steps, noise=noise)
-    chain: dict[str, Any] = {
-        "num_steps": config.num_steps,
-        "t_max": config.t_max,
-        "t_min": config.t_min,
-        "noise": noise,
-    }
-    if family == "v1":
-        return sample_ccsr_v1(denoise, noise(mean.shape), **chain)
-    return sample_ccsr_v2(denoise, z_lr, start=config.start, denoise_first=uncond, **chain)  # `uncond`: as published
+    return method.sample(guided(cond, uncond, config.guidance), uncond, z_lr, noise, config)
 
 
 def _denoiser(model: CcsrModel, z_lr: Tensor, config: SamplingConfig, text: str) -> Denoise:

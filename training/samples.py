@@ -55,9 +55,13 @@ class SampleReader:
         self._order = Order(config.seed, sizes, tuple(part.weight for part in config.data))
         latents = config.inputs == "latents"
         recipe = _recipe(config, manifests)
-        sampled = config.model.family == "stablesr" and config.stage == 2
         self.maker = SampleMaker(
-            config.seed, config.crop_px, recipe, latents, with_images=config.stage == 2, with_sampled=sampled
+            config.seed,
+            config.crop_px,
+            recipe,
+            latents,
+            with_images=config.stage == 2,
+            with_sampled=config.starts_from_stored_samples,
         )
 
     def place(self, position: int) -> Place:
@@ -151,9 +155,9 @@ def check_latents(config: TrainConfig, manifests: Sequence[Manifest], encoder_id
                 where=manifest.uri,
                 todo="train with `inputs: pixels`, or shard with `latents` of this model",
             )
-        if config.model.family == "stablesr" and config.stage == 2 and not manifest.facts.get("sampled_steps"):
+        if config.starts_from_stored_samples and not manifest.facts.get("sampled_steps"):
             raise ConfigError(
-                "these shards hold no sampled latents, which StableSR's stage 2 starts from",
+                "these shards hold no sampled latents, which stage 2 starts from",
                 where=manifest.uri,
                 todo="shard with `latents.sampled_steps`, or train with `inputs: pixels`, which samples at each update",
             )

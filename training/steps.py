@@ -1,7 +1,6 @@
 """The modules that DeepSpeed wraps, one per stage: their forward is the loss."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +8,8 @@ from torch import Tensor, nn
 from infra.seeding import noise_for, rng_for
 from training.config import TrainConfig
 from training.ingest import Batch
+from training.losses import discriminator_loss, eps_terms, generator_loss
+from training.method import METHODS
 from training.models import (
     CcsrModel,
     EncoderFeatures,
@@ -19,16 +20,6 @@ from training.models import (
     load_lpips,
 )
 from training.samples import SAMPLED
-from training.stage1 import eps_loss, stage1_loss_v1, stage1_loss_v2
-from training.stage2 import (
-    discriminator_loss,
-    generator_loss,
-    stage2_latents_stablesr,
-    stage2_latents_v1,
-    stage2_latents_v2,
-)
-
-LAST_TIMESTEP = 999
 
 
 class Stage(nn.Module):
@@ -45,6 +36,7 @@ class Stage(nn.Module):
         self.config = config
         # Not registered as submodules: DeepSpeed is to see the trained parameters only.
         self._frozen = (model,)
+        self.method = METHODS[model.config.family]
 
     @property
     def model(self) -> CcsrModel:
@@ -60,14 +52,12 @@ class Stage(nn.Module):
 
     @torch.no_grad()
     def _latents(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Scaled latents of HR (a posterior sample) and LR (v1: the mean, else a sample), encoded here or before."""
+        """Scaled latents of HR (a posterior sample) and LR, encoded here or before."""
         stored = batch.moments
         mean, std = (stored["hr.mean"], stored["hr.std"]) if stored else self.model.encode_moments(batch.hr)
         z_hr = mean + std * self._noise(batch, "hr")(mean.shape)
         mean, std = (stored["lr.mean"], stored["lr.std"]) if stored else self.model.encode_condition(batch.lr)
-        if self.model.config.family == "v1":
-            return z_hr, mean
-        return z_hr, mean + std * self._noise(batch, "lr")(mean.shape)
+        return z_hr, self.method.condition(mean, std, self._noise(batch, "lr"))
 
 
 class NoiseStage(Stage):
@@ -77,26 +67,16 @@ class NoiseStage(Stage):
         super().__init__(model, model.trained_part(config.stage), config)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Named terms and "loss" of one micro-batch; see `training.stage1`."""
+        """Named terms and "loss" of one micro-batch; see `training.losses`."""
         z_hr, z_lr = self._latents(batch)
-        denoise = self.model.denoiser(z_lr)
-        noise = self._noise(batch, "steps")
-        if self.config.stage == 0 or self.model.config.family == "stablesr":
-            t = self._timesteps(batch, LAST_TIMESTEP + 1)
-            loss = eps_loss(denoise, z_hr, t=t, noise=noise(z_hr.shape))
-            return {"l_diff": loss, "loss": loss}
-        t_max = round(self.config.t_max * (LAST_TIMESTEP + 1))
-        stage1_loss = stage1_loss_v1 if self.model.config.family == "v1" else stage1_loss_v2
-        return stage1_loss(
-            denoise,
-            z_hr,
-            t=self._timesteps(batch, t_max),
-            noise_t=noise(z_hr.shape),
-            noise_T=noise(z_hr.shape),
-            noise_tmax=noise(z_hr.shape),
-            x_start=z_lr if self.config.start_from == "lr" else None,
-            t_max=t_max,
-        )
+        denoise, noise = self.model.denoiser(z_lr), self._noise(batch, "steps")
+
+        def timesteps(end: int) -> Tensor:
+            return self._timesteps(batch, end)
+
+        if self.config.stage == 0:
+            return eps_terms(denoise, z_hr, timesteps, noise)
+        return self.method.noise_terms(denoise, z_hr, z_lr, timesteps, noise, self.config)
 
 
 class DecoderStage(Stage):
@@ -125,9 +105,7 @@ class DecoderStage(Stage):
     def forward(self, batch: Batch, update: int) -> dict[str, Tensor]:
         """The generator's terms and "loss" of one micro-batch of an update, from 0; see `training.generator_loss`."""
         loss = self.config.decoder_loss
-        decoded = self.model.decode(self._sampled(batch), batch.lr)
-        if self.model.config.family == "v2":
-            decoded = decoded.clamp(-1, 1)
+        decoded = self.method.in_range(self.model.decode(self._sampled(batch), batch.lr))
         target = 2 * batch.hr - 1
         judge = self._judge(batch)
         self._last = (judge, target, decoded.detach(), update >= loss.discriminator_start_update)
@@ -146,20 +124,14 @@ class DecoderStage(Stage):
         self.trained_discriminator.requires_grad_(True)
         return terms
 
+    @torch.no_grad()
     def _sampled(self, batch: Batch) -> Tensor:
         """What the chain makes of the batch, here or when the shards were made."""
         if SAMPLED in batch.moments:
             return batch.moments[SAMPLED]
-        config, family = self.config, self.model.config.family
         z_hr, z_lr = self._latents(batch)
         noise = self._noise(batch, "steps")
-        denoise = self.model.denoiser(z_lr)
-        if family == "stablesr":
-            return stage2_latents_stablesr(denoise, z_lr, noise=noise, num_steps=config.num_steps)
-        chain: dict[str, Any] = {"num_steps": config.num_steps, "t_max": config.t_max, "t_min": config.t_min}
-        if family == "v1":
-            return stage2_latents_v1(denoise, z_hr, noise=noise, **chain)
-        return stage2_latents_v2(denoise, z_lr if config.start_from == "lr" else z_hr, noise=noise, **chain)
+        return self.method.stage2_latents(self.model.denoiser(z_lr), z_hr, z_lr, noise, self.config)
 
     def _judge(self, batch: Batch) -> Callable[[Tensor, str], Tensor]:
         """logits(image, purpose); the projected discriminator draws its views by (seed, purpose, position)."""

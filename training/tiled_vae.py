@@ -19,7 +19,9 @@ from torch.nn import functional as F
 from infra.errors import DataError
 
 GIB = 2**30
-HOST_BYTES = GIB
+# What a VAE's activations may take. Constants: whole and bands round differently, and a picture must not depend on what
+# else is in memory. 6.5 GiB hold the three largest of a 2048 px output in bfloat16, or 13 outputs of 512 px whole.
+VAE_BYTES = {"cpu": GIB, "cuda": 13 * GIB // 2}
 BAND_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
 WHOLE_PLANES = 4  # live at once in diffusers' own decoder: input, normalised, activated, output
 SPILLED_PLANES = 3  # live at once here: a residual block's input, hidden activation and output
@@ -31,11 +33,6 @@ def plane_bytes(vae: AutoencoderKL, height: int, width: int) -> int:
     channels = vae.config.block_out_channels
     wide = max(count / 4 ** max(0, level - 1) for level, count in enumerate(channels))
     return int(wide * height * width) * next(vae.parameters()).element_size()
-
-
-def activation_budget(device: torch.device) -> int:
-    """Bytes that a VAE's activations may take: 1 GiB of a host's memory, half of what a GPU has free."""
-    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else HOST_BYTES
 
 
 def rows_at_once(vae: AutoencoderKL, height: int, width: int, budget: int) -> int:

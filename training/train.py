@@ -6,18 +6,13 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from infra.errors import (
-    CcsrError,
-    ClusterError,
-    ConfigError,
-    ModelError,
-    StoppedError,
-    error_from_json,
-    error_to_json,
-)
+from infra.errors import CcsrError, ClusterError, ConfigError, ModelError, StoppedError, error_to_json, line_of
+from infra.jobs import PACKAGES
 from infra.manifest import Manifest
 from infra.progress import progress
 from infra.ray_runtime import check_gpus_here, cpu_work, cpus_here, lost_worker, ray_cluster, user_error
@@ -32,7 +27,7 @@ from infra.storage import (
     upload_folder,
     write_bytes,
 )
-from infra.tracking import MODEL_TAG, Tracker, find_model, open_tracker, tracking_uri
+from infra.tracking import MODEL_TAG, Tracker, find_model, track, tracking_uri
 from training.board import Pulse, Watch, make_board
 from training.checkpoint import best_checkpoint, check_tensors, complete_checkpoints, load_checkpoint, load_newest
 from training.config import TrainConfig, TrainRuntime
@@ -44,6 +39,7 @@ from training.steps import build_stage
 from training.validation import Validation
 
 LIBRARIES = ("torch", "deepspeed", "diffusers", "numpy", "opencv-python-headless", "pillow")
+GIT_PLACES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")
 
 
 def run_train(config: TrainConfig) -> str:
@@ -64,8 +60,15 @@ def run_train(config: TrainConfig) -> str:
     facts = {"fingerprint": run["fingerprint"], "config": run["config"], **inputs, "git_commit": git_commit()}
     if done < config.num_updates:
         _check_start(config, manifests)
-        _fit(config, manifests, run, facts)
-    _export(config, model_uri)
+    tags = {"ccsr.stage": str(config.stage), "git.commit": facts["git_commit"]}
+    with (
+        ray_cluster(config.runtime.ray) if done < config.num_updates else nullcontext(),
+        track(config.tracking, run, tags) as tracker,
+        sigterm_noted() as sigterm,  # after Ray's start, which sets a handler of its own
+    ):
+        if done < config.num_updates:
+            _fit(config, manifests, facts, tracker, sigterm)
+        _export(config, model_uri)  # after SIGTERM too: what was finished counts
     return model_uri
 
 
@@ -137,17 +140,27 @@ def _prepared(model: CcsrModel, config: TrainConfig) -> CcsrModel:
     return model
 
 
-def _fit(config: TrainConfig, manifests: list[Manifest], run: dict[str, Any], facts: dict[str, Any]) -> None:
+def _fit(
+    config: TrainConfig,
+    manifests: list[Manifest],
+    facts: dict[str, Any],
+    tracker: Tracker,
+    sigterm: Callable[[], bool],
+) -> None:
+    """Train on Ray until the last update. StoppedError where `sigterm` says that this process is to end."""
     runtime = config.runtime
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
-    with ray_cluster(runtime.ray), tempfile.TemporaryDirectory(prefix="ccsr-train-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="ccsr-train-") as scratch:
         from ray.train import FailureConfig, RunConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
+        class Trainer(TorchTrainer):
+            def _register_sigint_handler(self, controller: Any) -> None:
+                """Leave Ctrl-C to Python: Ray's own handler ends this process with exit code 1 before anything is
+                closed."""
+
         check_gpus_here(runtime.num_workers if runtime.use_gpu else 0)
         check_cpus(config, {"CPU": cpus_here()})
-        tags = {"ccsr.stage": str(config.stage), "git.commit": facts["git_commit"]}
-        tracker = open_tracker(config.tracking, run, tags)
         tracker.tag(**{MODEL_TAG: join(config.output, "model"), "ccsr.num_updates": str(config.num_updates)})
         _log_inputs(tracker, config, manifests)
         board = make_board()
@@ -163,7 +176,7 @@ def _fit(config: TrainConfig, manifests: list[Manifest], run: dict[str, Any], fa
         environment |= {name: os.environ[name] for name in ("CCSR_WEIGHTS",) if name in os.environ}
         if not runtime.use_gpu:
             environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-        trainer = TorchTrainer(
+        trainer = Trainer(
             _worker,
             train_loop_config=settings,
             scaling_config=_placement(runtime),
@@ -171,27 +184,38 @@ def _fit(config: TrainConfig, manifests: list[Manifest], run: dict[str, Any], fa
                 backend="nccl" if runtime.use_gpu else "gloo", timeout_s=runtime.collective_timeout_seconds
             ),
             run_config=RunConfig(
-                name=run["fingerprint"][:16],
+                name=facts["fingerprint"][:16],
                 storage_path=scratch,
                 worker_runtime_env={"env_vars": environment},
                 failure_config=FailureConfig(max_failures=runtime.max_restarts),
             ),
         )
         bar = progress(f"training stage {config.stage}", config.num_updates)
-        try:
-            with bar as advance, sigterm_noted() as sigterm, Watch(board, advance, sigterm) as watch:
-                trainer.fit()
-        except KeyboardInterrupt:
-            tracker.end("KILLED")
-            raise
-        except Exception as error:
-            tracker.end("FAILED")
-            raise user_error(error) or _lost(error, config, watch.state.lost) from error
-        if watch.state.error:
-            user = error_from_json(watch.state.error)
-            tracker.end("KILLED" if isinstance(user, StoppedError) else "FAILED")
-            raise user
-        tracker.end("FINISHED")
+        with bar as advance, Watch(board, advance, sigterm) as watch:
+            while _drained(trainer, watch, config, sigterm):
+                pass
+
+
+def _drained(trainer: Any, watch: Watch, config: TrainConfig, sigterm: Callable[[], bool]) -> bool:
+    """Train; True where the workers saved and left because the node of one is being taken away, and are to start anew.
+    Raises what ended the run.
+
+    Each call is a run of Ray Train's, so that a drained node does not count as one of `runtime.max_restarts`.
+    """
+    failure: Exception | None = None
+    try:
+        trainer.fit()
+    except Exception as error:  # noqa: BLE001  raised below, if no worker has said why
+        failure = error
+    user = watch.error() or (user_error(failure) if failure else None)
+    if isinstance(user, StoppedError) and not sigterm():
+        watch.start_anew(user)
+        return True
+    if user:
+        raise user from failure
+    if failure:
+        raise _lost(failure, config, watch.state.lost) from failure
+    return False
 
 
 def _placement(runtime: TrainRuntime) -> Any:
@@ -235,13 +259,16 @@ def _worker(settings: dict[str, Any]) -> None:
     import deepspeed
     import ray.train
     import torch
+    from ray.train.v2._internal.execution.context import get_train_context
 
     from infra.background import BackgroundTracker
+    from infra.numerics import set_numerics
     from infra.tracking import Tracker
     from training.engine import skip_compiled_collectives
     from training.loop import train
 
     config: TrainConfig = settings["config"]
+    set_numerics(config.numerics)
     ray_context = ray.train.get_context()
     rank = ray_context.get_world_rank()
     torch.set_num_threads(config.runtime.threads_per_worker)
@@ -252,7 +279,11 @@ def _worker(settings: dict[str, Any]) -> None:
     board = settings["board"]
     if not ray.get(board.begin.remote(rank)):
         return
-    tracker = BackgroundTracker(Tracker.connect(settings["tracking_uri"], settings["run_id"])) if rank == 0 else None
+    tracker = None
+    if rank == 0:
+        logged = Tracker.connect(settings["tracking_uri"], settings["run_id"])
+        tracker = BackgroundTracker(logged, warn=board.warn.remote)
+    drain = get_train_context().preemption_context  # the public function waits for all ranks
     with sigterm_noted() as sigterm:
         context = WorkerContext(
             rank=rank,
@@ -261,7 +292,7 @@ def _worker(settings: dict[str, Any]) -> None:
             facts=settings["facts"],
             tracker=tracker,
             on_update=(lambda update, note: board.write.remote(update, note + tracker.note)) if tracker else None,
-            stop_asked=Pulse(board, rank, sigterm),
+            stop_asked=Pulse(board, rank, lambda: sigterm() or drain.preemption_info is not None),
             warn=board.warn.remote,
             export=lambda weights, uri: _write_model(config, weights, uri),
         )
@@ -276,7 +307,7 @@ def _worker(settings: dict[str, Any]) -> None:
             if not context.agreed:  # the others do not know: Ray ends them
                 raise
         except Exception as error:
-            ray.get(board.lost.remote(rank, f"{type(error).__name__}: {str(error).strip()[:200]}"))
+            ray.get(board.lost.remote(rank, f"{type(error).__name__}: {line_of(error)}"))
             raise
         finally:
             if tracker is not None:
@@ -316,10 +347,20 @@ def _write_model(config: TrainConfig, weights: dict[str, Any], uri: str) -> None
 
 
 def git_commit() -> str:
-    """The commit of the code, or "unknown" outside a checkout."""
-    here = Path(__file__).parent
+    """The commit that holds this code, with "-dirty" where our packages differ from it; "unknown" where the code is in
+    no commit: outside a checkout, or installed below another project's."""
+    root = Path(__file__).parents[1]
+    # A hook or a script may have set the variables that name another repository.
+    environment = {name: value for name, value in os.environ.items() if name not in GIT_PLACES}
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=root, env=environment, capture_output=True, text=True, timeout=30, check=True
+        ).stdout.strip()
+
     try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
+        git("ls-files", "--error-unmatch", "--", __file__)
+        commit = git("rev-parse", "--verify", "HEAD")
+        return commit + ("-dirty" if git("status", "--porcelain", "--", *PACKAGES) else "")
+    except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return done.stdout.strip() or "unknown"

@@ -44,7 +44,7 @@ class Validation:
         count = min(settings.num_images, len(entries))
         chosen = [entries[number * len(entries) // count] for number in range(count)]
         datasets = {manifest.uri: manifest.dataset_id for manifest in manifests}
-        return cls(config, settings, chosen, datasets, settings.sampling or _trained_chain(config))
+        return cls(config, settings, chosen, datasets, settings.sampling or config.trained_sampling)
 
     def due(self, num_updates: int) -> bool:
         return num_updates % self.settings.every == 0 or num_updates == self.config.num_updates
@@ -80,10 +80,3 @@ class Validation:
         )
         picture = np.hstack([resize_bicubic(lr, width, height), *images, hr])
         return place, float(np.mean([psnr_y(image, hr) for image in images])), l_std(images), encode_png(picture)
-
-
-def _trained_chain(config: TrainConfig) -> SamplingConfig:
-    """How the stage's model is meant to restore: stage 0 is a conventional diffusion model."""
-    if config.stage == 0 or config.model.family == "stablesr":
-        return SamplingConfig(sampler="uniform", num_steps=config.num_steps)
-    return SamplingConfig(num_steps=config.num_steps, t_max=config.t_max, t_min=config.t_min)

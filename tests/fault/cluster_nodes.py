@@ -30,6 +30,7 @@ QUICK_TO_GIVE_UP = {
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "1000",
     "RAY_health_check_failure_threshold": "5",
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.2",
 }
 SPACES = ["--mount", "--uts", "--ipc", "--pid", "--fork", "--mount-proc", "--kill-child"]
 # $1: folder, $2: host name; the rest is run as process 1 of the new namespaces.
@@ -168,6 +169,14 @@ class Nodes:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         node.process.wait(60)
+
+    def drain(self, node: Node) -> None:
+        """SIGTERM to its `ray start`, as Kubernetes sends it when a pod has to go: Ray drains the node for half a
+        minute, then ends it (and RETRIED starts another)."""
+        for process in map(psutil.Process, node.pids()):
+            words = process.cmdline()
+            if RAY in words and Path(words[0]).name.startswith("python"):
+                process.terminate()
 
     def cut(self, node: Node) -> None:
         """Nothing comes from the node any more, and nothing reaches it; its processes run on."""

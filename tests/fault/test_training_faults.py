@@ -77,16 +77,20 @@ class Run:
             assert time.monotonic() < deadline, self._log.read_text()
             time.sleep(0.05)
 
+    def printed(self) -> str:
+        return self._log.read_text()
+
     def end(self, driver: subprocess.Popen[bytes]) -> str:
         """What the command printed, once it has ended."""
         driver.wait(timeout=900)
-        return self._log.read_text()
+        return self.printed()
 
-    def losses(self) -> list[tuple[int, float]]:
-        """(update, loss) as MLflow has them."""
+    def logged(self) -> tuple[str, list[tuple[int, float]]]:
+        """The status of MLflow's one run, and its (update, loss)."""
         client = MlflowClient(f"sqlite:///{self._database}")
         (run,) = client.search_runs([client.get_experiment_by_name("ccsr").experiment_id])
-        return [(point.step // 4, point.value) for point in client.get_metric_history(run.info.run_id, "loss")]
+        history = client.get_metric_history(run.info.run_id, "loss")
+        return run.info.status, [(point.step // 4, point.value) for point in history]
 
     def updates_logged(self) -> int:
         """Read beside MLflow: its client would make the database that the driver is about to make."""
@@ -114,19 +118,27 @@ def assert_equal(output: str, expected: dict[str, dict[str, torch.Tensor]]) -> N
         assert all(torch.equal(found[file][name], expected[file][name]) for name in expected[file]), file
 
 
-def test_a_killed_worker_is_replaced_and_the_run_is_the_undisturbed_one(tmp_path, data, undisturbed):
-    run = Run(tmp_path, data, checkpoint_every=5)
+def test_a_drained_and_a_killed_worker_are_replaced_and_the_run_is_the_undisturbed_one(tmp_path, data, undisturbed):
+    """SIGTERM to a worker, as it comes when its node is taken away, is no failure: the one restart is for SIGKILL."""
+    run = Run(tmp_path, data, checkpoint_every=5, max_restarts=1)
     with run.started() as driver:
-        run.wait_for(lambda: run.updates_saved() >= 10, driver)
+        run.wait_for(lambda: run.updates_saved() >= 5, driver)
+        os.kill(workers_of(driver)[1].pid, signal.SIGTERM)
+        run.wait_for(lambda: "restart 1" in run.printed(), driver)
+        saved = run.updates_saved()
+        run.wait_for(lambda: run.updates_saved() > saved, driver)
         victims = workers_of(driver)
         assert len(victims) == 2
         os.kill(victims[1].pid, signal.SIGKILL)
         output = run.end(driver)
     assert driver.returncode == 0, output
-    assert "restart 1 from the last checkpoint" in output
+    assert "restart 1 from the last checkpoint: a worker's node is being drained" in output
+    assert f"saved a checkpoint after {saved} of {NUM_UPDATES} updates" in output
+    assert "restart 2 from the last checkpoint" in output
     expected, losses = undisturbed
     assert_equal(run.output, expected)
-    logged = run.losses()
+    status, logged = run.logged()
+    assert status == "FINISHED"
     assert {update for update, _ in logged} == set(range(1, NUM_UPDATES + 1))
     assert len(losses) == NUM_UPDATES
     assert all(loss == losses[update - 1] for update, loss in logged), "an update that was done twice gave the same"
@@ -134,21 +146,23 @@ def test_a_killed_worker_is_replaced_and_the_run_is_the_undisturbed_one(tmp_path
 
 @pytest.mark.slow
 def test_sigterm_saves_and_ends_and_the_same_command_goes_on(tmp_path, data):
-    """First to the driver, then to one of the workers; then nobody disturbs, to an end that is near."""
+    """Then Ctrl-C, which saves nothing; then nobody disturbs, to an end that is near."""
     run = Run(tmp_path, data, num_updates=1000, checkpoint_every=1000)
-    saved = [0]
-    for victim in (lambda driver: driver.pid, lambda driver: workers_of(driver)[1].pid):
+    saved = 0
+    for stop, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         with run.started() as driver:
-            run.wait_for(lambda: run.updates_logged() > saved[-1] + 1, driver)
-            os.kill(victim(driver), signal.SIGTERM)
+            run.wait_for(lambda: run.updates_logged() > saved + 1, driver)  # noqa: B023
+            os.kill(driver.pid, stop)
             output = run.end(driver)
-        assert driver.returncode == 143, output
-        saved.append(run.updates_saved())
-        assert f"saved a checkpoint after {saved[-1]} of 1000 updates" in output
+        assert driver.returncode == code, output
+        assert run.logged()[0] == "KILLED"
         assert "restart" not in output
         assert not (tmp_path / "run" / "model").exists()
-    assert 0 < saved[1] < saved[2] < 1000
-    end = saved[2] + 2
+        saved = saved or run.updates_saved()
+        if stop == signal.SIGTERM:
+            assert f"saved a checkpoint after {saved} of 1000 updates" in output
+    assert 0 < saved == run.updates_saved() < 1000
+    end = saved + 2
     run = Run(tmp_path, data, num_updates=end, checkpoint_every=1000)
     with run.started() as driver:
         output = run.end(driver)

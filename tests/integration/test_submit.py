@@ -195,6 +195,7 @@ PLACEMENT = """
 import json, sys, time
 import numpy as np
 import ray
+from infra.numerics import NumericsConfig
 from infra.ray_runtime import RayConfig, on_actors, ray_cluster
 from training.ingest import _on_ray
 from training.samples import TrainingSample
@@ -208,9 +209,11 @@ with ray_cluster(config):
     everywhere = ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(lambda: (time.sleep(1), node({}))[1]["node"])
     found = {"plain": ray.get([everywhere.remote() for _ in range(4)])}
     found["actors"] = [one["node"] for one in on_actors(
-        lambda: node, [{"task": i} for i in range(2)], ray_config=config, num_actors=2, use_gpu=False, output="o")]
+        lambda: node, [{"task": i} for i in range(2)], ray_config=config, num_actors=2, use_gpu=False,
+        numerics=NumericsConfig(), output="o")]
     found["on gpus"] = [one["node"] for one in on_actors(
-        lambda: node, [{"task": 0}], ray_config=config, num_actors=1, use_gpu=True, output="o")]
+        lambda: node, [{"task": 0}], ray_config=config, num_actors=1, use_gpu=True,
+        numerics=NumericsConfig(), output="o")]
     class Maker:
         def __call__(self, place):
             pixels = np.full((1, 1, 3), int(ray.get_runtime_context().get_node_id() in gpus), np.uint8)

@@ -30,11 +30,11 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
         "stage": 1,
         "data": [str(place / "shards" / "train")],
         "crop_px": 64,
-        "num_steps": 6,
         "global_batch_size": 8,
         "num_updates": 7,
         "optimizer": {"learning_rate": 1e-3},
-        "validation": {"data": [str(place / "shards" / "held_out")], "every": 4, "num_images": 3},
+        "validation": {"data": [str(place / "shards" / "held_out")], "every": 4, "num_images": 3}
+        | {"sampling": {"num_steps": 6}},
         "tracking": {"uri": f"sqlite:///{place}/mlflow.db"},
         "runtime": {"num_workers": 2, "micro_batch_size": 2, "checkpoint_every": 2, "keep_checkpoints": 9},
     }

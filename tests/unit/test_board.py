@@ -1,8 +1,12 @@
 """The board: what the workers tell reaches the driver, and which rank held the others up."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
-from training.board import Board
+import pytest
+
+from training import board as module
+from training.board import Board, BoardState, Watch
 
 
 class Clock:
@@ -48,7 +52,7 @@ def test_a_restart_is_told_with_its_reason_and_a_users_error_ends_the_restarts()
 
 
 def test_a_stop_reaches_every_rank_at_its_next_beat_and_progress_is_the_last_written() -> None:
-    board = Board()
+    board = Board(Clock())
     assert not board.beat(0, 1)
     board.stop()
     assert board.beat(0, 1)
@@ -57,3 +61,43 @@ def test_a_stop_reaches_every_rank_at_its_next_beat_and_progress_is_the_last_wri
     assert replace(board.read(), news=[]) == replace(board.read(), update=5, note="loss 1", news=[])
     board.warn("look")
     assert board.read().news == ["look"]
+
+
+def test_workers_that_left_a_drained_node_are_started_anew_with_that_reason() -> None:
+    board = Board()
+    assert board.begin(0)
+    board.fail("stopped")
+    assert not board.begin(0), "a restart of Ray's before the driver knows: nothing to do"
+    board.start_anew("a worker's node is being drained")
+    assert board.begin(0)
+    assert board.read().error is None
+    assert board.read().news[-1] == "restart 2 from the last checkpoint: a worker's node is being drained"
+
+
+@pytest.mark.parametrize(("silent_seconds", "ended"), [(59.0, []), (61.0, ["SIGTERM"])])
+def test_sigterm_ends_the_driver_where_no_worker_runs_that_could_save(
+    monkeypatch: pytest.MonkeyPatch, silent_seconds: float, ended: list[str]
+) -> None:
+    """Workers that wait for GPUs never come to an update."""
+    found: list[str] = []
+    monkeypatch.setattr(module, "_thread", SimpleNamespace(interrupt_main=lambda signum: found.append(signum.name)))
+    asked: list[bool] = []
+    stop = SimpleNamespace(remote=lambda: asked.append(True))
+    watch = Watch(SimpleNamespace(stop=stop), lambda *_: None, lambda: True)
+    watch.state = BoardState(silent_seconds=silent_seconds)
+    monkeypatch.setattr(watch, "_show", lambda: None)
+    waits = iter([False, False, True])
+    monkeypatch.setattr(watch, "_stop", SimpleNamespace(wait=lambda seconds: next(waits)))
+    watch._watch()
+    assert asked == [True]
+    assert found == ended
+
+
+def test_silence_is_counted_from_the_last_beat_or_start() -> None:
+    clock = Clock()
+    board = Board(clock)
+    clock.now = 5.0
+    assert board.read().silent_seconds == 5
+    board.beat(1, 3)
+    clock.now = 12.0
+    assert board.read().silent_seconds == 7

@@ -249,6 +249,39 @@ def test_a_traceback_comes_only_with_debug(
             ccsr(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "debug", "shipped"),
+    [
+        ("--debug submit -- verify x", True, "verify x"),
+        ("submit --debug -- verify x", True, "verify x"),
+        ("submit --address there --debug -- verify x", True, "verify x"),
+        ("submit --debug --address there -- verify x", True, "verify x"),
+        ("submit --debug verify x", True, "verify x"),
+        ("submit verify x --debug", True, "verify x"),
+        ("submit -- verify x", False, "verify x"),
+        ("submit -- --debug verify x", False, "verify --debug x"),
+        ("submit -- verify --debug x", False, "verify --debug x"),
+        ("submit -- verify x --debug", False, "verify --debug x"),
+        ("submit --debug -- verify x --debug", True, "verify --debug x"),
+    ],
+)
+def test_global_options_stand_anywhere_before_and_behind_the_dashes(
+    ccsr: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch, arguments: str, debug: bool, shipped: str
+) -> None:
+    """Before `--` they are ours, behind it the job's."""
+
+    def submit(address: str | None, command: list[str], *_: object, **__: object) -> None:
+        raise DataError(" ".join(command), where="here", todo="look")
+
+    monkeypatch.setattr("infra.jobs.submit", submit)
+    if debug:
+        with pytest.raises(DataError) as caught:
+            ccsr(*arguments.split())
+        assert caught.value.what == shipped
+    else:
+        refused(ccsr(*arguments.split()), 3, f"error: {shipped}\n")
+
+
 def test_wrong_arguments_end_with_code_2(ccsr: Callable[..., Ended]) -> None:
     for arguments in (("verify",), ("shard",), ("paint",), ("verify", "a", "b"), ("shard", "-c", "x", "--fast")):
         ended = ccsr(*arguments)

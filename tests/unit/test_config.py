@@ -116,6 +116,49 @@ def test_a_global_batch_that_does_not_divide_lists_the_legal_world_sizes() -> No
     assert "none" in refused(TRAIN, TrainConfig, "runtime.micro_batch_size=5").what
 
 
+STAGE2 = {"stage": 2, "init_from": "m"}
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"stage": 0, "start_from": "lr"}, "start_from"),
+        ({"stage": 0, "t_max": 0.5}, "t_max"),
+        ({"num_steps": 15}, "num_steps"),
+        ({"t_min": 0.2}, "t_min"),
+        ({"decoder_loss": {"gan_weight": 0.1}}, "decoder_loss"),
+        (STAGE2 | {"model": {"family": "v1"}, "start_from": "lr"}, "start_from"),
+        (STAGE2 | {"decoder_loss": {"discriminator": "dino", "discriminator_width": 16}}, "discriminator_width"),
+        (STAGE2 | {"decoder_loss": {"perceptual": "none", "perceptual_start_update": 3}}, "perceptual_start_update"),
+        ({"model": {"family": "stablesr"}, "t_max": 0.5}, "t_max"),
+        ({"validation": {"data": ["v"], "sampling": {"wrapping": 0.2}}}, "wrapping"),
+        ({"validation": {"data": ["v"], "sampling": {"sampler": "uniform", "t_max": 0.5}}}, "t_max"),
+        ({"validation": {"data": ["v"], "sampling": {"sizes": "v1", "enlargement": "bilinear"}}}, "enlargement"),
+        ({"model": {"family": "v1"}, "validation": {"data": ["v"], "sampling": {"start": "noise"}}}, "start"),
+        ({"runtime": {"use_gpu": True, "threads_per_worker": 4}}, "threads_per_worker"),
+    ],
+)
+def test_a_field_without_effect_is_refused(change: dict[str, Any], field: str) -> None:
+    error = refused(TRAIN | change, TrainConfig)
+    assert f"`{field}` has no effect" in error.what
+
+
+def test_a_field_without_effect_is_no_part_of_the_fingerprint() -> None:
+    """Its default may be written, as `ccsr config show` does."""
+    config = parse_config(TRAIN, TrainConfig, where="run.yaml")
+    assert {"num_steps", "t_min", "decoder_loss"}.isdisjoint(result_part(config))
+    again = parse_config(config.model_dump(mode="json"), TrainConfig, where="shown")
+    assert result_part(again) == result_part(config)
+    assert result_part(parse_config(TRAIN | {"t_max": 0.5}, TrainConfig, where="run.yaml"))["t_max"] == 0.5
+
+
+def test_a_stage_that_a_family_lacks_is_refused() -> None:
+    assert (
+        "stablesr has the stages 1, 2"
+        in refused(TRAIN | {"stage": 0, "model": {"family": "stablesr"}}, TrainConfig).what
+    )
+
+
 def test_bf16_without_fp32_accumulation_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"accumulates bf16 gradients in bf16: use zero_stage 1 or 2"):
         parse_config({**TRAIN, "precision": "bf16", "runtime": {"zero_stage": 0}}, TrainConfig, where="train.yaml")

@@ -6,7 +6,7 @@ import pytest
 
 from infra import ClusterError, ConfigError
 from infra.storage import join, write_bytes
-from infra.tracking import MODEL_TAG, TrackingConfig, find_model, open_tracker
+from infra.tracking import MODEL_TAG, TrackingConfig, find_model, track
 
 
 def test_a_model_directory_a_runs_folder_and_nothing(s3: str, tmp_path: Path) -> None:
@@ -22,10 +22,10 @@ def test_a_model_directory_a_runs_folder_and_nothing(s3: str, tmp_path: Path) ->
 
 def test_a_run_of_mlflow_by_its_id(tmp_path: Path) -> None:
     tracking = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db")
-    tracker = open_tracker(tracking, {"fingerprint": "f" * 64, "job": "train", "config": {"stage": 1}})
-    with pytest.raises(ConfigError, match="this run trained no model"):
-        find_model(f"runs:/{tracker.run_id}", tracking)
-    tracker.tag(**{MODEL_TAG: "s3://bucket/run/model"})
+    with track(tracking, {"fingerprint": "f" * 64, "job": "train", "config": {"stage": 1}}) as tracker:
+        with pytest.raises(ConfigError, match="this run trained no model"):
+            find_model(f"runs:/{tracker.run_id}", tracking)
+        tracker.tag(**{MODEL_TAG: "s3://bucket/run/model"})
     assert find_model(f"runs:/{tracker.run_id}", tracking) == "s3://bucket/run/model"
-    with pytest.raises(ClusterError, match="MLflow does not know this run"):
+    with pytest.raises(ClusterError, match="MLflow refused the request"):
         find_model(f"runs:/{'0' * 32}", tracking)

@@ -32,6 +32,28 @@ def test_shipped_configs_are_valid(path):
     assert load_config(path, CONFIG_CLASSES[job]).job == job
 
 
+def sources_with(pattern: str) -> dict[str, str]:
+    """Path -> text of our modules in which `pattern` is found."""
+    packages = ("infra", "degradation", "training", "evaluation", "pipelines")
+    texts = {str(path.relative_to(ROOT)): path.read_text() for name in packages for path in (ROOT / name).rglob("*.py")}
+    return {name: text for name, text in texts.items() if re.search(pattern, text)}
+
+
+def test_what_runs_networks_on_ray_sets_their_numerics():
+    """`infra.ray_runtime.on_actors` asks its callers for them; whoever starts work otherwise does it itself."""
+    without_networks = {"training/board.py", "training/ingest.py"}
+    starting = sources_with(r"ray\.remote\(|ray\.data\.\w+\(|TorchTrainer\(")
+    assert starting.keys() > without_networks
+    for name in starting.keys() - without_networks:
+        assert "set_numerics(" in starting[name], name
+
+
+def test_free_memory_refuses_and_never_decides():
+    """Doctor reports a card's; the two others raise. A new caller may do no more: see `infra.memory.free_memory`."""
+    assert sources_with("mem_get_info|virtual_memory").keys() == {"infra/memory.py", "infra/doctor.py"}
+    assert sources_with("free_memory").keys() == {"infra/memory.py", "training/cost.py", "training/restore.py"}
+
+
 def test_readme_shows_the_three_jobs_with_valid_yaml():
     jobs = [yaml.safe_load(text)["job"] for text in README_CONFIGS]
     assert jobs == ["shard", "train", "evaluate"]

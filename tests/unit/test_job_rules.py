@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from infra import ClusterError, ConfigError
 from infra.errors import without_passwords
 from infra.job_client import job_server, same_release
-from infra.jobs import Need, _identity, _refuse_passwords, _ship_configs, exit_code
+from infra.jobs import Need, _identity, _refuse_passwords, _ship_configs, _start_once, exit_code
 from infra.ray_runtime import GpuCount, RayConfig, check_gpus, count_gpus, cpu_work
 from pipelines.cli import app
 from pipelines.needs import needs_of
@@ -50,6 +50,28 @@ def test_the_same_job_is_the_same_arguments_config_and_code(tmp_path: Path) -> N
     others.add(_identity(arguments, tmp_path, None, False))
     assert len(others - {first}) == 4
     assert _identity(["train"], tmp_path, "mine", True) == _identity(arguments, tmp_path, "mine", False)
+
+
+@pytest.mark.parametrize(
+    ("known", "expected"),
+    [
+        ([], "name-1"),
+        (["name-1 FAILED", "name-2 FAILED"], "name-3"),
+        (["name-2 FAILED"], "name-3"),  # the first was deleted
+        (["name-10 STOPPED", "name-9 FAILED", "other-11 FAILED", "name-x FAILED", "name-1-2 FAILED"], "name-11"),
+        (["name-3 RUNNING", "name-1 FAILED"], "name-3"),
+    ],
+)
+def test_a_new_attempt_takes_the_number_after_the_newest(known: list[str], expected: str) -> None:
+    class Server:
+        def list_jobs(self) -> list[SimpleNamespace]:
+            return [SimpleNamespace(submission_id=name, status=status) for name, status in map(str.split, known)]
+
+        def submit_job(self, submission_id: str) -> str:
+            assert submission_id not in {name.split()[0] for name in known}
+            return submission_id
+
+    assert _start_once(Server(), "name", print) == expected
 
 
 @pytest.mark.parametrize("option", [["-c", "{}"], ["--config", "{}"], ["--config={}"], ["-c{}"]])
@@ -115,6 +137,8 @@ def test_what_a_command_needs_is_read_from_its_config(monkeypatch: pytest.Monkey
     assert needs_of(sharding) == Need(0, ("s3://b/out",))
     restoring = ["restore", "s3://b/in", "/shared/out", "--model", "m", "--ray", "--device", "cuda"]
     assert needs_of([*restoring, "--set", "runtime.num_actors=3"]) == Need(3, ("/shared/out",))
+    by_overrides = [*restoring[:5], "--set", "runtime.use_ray=true", "--set", "runtime.device=cuda"]
+    assert needs_of(by_overrides) == Need(1, ("/shared/out",))
     assert needs_of(["verify", "s3://b/x"]) == Need()
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert "is lost" in needs_of(["train", "-c", published, *ON_S3]).notes[0]

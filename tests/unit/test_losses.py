@@ -1,14 +1,17 @@
 """Losses of both stages: options, precision and stage 2's latents; the recorded values are in tests/golden."""
 
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from infra import noise_for
 from infra.errors import ConfigError
+from tests.training_runs import train_config
 from training import discriminator_loss, eps_loss, generator_loss, stage1_loss_v1, stage1_loss_v2
+from training.method import METHODS
 from training.sampling import add_noise, sample_ccsr_v1, sample_ccsr_v2
-from training.stage2 import stage2_latents_v1, stage2_latents_v2
 
 KEYS = [("a",), ("b",)]
 SHAPE = (2, 4, 6, 6)
@@ -80,33 +83,31 @@ def test_one_step_residual_at_T_1() -> None:
     assert float(terms["l_T"]) == pytest.approx(0, abs=1e-12)
 
 
-def test_stage2_latents_v1_reuses_its_first_draw() -> None:
-    z_hq = normal(0)
-    ours = stage2_latents_v1(denoise, z_hq, noise=noise_for(5, KEYS, "cpu", torch.float32), num_steps=45, **FRACTIONS)
+def stage2_latents(family: str, z_hr: Tensor, z_lr: Tensor, **chain: Any) -> Tensor:
+    config = train_config("set", "out", stage=2, num_updates=1, model={"family": family}, **FRACTIONS, **chain)
+    return METHODS[family].stage2_latents(denoise, z_hr, z_lr, noise_for(5, KEYS, "cpu", torch.float32), config)
+
+
+def test_v1s_stage2_reuses_its_first_draw() -> None:
+    z_hr = normal(0)
+    ours = stage2_latents("v1", z_hr, normal(1), num_steps=45)
     noise = noise_for(5, KEYS, "cpu", torch.float32)
     first = noise(SHAPE)
     rest = [first, *(noise(SHAPE) for _ in range(14))]
-    x_T = add_noise(z_hq, first, torch.tensor([999, 999]))
+    x_T = add_noise(z_hr, first, torch.tensor([999, 999]))
     expected = sample_ccsr_v1(denoise, x_T, num_steps=45, noise=lambda shape: rest.pop(0), **FRACTIONS)
     assert torch.equal(ours, expected)
     assert rest == []
 
 
+@pytest.mark.parametrize("start_from", ["hr", "lr"])
 @pytest.mark.parametrize("num_steps", [1, 6])
-def test_stage2_latents_v2_are_the_samplers(num_steps: int) -> None:
-    ours, expected = (
-        chain(denoise, normal(0), noise=noise_for(5, KEYS, "cpu", torch.float32), num_steps=num_steps, **more)
-        for chain, more in ((stage2_latents_v2, FRACTIONS), (sample_ccsr_v2, FRACTIONS | {"start": "lr"}))
-    )
-    assert torch.equal(ours, expected)
-
-
-def test_stage2_latents_carry_no_gradient() -> None:
-    layer = nn.Conv2d(4, 4, 1)
+def test_v2s_stage2_is_the_sampler(num_steps: int, start_from: str) -> None:
+    z_hr, z_lr = normal(0), normal(1)
+    ours = stage2_latents("v2", z_hr, z_lr, num_steps=num_steps, start_from=start_from)
     noise = noise_for(5, KEYS, "cpu", torch.float32)
-    for chain in (stage2_latents_v1, stage2_latents_v2):
-        x0 = chain(lambda x, t: layer(x), normal(0), noise=noise, num_steps=6, **FRACTIONS)
-        assert not x0.requires_grad
+    start = z_hr if start_from == "hr" else z_lr
+    assert torch.equal(ours, sample_ccsr_v2(denoise, start, num_steps=num_steps, start="lr", noise=noise, **FRACTIONS))
 
 
 def test_v2_reconstruction_is_the_squared_error() -> None:

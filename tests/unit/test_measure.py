@@ -12,10 +12,10 @@ from training.config import TrainConfig
 from training.measure import Meter, flop_counter, peak_flops
 
 
-def meter(**runtime: object) -> Meter:
+def meter(device: str = "cpu", **runtime: object) -> Meter:
     values = {"job": "train", "output": "out", "stage": 1, "data": ["data"], "num_updates": 1, "precision": "bf16"}
     values |= {"global_batch_size": 8, "runtime": {"micro_batch_size": 4, **runtime}}
-    return Meter(parse_config(values, TrainConfig, where="test"), "cpu", world_size=2)
+    return Meter(parse_config(values, TrainConfig, where="test"), device, world_size=2)
 
 
 def test_counts_products_convolutions_and_attention_forward_and_backward() -> None:
@@ -67,6 +67,25 @@ def test_rates_leave_validation_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert values["peak_memory_gib"] > 0.1
     assert not {"mfu", "hfu"} & values.keys()  # a CPU has no peak to compare with
     assert "validation_seconds" not in measured.values()
+
+
+def test_peak_memory_of_a_gpu_is_that_of_each_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card whose peak is 5 GiB before the loop, 3 in the first interval, 1 in the second."""
+    peak, allocated = 5, 0
+
+    def reset(device: str) -> None:
+        nonlocal peak
+        peak = allocated
+
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: peak * 2**30)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    measured = meter(device="cuda:0")
+    seen = []
+    for interval in (3, 1):
+        peak = max(peak, interval)
+        seen.append(measured.values()["peak_memory_gib"])
+    assert seen == [3, 1]
 
 
 @pytest.mark.parametrize(("checkpointing", "name"), [(False, "mfu"), (True, "hfu")])

@@ -2,8 +2,10 @@
 
 import psutil
 import pytest
+import torch
 
 from infra import ConfigError
+from infra.memory import free_memory
 from training.config import ModelConfig, TrainConfig
 from training.cost import check_memory, memory_needed, parameter_table
 from training.models import build_model
@@ -52,3 +54,21 @@ def test_a_run_that_cannot_fit_is_refused_with_its_numbers(monkeypatch: pytest.M
     assert f"needs {more / 2**30:.2f} GiB more on each worker" in caught.value.what
     with pytest.raises(ConfigError):
         with_free(int(more * 0.98))
+
+
+def test_what_torch_caches_on_a_gpu_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a validation the card is full of cached blocks, and a run or a picture still fits."""
+    figures = {"mem_get_info": (300, 10_000), "memory_reserved": 9_000, "memory_allocated": 2_000}
+    for name, figure in figures.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, figure=figure: figure)
+    assert free_memory("cuda:0") == 300 + 9_000 - 2_000
+    model = build_model(ModelConfig(), 0)
+    trained = sum(weight.numel() for weight in model.trained_part(1).parameters())
+    every = sum(weight.numel() for network in model.networks.values() for weight in network.parameters())
+    needed = sum(memory_needed(trained, every - trained, config(), 1).values())
+    card = WorkerContext(0, 1, "cuda:0", {})
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2_000 + needed - 300)
+    check_memory(model, config(), card)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2_000 + needed - 301)
+    with pytest.raises(ConfigError, match="are free"):
+        check_memory(model, config(), card)

@@ -6,21 +6,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from photos import photo
 from PIL import Image, ImageCms
 from pydantic import ValidationError
+from typer.testing import CliRunner
 
 from infra import ConfigError, DataError, ModelError, PartialResultError
 from infra.images import decode_image, encode_png
 from infra.storage import read_bytes, upload_folder, write_bytes
-from pipelines.restore import RestoreConfig, RestoreRuntime, pick_device
+from pipelines.cli import app
+from pipelines.needs import needs_of
+from pipelines.restore import RestoreConfig, RestoreRuntime, _resolved
 from pipelines.restore import restore as run_restore
 from training import restore
 from training.config import ModelConfig, SamplingConfig
 from training.models import CcsrModel, build_model, save_model
 from training.restore import prepare_image, restore_batch, restore_runs
+from training.tiled_vae import VAE_BYTES, WHOLE_PLANES, plane_bytes
 
 FAST = SamplingConfig(num_steps=4)
 
@@ -127,19 +132,54 @@ def in_bands(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     for name in ("encode_in_bands", "decode_in_bands"):
         monkeypatch.setattr(restore, name, watched(name, getattr(restore, name)))
-    monkeypatch.setattr(restore, "activation_budget", lambda device: 0)
+    monkeypatch.setitem(VAE_BYTES, "cpu", 0)
     return calls
 
 
 def test_a_vae_in_bands_changes_no_picture(model: CcsrModel, in_bands: list[str]) -> None:
     with pytest.MonkeyPatch.context() as whole:
-        whole.setattr(restore, "activation_budget", lambda device: 2**40)
+        whole.setitem(VAE_BYTES, "cpu", 2**40)
         expected = np.stack(restored(model, range(2))).astype(int)
     assert in_bands == []
     difference = np.abs(np.stack(restored(model, range(2))) - expected)
     assert in_bands == ["encode_in_bands", "decode_in_bands", "decode_in_bands"]
     assert difference.max() <= 1
     assert (difference > 0).mean() < 1e-3
+
+
+def with_free(patch: pytest.MonkeyPatch, number: int) -> None:
+    """Every function that tells of free memory reports `number` bytes."""
+    memory = psutil.virtual_memory()._replace(available=number)
+    patch.setattr(psutil, "virtual_memory", lambda: memory)
+    patch.setattr(torch.cuda, "mem_get_info", lambda *_: (number, 2**50))
+
+
+@pytest.mark.parametrize("spare", [0, -1], ids=["whole", "in bands"])
+def test_what_is_free_moves_no_byte(
+    model: CcsrModel, in_bands: list[str], monkeypatch: pytest.MonkeyPatch, spare: int
+) -> None:
+    """Just above and just below what takes the VAE whole; too little memory is an error and nothing else."""
+    monkeypatch.setitem(VAE_BYTES, "cpu", WHOLE_PLANES * plane_bytes(model.vae, 32, 48) + spare)
+    pictures = []
+    for free in (16 * 2**20, 2**50):
+        with_free(monkeypatch, free)
+        pictures.append(np.stack(restored(model, range(2))).tobytes())
+    assert pictures[0] == pictures[1]
+    assert bool(in_bands) == (spare < 0)
+    with_free(monkeypatch, 2**10)
+    with pytest.raises(DataError, match="are free"):
+        restored(model, [0])
+
+
+def test_runs_that_are_decoded_together_count(model: CcsrModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(VAE_BYTES, "cpu", 2**40)
+    unet = 4 * restore.UNET_MAPS * model.unet.config.block_out_channels[0] * 32 * 48 // model.factor**2
+    needed = restore.IMAGE_BYTES * 32 * 48 + 3 * (unet + WHOLE_PLANES * plane_bytes(model.vae, 32, 48))
+    with_free(monkeypatch, needed)
+    assert len(restored(model, range(3), runs_at_once=3)) == 3
+    with_free(monkeypatch, needed - 1)
+    with pytest.raises(DataError, match="are free"):
+        restored(model, range(3), runs_at_once=3)
 
 
 def test_large_pictures_are_denoised_in_tiles(model: CcsrModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,12 +309,32 @@ def test_from_s3_to_s3(s3: str, tmp_path: Path) -> None:
     assert decode_image(read_bytes(f"{s3}/out/sub/a.png"), where="a").shape == (32, 40, 3)
 
 
+def picked(device: str, dtype: str) -> tuple[str, str]:
+    config = _resolved(RestoreConfig.model_validate({"dtype": dtype, "runtime": {"device": device}}))
+    return config.runtime.device, config.dtype
+
+
 def test_auto_takes_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert pick_device("auto", "auto") == ("cpu", "float32")
+    assert picked("auto", "auto") == ("cpu", "float32")
     config = RestoreConfig(runtime=RestoreRuntime(device="cuda"))
     with pytest.raises(ConfigError, match="no GPU"):
         run_restore(str(tmp_path), str(tmp_path / "out"), str(tmp_path / "model"), config)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert pick_device("auto", "auto") == ("cuda", "bfloat16")
-    assert pick_device("cpu", "bfloat16") == ("cpu", "bfloat16")
+    assert picked("auto", "auto") == ("cuda", "bfloat16")
+    assert picked("auto", "float32") == ("cuda", "float32")
+    assert picked("cpu", "bfloat16") == ("cpu", "bfloat16")
+
+
+@pytest.mark.parametrize("ray", [["--ray"], ["--set", "runtime.use_ray=true"]])
+@pytest.mark.parametrize("device", [[], ["--device", "auto"], ["--device=cpu", "--set", "runtime.device=auto"]])
+def test_auto_on_ray_is_refused_before_anything_starts(ray: list[str], device: list[str], tmp_path: Path) -> None:
+    """The driver's hardware says nothing about the actors'; `submit` refuses it too."""
+    command = ["restore", "s3://bucket/in", str(tmp_path / "out"), "--model", "m", *ray, *device]
+    done = CliRunner().invoke(app, command)
+    assert isinstance(done.exception, ConfigError)
+    assert str(done.exception).count("\n") == 2
+    assert "--device cuda" in done.exception.todo
+    with pytest.raises(ConfigError, match="auto"):
+        needs_of(command)
+    assert not (tmp_path / "out").exists()

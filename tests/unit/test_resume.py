@@ -26,7 +26,7 @@ class Run:
         self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=0.1)
         values = {"job": "train", "output": output, "stage": 1, "data": ["d"], "num_updates": 9, "global_batch_size": 4}
         config = TrainConfig.model_validate({**values, "runtime": runtime})
-        engine = SimpleNamespace(module=SimpleNamespace(trained=self.module))
+        engine = SimpleNamespace(module=SimpleNamespace(trained=self.module), zero_optimization_stage=lambda: 0)
         self.exported: list[str] = []
         export = lambda weights, uri: self.exported.append(uri)  # noqa: E731
         context = WorkerContext(0, 1, "cpu", facts or {}, export=export)

@@ -1,12 +1,18 @@
 """What `ccsr train` decides before anything starts: finished, longer, shorter, or with another dataset."""
 
+import os
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
+from mlflow.tracking import MlflowClient
 
-from infra import ConfigError
+from infra import ConfigError, ModelError
+from infra.jobs import PACKAGES
 from infra.storage import write_bytes
 from tests.training_runs import noise_shards, train_config
+from training import train
 from training.checkpoint import TrainingState, save_checkpoint
 from training.train import _updates_done, run_train
 
@@ -28,3 +34,56 @@ def test_a_finished_run_returns_and_only_more_updates_go_on_from_it(tmp_path: Pa
     other = noise_shards(tmp_path / "other", 5)
     with pytest.raises(ConfigError, match="dataset_ids"):
         run_train(train_config(other, output, num_updates=3))
+
+
+@pytest.mark.parametrize(("fault", "status"), [("damaged", "FAILED"), ("sigterm", "FINISHED")])
+def test_a_run_ends_with_its_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, status: str) -> None:
+    """All updates are done: SIGTERM while the model is written ends nothing, one that cannot be written fails."""
+    tracking = {"uri": f"sqlite:///{tmp_path}/mlflow.db"}
+    config = train_config(noise_shards(tmp_path / "set", 4), tmp_path / "run", num_updates=3, tracking=tracking)
+    save_checkpoint(config.output, TrainingState({"position": 12, "num_updates": 3}, {"weights": {}}), keep=2)
+    if fault == "sigterm":
+        monkeypatch.setattr(train, "_export", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        run_train(config)
+    else:
+        with pytest.raises(ModelError):
+            run_train(config)
+    client = MlflowClient(tracking["uri"])
+    (run,) = client.search_runs([client.get_experiment_by_name("ccsr").experiment_id])
+    assert run.info.status == status
+
+
+def test_the_commit_is_that_of_the_code_or_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our code in a repository of its own, changed there, and installed inside somebody else's."""
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    installed = theirs / ".venv" / "site-packages"
+
+    def git(place: Path, *arguments: str) -> str:
+        command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
+        return subprocess.run(command, cwd=place, check=True, capture_output=True, text=True).stdout.strip()
+
+    def told(place: Path) -> str:
+        monkeypatch.setattr(train, "__file__", str(place / "training" / "train.py"))
+        return train.git_commit()
+
+    for place in (ours, installed):
+        for package in PACKAGES:
+            (place / package).mkdir(parents=True)
+            (place / package / "train.py").write_text("")
+    (theirs / ".gitignore").write_text(".venv\n")
+    commits = {}
+    for repository in (ours, theirs):
+        git(repository, "init", "--quiet")
+        git(repository, "add", ".")
+        git(repository, "commit", "--quiet", "--message", "all")
+        commits[repository] = git(repository, "rev-parse", "HEAD")
+    assert told(ours) == commits[ours]
+    assert told(installed) == "unknown"
+    (ours / "notes.txt").write_text("not code")
+    assert told(ours) == commits[ours]
+    (ours / "infra" / "new.py").write_text("")
+    assert told(ours) == f"{commits[ours]}-dirty"
+    monkeypatch.setenv("GIT_DIR", str(theirs / ".git"))  # as in a hook
+    assert told(ours) == f"{commits[ours]}-dirty"
+    monkeypatch.setenv("PATH", "")
+    assert told(ours) == "unknown"

@@ -11,6 +11,7 @@ from infra.config import parse_config
 from training.config import ModelConfig, SamplingConfig, TrainConfig
 from training.cost import parameter_table
 from training.ingest import Batch
+from training.losses import eps_loss
 from training.measure import flop_counter
 from training.models import (
     FeatureWrapping,
@@ -22,7 +23,6 @@ from training.models import (
 from training.models.stablesr import Sft, sft_places
 from training.models.wrapping import Fusion
 from training.restore import prepare_image, restore_batch, restore_runs
-from training.stage1 import eps_loss
 from training.steps import Stage, build_stage
 
 CONFIG = ModelConfig(family="stablesr")
@@ -115,9 +115,10 @@ def _fail_inside(model: StableSrModel, features: list[Tensor]) -> None:
 
 
 def stage(number: int, *, checkpointing: bool = False) -> Stage:
-    values = {"job": "train", "output": "out", "stage": number, "data": ["data"], "num_updates": 1, "num_steps": 3}
+    values = {"job": "train", "output": "out", "stage": number, "data": ["data"], "num_updates": 1}
     values |= {"crop_px": 64, "global_batch_size": 2, "model": {"family": "stablesr"}}
-    values |= {"decoder_loss": {"perceptual": "none", "adaptive": False, "discriminator_start_update": 1}}
+    loss = {"perceptual": "none", "adaptive": False, "discriminator_start_update": 1}
+    values |= {"num_steps": 3, "decoder_loss": loss} if number == 2 else {}
     values |= {"runtime": {"micro_batch_size": 2, "activation_checkpointing": checkpointing}}
     config = parse_config(values, TrainConfig, where="test")
     model = build_model(config.model, seed=3)
@@ -222,7 +223,7 @@ def test_stage_2_takes_the_stored_sample() -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"stage": 0}, "StableSR's stages are 1 and 2"), ({"stage": 2, "decoder_loss": {}}, "GAN weight cannot adapt")],
+    [({"stage": 0}, "stablesr has the stages 1, 2"), ({"stage": 2, "decoder_loss": {}}, "GAN weight cannot adapt")],
 )
 def test_what_stablesr_cannot_do_is_told(change: dict, message: str) -> None:
     values = {"job": "train", "output": "out", "stage": 1, "data": ["data"], "num_updates": 1}

@@ -88,8 +88,11 @@ def test_what_a_size_takes_is_known_before() -> None:
     with torch.device("meta"):
         vae = AutoencoderKL(**VAE_CONFIGS["sd21"])
     assert plane_bytes(vae, 512, 512) == 256 * 512 * 512 * 4  # the last upsampler's output
-    assert rows_at_once(vae, 512, 512, tiled_vae.HOST_BYTES) == 1
-    assert rows_at_once(vae, 520, 512, tiled_vae.HOST_BYTES) == 0
+    assert rows_at_once(vae, 512, 512, tiled_vae.VAE_BYTES["cpu"]) == 1
+    assert rows_at_once(vae, 520, 512, tiled_vae.VAE_BYTES["cpu"]) == 0
+    vae.to(dtype=torch.bfloat16)
+    assert rows_at_once(vae, 512, 512, tiled_vae.VAE_BYTES["cuda"]) == 13
+    assert tiled_vae.SPILLED_PLANES * plane_bytes(vae, 2048, 2048) < tiled_vae.VAE_BYTES["cuda"]
     check_space(vae, 512, 512, 0, where="x")
     with pytest.raises(DataError, match=r"GiB of temporary files") as error:
         check_space(vae, 2**18, 2**18, 0, where="photo.png")

@@ -1,52 +1,218 @@
-"""MLflow beside training: datasets, parents, and a server that is slow, dead, or comes back."""
+"""MLflow beside the jobs: how a run begins and ends, and a server that is slow, dead, refuses, or comes back."""
 
+import errno
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from infra import ClusterError, DataError, background
 from infra.background import BackgroundTracker
-from infra.tracking import Tracker, TrackingConfig, open_tracker
+from infra.errors import StoppedError
+from infra.tracking import Tracker, TrackingConfig, find_model, refused_for_good, track
 
 
-def run(fingerprint: str) -> dict[str, Any]:
-    return {"job": "train", "fingerprint": fingerprint, "config": {"stage": 1}}
+def run(fingerprint: str, **config: Any) -> dict[str, Any]:
+    return {"job": "train", "fingerprint": fingerprint, "config": {"stage": 1, **config}}
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> TrackingConfig:
-    return TrackingConfig(uri=f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingConfig]:
+    """MLflow's own server, in a thread of this process: a process of its own takes a minute to start."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("_MLFLOW_SERVER_FILE_STORE", f"sqlite:///{folder}/mlflow.db")
+        environment.setenv("_MLFLOW_SERVER_ARTIFACT_ROOT", "mlflow-artifacts:/")
+        environment.setenv("_MLFLOW_SERVER_ARTIFACT_DESTINATION", f"{folder}/artifacts")
+        environment.setenv("_MLFLOW_SERVER_SERVE_ARTIFACTS", "true")
+        environment.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        environment.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
+        environment.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+        from mlflow.server import app
+        from werkzeug.serving import make_server
+
+        server = make_server("127.0.0.1", 0, app, threaded=True)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield TrackingConfig(uri=f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
+        server.server_close()
+
+
+def client(store: TrackingConfig) -> Any:
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(store.uri)
 
 
 def test_datasets_parent_points_and_files_reach_mlflow(store: TrackingConfig) -> None:
-    from mlflow.tracking import MlflowClient
-
-    first = open_tracker(store, run("a" * 64))
-    second = open_tracker(store.model_copy(update={"experiment": "other"}), run("b" * 64))
-    second.parent("a" * 64)
-    second.parent("c" * 64)  # unknown: no tag, no error
-    second.dataset("train", "0123456789abcdef", "s3://bucket/train", "training")
-    background = BackgroundTracker(second)
-    for step in range(1, 1203):  # more than one request may hold
-        background.metrics({"loss": 1 / step}, step=step)
-    background.file("validation/000000000008/a.png", b"picture")
-    assert background.close() == 0
-    client = MlflowClient(store.uri)
-    logged = client.get_run(second.run_id)
+    with track(store, run("a" * 64)) as first:
+        pass
+    with track(store.model_copy(update={"experiment": "other"}), run("b" * 64)) as second:
+        second.parent("a" * 64)
+        second.parent("c" * 64)  # unknown: no tag, no error
+        second.dataset("train", "0123456789abcdef", "s3://bucket/train", "training")
+        sender = BackgroundTracker(second)
+        sender.metrics({f"term {number}": number for number in range(1202)}, step=8)  # more than fit in a request
+        sender.file("validation/000000000008/a.png", b"picture")
+        assert sender.close() == 0
+    logged = client(store).get_run(second.run_id)
     assert logged.data.tags["mlflow.parentRunId"] == first.run_id
     (read,) = logged.inputs.dataset_inputs
     assert (read.dataset.name, read.dataset.digest) == ("train", "0123456789abcdef")
     assert json.loads(read.dataset.source) == {"uri": "s3://bucket/train"}
     assert [(tag.key, tag.value) for tag in read.tags] == [("mlflow.data.context", "training")]
-    history = client.get_metric_history(second.run_id, "loss")
-    assert [point.step for point in history] == list(range(1, 1203))
-    picture = Path(client.download_artifacts(second.run_id, "validation/000000000008/a.png"))
+    assert logged.data.metrics == {f"term {number}": number for number in range(1202)}
+    assert client(store).get_metric_history(second.run_id, "term 7")[0].step == 8
+    picture = Path(client(store).download_artifacts(second.run_id, "validation/000000000008/a.png"))
     assert picture.read_bytes() == b"picture"
+
+
+def test_two_jobs_that_start_in_a_new_experiment_both_begin(
+    store: TrackingConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    real, both = MlflowClient.get_experiment_by_name, threading.Barrier(2)
+
+    def seen_by_both_before_either_makes_it(self: Any, name: str) -> Any:
+        found = real(self, name)
+        if found is None:
+            both.wait(60)
+        return found
+
+    monkeypatch.setattr(MlflowClient, "get_experiment_by_name", seen_by_both_before_either_makes_it)
+    statuses: list[str] = []
+
+    def job(fingerprint: str) -> None:
+        with track(store.model_copy(update={"experiment": "new"}), run(fingerprint)) as tracker:
+            pass
+        statuses.append(client(store).get_run(tracker.run_id).info.status)
+
+    jobs = [threading.Thread(target=job, args=(letter * 64,)) for letter in "12"]
+    for thread in jobs:
+        thread.start()
+    for thread in jobs:
+        thread.join(60)
+    assert statuses == ["FINISHED"] * 2
+
+
+def test_a_deleted_experiment_is_named_with_its_way_back(store: TrackingConfig) -> None:
+    config = store.model_copy(update={"experiment": "gone"})
+    with track(config, run("d" * 64)):
+        pass
+    number = client(store).get_experiment_by_name("gone").experiment_id
+    client(store).delete_experiment(number)
+    with (
+        pytest.raises(ClusterError, match=r"'gone' is deleted \(RESOURCE_ALREADY_EXISTS") as caught,
+        track(config, run("e")),
+    ):
+        pass
+    assert f"mlflow experiments restore --experiment-id {number}" in caught.value.todo
+    assert "tracking.experiment" in caught.value.todo
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (None, "FINISHED"),
+        (ValueError(), "FAILED"),
+        (DataError("bad", where="here", todo="look"), "FAILED"),
+        (StoppedError("asked", where="here", todo="again"), "KILLED"),
+        (KeyboardInterrupt(), "KILLED"),
+        (SystemExit(143), "KILLED"),
+    ],
+)
+def test_a_run_ends_as_its_block_does(store: TrackingConfig, error: BaseException | None, status: str) -> None:
+    seen = []
+    with suppress(BaseException), track(store, run("f" * 64)) as tracker:
+        seen.append(client(store).get_run(tracker.run_id).info)
+        if error is not None:
+            raise error
+    assert seen[0].status == "RUNNING"
+    assert client(store).get_run(seen[0].run_id).info.status == status
+
+
+def test_a_run_that_mlflow_refuses_to_describe_is_failed_and_in_its_words(store: TrackingConfig) -> None:
+    refused = run("9" * 64, **{"what?": 1})
+    words = r"MLflow refused the request \(INVALID_PARAMETER_VALUE: .*what\?"
+    with pytest.raises(ClusterError, match=words), track(store, refused):
+        pass
+    experiment = client(store).get_experiment_by_name("ccsr").experiment_id
+    (found,) = client(store).search_runs([experiment], f"tags.`ccsr.fingerprint` = '{'9' * 64}'")
+    assert found.info.status == "FAILED"
+    with pytest.raises(ClusterError, match=r"MLflow refused the request .*RESOURCE_DOES_NOT_EXIST"):
+        find_model(f"runs:/{'0' * 32}", store)
+
+
+def test_sigterm_ends_a_commands_run(store: TrackingConfig) -> None:
+    program = (
+        "import os, signal, time\n"
+        "from infra.tracking import TrackingConfig, track\n"
+        "from pipelines import cli\n"
+        "@cli.app.command()\n"
+        "def wait(uri: str):\n"
+        "    with track(TrackingConfig(uri=uri), {'job': 'compare', 'fingerprint': '5' * 64, 'config': {}}):\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        time.sleep(60)\n"
+        "cli.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, "wait", str(store.uri)], capture_output=True, text=True)
+    assert done.returncode == 143, done.stderr
+    assert "stopped; the same command" in done.stderr
+    experiment = client(store).get_experiment_by_name("ccsr").experiment_id
+    (found,) = client(store).search_runs([experiment], f"tags.`ccsr.fingerprint` = '{'5' * 64}'")
+    assert found.info.status == "KILLED"
+
+
+def test_all_parameters_are_logged_and_a_cut_one_is_said(
+    store: TrackingConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    described = run("8" * 64, **{f"field{number}": number for number in range(250)}, long="x" * 7000, medium="y" * 600)
+    with track(store, described) as tracker:
+        pass
+    assert "6000 characters of a parameter, long is cut there" in capsys.readouterr().err
+    logged = client(store).get_run(tracker.run_id).data.params
+    assert logged == {
+        "stage": "1",
+        **{f"field{number}": str(number) for number in range(250)},
+        "long": "x" * 6000,
+        "medium": "y" * 600,
+    }
+    with track(store, described):  # a resume has nothing to add
+        assert capsys.readouterr().err == ""
+
+
+def test_what_mlflow_refuses_is_dropped_and_holds_up_nothing(
+    store: TrackingConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    with track(store, run("7" * 64)) as tracker:
+        sender = BackgroundTracker(tracker, seconds_between_tries=0.01)
+        for step in range(40):
+            sender.metrics({"loss": 1.0, **({"what?": 1.0} if step == 13 else {})}, step=step)
+        sender.file("x" * 300 + "/a.png", b"")  # the server answers 500, as if it were out of order
+        for number in range(8):
+            sender.file(f"{number}.png", b"")
+        assert sender.close(600) == 2
+        assert {item.path for item in client(store).list_artifacts(tracker.run_id)} == {
+            "run.json",
+            *(f"{number}.png" for number in range(8)),
+        }
+    history = client(store).get_metric_history(tracker.run_id, "loss")
+    assert sorted(point.step for point in history) == list(range(40))
+    dropped = sorted(record.message for record in caplog.records if "it is dropped" in record.message)
+    assert len(dropped) == 2
+    assert "'what?' of the points" in dropped[0]
+    assert "/a.png' of the files" in dropped[1]
 
 
 @pytest.fixture
@@ -59,15 +225,17 @@ def port(monkeypatch: pytest.MonkeyPatch) -> int:
         return probe.getsockname()[1]
 
 
-def server(port: int, received: list[int], hold: threading.Event) -> ThreadingHTTPServer:
-    """Takes log-batch requests, each only once `hold` is set."""
+def server(port: int, received: list[int], hold: threading.Event, answers: Iterator[int]) -> ThreadingHTTPServer:
+    """Takes log-batch requests, each only once `hold` is set; answers with these HTTP statuses."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             hold.wait(20)
-            received.extend(int(metric["step"]) for metric in body["metrics"])
-            self.send_response(200)
+            status = next(answers)
+            if status == 200:
+                received.extend(int(metric["step"]) for metric in body["metrics"])
+            self.send_response(status)
             self.end_headers()
             self.wfile.write(b"{}")
 
@@ -90,7 +258,7 @@ def test_a_dead_server_is_told_and_tried_again_until_it_is_back(port: int) -> No
     received: list[int] = []
     hold = threading.Event()
     hold.set()
-    back = server(port, received, hold)
+    back = server(port, received, hold, repeat(200))
     try:
         while tracker.note and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -103,19 +271,50 @@ def test_a_dead_server_is_told_and_tried_again_until_it_is_back(port: int) -> No
         back.server_close()
 
 
+@pytest.mark.parametrize("status", [503, 404])
+def test_closing_tries_until_the_server_is_back(port: int, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background, "SECONDS_BETWEEN_LAST_TRIES", 0.05)
+    received: list[int] = []
+    hold = threading.Event()
+    starting = server(port, received, hold, chain([status] * 3, repeat(200)))
+    try:
+        tracker = BackgroundTracker(Tracker.connect(f"http://127.0.0.1:{port}", "run"))
+        tracker.metrics({"loss": 1.0}, step=1)
+        hold.set()
+        assert tracker.close() == 0
+        assert received == [1]
+    finally:
+        starting.shutdown()
+        starting.server_close()
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_refusal_for_good_is_told_from_a_passing_one(status: int) -> None:
+    from requests import HTTPError, Response
+
+    answer = Response()
+    answer.status_code = status
+    assert refused_for_good(HTTPError(response=answer))
+    answer.status_code = 503
+    assert not refused_for_good(HTTPError(response=answer))
+    assert refused_for_good(OSError(errno.ENAMETOOLONG, "File name too long"))
+    assert not refused_for_good(OSError(errno.ENOSPC, "No space left on device"))
+    assert not refused_for_good(ConnectionError())
+
+
 def test_what_a_server_never_took_is_counted(port: int, caplog: pytest.LogCaptureFixture) -> None:
     tracker = BackgroundTracker(Tracker.connect(f"http://127.0.0.1:{port}", "run"))
     tracker.metrics({"loss": 1.0, "l_T": 2.0}, step=1)
     tracker.file("a.png", b"")
-    assert tracker.close() == 3
+    assert tracker.close(1) == 3
     assert "never took 3" in caplog.text
-    Tracker.connect(f"http://127.0.0.1:{port}", "run").end("FINISHED")  # a warning, no error
+    Tracker.connect(f"http://127.0.0.1:{port}", "run").end("FINISHED", 0)  # a warning, no error
 
 
 def test_a_server_that_does_not_answer_holds_up_nobody(port: int) -> None:
     received: list[int] = []
     hold = threading.Event()
-    slow = server(port, received, hold)
+    slow = server(port, received, hold, repeat(200))
     try:
         tracker = BackgroundTracker(Tracker.connect(f"http://127.0.0.1:{port}", "run"))
         for step in range(5):

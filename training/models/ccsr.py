@@ -33,7 +33,7 @@ class CcsrModel:
     @property
     def networks(self) -> dict[str, nn.Module]:
         """The networks by name, `condition_encoder` only where there is one."""
-        networks = {"vae": self.vae, "unet": self.unet, self.config.adapter_name: self.adapter}
+        networks = {"vae": self.vae, "unet": self.unet, self.config.facts.adapter: self.adapter}
         return networks if self.condition_encoder is None else networks | {"condition_encoder": self.condition_encoder}
 
     @property

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from infra.errors import ModelError, StorageError
+from infra.errors import ModelError, StorageError, line_of
 from infra.storage import sha256_file
 from training.config import ModelConfig
 from training.models.build import model_class
@@ -103,9 +103,9 @@ def load_model(
                 todo="copy the directory again, or convert again",
             )
     config = ModelConfig(preset=record.preset, family=record.family, prediction=record.prediction)
-    names = ["vae", "unet", config.adapter_name, *(n for n in OPTIONAL if f"{n}/{WEIGHTS}" in record.sha256)]
+    names = ["vae", "unet", config.facts.adapter, *(n for n in OPTIONAL if f"{n}/{WEIGHTS}" in record.sha256)]
     parts = {name: load_part(directory / name, name) for name in names}
-    parts["adapter"] = parts.pop(config.adapter_name)
+    parts["adapter"] = parts.pop(config.facts.adapter)
     prompts = read_weights(directory / PROMPTS)
     return model_class(config)(config=config, prompts=prompts, **parts).to(device, dtype)
 
@@ -196,7 +196,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except (RuntimeError, UnpicklingError, EOFError, ValueError, KeyError) as error:
             raise ModelError(
-                f"not a complete checkpoint of tensors ({str(error).splitlines()[0]})",
+                f"not a complete checkpoint of tensors ({line_of(error)})",
                 where=str(path),
                 todo="copy or fetch the file again and compare its sha256",
             ) from error

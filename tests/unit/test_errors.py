@@ -1,0 +1,65 @@
+"""Errors on their way to the user: none is lost because another one carries no message."""
+
+from pathlib import Path
+
+import pytest
+
+from infra import ClusterError, ModelError
+from infra.errors import line_of
+from infra.job_client import cluster_facts, connect
+from infra.jobs import _refuse_passwords, _start_once
+from infra.ray_runtime import RayConfig, lost_worker, ray_cluster
+from infra.tracking import mlflow_errors
+from training.models.directory import read_checkpoint
+
+
+def test_a_line_of_an_error_is_never_empty() -> None:
+    assert line_of(ValueError()) == "ValueError"
+    assert line_of(ValueError("\n \n")) == "ValueError"
+    assert line_of(ValueError("\nfirst\nlast\n")) == "first"
+    assert line_of(ValueError("\nfirst\nlast\n"), -1) == "last"
+    assert len(line_of(ValueError("x" * 1000))) == 300
+
+
+class Silent:
+    """A client of a job server whose every call fails without a message."""
+
+    def get_address(self) -> str:
+        return "http://there"
+
+    def __getattr__(self, name: str) -> object:
+        raise RuntimeError
+
+
+@pytest.mark.parametrize("message", [(), ("",), ("\n",)])
+def test_an_error_without_a_message_is_told_by_its_kind(
+    message: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError(*message)
+
+    def mlflow_fails() -> None:
+        from mlflow.exceptions import MlflowException
+
+        with mlflow_errors("there"):
+            raise MlflowException(*(message or ("",)))
+
+    (tmp_path / "broken.pth").write_bytes(b"x")
+    monkeypatch.setattr("torch.load", fail)
+    monkeypatch.setattr("ray.init", fail)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.job_submission.JobSubmissionClient.__init__", fail)
+    for kind, call in (
+        (ModelError, lambda: read_checkpoint(tmp_path / "broken.pth")),
+        (ClusterError, ray_cluster(RayConfig()).__enter__),
+        (ClusterError, lambda: connect("http://there")),
+        (ClusterError, lambda: cluster_facts(Silent())),
+        (ClusterError, lambda: _start_once(Silent(), "ccsr-train-0", print)),
+        (ClusterError, mlflow_fails),
+    ):
+        with pytest.raises(kind) as caught:
+            call()
+        assert "RuntimeError" in caught.value.what or "MlflowException" in caught.value.what
+    assert "ValueError" in lost_worker(ValueError(*message), "out").what
+    with pytest.raises(Exception, match="a password"):
+        _refuse_passwords(["https://me:hunter2@"])
