@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -14,10 +14,8 @@ from evaluation.metrics import METRICS, Metric
 from evaluation.results import EvaluationResult, MethodScores
 from infra.errors import ConfigError, DataError
 from infra.seeding import rng_for
+from infra.table import Cell, Table, cell
 from infra.tracking import TrackingConfig
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -74,47 +72,40 @@ class Comparison:
     config_diff: dict[str, dict[str, Any]]
     notes: list[str] = field(default_factory=list)
 
-    def tables(self) -> "list[Table]":
-        """For the terminal: a table per candidate and, where the configs differ, the differing values."""
+    def tables(self) -> list[Table]:
+        """A table per candidate and, where the configs differ, the differing values."""
         candidates = list(dict.fromkeys(row.candidate for row in self.differences))
         tables = [self._difference_table(candidate) for candidate in candidates]
         return [*tables, *([self._config_table()] if self.config_diff else [])]
 
-    def _difference_table(self, candidate: str) -> "Table":
+    def _difference_table(self, candidate: str) -> Table:
         """One row per metric; below it up to three images that got worse in each."""
-        from rich.markup import escape
-
         rows = [row for row in self.differences if row.candidate == candidate]
         worse = [(row.metric, ", ".join(key for key, _ in row.worse_images()[:3])) for row in rows]
-        caption = [f"worse in {metric}: {keys}" for metric, keys in worse if keys] + self.notes
-        table = _plain_table(f"{candidate} against {self.baseline}", caption)
-        table.add_column("metric", no_wrap=True)
-        for name in ("baseline", "value", "differs", "95 % interval", "wins", "losses"):
-            table.add_column(name, justify="right", no_wrap=True)
-        table.add_column("", no_wrap=True)
-        colours = {"better": "green", "worse": "red"}
+        table = Table(
+            ("metric", "baseline", "value", "differs", "95 % interval", "wins", "losses", "verdict"),
+            f"{candidate} against {self.baseline}",
+            [f"worse in {metric}: {keys}" for metric, keys in worse if keys] + self.notes,
+        )
+        styles = {"better": "good", "worse": "bad"}
         for row in rows:
-            table.add_row(
-                f"{'↓ ↑'[row.direction + 1]} {escape(row.metric)}",
-                f"{row.baseline_mean:.4f}",
-                f"{row.candidate_mean:.4f}",
-                f"{row.mean:+.4f}",
-                f"{row.low:+.4f} .. {row.high:+.4f}",
-                str(row.wins) if row.direction else "",
-                str(row.losses) if row.direction else "",
-                f"[{colours[row.verdict]}]{row.verdict}[/]" if row.verdict in colours else row.verdict,
+            table.add(
+                Cell(row.metric, ((f"{'↓ ↑'[row.direction + 1]} {row.metric}", ""),)),
+                cell(row.baseline_mean, ".4f"),
+                cell(row.candidate_mean, ".4f"),
+                cell(row.mean, "+.4f"),
+                Cell([row.low, row.high], ((f"{row.low:+.4f} .. {row.high:+.4f}", ""),)),
+                row.wins if row.direction else None,
+                row.losses if row.direction else None,
+                cell(row.verdict, style=styles.get(row.verdict, "")),
             )
         return table
 
-    def _config_table(self) -> "Table":
-        from rich.markup import escape
-
-        table = _plain_table("config differences", [])
+    def _config_table(self) -> Table:
         labels = list(next(iter(self.config_diff.values())))
-        for name in ("key", *labels):
-            table.add_column(escape(name), overflow="fold")
+        table = Table(("key", *labels), "config differences")
         for key, values in self.config_diff.items():
-            table.add_row(escape(key), *(escape(str(values[label])) for label in labels))
+            table.add(key, *(Cell(values[label], ((str(values[label]), ""),)) for label in labels))
         return table
 
     def write_csv(self, path: str | Path) -> None:
@@ -231,18 +222,6 @@ def _select(one: str | Path | EvaluationResult, tracking: TrackingConfig, scratc
             todo=f"choose one of {', '.join(one.methods)}",
         )
     return [(f"{one.name}:{m}", one, one.methods[m]) for m in ([name] if name else one.methods)]
-
-
-def _plain_table(title: str, caption: list[str]) -> "Table":
-    """A table without vertical lines, so that its numbers fit into 80 columns."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    below = Text("\n".join(caption)) if caption else None
-    table = Table(title=Text(title), caption=below, box=box.SIMPLE_HEAD, padding=0)
-    table.title_justify = table.caption_justify = "left"
-    return table
 
 
 def _unique(label: str, index: int, entries: list[_Entry]) -> str:

@@ -54,7 +54,7 @@ def log_comparison(comparison: Comparison, results: Sequence[str], tracking: Tra
         comparison.write_csv(Path(folder) / "differences.csv")
         with (Path(folder) / "comparison.txt").open("w", encoding="utf-8") as file:
             for table in comparison.tables():
-                Console(file=file, width=120).print(table)
+                Console(file=file, width=120, soft_wrap=True).print(table)
         tracker.artifact(Path(folder))
         return tracker.run_id
 

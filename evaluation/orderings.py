@@ -1,11 +1,10 @@
 """Each ordering of the paper's table beside ours: neighbours in its ranking, their paired difference, a verdict."""
 
 import dataclasses
-import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -13,9 +12,7 @@ from evaluation.compare import bootstrap_interval, metric_direction, per_image_v
 from evaluation.results import EvaluationResult
 from evaluation.tables import published_summary
 from infra.storage import exists, join, read_json
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from infra.table import Cell, Table, cell
 
 ORDERINGS = "orderings.json"
 VERDICTS = ("holds", "fails", "unclear", "not tested")
@@ -110,46 +107,23 @@ def orderings_note(orderings: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def orderings_cells(orderings: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Per ordering: metric, the paper's statement, our difference, its interval, the verdict."""
-    return [
-        [
+def orderings_table(orderings: Sequence[Mapping[str, Any]], group: str) -> Table:
+    """Per ordering of the paper's table `group`: its statement, our difference with its interval, the verdict."""
+    table = Table(
+        ("metric", "the paper", "ours", "95 % interval", "verdict"),
+        f"Orderings of the paper, {group}",
+        [orderings_note(orderings)],
+    )
+    styles = {"holds": "good", "fails": "bad"}
+    for o in orderings:
+        stated = f"{o['better']} ({o['published_better']:g}) before {o['worse']} ({o['published_worse']:g})"
+        low, high = o["low"], o["high"]
+        interval = Cell([low, high], () if low is None else ((f"{low:+.4f} .. {high:+.4f}", ""),))
+        table.add(
             o["metric"],
-            f"{o['better']} ({o['published_better']:g}) before {o['worse']} ({o['published_worse']:g})",
-            "" if o["mean"] is None else f"{o['mean']:+.4f}",
-            "" if o["mean"] is None else f"{o['low']:+.4f} .. {o['high']:+.4f}",
-            o["verdict"],
-        ]
-        for o in orderings
-    ]
-
-
-_HEAD = ("metric", "the paper", "ours", "95 % interval", "")
-
-
-def orderings_table(orderings: Sequence[Mapping[str, Any]], group: str) -> "Table":
-    """For the terminal."""
-    from rich.table import Table
-    from rich.text import Text
-
-    colours = {"holds": "green", "fails": "bold red"}
-    table = Table(title=Text(f"Orderings of {group}"), caption=Text(orderings_note(orderings)))
-    table.title_justify = table.caption_justify = "left"
-    for name in _HEAD:
-        table.add_column(name)
-    for *cells, verdict in orderings_cells(orderings):
-        table.add_row(*map(Text, cells), Text(verdict, colours.get(verdict, "")))
-    return table
-
-
-def orderings_html(orderings: Sequence[Mapping[str, Any]]) -> str:
-    """The same for the report."""
-    head = "".join(f"<th>{name}</th>" for name in _HEAD)
-    body = ""
-    for *cells, verdict in orderings_cells(orderings):
-        shown = f"<b>{verdict}</b>" if verdict == "fails" else verdict
-        body += (
-            f"<tr><th>{cells[0]}</th>{''.join(f'<td>{html.escape(c)}</td>' for c in cells[1:])}<td>{shown}</td></tr>\n"
+            stated,
+            cell(o["mean"], "+.4f"),
+            interval,
+            cell(o["verdict"], style=styles.get(o["verdict"], "")),
         )
-    note = html.escape(orderings_note(orderings))
-    return f'<div class="scroll"><table><tr>{head}</tr>\n{body}</table></div><p class="note">{note}</p>'
+    return table

@@ -1,11 +1,10 @@
-"""The table in the paper's layout: metric / G-STD per method, best and second marked, for terminal and HTML."""
+"""The table in the paper's layout: metric / G-STD per method, best and second marked; the intervals of its means."""
 
-import html
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -13,13 +12,12 @@ from evaluation.compare import bootstrap_interval, per_image_values
 from evaluation.metrics import METRICS, Metric
 from evaluation.results import MethodScores
 from infra.errors import ConfigError
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from infra.table import Cell, Table
 
 # Tables 1, 3, 4 and 5 of arXiv 2401.00877v1: group -> method -> metric -> mean or [mean, G-STD].
 _PUBLISHED = Path(__file__).with_name("published.json")
 _ARROWS = {1: "↑ ", -1: "↓ ", 0: ""}
+_STYLES = ("", "best", "second")  # by rank
 UNAVAILABLE = "unavailable"
 
 
@@ -29,6 +27,7 @@ class Number:
 
     text: str
     rank: int = 0
+    value: float | None = None
 
 
 def table_rows(summary: Mapping[str, Any]) -> list[tuple[str, list[list[Number]]]]:
@@ -75,67 +74,57 @@ def table_notes(summary: Mapping[str, Any]) -> list[str]:
     return notes
 
 
-def terminal_table(summary: Mapping[str, Any], title: str = "") -> "Table":
-    """`summary` as a rich table: methods in columns, metric / G-STD in rows."""
-    from rich.table import Table
-    from rich.text import Text
-
-    styles = {0: "", 1: "bold", 2: "underline"}
-    table = Table(title=title or None, caption="\n".join(table_notes(summary)), caption_justify="left")
-    table.add_column("metric")
-    for name in summary:
-        table.add_column(Text(name), justify="right", overflow="fold")
-    for label, cells in table_rows(summary):
-        texts = [Text(" / ").join(Text(number.text, styles[number.rank]) for number in cell) for cell in cells]
-        table.add_row(Text(label), *texts)
-    return table
-
-
-def html_table(summary: Mapping[str, Any], published: Mapping[str, Any] | None = None) -> str:
-    """`summary` as an HTML table with its notes; under a method's numbers those of its row in `published`, if any."""
-    tags = {0: "{}", 1: "<b>{}</b>", 2: "<u>{}</u>"}
+def score_table(summary: Mapping[str, Any], title: str = "", published: Mapping[str, Any] | None = None) -> Table:
+    """`summary` with methods in columns, metric / G-STD in rows; under a method's numbers those of its row in
+    `published`, if any (a row's first word is its name)."""
     rows = {name.split()[0]: row for name, row in (published or {}).items()}
     beside = {name: rows[name] for name in summary if name in rows}
     theirs = {label.partition(" / ")[0]: dict(zip(beside, cells, strict=True)) for label, cells in table_rows(beside)}
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in summary)
-    body = ""
+    table = Table(["metric", *summary], title, table_notes(summary))
     for label, cells in table_rows(summary):
-        body += f"<tr><th>{html.escape(label)}</th>"
-        for name, cell in zip(summary, cells, strict=True):
-            shown = " <i>/</i> ".join(tags[n.rank].format(html.escape(n.text)) for n in cell)
-            paper = " / ".join(n.text for n in theirs.get(label.partition(" / ")[0], {}).get(name, []))
-            small = f"<br><small>paper: {paper}</small>" if paper not in ("", UNAVAILABLE) else ""
-            body += f"<td>{shown}{small}</td>"
-        body += "</tr>\n"
-    notes = "<br>".join(map(html.escape, table_notes(summary)))
-    return f'<div class="scroll"><table><tr><th></th>{head}</tr>\n{body}</table></div><p class="note">{notes}</p>'
+        papers = theirs.get(label.partition(" / ")[0], {})
+        table.add(label, *(_shown(cell, papers.get(name, [])) for name, cell in zip(summary, cells, strict=True)))
+    return table
 
 
-def interval_table(methods: Mapping[str, MethodScores]) -> str:
-    """An HTML table: every metric's mean over the images, its G-STD and L-STD, each with its 95 % bootstrap interval.
+def _shown(numbers: list[Number], papers: list[Number]) -> Cell:
+    parts = [(numbers[0].text, _STYLES[numbers[0].rank])]
+    for number in numbers[1:]:
+        parts += [(" ", ""), ("/", "between"), (" ", ""), (number.text, _STYLES[number.rank])]
+    paper = " / ".join(number.text for number in papers)
+    if paper not in ("", UNAVAILABLE):
+        parts += [("\n", ""), (f"paper: {paper}", "beside")]
+    return Cell([number.value for number in numbers], tuple(parts))
+
+
+def interval_table(methods: Mapping[str, MethodScores]) -> Table:
+    """Every metric's mean over the images, its G-STD and L-STD, each with its 95 % bootstrap interval.
 
     Equal resamples of the images for every cell; images without a number are left out of its own row alone.
     """
     values = {name: per_image_values(method) for name, method in methods.items()}
     rows = list(dict.fromkeys(metric for row in values.values() for metric in row if metric != "sharpness"))
-    body = ""
+    table = Table(["metric", *methods], "95 % intervals over the images")
     for metric in rows:
-        label = f"G-STD of {metric.removeprefix('g_std_')}" if metric.startswith("g_std_") else metric
-        cells = []
-        for name, method in methods.items():
-            found = values[name].get(metric, np.array([]))
-            found = found[np.isfinite(found)]
-            stable = method.num_runs == 1 and (metric == "l_std" or metric.startswith("g_std_"))
-            shown = ""
-            if len(found) and not stable:
-                low, high = bootstrap_interval(found)
-                shown = f"{found.mean():.4f} <small>{low:.4f} .. {high:.4f}</small>"
-            cells.append(shown)
-        if any(cells):
-            columns = "".join(f"<td>{cell}</td>" for cell in cells)
-            body += f"<tr><th>{html.escape('L-STD' if label == 'l_std' else label)}</th>{columns}</tr>\n"
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in methods)
-    return f'<div class="scroll"><table><tr><th></th>{head}</tr>\n{body}</table></div>'
+        stability = metric == "l_std" or metric.startswith("g_std_")
+        cells = [
+            _interval(values[name].get(metric, np.array([])))
+            if method.num_runs > 1 or not stability
+            else Cell(None, ())
+            for name, method in methods.items()
+        ]
+        if any(cell.parts for cell in cells):
+            label = f"G-STD of {metric.removeprefix('g_std_')}" if metric.startswith("g_std_") else metric
+            table.add("L-STD" if label == "l_std" else label, *cells)
+    return table
+
+
+def _interval(values: np.ndarray) -> Cell:
+    known = values[np.isfinite(values)]
+    if not len(known):
+        return Cell(None, ())
+    mean, (low, high) = float(known.mean()), bootstrap_interval(known)
+    return Cell([mean, low, high], ((f"{mean:.4f}", ""), (" ", ""), (f"{low:.4f} .. {high:.4f}", "beside")))
 
 
 def published_summary(group: str) -> dict[str, Any]:
@@ -171,6 +160,10 @@ def _ranked(ranked: list[float | None], shown: list[float | None], direction: in
     order = sorted({value for value in ranked if value is not None}, reverse=direction > 0)
     rank = {value: i + 1 for i, value in enumerate(order[:2])} if direction and len(order) > 1 else {}
     return [
-        Number("" if value is None else f"{value:.{digits}f}" if value else "0", 0 if key is None else rank.get(key, 0))
+        Number(
+            "" if value is None else f"{value:.{digits}f}" if value else "0",
+            0 if key is None else rank.get(key, 0),
+            value,
+        )
         for key, value in zip(ranked, shown, strict=True)
     ]

@@ -9,6 +9,7 @@ from infra.config import Config
 from infra.ray_runtime import GPU_KIND, KIND
 
 KubernetesName = Annotated[str, Field(pattern=r"^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$")]
+SlurmName = Annotated[str, Field(pattern=r"^[\w.,@+-]+$")]  # of a #SBATCH line, which no shell quoting protects
 
 
 class NodeConfig(Config):
@@ -37,7 +38,7 @@ class WorkersConfig(NodeConfig):
     gpus: int = Field(0, ge=0, description="per node")
     node_selector: dict[str, str] = Field({}, description="Kubernetes: e.g. karpenter.sh/capacity-type: spot")
     tolerations: tuple[dict[str, str], ...] = Field((), description="Kubernetes: e.g. of a spot pool's taint")
-    partition: str | None = Field(None, description="Slurm")
+    partition: SlurmName | None = Field(None, description="Slurm")
 
 
 class S3Config(Config):
@@ -60,7 +61,7 @@ class MlflowConfig(Config):
 class SlurmConfig(Config):
     """What only Slurm needs."""
 
-    account: str | None = None
+    account: SlurmName | None = None
     hours: int = Field(24, ge=1)
     setup: tuple[str, ...] = Field((), description="shell lines that put `ccsr` and `ray` on PATH on every node")
 

@@ -1,17 +1,19 @@
-"""`ccsr cluster render`: what starts a Ray cluster, written from its config."""
+"""`ccsr cluster render`: what starts a Ray cluster, written from its config with the templates in infra/templates."""
 
-import re
 import shlex
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
-from infra.cluster import ClusterConfig, WorkersConfig
+from infra import templating
+from infra.cluster import ClusterConfig
 from infra.errors import ConfigError
-from infra.kuberay import manifests
+from infra.ray_runtime import MAX_CPUS, MAX_GPUS
 from infra.storage import write_bytes
 
 KINDS = ("kuberay", "slurm")
-TEMPLATE = Path(__file__).parent / "templates" / "slurm.sbatch"
+TEMPLATES = Path(__file__).parent / "templates"
+CONFIG_FOLDER = "/etc/ccsr"
 
 
 def render_to(config: ClusterConfig, kind: str, folder: Path) -> list[Path]:
@@ -28,64 +30,75 @@ def render(config: ClusterConfig, kind: str) -> dict[str, str]:
         raise ConfigError(f"there is no template for `{kind}`", where="--kind", todo=f"use {' or '.join(KINDS)}")
     if config.cpu_workers is None and config.gpu_workers is None:
         raise ConfigError("the cluster has no workers", where="the config", todo="add cpu_workers or gpu_workers")
-    if kind == "slurm":
-        return {f"{config.name}.sbatch": _slurm(config)}
-    return manifests(config)
+    return _slurm(config) if kind == "slurm" else _kuberay(config)
 
 
-def _slurm(config: ClusterConfig) -> str:
+def _slurm(config: ClusterConfig) -> dict[str, str]:
     """The batch script: one component of the job per group of nodes, the head on the first node of the first."""
     if not config.command:
         raise ConfigError(
             "Slurm runs a job, and the config names none", where="command", todo="add command: [train, -c, FILE]"
         )
-    places = {
+    text = templating.render(
+        TEMPLATES / "slurm.sbatch.j2",
+        config=config,
+        groups=[group for _, group in config.groups()],
+        addresses=_addresses(config, config.mlflow_uri),
+    )
+    return {f"{config.name}.sbatch": text}
+
+
+def _kuberay(config: ClusterConfig) -> dict[str, str]:
+    """Manifests of a RayCluster, of a RayJob where the config has a command, and of an MLflow server."""
+    if config.image is None:
+        raise ConfigError("Kubernetes needs an image", where="image", todo="build the Dockerfile, push it, name it")
+    groups = [group for _, group in config.groups()]
+    words, files = _shipped(config.command)
+    mlflow_name = f"{config.name}-mlflow"
+    mlflow_uri = config.mlflow_uri or (f"http://{mlflow_name}:5000" if config.mlflow else None)
+    values = {
+        "config": config,
+        "ray_version": version("ray"),
+        "grows_to": {
+            MAX_GPUS: str(sum(group.gpus * group.max_nodes for group in groups)),
+            MAX_CPUS: str(sum(group.cpus * group.max_nodes for group in groups if not config.labels(group))),
+        },
+        "env": _env(_addresses(config, mlflow_uri)),
+        "s3_env": _env(_addresses(config, None)),
+        "entrypoint": shlex.join(["ccsr", *words]),
+        "files": files,
+        "config_folder": CONFIG_FOLDER,
+        "mlflow_name": mlflow_name,
+    }
+    names = ["raycluster", *["rayjob"] * bool(config.command), *["mlflow"] * bool(config.mlflow)]
+    return {f"{name}.yaml": templating.render(TEMPLATES / f"{name}.yaml.j2", **values) for name in names}
+
+
+def _addresses(config: ClusterConfig, mlflow_uri: str | None) -> dict[str, str]:
+    """Environment variables that say where S3 and MLflow are."""
+    addresses = {
         "AWS_ENDPOINT_URL": config.s3.endpoint_url,
         "AWS_DEFAULT_REGION": config.s3.region,
-        "MLFLOW_TRACKING_URI": config.mlflow_uri,
+        "MLFLOW_TRACKING_URI": mlflow_uri,
     }
-    groups = [group for _, group in config.groups()]
-    values = {
-        "options": "\n#SBATCH hetjob\n".join("\n".join(_sbatch(config, group)) for group in groups),
-        "setup": "\n".join([*config.slurm.setup, *(f"export {k}={shlex.quote(v)}" for k, v in places.items() if v)]),
-        "num_nodes": str(sum(group.max_nodes for group in groups)),
-        "head_options": _ray_options(config, groups[0]),
-        "workers": "\n".join(_workers(config, number, groups) for number in range(len(groups))),
-        "command": shlex.join(["ccsr", *config.command]),
-    }
-    text = TEMPLATE.read_text(encoding="utf-8")
-    return re.sub(r"@(\w+)@", lambda match: values[match[1]], text)
+    return {name: value for name, value in addresses.items() if value}
 
 
-def _sbatch(config: ClusterConfig, group: WorkersConfig) -> list[str]:
-    options = {
-        "job-name": config.name,
-        "account": config.slurm.account,
-        "partition": group.partition,
-        "nodes": group.max_nodes,
-        "ntasks-per-node": 1,
-        "cpus-per-task": group.cpus,
-        "mem": f"{group.memory_gib}G",
-        "gpus-per-node": group.gpus or None,
-        "time": f"{config.slurm.hours}:00:00",
-        "signal": "B:TERM@300",
-    }
-    return [*(f"#SBATCH --{key}={value}" for key, value in options.items() if value is not None), "#SBATCH --requeue"]
+def _env(addresses: dict[str, str]) -> list[dict[str, str]]:
+    return [{"name": name, "value": value} for name, value in addresses.items()]
 
 
-def _ray_options(config: ClusterConfig, group: WorkersConfig) -> str:
-    options = [f"--{key}={value}" for key, value in group.ray_options(group.cpus).items()]
-    labels = [f"--labels={key}={value}" for key, value in config.labels(group).items()]
-    return " ".join([*options, f"--num-gpus={group.gpus}", *labels])
-
-
-def _workers(config: ClusterConfig, number: int, groups: Sequence[WorkersConfig]) -> str:
-    """The line that starts Ray on the nodes of one component of the job, but for the head's node."""
-    group = groups[number]
-    num_nodes = group.max_nodes - (number == 0)
-    if num_nodes == 0:
-        return "# the head is the only node of its kind"
-    component = f"--het-group={number} " if len(groups) > 1 else ""
-    head = '--exclude="$SLURMD_NODENAME" ' if number == 0 else ""
-    start = f'until ray start --address="$RAY_ADDRESS" {_ray_options(config, group)} --block; do sleep 5; done'
-    return f"srun {component}--nodes={num_nodes} --ntasks={num_nodes} {head}bash -c '{start}' &"
+def _shipped(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The words with each `-c FILE` under CONFIG_FOLDER, and those files' text by name."""
+    shipped, files = list(words), dict[str, str]()
+    for index in range(1, len(words)):
+        if words[index - 1] in ("-c", "--config"):
+            path = Path(words[index])
+            try:
+                files[path.name] = path.read_text(encoding="utf-8")
+            except OSError as error:
+                raise ConfigError(
+                    f"the job's config cannot be read ({error.strerror})", where=str(path), todo="correct `command`"
+                ) from error
+            shipped[index] = f"{CONFIG_FOLDER}/{path.name}"
+    return shipped, files

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import cv2
@@ -15,12 +16,13 @@ from infra.manifest import Manifest
 from infra.run import read_run
 from infra.shards import Entry, read_sample
 from infra.storage import join, put_if_absent
+from infra.templating import render
 
 NUM_SAMPLES = 128
 NUM_COLUMNS, NUM_CELLS = 6, 36
 SIDE_PX, DETAIL_PX, LABEL_PX, GAP_PX = 128, 256, 16, 6
 WHITE = (255, 255, 255)
-NUM_LISTED = 10
+TEMPLATE = Path(__file__).with_name("DATA_CARD.md.j2")
 ItemT = TypeVar("ItemT")
 
 
@@ -93,52 +95,43 @@ def contact_sheet(cells: Sequence[np.ndarray]) -> bytes:
 def card_text(manifest: Manifest, run: dict[str, Any], looks: Sequence[Look]) -> str:
     """The Markdown of the card."""
     facts, config = manifest.facts, run["config"]
-    shards = [f"{i:06d}" for i in (0, len(facts["shards"]) - 1)]
     degradation = config.get("degradation")
-    summary = [
-        ("samples", f"{manifest.num_samples:,} in {len(facts['shards']):,} shards"),
-        ("size", f"{facts['num_bytes'] / 2**20:,.1f} MiB, {facts['num_bytes'] / manifest.num_samples:,.0f} a sample"),
-        ("HR images", _sizes(looks)),
-        ("crop", ", ".join(f"{name} {value}" for name, value in config["crop"].items())),
-        ("scale", facts["scale"] or "none"),
-        ("degradation", degradation if isinstance(degradation, str) else "a recipe, see below"),
-        ("set aside", f"{len(facts['quarantined'])} quarantined, {sum(facts.get('dropped', {}).values())} dropped"),
-    ]
     if degradation is None:
-        summary[5] = ("degradation", "none: left to training" if not facts["has_lr"] else "none: LR images as found")
-    members = ["hr.png", *["lr.png"] * facts["has_lr"], "json"]
-    return "\n".join(
-        [
-            f"# Data card of {manifest.dataset_id}\n",
-            *_table(("", ""), summary),
-            "## Sources\n",
-            *_table(("name", "what", "files", "expected", "licence"), _sources(facts, config)),
-            *_set_aside(facts),
-            f"## The pictures, by {len(looks)} samples spread evenly\n",
-            "![whole picture, middle of HR, middle of LR](contact_sheet.jpg)\n",
-            "Each cell: the whole picture in a square; the middle of the HR image; the same of the LR image.\n",
-            *_histogram("mean brightness (0 to 255)", [look.brightness for look in looks], np.arange(0, 257, 32)),
-            *_histogram("gradient energy (0: flat)", [look.energy for look in looks], 4.0 ** np.arange(-1, 8)),
-            "## Reading it\n",
-            "```python",
-            "import webdataset",
-            f'shards = webdataset.WebDataset("shards/{{{"..".join(shards)}}}.tar", shardshuffle=False)',
-            f"for {', '.join(name.split('.')[0] for name in members)} in "
-            f'shards.decode("rgb8").to_tuple("{" ".join(members)}"):',
-            "    print(hr.shape, json)",
-            "```\n",
-            "## Made from\n",
-            "```yaml",
-            yaml.safe_dump({name: run[name] for name in ("config", "inputs", "libraries")}).rstrip(),
-            "```\n",
-        ]
+        made = "none: LR images as found" if facts["has_lr"] else "none: left to training"
+    else:
+        made = degradation if isinstance(degradation, str) else "a recipe, see below"
+    failed, dropped = facts["quarantined"], facts.get("dropped", {})
+    reasons = Counter(item["reason"] for item in failed).most_common()
+    return render(
+        TEMPLATE,
+        dataset_id=manifest.dataset_id,
+        summary=[
+            ("samples", f"{manifest.num_samples:,} in {len(facts['shards']):,} shards"),
+            (
+                "size",
+                f"{facts['num_bytes'] / 2**20:,.1f} MiB, {facts['num_bytes'] / manifest.num_samples:,.0f} a sample",
+            ),
+            ("HR images", _sizes(looks)),
+            ("crop", ", ".join(f"{name} {value}" for name, value in config["crop"].items())),
+            ("scale", facts["scale"] or "none"),
+            ("degradation", made),
+            ("set aside", f"{len(failed)} quarantined, {sum(dropped.values())} dropped"),
+        ],
+        sources=_sources(facts, config),
+        set_aside=[
+            *((reason, count, "quarantined") for reason, count in reasons),
+            *((reason, count, "dropped") for reason, count in sorted(dropped.items())),
+        ],
+        quarantined=failed,
+        num_looks=len(looks),
+        histograms={
+            "mean brightness (0 to 255)": _bars([look.brightness for look in looks], np.arange(0, 257, 32)),
+            "gradient energy (0: flat)": _bars([look.energy for look in looks], 4.0 ** np.arange(-1, 8)),
+        },
+        shards=f"{{000000..{len(facts['shards']) - 1:06d}}}",
+        has_lr=facts["has_lr"],
+        made_from=yaml.safe_dump({name: run[name] for name in ("config", "inputs", "libraries")}).rstrip(),
     )
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    cells = [[" ".join(str(cell).replace("|", "\\|").split()) for cell in row] for row in rows]
-    lines = [f"| {' | '.join(row)} |" for row in [list(head), ["---"] * len(head), *cells]]
-    return [*lines, ""]
 
 
 def _sizes(looks: Sequence[Look]) -> str:
@@ -155,25 +148,10 @@ def _sources(facts: dict[str, Any], config: dict[str, Any]) -> list[list[Any]]:
     ]
 
 
-def _set_aside(facts: dict[str, Any]) -> list[str]:
-    failed, dropped = facts["quarantined"], facts.get("dropped", {})
-    if not failed and not dropped:
-        return []
-    counts = [(reason, count, "quarantined") for reason, count in Counter(i["reason"] for i in failed).most_common()]
-    counts += [(reason, count, "dropped") for reason, count in sorted(dropped.items())]
-    first = [(item["source"], item["reason"], item["message"], item["sha256"][:12]) for item in failed[:NUM_LISTED]]
-    lines = ["## Set aside\n", *_table(("reason", "samples", "how"), counts)]
-    if first:
-        lines += [f"The first of {len(failed)} quarantined; manifest.json lists all.\n"]
-        lines += _table(("file", "reason", "message", "sha256"), first)
-    return lines
-
-
-def _histogram(title: str, values: Sequence[float], edges: np.ndarray) -> list[str]:
+def _bars(values: Sequence[float], edges: np.ndarray) -> list[str]:
     """A bar of # for each stretch between edges; what lies outside belongs to the outermost."""
     counts = np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0]
-    bars = [
+    return [
         f"{low:6g} to {high:<6g} {count:5d} {'#' * round(50 * count / counts.max())}".rstrip()
         for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True)
     ]
-    return ["```text", title, *bars, "```\n"]

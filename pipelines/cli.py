@@ -10,7 +10,7 @@ import typer
 
 from infra.errors import CcsrError, StoppedError
 from pipelines import cluster_commands, model_commands
-from pipelines.model_commands import Overrides
+from pipelines.model_commands import AsJson, Overrides
 
 app = typer.Typer(
     name="ccsr",
@@ -115,21 +115,19 @@ def evaluate(
     log_only: Annotated[bool, typer.Option("--log-only", help="Only send a finished result to MLflow.")] = False,
 ) -> None:
     """Measure quality and stability of one or several methods."""
-    from rich.console import Console
-
     from evaluation.config import EvaluateConfig
     from infra.config import load_config
 
     values = load_config(config, EvaluateConfig, set_ or [])
     from evaluation.job import run_evaluate
     from evaluation.orderings import load_orderings, orderings_table
-    from evaluation.tables import terminal_table
+    from evaluation.tables import score_table
+    from infra.table import print_report
 
     result = run_evaluate(values, log_only=log_only)
-    Console().print(terminal_table(result.summary))
     orderings = load_orderings(result.folder)
-    if orderings:
-        Console().print(orderings_table(orderings, result.run["published"]))
+    beside = [orderings_table(orderings, result.run["published"])] if orderings else []
+    print_report([score_table(result.summary), *beside])
     typer.echo(f"report: {result.folder}/report.html")
 
 
@@ -141,22 +139,21 @@ def compare(
     csv: Annotated[Path | None, typer.Option(help="Also write the differences to this file.")] = None,
     mlflow: Annotated[str | None, typer.Option(help="MLflow's address; default as for the other commands.")] = None,
     log: Annotated[bool, typer.Option("--log", help="Also log the comparison as a run in MLflow.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Paired per-image differences between evaluated methods, with bootstrap intervals."""
-    from rich.console import Console
-
     from evaluation.compare import compare as compare_results
     from evaluation.log import log_comparison
+    from infra.table import print_report
     from infra.tracking import TrackingConfig
 
     tracking = TrackingConfig(uri=mlflow)
     comparison = compare_results(runs, tracking=tracking)
-    for table in comparison.tables():
-        Console().print(table)
+    print_report(comparison.tables(), as_json=as_json)
     if csv is not None:
         comparison.write_csv(csv)
     if log:
-        typer.echo(f"MLflow run: {log_comparison(comparison, runs, tracking)}")
+        typer.echo(f"MLflow run: {log_comparison(comparison, runs, tracking)}", err=as_json)
 
 
 @app.command()

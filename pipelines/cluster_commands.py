@@ -1,11 +1,16 @@
 """The `ccsr` commands about clusters: submit, jobs, doctor, cluster render."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipelines.model_commands import Overrides
+from pipelines.model_commands import AsJson, Overrides
+
+if TYPE_CHECKING:
+    from infra.jobs import JobRow
+    from infra.table import Table
 
 app = typer.Typer()
 jobs_app = typer.Typer(help="Jobs of a Ray cluster.", no_args_is_help=True)
@@ -37,24 +42,26 @@ def submit(
 
 
 @jobs_app.command("list")
-def jobs_list(address: Address = None) -> None:
+def jobs_list(address: Address = None, as_json: AsJson = False) -> None:
     """The jobs that the cluster remembers."""
-    from datetime import datetime
-
-    from rich.console import Console
-    from rich.table import Table
-
     from infra.job_client import connect
     from infra.jobs import list_jobs
+    from infra.table import print_listing
 
-    table = Table()
-    for column in ("job", "status", "exit", "began", "ended", "command"):
-        table.add_column(column, overflow="fold", no_wrap=column == "job")
-    for row in list_jobs(connect(address)):
-        times = (datetime.fromtimestamp(t).isoformat(" ", "seconds") if t else "" for t in (row.began, row.ended))
-        code = "" if row.exit_code is None else str(row.exit_code)
-        table.add_row(row.id, row.status, code, *times, row.command)
-    Console().print(table)
+    print_listing(jobs_table(list_jobs(connect(address))), as_json=as_json)
+
+
+def jobs_table(jobs: "Sequence[JobRow]") -> "Table":
+    """A row per job; times in this machine's zone."""
+    from datetime import datetime
+
+    from infra.table import Table
+
+    table = Table(("job", "status", "exit", "began", "ended", "command"))
+    for job in jobs:
+        times = (datetime.fromtimestamp(t).isoformat(" ", "seconds") if t else None for t in (job.began, job.ended))
+        table.add(job.id, job.status, job.exit_code, *times, job.command)
+    return table
 
 
 @jobs_app.command("status")
@@ -95,14 +102,18 @@ def doctor(
     address: Annotated[str | None, typer.Option(help="A cluster's job server to look at too.")] = None,
     storage: Annotated[str | None, typer.Option(help="A folder or s3:// prefix to write a small file to.")] = None,
     mlflow: Annotated[str | None, typer.Option(help="MLflow's address; default: MLFLOW_TRACKING_URI.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Look whether this machine, storage, MLflow and a cluster are fit; `ccsr submit -- doctor` looks from inside."""
     import os
 
     from infra.doctor import diagnose
+    from infra.table import Table, print_listing
 
     lines = diagnose(address, storage, mlflow or os.environ.get("MLFLOW_TRACKING_URI"))
-    for line in lines:
+    if as_json:
+        print_listing(Table.of(("name", "state", "found", "todo"), map(vars, lines)), as_json=True)
+    for line in lines if not as_json else []:
         typer.echo(f"{line.state:4}  {line.name}: {line.found}")
         if line.todo:
             typer.echo(f"      to do: {line.todo}")

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from evaluation.config import EvaluateConfig
 from evaluation.job import run_evaluate
-from evaluation.tables import terminal_table
+from evaluation.tables import score_table
 from infra.config import Config, load_yaml, parse_config
 from infra.ray_runtime import RayConfig, ray_cluster
 from pipelines.config import ShardConfig
@@ -60,7 +60,7 @@ def run_demo(out: str) -> None:
             seconds += time.monotonic() - before
         console.print("[bold]5/5[/] evaluate: four held-out photographs, ten recorded seeds (Ray Data actors)")
         result = run_evaluate(demo_config("evaluate", EvaluateConfig, out))
-    console.print(terminal_table(result.summary))
+    console.print(score_table(result.summary), soft_wrap=True)
     console.print(
         f"Most of this comes from the weights that are shipped ({BASE}, docs/tiny-base.md): VAE, UNet and a first "
         f"ControlNet.\nThe {seconds:.0f} s of training just now only adapted the ControlNet, to conventional sampling "

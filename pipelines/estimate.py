@@ -1,27 +1,32 @@
-"""`ccsr estimate` of a shard config: shards, samples, bytes and core-hours, from a few sources that are really made."""
+"""`ccsr estimate`: shards, bytes and core-hours of a shard config; hours, cost and placement of a train config; the
+parameters of a model."""
 
 import math
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from infra.errors import ConfigError
 from infra.manifest import ShardRecord
 from infra.progress import progress
+from infra.table import Cell, Table, cell
 from pipelines.card import evenly
 from pipelines.config import ShardConfig
 from pipelines.plan import plan_shards
 from pipelines.shard import latent_encoder, resolve_degradation, write_shard
 from pipelines.sources import SourceFile, list_sources
+from training.config import TrainConfig
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from training.cost import StepCost
 
 NUM_FILES = 16
+GIB, MIB = 2**30, 2**20
 
 
 @dataclass(frozen=True)
@@ -72,17 +77,11 @@ def estimate_shards(config: ShardConfig, *, num_files: int = NUM_FILES) -> Shard
                 measured.append((num_samples, num_bytes, cpu, wall))
                 advance()
     return ShardEstimate(
-        num_files=len(files),
-        num_measured=len(chosen),
-        num_shards=len(plan_shards(files, config)),
-        num_workers=config.runtime.num_workers or os.cpu_count() or 1,
-        **dict(
-            zip(
-                ("samples", "num_bytes", "core_seconds", "seconds"),
-                (_scaled_up(list(column), len(files)) for column in zip(*measured, strict=True)),
-                strict=True,
-            )
-        ),
+        len(files),
+        len(chosen),
+        len(plan_shards(files, config)),
+        config.runtime.num_workers or os.cpu_count() or 1,
+        *(_scaled_up(list(column), len(files)) for column in zip(*measured, strict=True)),
     )
 
 
@@ -93,30 +92,208 @@ def _scaled_up(values: list[float], total: int) -> Amount:
     return Amount(total * statistics.fmean(values), 2 * total * unknown * deviation / math.sqrt(len(values)))
 
 
-def estimate_table(estimate: ShardEstimate) -> "Table":
-    """The estimate as a table for a terminal."""
-    from rich.table import Table
-
-    table = Table(title=f"by {estimate.num_measured} of {estimate.num_files:,} files, ± two standard errors")
-    for name in ("what", "estimate", "±"):
-        table.add_column(name, justify="left" if name == "what" else "right")
-
-    def add(name: str, amount: Amount, show: Callable[[float], str], share: float = 1.0) -> None:
-        table.add_row(name, show(amount.value * share), show(amount.spread * share) if amount.spread else "")
-
-    add("shards", Amount(estimate.num_shards, 0), "{:,.0f}".format)
-    add("samples", estimate.samples, "{:,.0f}".format)
-    add("size", estimate.num_bytes, _size)
-    add("size of a shard", estimate.num_bytes, _size, 1 / estimate.num_shards)
-    add("core-hours", estimate.core_seconds, _hours)
+def shard_table(estimate: ShardEstimate) -> Table:
+    """What a shard config will make."""
+    title = f"by {estimate.num_measured} of {estimate.num_files:,} files, ± two standard errors"
+    table = Table(("what", "estimate", "±"), title)
     workers = min(estimate.num_workers, estimate.num_shards)
-    add(f"hours with {workers} workers of one core", estimate.seconds, _hours, 1 / workers)
+
+    def add(what: str, amount: Amount, share: float = 1, form: str = "") -> None:
+        value, spread = amount.value * share, amount.spread * share
+        table.add(what, cell(value, form or _form(value)), cell(spread or None, form or _form(spread)))
+
+    unit, size = ("GiB", GIB) if estimate.num_bytes.value >= GIB else ("MiB", MIB)
+    add("shards", Amount(estimate.num_shards, 0), form=",.0f")
+    add("samples", estimate.samples, form=",.0f")
+    add(f"size, {unit}", estimate.num_bytes, 1 / size, ",.2f")
+    add("size of a shard, MiB", estimate.num_bytes, 1 / estimate.num_shards / MIB, ",.2f")
+    add("core-hours", estimate.core_seconds, 1 / 3600)
+    add(f"hours with {workers} workers of one core", estimate.seconds, 1 / workers / 3600)
     return table
 
 
-def _size(num_bytes: float) -> str:
-    return f"{num_bytes / 2**30:,.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.2f} MiB"
+def _form(value: float) -> str:
+    return ",.1f" if value >= 10 else ".3g"
 
 
-def _hours(seconds: float) -> str:
-    return f"{seconds / 3600:,.1f}" if seconds >= 36000 else f"{seconds / 3600:.4f}"
+@dataclass(frozen=True)
+class Assumed:
+    """What is not counted but assumed: card, share of its peak that training reaches, US dollars of a GPU-hour."""
+
+    card: str = "H100"
+    mfu: float = 0.4
+    price: float = 3.0
+
+    @property
+    def flops_per_second(self) -> float:
+        """Of one GPU. ConfigError for a card without a known peak."""
+        from training.measure import PEAK_FLOPS
+
+        if self.card not in PEAK_FLOPS:
+            raise ConfigError(
+                f"the peak of a card called {self.card!r} is not known",
+                where="--card",
+                todo=f"choose one of: {', '.join(PEAK_FLOPS)}",
+            )
+        return self.mfu * PEAK_FLOPS[self.card]
+
+
+@dataclass(frozen=True)
+class TrainEstimate:
+    """One number of GPUs. Bytes are of one GPU or, `window_bytes`, of the batches on their way to it."""
+
+    num_gpus: int
+    micro_batch_size: int
+    accumulation: int
+    gpu_bytes: dict[str, int]
+    checkpoint_bytes: int
+    exchanged_bytes: int
+    window_bytes: int
+    ingest_cores: float
+    samples_per_second: float
+    hours: float
+    gpu_hours: float
+    cost: float
+
+
+def estimate_training(config: TrainConfig, assumed: Assumed, sizes: Sequence[int]) -> list[TrainEstimate]:
+    """One estimate for the config's own number of workers and each of `sizes` that can share its global batch.
+
+    FLOPs and activations are counted on the config's networks, CPU time of a sample is measured here, the speed of a
+    GPU is assumed; all GPUs are taken to work without waiting for each other. A size for which the config's
+    micro-batch is too large gets the largest that fits.
+    """
+    from training.cost import ingest_seconds, step_cost
+
+    rate, ingest = assumed.flops_per_second, ingest_seconds(config)
+    cost: StepCost | None = None
+    estimates = []
+    for num_gpus in dict.fromkeys([config.runtime.num_workers, *sizes]):
+        micro = _micro_batch(config, num_gpus)
+        if micro is None:
+            continue
+        if cost is None:
+            cost = step_cost(config)
+        estimates.append(_estimate(config, assumed, cost, rate, ingest, num_gpus, micro))
+    return estimates
+
+
+def _micro_batch(config: TrainConfig, num_gpus: int) -> int | None:
+    """The largest micro-batch, up to the config's, in which `num_gpus` can share the global batch."""
+    fitting = range(config.runtime.micro_batch_size, 0, -1)
+    return next((size for size in fitting if config.global_batch_size % (size * num_gpus) == 0), None)
+
+
+def _estimate(
+    config: TrainConfig, assumed: Assumed, cost: "StepCost", rate: float, ingest: float, num_gpus: int, micro: int
+) -> TrainEstimate:
+    from training.cost import memory_needed
+    from training.ingest import window
+
+    activations = cost.activation_bytes * micro // config.runtime.micro_batch_size
+    needed = memory_needed(cost.num_trained, cost.num_frozen, config, num_gpus) | {"activations": activations}
+    runtime = config.runtime.model_copy(update={"micro_batch_size": micro, "num_workers": num_gpus})
+    ahead = window(config.model_copy(update={"runtime": runtime}), num_gpus)
+    per_gpu = rate / cost.flops_per_sample
+    hours = config.num_updates * config.global_batch_size / (per_gpu * num_gpus) / 3600
+    accumulation = config.global_batch_size // (micro * num_gpus)
+    exchanges = accumulation if config.runtime.zero_stage == 2 else 1  # ZeRO 2 reduces after every micro-batch
+    return TrainEstimate(
+        num_gpus=num_gpus,
+        micro_batch_size=micro,
+        accumulation=accumulation,
+        gpu_bytes=needed,
+        checkpoint_bytes=12 * cost.num_trained,  # fp32: weights and two moments
+        exchanged_bytes=2 * (num_gpus - 1) * 4 * cost.num_trained * exchanges // num_gpus,
+        window_bytes=ahead * micro * 6 * config.crop_px**2,  # HR and enlarged LR, 8-bit RGB
+        ingest_cores=ingest * per_gpu,
+        samples_per_second=per_gpu * num_gpus,
+        hours=hours,
+        gpu_hours=hours * num_gpus,
+        cost=hours * num_gpus * assumed.price,
+    )
+
+
+def train_tables(config: TrainConfig, assumed: Assumed, estimates: Sequence[TrainEstimate]) -> list[Table]:
+    """The answer, a column for each number of GPUs; then what is placed where; then the config's networks."""
+    updates, batch = config.num_updates, config.global_batch_size
+    slower = "; precision fp32 reaches a fraction of that" if config.precision == "fp32" else ""
+    gpus = [f"{one.num_gpus} GPUs" for one in estimates]
+    answer = Table(
+        ("what", *gpus, "unit"),
+        f"stage {config.stage}: {updates:,} updates of {batch} = {updates * batch:,} samples",
+        [
+            f"assumed, not measured: {assumed.card} at {assumed.mfu:.0%} of its dense bf16 peak, perfect scaling, "
+            f"{assumed.price:.2f} USD per GPU-hour (--card, --mfu, --price){slower}"
+        ],
+    )
+    places = Table(("where", "what", *gpus, "unit"), "placement", ["head node: the driver, one core, no GPU"])
+
+    def add(
+        table: Table, names: tuple[str, ...], of: Callable[[TrainEstimate], Any], unit: str, form: str = ""
+    ) -> None:
+        table.add(*names, *(cell(of(one), form or _form(of(one))) for one in estimates), unit)
+
+    add(answer, ("time",), lambda one: one.hours, "hours")
+    add(answer, ("GPU time",), lambda one: one.gpu_hours, "GPU-hours")
+    add(answer, ("cost",), lambda one: one.cost, "USD", ",.2f")
+    add(answer, ("speed",), lambda one: one.samples_per_second, "samples/s")
+    add(answer, ("GPU memory",), lambda one: sum(one.gpu_bytes.values()) / GIB, "GiB a GPU", ".2f")
+    add(answer, ("CPUs for degradation",), lambda one: one.ingest_cores * one.num_gpus, "cores", ",.1f")
+    splits = ([one.micro_batch_size, one.accumulation] for one in estimates)
+    cells = (Cell(split, ((" x ".join(map(str, split)), ""),)) for split in splits)
+    places.add("GPU node", "micro-batch x accumulation", *cells, "samples x steps")
+    for name in estimates[0].gpu_bytes:
+        parts = (cell(one.gpu_bytes[name] / GIB, ".2f") for one in estimates)
+        places.add("GPU node", name, *parts, "GiB a GPU")
+    exchanged = ("GPU node", "gradients exchanged")
+    add(places, exchanged, lambda one: one.exchanged_bytes / GIB, "GiB a GPU and update", ".2f")
+    add(places, ("CPU node", "degradation"), lambda one: one.ingest_cores, "cores a GPU", ".2f")
+    add(places, ("CPU node", "batches in flight"), lambda one: one.window_bytes / MIB, "MiB a GPU", ".0f")
+    add(places, ("storage", "a checkpoint"), lambda one: one.checkpoint_bytes / GIB, "GiB", ".2f")
+    return [answer, places, _networks_table(config)]
+
+
+def _networks_table(config: TrainConfig) -> Table:
+    """The parameters of the networks that a train config has, and which of them it trains."""
+    from training.cost import discriminator_table, parameter_table
+
+    stage = "stage2" if config.stage == 2 else "stage1"
+    rows = [
+        row
+        for row in parameter_table(config.model.preset, config.model.family)
+        if not str(row["name"]).startswith("v1 only") and (row["name"] != "feature wrapping" or config.stage == 2)
+    ]
+    table = Table(("part", "parameters", "trained"), f"{config.model.preset}, {config.model.family}: networks")
+    for row in rows:
+        table.add(row["name"], row["parameters"], "yes" if row[stage] else "")
+    table.add("a model directory", _total(rows), "")
+    table.add(f"trained by this config (stage {config.stage})", _total([row for row in rows if row[stage]]), "")
+    if config.stage == 2:
+        patch, *dino = discriminator_table(config.decoder_loss.discriminator_width)
+        for row in [patch] if config.decoder_loss.discriminator == "patch" else dino:
+            table.add(str(row["name"]).partition(": ")[2], row["parameters"], "yes" if row["stage2"] else "")
+    return table
+
+
+def model_tables(preset: str) -> list[Table]:
+    """The parameters of CCSR's networks and of the discriminators, counted on modules without memory."""
+    from training.cost import PAPER_MILLIONS, discriminator_table, parameter_table
+
+    rows = parameter_table(preset)
+    table = Table(("part", "parameters", "trained in"), f"{preset}: networks")
+    others = Table(table.columns, "discriminators")
+    for one, listed in ((table, rows), (others, discriminator_table())):
+        for row in listed:
+            stages = (name for name, key in (("stages 0, 1", "stage1"), ("stage 2", "stage2")) if row[key])
+            one.add(row["name"], row["parameters"], ", ".join(stages))
+    shared = [row for row in rows if not str(row["name"]).startswith("v1 only")]
+    table.add("a model directory", _total(shared), "")
+    if preset == "tiny":
+        return [table]
+    table.add(f"CCSR v1 as published (paper: {PAPER_MILLIONS} M)", _total(rows), "")
+    return [table, others]
+
+
+def _total(rows: Sequence[dict[str, str | int | bool]]) -> int:
+    return sum(int(row["parameters"]) for row in rows)

@@ -10,6 +10,7 @@ weights_app = typer.Typer(help="Third-party weight files: list, fetch, check.", 
 app.add_typer(weights_app, name="weights")
 
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a value: a.b=c. May be repeated.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
 @app.command()
@@ -46,46 +47,44 @@ def estimate(
     gpus: Annotated[list[int] | None, typer.Option(help="Numbers of GPUs beside the config's; default 8, 32.")] = None,
     card: Annotated[str, typer.Option(help="The GPU that is assumed.")] = "H100",
     mfu: Annotated[float, typer.Option(min=0.01, max=1, help="The share of its bf16 peak that is assumed.")] = 0.4,
-    price: Annotated[float, typer.Option(min=0, help="Of a GPU-hour.")] = 3.0,
+    price: Annotated[float, typer.Option(min=0, help="US dollars of a GPU-hour.")] = 3.0,
+    as_json: AsJson = False,
 ) -> None:
-    """Of a shard config: shards, bytes, core-hours. Of a train config: memory, placement, GPU-hours, cost. Else a
-    model's parameters, part by part."""
-    from rich.console import Console
-
+    """Of a shard config: shards, bytes, core-hours. Of a train config: hours, cost, memory, placement. Else a model's
+    parameters, part by part."""
+    from infra.config import load_config, load_yaml
     from infra.errors import ConfigError
-    from pipelines.models import parameter_report
+    from infra.table import print_report
+    from pipelines.config import ShardConfig
+    from training.config import TrainConfig
 
     if (config is None) == (model is None):
         raise ConfigError("nothing says which model", where="ccsr estimate", todo="give -c FILE or --model sd21")
-    if config is None:
-        Console().print(parameter_report(str(model)))
-        return
-    from infra.config import load_config, load_yaml
-    from training.config import TrainConfig
+    schema = ShardConfig if config and load_yaml(config).get("job") == "shard" else TrainConfig
+    values = load_config(config, schema, set_ or []) if config else None
+    from pipelines.estimate import Assumed, estimate_shards, estimate_training, model_tables, shard_table, train_tables
 
-    if load_yaml(config).get("job") == "shard":
-        from pipelines.config import ShardConfig
-        from pipelines.estimate import estimate_shards, estimate_table
-
-        Console().print(estimate_table(estimate_shards(load_config(config, ShardConfig, set_ or []))))
-        return
-    from pipelines.train_estimate import Assumed, estimate_training, train_table
-
-    values = load_config(config, TrainConfig, set_ or [])
-    Console().print(parameter_report(values.model.preset, values.stage, values.model.family))
-    assumed = Assumed(card, mfu, price)
-    Console().print(train_table(values, assumed, estimate_training(values, assumed, gpus or [8, 32])))
+    if isinstance(values, ShardConfig):
+        tables = [shard_table(estimate_shards(values))]
+    elif isinstance(values, TrainConfig):
+        assumed = Assumed(card, mfu, price)
+        tables = train_tables(values, assumed, estimate_training(values, assumed, gpus or [8, 32]))
+    else:
+        tables = model_tables(str(model))
+    print_report(tables, as_json=as_json)
 
 
 Folder = Annotated[str | None, typer.Option(help="Folder or s3:// prefix; default: CCSR_WEIGHTS, or the user's cache.")]
 
 
 @weights_app.command("list")
-def weights_list(folder: Folder = None) -> None:
+def weights_list(folder: Folder = None, as_json: AsJson = False) -> None:
     """What the project can use, where each file comes from, and whether it is there."""
+    from infra.table import Table, print_listing
     from infra.weights import list_weights
 
-    _print_rows(list_weights(folder), ("name", "path", "state", "licence", "purpose", "source"))
+    columns = ("name", "path", "state", "licence", "purpose", "source")
+    print_listing(Table.of(columns, list_weights(folder)), as_json=as_json)
 
 
 @weights_app.command("fetch")
@@ -102,27 +101,16 @@ def weights_fetch(
 
 
 @weights_app.command("check")
-def weights_check(folder: Folder = None) -> None:
+def weights_check(folder: Folder = None, as_json: AsJson = False) -> None:
     """Compare the sha256 of every file that is there; fails where one is wrong."""
     from infra.errors import ModelError
+    from infra.table import Table, print_listing
     from infra.weights import check_weights
 
     rows = check_weights(folder)
-    _print_rows(rows, ("name", "path", "state", "detail"))
+    print_listing(Table.of(("name", "path", "state", "detail"), rows), as_json=as_json)
     wrong = [row["path"] for row in rows if row["state"] == "wrong"]
     if wrong:
         raise ModelError(
             f"{len(wrong)} files are not what they should be", where=", ".join(wrong), todo="delete and fetch them"
         )
-
-
-def _print_rows(rows: list[dict[str, str]], columns: tuple[str, ...]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table()
-    for column in columns:
-        table.add_column(column, overflow="fold")  # no address is cut short
-    for row in rows:
-        table.add_row(*(row[column] for column in columns))
-    Console().print(table)

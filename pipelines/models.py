@@ -1,15 +1,11 @@
-"""`ccsr convert` and `ccsr estimate`: published weights to a model directory, and how many parameters a model has."""
+"""`ccsr convert`: published weights to a model directory."""
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from infra.errors import ConfigError, StorageError
 from infra.storage import download, download_folder, exists, is_s3, join, list_files, remove, upload_folder
 from infra.weights import BASE_HUB_ID, fetch_weights, find_weights
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 
 def run_convert(
@@ -79,40 +75,3 @@ def _base(base: str, folder: Path, *, fetch: bool) -> Path:
     if is_s3(base) or Path(base).is_dir():
         return download_folder(base, folder)
     return fetch_weights(base) if fetch else find_weights(base)
-
-
-def parameter_report(preset: str, stage: int | None = None, family: str = "v1") -> "Table":
-    """The parameter table of a preset and family, counted on modules without memory; what `stage` trains is marked."""
-    from rich.table import Table
-
-    from training.models.parameters import PAPER_MILLIONS, discriminator_table, parameter_table
-
-    rows = parameter_table(preset, family)
-    table = Table(title=f"{preset}: parameters")
-    for name in ("part", "parameters", "millions", "trained in"):
-        table.add_column(name, justify="left" if name in ("part", "trained in") else "right")
-
-    def add(name: str, count: int, trained: str = "") -> None:
-        table.add_row(name, f"{count:,}", f"{count / 1e6:.3f}", trained)
-
-    shared = [row for row in rows if not str(row["name"]).startswith("v1 only")]
-    for row in rows:
-        add(str(row["name"]), int(row["parameters"]), _trained_in(row))
-        if row is shared[-1]:
-            table.add_section()
-            add("a model directory", sum(int(row["parameters"]) for row in shared))
-            if stage is not None:
-                field = "stage2" if stage == 2 else "stage1"
-                add(f"trained by this config (stage {stage})", sum(int(r["parameters"]) for r in shared if r[field]))
-            table.add_section()
-    if len(rows) > len(shared):
-        add(f"CCSR v1 as published (paper: {PAPER_MILLIONS} M)", sum(int(row["parameters"]) for row in rows))
-    if preset == "sd21":
-        table.add_section()
-        for row in discriminator_table():
-            add(str(row["name"]), int(row["parameters"]), _trained_in(row))
-    return table
-
-
-def _trained_in(row: dict[str, Any]) -> str:
-    return ", ".join(name for name, key in (("stages 0, 1", "stage1"), ("stage 2", "stage2")) if row[key])

@@ -9,10 +9,10 @@ import torch
 from infra.errors import ModelError, StoppedError
 from infra.manifest import Manifest
 from training.config import TrainConfig
+from training.cost import check_memory
 from training.engine import make_engine, step
 from training.ingest import Batch, updates
 from training.measure import Meter, Profile
-from training.memory import check_memory
 from training.models import CcsrModel
 from training.ranks import WorkerContext, agree, all_objects, attempt, gathered, limit_collectives
 from training.resume import Checkpoints

@@ -171,9 +171,9 @@ def test_again_on_the_same_folder_makes_nothing_anew(demo):
     done = run_ccsr("demo", "--out", str(demo.out))
     assert done.returncode == 0, done.stderr
     assert times() == made
-    table = [line for line in demo.stdout.splitlines() if line.startswith("│")]
+    table = [line for line in demo.stdout.splitlines() if line.startswith(("↑", "↓"))]
     assert table
-    assert [line for line in done.stdout.splitlines() if line.startswith("│")] == table
+    assert [line for line in done.stdout.splitlines() if line.startswith(("↑", "↓"))] == table
     client = MlflowClient(f"sqlite:///{demo.out}/mlflow.db")
     assert len(client.search_runs([client.get_experiment_by_name("ccsr-demo").experiment_id])) == 4
 

@@ -126,6 +126,11 @@ def test_a_submitted_job_runs_there_once_and_returns_its_exit_code(job_server, t
     listed = CliRunner(env={"COLUMNS": "250"}).invoke(app, ["jobs", "list", "--address", job_server])
     assert listed.exit_code == 0, listed.output
     assert f"ccsr verify {tmp_path}/nothing" in listed.output
+    narrow = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["jobs", "list", "--address", job_server]).output.split()
+    rows = json.loads(CliRunner().invoke(app, ["jobs", "list", "--address", job_server, "--json"]).stdout)
+    assert (attempts[0], "FAILED", 3) in [(row["job"], row["status"], row["exit"]) for row in rows]
+    for row in rows:
+        assert {row["job"], row["status"], *row["command"].split()} <= set(narrow)
 
 
 class CuttingProxy:

@@ -1,6 +1,7 @@
 """The command line: a user's mistake is three lines and an exit code, and the command starts light."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -232,7 +233,7 @@ def test_estimate_of_a_shard_config(ccsr: Callable[..., Ended], write: Callable[
     save_photos(tmp_path / "photos", [(64, 64)] * 3)
     ended = ccsr("estimate", "-c", write(SHARD), "--set", "samples_per_shard=2", "--set", "runtime.num_workers=2")
     assert ended.code == 0
-    rows = {cells[1].strip(): cells[2].strip() for line in ended.out.splitlines() if len(cells := line.split("│")) > 3}
+    rows = {cells[0]: cells[1] for line in ended.out.splitlines() if len(cells := re.split(r"  +", line)) > 1}
     assert (rows["shards"], rows["samples"]) == ("2", "3")
     assert "hours with 2 workers of one core" in rows
     assert not (tmp_path / "out").exists()

@@ -1,12 +1,14 @@
 """Cluster templates: what is rendered has only fields that KubeRay and Kubernetes know, and runs as a batch script."""
 
 import re
+import shlex
 import subprocess
 import sys
 from importlib.metadata import requires, version
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -78,6 +80,69 @@ def test_manifests_have_only_known_fields(mlflow):
     disk = {"PersistentVolumeClaim/ccsr-mlflow"} if "database_secret" not in mlflow else set()
     job = {"RayCluster/ccsr", "ConfigMap/ccsr-job", "RayJob/ccsr-job"}
     assert found.keys() == job | {"Deployment/ccsr-mlflow", "Service/ccsr-mlflow"} | disk
+
+
+CRDS = next(
+    (folder / "shared" / "crds" for folder in REPOSITORY.parents if (folder / "shared" / "crds").is_dir()), None
+)
+
+
+def _closed(schema: Any) -> Any:
+    """A CRD's schema that refuses the fields which the API server would drop in silence."""
+    if isinstance(schema, list):
+        return [_closed(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    inside = {key: _closed(value) for key, value in schema.items()}
+    is_closed = "properties" in schema and "type" in schema and "x-kubernetes-preserve-unknown-fields" not in schema
+    return inside | ({"additionalProperties": False} if is_closed else {})
+
+
+@pytest.mark.skipif(
+    CRDS is None, reason="KubeRay's CRDs (2.3 MB) are not in the repository: put them in ../shared/crds"
+)
+@pytest.mark.parametrize("changes", [{}, {"cpu_workers": None}, {"s3": {"secret": "k", "service_account": "robot"}}])
+def test_manifests_fit_kuberays_own_schema(changes):
+    found = documents(example(**changes))
+    for kind, name in (("rayclusters", "RayCluster/ccsr"), ("rayjobs", "RayJob/ccsr-job")):
+        definition = yaml.load((CRDS / f"ray.io_{kind}.yaml").read_text(), yaml.CSafeLoader)
+        (schema,) = [v["schema"]["openAPIV3Schema"] for v in definition["spec"]["versions"] if v["name"] == "v1"]
+        schema["properties"]["metadata"] = {}
+        checker = jsonschema.Draft202012Validator(_closed(schema))
+        assert [f"{error.json_path}: {error.message}" for error in checker.iter_errors(found[name])] == []
+        found[name]["spec"]["entryPoint"] = "x"
+        assert [error.validator for error in checker.iter_errors(found[name])] == ["additionalProperties"]
+
+
+@pytest.mark.parametrize(
+    "value", ["yes", "1e3", "0x1F", "null", "- a", "a: b # c", "x\n  privileged: true", "{{ x }}é\x85\x00'\""]
+)
+def test_a_value_stays_one_value_whatever_it_holds(value, tmp_path, monkeypatch):
+    s3 = {"endpoint_url": value, "secret": value, "service_account": value}
+    workers = GROUP | {"node_selector": {value: value}, "tolerations": [{"key": value}]}
+    config = example(s3=s3, cpu_workers=workers, mlflow_uri=value, command=["verify", value])
+    text = render(config, "kuberay")["raycluster.yaml"]
+    assert text.count('{"name": "AWS_ENDPOINT_URL", "value": "') == 3  # in quotes: 1e3 is a number in YAML 1.2
+    cluster, job = (documents(config)[name]["spec"] for name in ("RayCluster/ccsr", "RayJob/ccsr-job"))
+    pod = cluster["workerGroupSpecs"][1]["template"]["spec"]
+    env = {entry["name"]: entry["value"] for entry in pod["containers"][0]["env"]}
+    assert (env["AWS_ENDPOINT_URL"], env["MLFLOW_TRACKING_URI"], pod["serviceAccountName"]) == (value, value, value)
+    assert (pod["nodeSelector"], pod["tolerations"]) == ({value: value}, [{"key": value}])
+    assert pod["containers"][0]["envFrom"] == [{"secretRef": {"name": value}}]
+    assert "privileged" not in pod["containers"][0]
+    assert shlex.split(job["entrypoint"]) == ["ccsr", "verify", value]
+
+
+@pytest.mark.parametrize("value", ["a b; touch $(echo no)", "x' `touch no`", "x\ntouch no", "{{ x }}"])
+def test_no_value_becomes_a_command_of_the_batch_script(value, tmp_path):
+    config = example(s3={"endpoint_url": value}, command=["verify", value], slurm={"setup": ["echo $AWS_ENDPOINT_URL"]})
+    code, calls = run_batch(tmp_path, config)
+    assert code == 0
+    assert f"ccsr verify {value}".splitlines()[0] in calls
+    assert not (tmp_path / "no").exists()
+    for changes in ({"slurm": {"account": value}}, {"cpu_workers": GROUP | {"partition": value}}):
+        with pytest.raises(ConfigError, match="pattern"):
+            example(**changes)
 
 
 def test_every_cluster_wants_a_token_and_places_work_by_node():
@@ -172,7 +237,8 @@ STAND_INS = {
     "python": "exit 0",
     "scontrol": 'echo "scontrol $*" >> calls',
     "ccsr": 'echo "ccsr $*" >> calls; trap "exit ${CODE_AT_TERM:-0}" TERM\n'
-    '[ -z "${CODE_AT_TERM:-}" ] && exit ${CODE:-0}\nkill -TERM $PPID; for i in $(seq 600); do sleep 0.1; done',
+    '[ -z "${CODE_AT_TERM:-}" ] && exit ${CODE:-0}\n'
+    "sleep 0.5; kill -TERM $PPID; for i in $(seq 600); do sleep 0.1; done",
 }
 
 

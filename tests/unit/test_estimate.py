@@ -6,7 +6,7 @@ import pytest
 from photos import make_shard_set, save_photos, shard_config
 
 from infra.errors import DataError
-from pipelines.estimate import Amount, _scaled_up, estimate_shards, estimate_table
+from pipelines.estimate import Amount, _scaled_up, estimate_shards, shard_table
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def test_a_part_of_the_files_tells_the_rest_within_its_spread(photos: Path, tmp_
     assert estimate.num_bytes.spread > 0
     assert abs(estimate.num_bytes.value - true) < 1.5 * estimate.num_bytes.spread
     assert estimate.num_bytes.spread < 0.5 * true
-    assert len(estimate_table(estimate).rows) == 6
+    assert len(shard_table(estimate).rows) == 6
 
 
 def test_files_that_cannot_be_used_count_for_nothing(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_what_runs_networks_on_ray_sets_their_numerics():
 def test_free_memory_refuses_and_never_decides():
     """Doctor reports a card's; the two others raise. A new caller may do no more: see `infra.memory.free_memory`."""
     assert sources_with("mem_get_info|virtual_memory").keys() == {"infra/memory.py", "infra/doctor.py"}
-    assert sources_with("free_memory").keys() == {"infra/memory.py", "training/memory.py", "training/restore.py"}
+    assert sources_with("free_memory").keys() == {"infra/memory.py", "training/cost.py", "training/restore.py"}
 
 
 def test_readme_shows_the_three_jobs_with_valid_yaml():

@@ -7,9 +7,8 @@ import torch
 from infra import ConfigError
 from infra.memory import free_memory
 from training.config import ModelConfig, TrainConfig
-from training.memory import _count as count
-from training.memory import check_memory, memory_needed
-from training.models import build_model, parameter_table
+from training.cost import check_memory, memory_needed, parameter_table
+from training.models import build_model
 from training.ranks import WorkerContext
 
 
@@ -64,7 +63,8 @@ def test_what_torch_caches_on_a_gpu_is_free(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(torch.cuda, name, lambda device, figure=figure: figure)
     assert free_memory("cuda:0") == 300 + 9_000 - 2_000
     model = build_model(ModelConfig(), 0)
-    trained, every = (sum(map(count, part)) for part in ([model.trained_part(1)], model.networks.values()))
+    trained = sum(weight.numel() for weight in model.trained_part(1).parameters())
+    every = sum(weight.numel() for network in model.networks.values() for weight in network.parameters())
     needed = sum(memory_needed(trained, every - trained, config(), 1).values())
     card = WorkerContext(0, 1, "cuda:0", {})
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2_000 + needed - 300)

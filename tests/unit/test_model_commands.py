@@ -1,6 +1,7 @@
 """ccsr convert, weights and estimate: what they write, print and refuse."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -124,7 +125,7 @@ def test_a_base_is_downloaded_only_when_asked_for(tmp_path: Path, monkeypatch: p
 
 
 def test_weights_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "250")
     (tmp_path / "mirror").mkdir()
     (tmp_path / "mirror" / "dists_weights.pt").write_bytes(b"weights")
 
@@ -146,7 +147,7 @@ def test_weights_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_estimate_prints_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "120")
     full = CliRunner().invoke(app, ["estimate", "--model", "sd21"]).output
-    rows = {line.split("│")[1].strip(): line.split("│")[2].strip() for line in full.splitlines() if "│" in line}
+    rows = {cells[0]: cells[1] for line in full.splitlines() if len(cells := re.split(r"  +", line.strip())) > 1}
     assert rows["UNet"] == "865,910,724"
     assert rows["v1: PatchGAN"] == "2,765,633"
     assert rows["CCSR v1 as published (paper: 1700.91 M)"] == "1,700,914,491"

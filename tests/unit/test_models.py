@@ -13,15 +13,14 @@ from torch import Tensor, nn
 
 from infra import ConfigError, ModelError, StorageError
 from training.config import ModelConfig
+from training.cost import PAPER_MILLIONS, parameter_table
 from training.models import (
     CcsrModel,
     build_model,
     load_model,
-    parameter_table,
     save_model,
 )
 from training.models.directory import WEIGHTS
-from training.models.parameters import PAPER_MILLIONS
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

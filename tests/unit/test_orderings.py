@@ -7,7 +7,7 @@ import pytest
 from result_folder import noisy, photographs, write_result
 from rich.console import Console
 
-from evaluation.orderings import Ordering, orderings_html, orderings_note, orderings_table, published_orderings
+from evaluation.orderings import Ordering, orderings_note, orderings_table, published_orderings
 from evaluation.results import load_result
 
 GROUP = "Table 4, RealSR"
@@ -68,5 +68,5 @@ def test_shown_in_terminal_and_report(orderings: dict) -> None:
     fails = orderings["l_std", "CCSR", "truncated"]
     for expected in (GROUP, "CCSR (0.0218) before truncated (0.0226)", f"{fails.mean:+.4f}", "fails", "not tested"):
         assert expected in text
-        assert expected == GROUP or expected in orderings_html(rows)
+        assert expected == GROUP or expected in orderings_table(rows, GROUP).html()
     assert orderings_note(rows).startswith("14 orderings of the paper: ")

@@ -19,7 +19,7 @@ from rich.console import Console
 from evaluation import l_std, psnr_y
 from evaluation.report import write_report
 from evaluation.results import image_row, load_result, summarise
-from evaluation.tables import html_table, interval_table, published_summary, table_rows, terminal_table
+from evaluation.tables import interval_table, published_summary, score_table, table_rows
 from infra import ConfigError, DataError, StorageError
 from infra.images import read_image
 
@@ -44,7 +44,7 @@ def tables(folder: Path) -> tuple[pa.Table, pa.Table]:
 
 def test_intervals_are_of_the_images_and_only_of_what_varies(folder: Path) -> None:
     result = load_result(folder)
-    table = interval_table({name: result.methods[name] for name in ("bicubic", "ccsr")})
+    table = interval_table({name: result.methods[name] for name in ("bicubic", "ccsr")}).html()
     rows = dict(re.findall(r"<tr><th>([^<]+)</th>(.*?)</tr>", table))
     assert list(rows) == ["psnr_y", "G-STD of psnr_y", "ssim_y", "G-STD of ssim_y", "L-STD"]
     assert [rows[name].startswith("<td></td><td>") for name in rows] == [False, True, False, True, True]
@@ -92,7 +92,7 @@ def test_a_metric_that_one_image_lacks_is_averaged_over_the_others(folder: Path)
     expected = np.mean(kept.filter(pc.field("method") == "ccsr")["ssim_y"].to_numpy())
     assert summary["ccsr"]["metrics"]["ssim_y"]["num_images"] == 2
     assert summary["ccsr"]["metrics"]["ssim_y"]["mean"] == pytest.approx(expected, abs=1e-14)
-    assert "SSIM of ccsr: 2 of 3 images." in html_table(summary)
+    assert "SSIM of ccsr: 2 of 3 images." in score_table(summary).html()
 
 
 def test_row_order_does_not_matter(folder: Path) -> None:
@@ -164,7 +164,7 @@ def test_ranks_follow_each_metrics_direction() -> None:
     assert ranks["↓ L-STD / sharpness"] == [[1, 0], [2, 0], [0, 0]]
     assert [n.text for n in rows["↑ PSNR / G-STD ↓"][0]] == ["24.00", "0.2000"]
     assert [n.text for n in rows["↓ L-STD / sharpness"][2]] == ["0", "0.900"]
-    page = html_table(summary)
+    page = score_table(summary).html()
     assert "<b>26.00</b>" in page
     assert "<u>25.00</u>" in page
 
@@ -175,11 +175,11 @@ def test_published_numbers_stand_under_ours_of_the_same_method() -> None:
         "mine": {"mean": 1.0, "g_std": 0.1, "num_images": 1},
     }
     method = {"num_images": 1, "num_runs": 2, "l_std": 0.01, "sharpness": 0.9, "metrics": pair}
-    page = html_table({"CCSR": method, "ours": method}, published_summary("Table 1, RealSR"))
+    page = score_table({"CCSR": method, "ours": method}, published=published_summary("Table 1, RealSR")).html()
     assert page.count("paper: ") == 2
     assert "20.00 <i>/</i> 0.5000<br><small>paper: 26.24 / " in page
     assert "<small>paper: 0.0218</small>" in page
-    assert "paper" not in html_table({"CCSR": method, "ours": method})
+    assert "paper" not in score_table({"CCSR": method, "ours": method}).html()
 
 
 def test_equal_numbers_share_a_rank() -> None:
@@ -194,7 +194,7 @@ def test_equal_numbers_share_a_rank() -> None:
 
 def test_terminal_table_shows_every_method_and_unavailable(folder: Path) -> None:
     console = Console(width=120, record=True, file=io.StringIO())
-    console.print(terminal_table(load_result(folder).summary, "small set"))
+    console.print(score_table(load_result(folder).summary, "small set"))
     text = console.export_text()
     for expected in ("small set", "bicubic", "ccsr", "<other>", "PSNR / G-STD", "unavailable", "Mean over 3 runs"):
         assert expected in text

@@ -9,6 +9,7 @@ from torch import Tensor
 from infra import ConfigError, noise_for
 from infra.config import parse_config
 from training.config import ModelConfig, SamplingConfig, TrainConfig
+from training.cost import parameter_table
 from training.ingest import Batch
 from training.losses import eps_loss
 from training.measure import flop_counter
@@ -17,7 +18,6 @@ from training.models import (
     StableSrModel,
     build_model,
     load_model,
-    parameter_table,
     save_model,
 )
 from training.models.stablesr import Sft, sft_places

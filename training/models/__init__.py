@@ -6,7 +6,6 @@ from training.models.convert import convert_base, convert_stablesr, convert_v1, 
 from training.models.directory import load_model, save_model
 from training.models.discriminators import PatchDiscriminator, ProjectedDiscriminator
 from training.models.networks import seeded_init, with_latent_condition
-from training.models.parameters import parameter_table
 from training.models.perceptual import Dists, EncoderFeatures, Lpips, load_dino, load_dists, load_lpips
 from training.models.stablesr import StableSrAdapter, StableSrModel
 from training.models.wrapping import FeatureWrapping
@@ -30,7 +29,6 @@ __all__ = [
     "load_dists",
     "load_lpips",
     "load_model",
-    "parameter_table",
     "save_model",
     "seeded_init",
     "with_latent_condition",
