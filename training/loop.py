@@ -5,6 +5,7 @@ from contextlib import ExitStack, closing
 from typing import Any
 
 import torch
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from infra.errors import ModelError, StoppedError
 from infra.manifest import Manifest
@@ -12,7 +13,7 @@ from training.config import TrainConfig
 from training.ingest import Batch, updates
 from training.measure import Meter, Profile
 from training.memory import check_memory
-from training.models import CcsrModel
+from training.models import CcsrModel, power_iteration
 from training.ranks import WorkerContext, agree, attempt, limit_collectives
 from training.resume import Checkpoints
 from training.samples import SampleReader
@@ -126,11 +127,14 @@ def _set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, up
 
 
 class _Adversary:
-    """The discriminator: plain replicated Adam, its gradients averaged over ranks (one engine per graph is enough)."""
+    """The discriminator: replicated AdamW on gradients averaged over ranks (one engine per graph is enough).
+
+    Ranks start from equal weights and see equal gradients, so they stay equal; each checkpoint verifies it.
+    """
 
     def __init__(self, stage: DecoderStage, config: TrainConfig, context: WorkerContext) -> None:
         self.stage = stage
-        stage.discriminator.to(context.device).train()
+        stage.discriminator.to(context.device)
         self.module = stage.trained_discriminator
         self.optimizer = torch.optim.AdamW(
             self.module.parameters(),
@@ -148,14 +152,17 @@ class _Adversary:
         return loss
 
     def step(self) -> None:
-        for parameter in self.module.parameters():
-            if self.world_size > 1:
-                torch.distributed.all_reduce(parameter.grad)
-                parameter.grad /= self.world_size
+        """Collective. One update of the discriminator, then one power iteration of its spectral norms."""
+        if self.world_size > 1:
+            gradients = [parameter.grad for parameter in self.module.parameters()]
+            flat = parameters_to_vector(gradients)
+            torch.distributed.all_reduce(flat)
+            vector_to_parameters(flat / self.world_size, gradients)
         if self.clip_norm:
             torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        power_iteration(self.module)
 
 
 def _update(
