@@ -31,7 +31,7 @@ STAGE2: dict[str, dict[str, Any]] = {  # by discriminator
     "patch": {},
     "dino": {
         "model": {"family": "v2"},
-        "decoder_loss": V2_LOSS | {"perceptual_start_update": 20, "gan_start_update": 1},
+        "decoder_loss": V2_LOSS | {"perceptual_start_update": 27, "gan_start_update": 1},
         "start_from": "lr",
         "num_steps": 1,
     },
