@@ -36,6 +36,10 @@ class Config(BaseModel):
                 raise ValueError(f"`{name}` has no effect {where}: leave it out")
         return self
 
+    def runtime_in_result(self) -> dict[str, Any]:
+        """The fields of `runtime` that the result depends on: none, unless a config says otherwise."""
+        return {}
+
 
 Location = Annotated[str, "location", AfterValidator(absolute)]
 """A path, made absolute since workers have folders of their own, or a URI. It says where something is, not what it is,
@@ -149,9 +153,12 @@ def load_config(path: str | Path, config_class: type[ConfigT], overrides: Sequen
 
 
 def result_part(config: Config) -> dict[str, Any]:
-    """What the result depends on, as plain JSON-able values: every field but `runtime`, `tracking`, `validation` (which
-    only looks on), locations, where it ends, and what has no effect."""
-    return _without_locations(config, skip={"runtime", "tracking", "validation"})
+    """What the result depends on, as plain JSON-able values: every field but `runtime` (apart from the config's
+    `runtime_in_result`), `tracking`, `validation` (which only looks on), locations, where it ends, and what has no
+    effect."""
+    runtime = config.runtime_in_result()
+    part = _without_locations(config, skip={"runtime", "tracking", "validation"})
+    return part | ({"runtime": runtime} if runtime else {})
 
 
 def _without_locations(value: Any, skip: frozenset[str] | set[str] = frozenset()) -> Any:

@@ -161,7 +161,7 @@ def estimate_training(config: TrainConfig, assumed: Assumed, sizes: Sequence[int
 
     FLOPs and activations are counted on the config's networks, CPU time of a sample is measured here, the speed of a
     GPU is assumed; all GPUs are taken to work without waiting for each other. A size for which the config's
-    micro-batch is too large gets the largest that fits.
+    micro-batch is too large gets the largest that fits; in stage 2, whose result depends on it, it is left out.
     """
     from training.cost import ingest_seconds, step_cost
 
@@ -180,7 +180,9 @@ def estimate_training(config: TrainConfig, assumed: Assumed, sizes: Sequence[int
 
 def _micro_batch(config: TrainConfig, num_gpus: int) -> int | None:
     """The largest micro-batch, up to the config's, in which `num_gpus` can share the global batch."""
-    fitting = range(config.runtime.micro_batch_size, 0, -1)
+    largest = config.runtime.micro_batch_size
+    smallest = largest if "micro_batch_size" in config.runtime_in_result() else 1
+    fitting = range(largest, smallest - 1, -1)
     return next((size for size in fitting if config.global_batch_size % (size * num_gpus) == 0), None)
 
 

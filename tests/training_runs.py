@@ -25,6 +25,7 @@ from infra.manifest import Manifest, ShardRecord, commit_record, write_manifest
 from infra.seeding import rng_for
 from infra.shards import IndexedEntry, write_tar
 from infra.storage import publish_if_absent, sha256_file
+from tests.small_networks import seeded_lpips, small_dino
 from training.config import TrainConfig
 from training.ingest import updates
 from training.models import CcsrModel
@@ -80,21 +81,25 @@ def train_config(data: str, output: Path | str, *, stage: int = 1, num_updates: 
 
 
 class Losses:
-    """Takes the place of rank 0's MLflow run: keeps the losses, in a file too, and all else that came with them."""
+    """Takes the place of rank 0's MLflow run: keeps the losses, in FILE too; stage 2's `d_values` in FILE.d_loss; and
+    all else that came with them."""
 
     def __init__(self, file: Path | None = None) -> None:
         self.values: list[float] = []
+        self.d_values: list[float] = []
         self.reports: list[dict[str, float]] = []
         self._file = file
 
     def metrics(self, values: dict[str, float], step: int) -> None:
         if "loss" not in values:  # a validation's
             return
-        self.values.append(values["loss"])
         self.reports.append(values)
-        if self._file is not None:
-            with self._file.open("a") as file:
-                file.write(f"{values['loss']!r}\n")
+        for kept, name, suffix in ((self.values, "loss", ""), (self.d_values, "d_loss", ".d_loss")):
+            if name in values:
+                kept.append(values[name])
+                if self._file is not None:
+                    with open(f"{self._file}{suffix}", "a") as file:
+                        file.write(f"{values[name]!r}\n")
 
     def file(self, place: str, content: bytes) -> None:
         pass
@@ -134,7 +139,8 @@ def free_port() -> int:
 def run_workers(folder: Path, runs: list[dict[str, Any]], world_size: int = 2) -> None:
     """Let processes of one group do `runs` one after another.
 
-    Each is {"config", "losses"} and perhaps "poison" (a position), "bad_gradient" (an update) or "resave" (an output).
+    Each is {"config", "losses"} and perhaps "poison" (a position), "bad_gradient" (an update), "resave" (an output)
+    or "seed_by_rank".
     """
     spec = folder / "spec.json"
     spec.write_text(json.dumps({"world_size": world_size, "port": free_port(), "runs": runs}))
@@ -199,13 +205,16 @@ def resave(config: TrainConfig, rank: int, world_size: int, output: str) -> None
 def main(spec_file: str, rank: int) -> None:
     """A run's losses, and each rank's [kind of error, where] in LOSSES.RANK, are for the test to read."""
     from infra.errors import CcsrError
-    from training import loop
+    from training import loop, steps
     from training.ranks import OtherRankError
 
+    steps.load_dino, steps.load_lpips = small_dino, seeded_lpips
     spec = json.loads(Path(spec_file).read_text())
     join_group(rank, spec["world_size"], spec["port"])
     for run in spec["runs"]:
         config = parse_config(run["config"], TrainConfig, where="spec")
+        if "seed_by_rank" in run:
+            config = config.model_copy(update={"seed": rank})
         loop.updates = poisoned(run["poison"]) if "poison" in run else updates
         loop.build_stage = with_bad_gradient(run["bad_gradient"]) if "bad_gradient" in run else build_stage
         outcome = ["", ""]

@@ -38,9 +38,8 @@ def module_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
 def restore_module(
     module: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], num_updates: int
 ) -> None:
-    """Put `module_state`'s tensors back."""
-    prefix = "weights."
-    module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+    """Put `module_state`'s tensors back. BatchNorm's running statistics in an earlier version's file are left out."""
+    module.load_state_dict({name: tensors[f"weights.{name}"] for name in module.state_dict()})
     for name, parameter in module.named_parameters():
         state = {kind: tensors[f"{kind}.{name}"].to(parameter.device) for kind in MOMENTS}
         optimizer.state[parameter] = {"step": torch.tensor(float(num_updates)), **state}

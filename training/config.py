@@ -105,7 +105,8 @@ class OptimizerConfig(Config):
 
 
 class DecoderLossConfig(Config):
-    """Stage 2's loss; see `training.generator_loss`. Defaults: v1's, with a perceptual term that needs no file.
+    """Stage 2's loss; see `training.generator_loss`. Defaults: v1's, but with a perceptual term that needs no file and
+    a discriminator that learns from update 0 on (v1: 1).
 
     v2: l2, lpips, dino, gan_weight 0.05, neither adaptive nor divided, both terms from update 101 on. StableSR: l1,
     lpips, patch, gan_weight 0.025, not adaptive, GAN term and discriminator from update 501 on.
@@ -129,11 +130,16 @@ class DecoderLossConfig(Config):
 
 
 class TrainRuntime(Config):
-    """How the job runs. Any legal world size, micro-step order and ZeRO stage trains on the same global batches."""
+    """How the job runs. No field here changes the result beyond rounding, except stage 2's `micro_batch_size`.
+
+    Stage 2 computes three things per micro-batch: BatchNorm's statistics (`discriminator: patch`), the adaptive GAN
+    weight and the division of nll by N. There the micro-batch is part of the fingerprint and stays fixed; the number
+    of workers may change in every stage, since all legal ones see the same micro-batches.
+    """
 
     ray: RayConfig = RayConfig()
     num_workers: int = Field(1, ge=1)
-    micro_batch_size: int = Field(4, ge=1)
+    micro_batch_size: int = Field(4, ge=1, description="samples of a forward pass; part of stage 2's result")
     zero_stage: Literal[0, 1, 2] = 1
     use_gpu: bool = False
     threads_per_worker: int = Field(1, ge=1, description="torch threads of a CPU worker")
@@ -201,6 +207,9 @@ class TrainConfig(Config):
     validation: ValidationConfig | None = None
     tracking: TrackingConfig = TrackingConfig()
     runtime: TrainRuntime = TrainRuntime()
+
+    def runtime_in_result(self) -> dict[str, Any]:
+        return {"micro_batch_size": self.runtime.micro_batch_size} if self.stage == 2 else {}
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainConfig":

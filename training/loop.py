@@ -5,6 +5,7 @@ from contextlib import ExitStack, closing
 from typing import Any
 
 import torch
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm, parameters_to_vector, vector_to_parameters
 
 from infra.errors import ModelError, StoppedError
 from infra.manifest import Manifest
@@ -13,7 +14,7 @@ from training.cost import check_memory
 from training.engine import make_engine, step
 from training.ingest import Batch, updates
 from training.measure import Meter, Profile
-from training.models import CcsrModel
+from training.models import CcsrModel, power_iteration
 from training.ranks import WorkerContext, agree, all_objects, attempt, gathered, limit_collectives
 from training.resume import Checkpoints
 from training.samples import SampleReader
@@ -88,11 +89,14 @@ def _set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, up
 
 
 class _Adversary:
-    """The discriminator: plain replicated Adam, its gradients averaged over ranks (one engine per graph is enough)."""
+    """The discriminator: replicated AdamW on gradients averaged over ranks (one engine per graph is enough).
+
+    Ranks start from equal weights and see equal gradients, so they stay equal; each checkpoint verifies it.
+    """
 
     def __init__(self, stage: DecoderStage, config: TrainConfig, context: WorkerContext) -> None:
         self.stage = stage
-        stage.discriminator.to(context.device).train()
+        stage.discriminator.to(context.device)
         self.module = stage.trained_discriminator
         self.optimizer = torch.optim.AdamW(
             self.module.parameters(),
@@ -109,15 +113,21 @@ class _Adversary:
         (loss / num_micro_steps).backward()
         return loss
 
-    def step(self) -> None:
-        for parameter in self.module.parameters():
-            if self.world_size > 1:
-                torch.distributed.all_reduce(parameter.grad)
-                parameter.grad /= self.world_size
+    def step(self) -> torch.Tensor:
+        """Collective. One update of the discriminator, then one power iteration of its spectral norms; the norm of its
+        gradient before clipping."""
+        gradients = [parameter.grad for parameter in self.module.parameters()]
+        if self.world_size > 1:
+            flat = parameters_to_vector(gradients)
+            torch.distributed.all_reduce(flat)
+            vector_to_parameters(flat / self.world_size, gradients)
+        norm = get_total_norm(gradients)
         if self.clip_norm:
-            torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.clip_norm)
+            clip_grads_with_norm_(self.module.parameters(), self.clip_norm, norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        power_iteration(self.module)
+        return norm
 
 
 def _update(
@@ -131,8 +141,8 @@ def _update(
 ) -> dict[str, float]:
     """One optimiser update over this rank's micro-batches.
 
-    Returns each loss term's mean over all samples, "loss_max" (the largest of all micro-batches) and "gradient_norm"
-    (before clipping). ModelError with the samples' keys where one of them is not finite.
+    Returns each loss term's mean over all samples, "loss_max" (the largest of all micro-batches), "gradient_norm" and
+    stage 2's "d_gradient_norm" (before clipping). ModelError with the samples' keys where one of them is not finite.
     """
     names: list[str] = []
     rows: list[torch.Tensor] = []
@@ -149,10 +159,10 @@ def _update(
         gradient_norm = step(engine)
         names = list(terms)
         rows.append(torch.stack([value.detach().float() for value in terms.values()]))
-    if adversary is not None:
-        adversary.step()
     here = torch.stack(rows)
     largest = {"loss_max": here[:, names.index("loss")].max()}
+    if adversary is not None:
+        largest["d_gradient_norm"] = adversary.step()
     if gradient_norm is not None:
         largest["gradient_norm"] = torch.as_tensor(gradient_norm, device=context.device)
     over_ranks = gathered(context, torch.cat([here.mean(0), torch.stack(list(largest.values()))]))

@@ -58,7 +58,7 @@ def agree(context: WorkerContext, error: CcsrError | None = None, *, stop: bool 
     if context.world_size > 1:
         torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
     failed, stopped = flags.tolist()
-    context.agreed = bool(failed or stopped)
+    context.agreed |= bool(failed or stopped)  # for good: what is saved after a stop may agree again
     if error is not None:
         raise error
     if failed:

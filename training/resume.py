@@ -1,14 +1,16 @@
 """What a run saves while it trains and goes on from: checkpoints written in the background, the same on all ranks."""
 
+import hashlib
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors.torch import save
+from torch import Tensor, nn
 
-from infra.errors import CcsrError, DataError
+from infra.errors import CcsrError, DataError, ModelError
 from infra.storage import join
 from training.checkpoint import (
     TrainingState,
@@ -93,6 +95,7 @@ class Checkpoints:
         """Collective. Copy what a checkpoint holds, then write it while training goes on; at most one at a time.
 
         A write that fails is told by `failure` and at the block's end. Saving twice at one update does nothing.
+        ModelError where a rank's discriminator differs from rank 0's.
         """
         if num_updates == self._saved:
             return
@@ -100,17 +103,34 @@ class Checkpoints:
         config, context = self._config, self._context
         if self._writing is not None:
             self._writing.exception()  # waits; what failed is raised by `failure`
+        discriminator = self._replica(*self._discriminator, num_updates) if self._discriminator else None
         tensors = engine_state(self._engine, self._optimizer, keep=context.rank == 0)
         if tensors is None:
             return
-        if self._discriminator is not None:
-            tensors["discriminator"] = module_state(*self._discriminator)
+        if discriminator is not None:
+            tensors["discriminator"] = discriminator
         facts = {"position": num_updates * config.global_batch_size, "num_updates": num_updates, **context.facts}
         if validation:
             facts["validation"] = dict(validation)
         failed = self.failure()
         if failed is None:
             self._writing = self._pool.submit(self._write, TrainingState(facts, tensors))
+
+    def _replica(self, module: nn.Module, optimizer: torch.optim.Optimizer, num_updates: int) -> dict[str, Tensor]:
+        """Collective. The discriminator's tensors, once every rank has found its own equal to rank 0's."""
+        tensors = module_state(module, optimizer)
+        number = int.from_bytes(hashlib.sha256(save(tensors)).digest()[:8], signed=True)
+        error = None
+        if from_rank_0(self._context, number) != number:
+            error = ModelError(
+                f"the discriminator on rank {self._context.rank} differs from rank 0's after update {num_updates}; "
+                "nothing was saved",
+                where=self._config.output,
+                todo="run the same command again: it resumes from the checkpoint before; if this comes back, let all "
+                "workers have the same kind of GPU",
+            )
+        agree(self._context, error)
+        return tensors
 
     def _write(self, state: TrainingState) -> None:
         runtime = self._config.runtime

@@ -3,10 +3,11 @@
 `python -m tests.integration.test_training` made tests/golden/losses.
 """
 
+import functools
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,17 @@ from training.train import initial_model
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "losses"
 LONG = 30
+V2_LOSS = {"reconstruction": "l2", "perceptual": "lpips", "discriminator": "dino", "gan_weight": 0.05}
+V2_LOSS |= {"adaptive": False, "divide_by_batch": False, "discriminator_learning_rate": 1e-4}
+STAGE2: dict[str, dict[str, Any]] = {  # by discriminator
+    "patch": {},
+    "dino": {
+        "model": {"family": "v2"},
+        "decoder_loss": V2_LOSS | {"perceptual_start_update": 27, "gan_start_update": 1},
+        "start_from": "lr",
+        "num_steps": 1,
+    },
+}
 
 
 PRECISIONS = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("bf16", 1), ("bf16", 2)]  # with each ZeRO stage it allows
@@ -62,6 +74,8 @@ def one_gradient(precision: str, zero_stage: int) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def process_group() -> Iterator[None]:
     patch = pytest.MonkeyPatch()
+    patch.setattr("training.steps.load_dino", small_dino)
+    patch.setattr("training.steps.load_lpips", seeded_lpips)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR"):
         patch.setenv(name, "")  # so that `undo` takes what `join_group` sets away again
     threads = torch.get_num_threads()
@@ -95,6 +109,20 @@ def one(process_group: None, data: str, tmp_path_factory: pytest.TempPathFactory
     return train_here(train_config(data, output, num_updates=LONG, runtime={"keep_checkpoints": 3})), output
 
 
+@pytest.fixture(scope="module")
+def stage2(process_group: None, data: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    """30 updates of stage 2 in this process with a discriminator: (Losses, output)."""
+
+    @functools.cache
+    def run(discriminator: str) -> tuple[Losses, Path]:
+        losses, output = Losses(), tmp_path_factory.mktemp(discriminator)
+        config = train_config(data, output, stage=2, num_updates=LONG, **STAGE2[discriminator])
+        train_here(config, losses=losses)
+        return losses, output
+
+    return run
+
+
 class Two:
     """What two gloo workers did, one run after another."""
 
@@ -121,8 +149,8 @@ class Two:
     def work(self) -> None:
         run_workers(self.folder, self._runs)
 
-    def losses(self, name: str) -> list[float]:
-        return [float(line) for line in (self.folder / f"{name}.losses").read_text().split()]
+    def losses(self, name: str, term: str = "") -> list[float]:
+        return [float(line) for line in (self.folder / f"{name}.losses{term}").read_text().split()]
 
     def outcomes(self, name: str) -> list[list[str]]:
         return [json.loads((self.folder / f"{name}.losses.{rank}").read_text()) for rank in range(2)]
@@ -135,9 +163,12 @@ def two(one: tuple[list[float], Path], data: str, tmp_path_factory: pytest.TempP
     two.plan("zero1", data, LONG, runtime={"zero_stage": 1})
     shutil.copytree(one[1] / "checkpoints" / f"{40:012d}", folder / "grown" / "checkpoints" / f"{40:012d}")
     two.plan("grown", data, 20)
-    stage2 = train_config(data, folder / "stage2", stage=2, num_updates=2)
-    train_here(stage2)
-    two.plan_resave("stage2-on-two", stage2)
+    short = train_config(data, folder / "stage2", stage=2, num_updates=2)
+    train_here(short)
+    two.plan_resave("stage2-on-two", short)
+    for discriminator, changes in STAGE2.items():
+        two.plan(discriminator, data, LONG, stage=2, **changes)
+    two.plan("unequal", data, 2, {"seed_by_rank": 1}, stage=2, runtime={"checkpoint_every": 1})
     two.plan("poisoned", data, 6, {"poison": 15}, runtime={"checkpoint_every": 1})
     two.plan("bad-gradient", data, 3, {"bad_gradient": 1}, runtime={"checkpoint_every": 1})
     damaged = shutil.copytree(data, folder / "damaged-set")
@@ -159,6 +190,8 @@ def two(one: tuple[list[float], Path], data: str, tmp_path_factory: pytest.TempP
 def test_losses_are_those_of_the_committed_run(process_group, data, tmp_path, request, stage):
     if stage == 1:
         losses = request.getfixturevalue("one")[0]
+    elif stage == 2:
+        losses = request.getfixturevalue("stage2")("patch")[0].values
     else:
         losses = train_here(train_config(data, tmp_path, stage=stage, num_updates=LONG))
     golden = json.loads((GOLDEN / f"stage{stage}.json").read_text())
@@ -197,6 +230,26 @@ def test_stage2_comes_back_exactly_on_another_world_size(two):
     saved, again = checkpoint_at(two.folder / "stage2", 2), checkpoint_at(two.folder / "stage2-on-two", 2)
     assert saved.facts == again.facts
     assert_equal(saved, again)
+
+
+@pytest.mark.parametrize("discriminator", STAGE2)
+def test_stage2_trains_on_two_workers_as_on_one(stage2, two, discriminator):
+    """Both losses and what a checkpoint holds of the discriminator, whose replicas each checkpoint compares."""
+    one, output = stage2(discriminator)
+    assert two.outcomes(discriminator) == [["", ""]] * 2
+    assert_near(two.losses(discriminator), one.values)
+    assert_near(two.losses(discriminator, ".d_loss"), one.d_values)
+    alone, shared = (checkpoint_at(run, LONG).tensors["discriminator"] for run in (output, two.folder / discriminator))
+    assert alone.keys() == shared.keys()
+    for name, tensor in alone.items():
+        torch.testing.assert_close(shared[name], tensor, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: name + text)
+
+
+def test_replicas_of_the_discriminator_that_differ_end_the_run_before_they_are_saved(two):
+    output = str(two.folder / "unequal")
+    assert two.outcomes("unequal") == [["OtherRankError", ""], ["ModelError", output]]
+    assert len(two.losses("unequal")) == 1
+    assert complete_checkpoints(output) == []
 
 
 def test_a_loss_that_is_not_finite_names_the_samples_and_ends_both_ranks(two):
@@ -360,13 +413,10 @@ def test_a_discriminator_that_is_not_finite_ends_the_run(process_group, data, tm
         train_here(train_config(data, tmp_path, stage=2, num_updates=1, num_steps=3, decoder_loss=loss))
 
 
-def test_v2s_decoder_with_dino_and_lpips_resumes_bit_by_bit(process_group, data, tmp_path, monkeypatch):
+def test_v2s_decoder_with_dino_and_lpips_resumes_bit_by_bit(process_group, data, tmp_path):
     """The heads' spectral norms are part of the state; LPIPS and GAN come in at the third update."""
-    monkeypatch.setattr("training.steps.load_dino", small_dino)
-    monkeypatch.setattr("training.steps.load_lpips", seeded_lpips)
-    loss = {"reconstruction": "l2", "perceptual": "lpips", "discriminator": "dino", "gan_weight": 0.05}
-    loss |= {"adaptive": False, "divide_by_batch": False, "perceptual_start_update": 2, "gan_start_update": 2}
-    changes = {"model": {"family": "v2"}, "decoder_loss": loss, "start_from": "lr", "num_steps": 1}
+    loss = V2_LOSS | {"perceptual_start_update": 2, "gan_start_update": 2}
+    changes = STAGE2["dino"] | {"decoder_loss": loss}
 
     def run(name: str, num_updates: int) -> list[float]:
         return train_here(train_config(data, tmp_path / name, stage=2, num_updates=num_updates, **changes))

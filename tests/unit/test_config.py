@@ -285,6 +285,14 @@ def test_the_jobs_fingerprints_ignore_where_things_are() -> None:
     assert fingerprint_of(result_part(one)) != fingerprint_of(result_part(seeded))
 
 
+@pytest.mark.parametrize(("stage", "runtime"), [(0, None), (1, None), (2, {"micro_batch_size": 8})])
+def test_of_the_runtime_only_stage_2s_micro_batch_is_part_of_the_result(stage: int, runtime: Any) -> None:
+    """Stages 0 and 1 keep the fingerprints that they had before stage 2's held the micro-batch."""
+    changes = [f"stage={stage}", "runtime={micro_batch_size: 8, num_workers: 2, zero_stage: 2, use_gpu: true}"]
+    part = result_part(parse_config(apply_overrides(TRAIN, changes), TrainConfig, where=""))
+    assert part.get("runtime") == runtime
+
+
 def test_configs_travel_to_ray_workers_whole() -> None:
     for values, config_class in ((SHARD, ShardConfig), (TRAIN, TrainConfig), (EVALUATE, EvaluateConfig)):
         config = parse_config(values, config_class, where="")

@@ -1,5 +1,7 @@
 """The discriminators: seeded weights, frozen features, explicit augmentation; the ViT against torch's own layers."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from infra import rng_for
-from training.models import PatchDiscriminator, ProjectedDiscriminator, seeded_init
+from training.models import PatchDiscriminator, ProjectedDiscriminator, power_iteration, seeded_init
 from training.models.discriminators import TAPS, augment
 from training.models.vit import VisionTransformer
 
@@ -110,12 +112,42 @@ def test_projected_discriminator_gives_logits_per_head_and_patch(projected: Proj
     trained = {name for name, parameter in projected.named_parameters() if parameter.requires_grad}
     assert trained
     assert all(name.startswith("heads.") for name in trained)
-    assert not projected.train().dino.training
     assert not torch.equal(projected(image, condition.flip(0)), logits)
 
 
+@torch.no_grad()
+def test_a_forward_pass_changes_neither_discriminator(projected: ProjectedDiscriminator) -> None:
+    """So logits and state do not depend on how many micro-batches a rank has."""
+    images, condition = draw(3, 2, 3, 64, 48), draw(2, 24, seed=1)
+    patch = PatchDiscriminator(8, 2, seed=0)
+    judges = {patch: lambda image: patch(image), projected: lambda image: projected(image, condition)}
+    for module, logits in judges.items():
+        state = {name: tensor.clone() for name, tensor in module.train().state_dict().items()}
+        first = logits(images[0])
+        for image in images[1:]:
+            logits(image)
+        assert torch.equal(logits(images[0]), first)
+        assert all(torch.equal(tensor, state[name]) for name, tensor in module.state_dict().items())
+
+
+@torch.no_grad()
+def test_power_iteration_follows_the_weights(projected: ProjectedDiscriminator) -> None:
+    heads = copy.deepcopy(projected.heads)
+    layer = heads[0].classify
+    original = layer.parametrizations.weight.original
+    original.copy_(draw(*original.shape, seed=3))
+    largest = lambda: torch.linalg.matrix_norm(layer.weight.flatten(1), ord=2)  # noqa: E731
+    far = abs(largest() - 1)
+    power_iteration(heads)
+    assert abs(largest() - 1) < far / 2
+    for _ in range(100):
+        power_iteration(heads)
+    torch.testing.assert_close(largest(), torch.tensor(1.0), rtol=1e-4, atol=0)
+    assert torch.equal(original, draw(*original.shape, seed=3))
+    assert not any(part.training for part in heads.modules())
+
+
 def test_augmentation_belongs_to_the_row_not_to_the_batch(projected: ProjectedDiscriminator) -> None:
-    projected.eval()
     image, condition = draw(3, 3, 64, 48), draw(3, 24, seed=1)
     with torch.no_grad():
         together = projected(image, condition, [rng_for(0, row) for row in range(3)])

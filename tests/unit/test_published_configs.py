@@ -4,12 +4,14 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from infra.config import load_config
 from training.config import TrainConfig, legal_world_sizes
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+RECORDED = Path(__file__).parents[1] / "golden" / "data" / "ccsr" / "v1_stage2_loss.npz"
 COMMON = {"crop_px": 512, "degradation": "ccsr", "t_max": 0.6667, "num_workers": 4, "use_gpu": True}
 V1_OPTIMISER = {"clip_norm": 0.0, "warmup_updates": 0}
 V2_OPTIMISER = {"betas": (0.9, 0.999), "weight_decay": 1e-2, "clip_norm": 1.0, "warmup_updates": 0}
@@ -29,7 +31,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         **{"global_batch_size": 4 * 16 * 8, "micro_batch_size": 16, "num_updates": 60, "checkpoint_every": 20},
         **{"reconstruction": "l1", "perceptual": "lpips", "perceptual_start_update": 0, "gan_start_update": 1},
         **{"discriminator": "patch", "discriminator_width": 64},
-        **{"gan_weight": 0.5, "adaptive": True, "divide_by_batch": True},
+        **{"gan_weight": 0.5, "adaptive": True, "divide_by_batch": True, "discriminator_start_update": 1},
     },
     "ccsr_v2_stage0": {
         **COMMON | V2_OPTIMISER,
@@ -48,6 +50,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         **{"global_batch_size": 4 * 2 * 8, "micro_batch_size": 2, "num_updates": 2000},
         **{"reconstruction": "l2", "perceptual": "lpips", "perceptual_start_update": 101, "gan_start_update": 101},
         **{"discriminator": "dino", "gan_weight": 0.05, "adaptive": False, "divide_by_batch": False},
+        **{"discriminator_start_update": 0},
     },
     "stablesr_stage1": {
         **COMMON | V1_OPTIMISER,
@@ -75,6 +78,14 @@ def test_numbers_are_the_published_ones(name: str) -> None:
         found |= dict(part)
     assert {key: found[key] for key in PUBLISHED[name]} == PUBLISHED[name]
     assert config.model.preset == "sd21"
+
+
+def test_v1s_gan_starts_at_the_update_at_which_the_recorded_one_does() -> None:
+    loss = load_config(CONFIGS / "ccsr_v1_stage2.yaml", TrainConfig).decoder_loss
+    with np.load(RECORDED) as recorded:
+        for update in (0, 1):
+            assert (recorded[f"gen_gs{update}_disc_factor"] > 0) == (update >= loss.gan_start_update)
+            assert (recorded[f"disc_gs{update}_loss"] > 0) == (update >= loss.discriminator_start_update)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -10,11 +10,27 @@ from mlflow.tracking import MlflowClient
 
 from infra import ConfigError, ModelError
 from infra.jobs import PACKAGES
+from infra.run import claim_output
 from infra.storage import write_bytes
 from tests.training_runs import noise_shards, train_config
 from training import train
 from training.checkpoint import TrainingState, save_checkpoint
 from training.train import _updates_done, run_train
+
+
+def test_stage_2_does_not_resume_with_another_micro_batch(tmp_path: Path) -> None:
+    def claim(stage: int, micro_batch_size: int, num_workers: int = 1) -> None:
+        runtime = {"micro_batch_size": micro_batch_size, "num_workers": num_workers}
+        config = train_config("set", tmp_path / str(stage), stage=stage, num_updates=3, runtime=runtime)
+        claim_output(config.output, config, job="train", inputs={}, libraries=())
+
+    for stage in (0, 1, 2):
+        claim(stage, 2)
+        claim(stage, 2, num_workers=2)
+    claim(0, 1)
+    claim(1, 1)
+    with pytest.raises(ConfigError, match=r"config\.runtime\.micro_batch_size: 2 -> 1\n"):
+        claim(2, 1)
 
 
 def test_a_finished_run_returns_and_only_more_updates_go_on_from_it(tmp_path: Path) -> None:

@@ -70,6 +70,8 @@ def test_hours_and_cost_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert estimates[2].gpu_bytes["activations"] == 300
     assert eight.exchanged_bytes == 2 * 7 * 400 // 8
     assert eight.checkpoint_bytes == 1200
+    last_stage = config(2, global_batch_size=96, runtime={"num_workers": 4})
+    assert [one.num_gpus for one in estimate_training(last_stage, Assumed(), [8, 32])] == [4, 8]
     with pytest.raises(ConfigError, match="'Z9'"):
         estimate_training(settings, Assumed("Z9"), [])
 

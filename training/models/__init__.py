@@ -4,7 +4,7 @@ from training.models.build import build_model
 from training.models.ccsr import CcsrModel
 from training.models.convert import convert_base, convert_stablesr, convert_v1, convert_v2
 from training.models.directory import load_model, save_model
-from training.models.discriminators import PatchDiscriminator, ProjectedDiscriminator
+from training.models.discriminators import PatchDiscriminator, ProjectedDiscriminator, power_iteration
 from training.models.networks import seeded_init, with_latent_condition
 from training.models.perceptual import Dists, EncoderFeatures, Lpips, load_dino, load_dists, load_lpips
 from training.models.stablesr import StableSrAdapter, StableSrModel
@@ -29,6 +29,7 @@ __all__ = [
     "load_dists",
     "load_lpips",
     "load_model",
+    "power_iteration",
     "save_model",
     "seeded_init",
     "with_latent_condition",

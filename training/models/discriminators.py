@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils.parametrize import ParametrizationList
 
 from training.models.networks import seeded_init
 from training.models.vit import VisionTransformer
@@ -19,7 +20,8 @@ class PatchDiscriminator(nn.Module):
     """PatchGAN (Isola et al., CVPR 2017), as CCSR v1 uses it: 4x4 convolutions, BatchNorm, LeakyReLU 0.2.
 
     `n_layers` halvings (the first without norm), one more layer at stride 1, then one logit per patch. Convolutions are
-    drawn from N(0, 0.02), norm weights from N(1, 0.02), all from `seed`. BatchNorm is meant to stay in train mode.
+    drawn from N(0, 0.02), norm weights from N(1, 0.02), all from `seed`. BatchNorm always takes the statistics of the
+    batch it is given and keeps no running ones: nothing reads them, and each rank would have its own.
     """
 
     def __init__(self, ndf: int = 64, n_layers: int = 3, seed: int = 0) -> None:
@@ -32,7 +34,7 @@ class PatchDiscriminator(nn.Module):
                 stride = 2 if index < n_layers else 1
                 layers += [
                     nn.Conv2d(previous, width, 4, stride=stride, padding=1, bias=False),
-                    nn.BatchNorm2d(width),
+                    nn.BatchNorm2d(width, track_running_stats=False),
                     nn.LeakyReLU(0.2),
                 ]
             layers.append(nn.Conv2d(width, 1, 4, padding=1))
@@ -53,21 +55,21 @@ class ProjectedDiscriminator(nn.Module):
 
     The discriminator of StyleGAN-T (Sauer et al., ICML 2023), as CCSR v2 uses it. `dino` and `dinov2` come from
     `training.models.load_dino`; their weights are frozen and left out of `state_dict`'s trained part, `heads`.
+    The heads' spectral norms change in `power_iteration` alone, never in a forward pass.
     """
 
     def __init__(self, dino: VisionTransformer, dinov2: VisionTransformer, seed: int = 0) -> None:
         super().__init__()
-        self.dino = dino.eval().requires_grad_(False)
-        self.dinov2 = dinov2.eval().requires_grad_(False)
+        self.dino = dino.requires_grad_(False)
+        self.dinov2 = dinov2.requires_grad_(False)
         width, condition = dino.cls_token.shape[-1], dinov2.cls_token.shape[-1]
         with seeded_init(seed):
             self.heads = nn.ModuleList(DiscriminatorHead(width, condition) for _ in TAPS)
+        self.eval()
 
     def train(self, mode: bool = True) -> "ProjectedDiscriminator":
-        super().train(mode)
-        self.dino.eval()
-        self.dinov2.eval()
-        return self
+        """Stays in eval mode: in train mode a spectral norm would iterate in each of a rank's forward passes."""
+        return super().train(False)
 
     @torch.no_grad()
     def condition(self, lr: Tensor) -> Tensor:
@@ -98,6 +100,16 @@ class ProjectedDiscriminator(nn.Module):
             features = (tokens[:, 1:] + tokens[:, :1]).transpose(1, 2)
             logits.append(head(features, condition).flatten(1))
         return torch.cat(logits, dim=1)
+
+
+@torch.no_grad()
+def power_iteration(module: nn.Module) -> None:
+    """One power iteration of each spectral norm in `module`, which is in eval mode: for after each update."""
+    for part in module.modules():
+        if isinstance(part, ParametrizationList):
+            part.train()
+            part()  # computes the weight, in train mode after an iteration
+            part.eval()
 
 
 class DiscriminatorHead(nn.Module):
