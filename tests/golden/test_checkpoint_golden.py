@@ -33,7 +33,7 @@ class Run:
         self.judge = _seeded(judge, "discriminator")
         self.optimizers = [torch.optim.AdamW(m.parameters(), lr=0.01) for m in (self.module, self.judge)]
         values = {"job": "train", "output": output, "stage": 2, "data": ["d"], "num_updates": 9, "global_batch_size": 8}
-        engine = SimpleNamespace(module=SimpleNamespace(trained=self.module))
+        engine = SimpleNamespace(module=SimpleNamespace(trained=self.module), zero_optimization_stage=lambda: 0)
         context = WorkerContext(0, 1, "cpu", {"dataset_ids": ["0123456789abcdef"], "git_commit": "unknown"})
         config = TrainConfig.model_validate({**values, "runtime": {"micro_batch_size": 8}})
         self.checkpoints = Checkpoints(config, engine, self.optimizers[0], (self.judge, self.optimizers[1]), context)
