@@ -348,7 +348,10 @@ def test_a_dataset_that_changed_since_the_run_began_is_refused(tmp_path: Path, m
         make_shard_set(shard_config(tmp_path / "photos", tmp_path / name, degradation="bicubic"))
     runs = {
         name: config(
-            data=[str(tmp_path / name)], output=str(tmp_path / "out"), model={"preset": "tiny", "family": "v1"}
+            data=[str(tmp_path / name)],
+            output=str(tmp_path / "out"),
+            model={"preset": "tiny", "family": "v1"},
+            tracking={"uri": f"sqlite:///{tmp_path}/mlflow.db"},
         )
         for name in ("one", "moved", "other")
     }
