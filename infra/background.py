@@ -128,7 +128,7 @@ class _Sender:
                 self._send([item.content for item in batch])
                 self.failing, size = False, min(2 * size, self._most)
                 self._num_taken += len(batch)
-            except Exception as error:  # noqa: BLE001  whatever a server or a client library raises: training goes on
+            except Exception as error:  # noqa: BLE001  whatever a server or a client library raises: training continues
                 refused = refused_for_good(error)
                 if refused and len(batch) > 1:
                     size = len(batch) // 2

@@ -159,7 +159,7 @@ def _side_by_side(row: "Sequence[Text]", widths: Sequence[int], gap: int, right:
 
 
 def _folded(text: "Text", width: int) -> "list[Text]":
-    """`text` in lines of at most `width`, folded at spaces alone: a longer word has a line of its own."""
+    """`text` in lines of at most `width`, folded at spaces alone: a longer word gets its own line."""
     from rich.cells import cell_len
 
     lines = []

@@ -52,7 +52,7 @@ class RestoreConfig(Config):
 
 
 def pick_device(runtime: RestoreRuntime) -> Literal["cpu", "cuda"]:
-    """The device that `auto` stands for: a GPU where this machine has one.
+    """The device that `auto` chooses: a GPU where this machine has one.
 
     ConfigError for `auto` on Ray, whose actors run on other machines than this one, and for a GPU that is not here.
     """

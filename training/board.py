@@ -120,7 +120,7 @@ class Pulse:
         threading.Thread(target=self._run, name="pulse", daemon=True).start()
 
     def __call__(self, update: int) -> bool:
-        """True once the driver asks to stop, or this process is told to end."""
+        """True once the driver asks to stop, or this process receives SIGTERM."""
         self._update = update
         return self._stop or self._told_to_end()
 

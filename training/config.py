@@ -260,7 +260,7 @@ class TrainConfig(Config):
 
     @property
     def starts_from_stored_samples(self) -> bool:
-        """Whether stage 2 takes latents that the shards store in place of its own chain's."""
+        """Whether stage 2 reads its latents from the shards instead of running the chain."""
         return self.stage == 2 and self.inputs == "latents" and self.model.facts.stores_samples
 
 

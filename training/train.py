@@ -64,7 +64,7 @@ def run_train(config: TrainConfig) -> str:
     with (
         ray_cluster(config.runtime.ray) if done < config.num_updates else nullcontext(),
         track(config.tracking, run, tags) as tracker,
-        sigterm_noted() as sigterm,  # after Ray's start, which sets a handler of its own
+        sigterm_noted() as sigterm,  # after Ray's start, which sets its own handler
     ):
         if done < config.num_updates:
             _fit(config, manifests, facts, tracker, sigterm)

@@ -148,7 +148,7 @@ def test_a_vae_in_bands_changes_no_picture(model: CcsrModel, in_bands: list[str]
 
 
 def with_free(patch: pytest.MonkeyPatch, number: int) -> None:
-    """Every function that tells of free memory reports `number` bytes."""
+    """Every function that reports free memory returns `number` bytes."""
     memory = psutil.virtual_memory()._replace(available=number)
     patch.setattr(psutil, "virtual_memory", lambda: memory)
     patch.setattr(torch.cuda, "mem_get_info", lambda *_: (number, 2**50))

@@ -70,7 +70,7 @@ def test_a_run_ends_with_its_model(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_commit_is_that_of_the_code_or_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Our code in a repository of its own, changed there, and installed inside somebody else's."""
+    """Our code in its own repository, changed there, and installed inside another project's."""
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     installed = theirs / ".venv" / "site-packages"
 

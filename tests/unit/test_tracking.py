@@ -28,7 +28,7 @@ def run(fingerprint: str, **config: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingConfig]:
-    """MLflow's own server, in a thread of this process: a process of its own takes a minute to start."""
+    """MLflow's own server, in a thread of this process: a separate process takes a minute to start."""
     folder = tmp_path_factory.mktemp("mlflow")
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("_MLFLOW_SERVER_FILE_STORE", f"sqlite:///{folder}/mlflow.db")
