@@ -31,10 +31,10 @@ from torch import Tensor, nn
 from infra import noise_for
 from infra.config import parse_config
 from training.config import ModelConfig, TrainConfig
-from training.ingest import Batch
-from training.measure import flop_counter, peak_flops, peak_memory_bytes
+from training.data.batches import Batch
 from training.models import CcsrModel, build_model
-from training.steps import NoiseStage, build_stage
+from training.run.meter import flop_counter, peak_flops, peak_memory_bytes
+from training.run.stages import NoiseStage, build_stage
 
 PUBLISHED_MICRO_BATCH = 4
 LEARNING_RATE = 5e-5

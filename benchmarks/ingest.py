@@ -32,12 +32,12 @@ from infra.config import parse_config
 from infra.images import encode_png
 from infra.manifest import Manifest
 from infra.ray_runtime import RayConfig, ray_cluster
-from pipelines.config import ShardConfig
-from pipelines.shard import run_shard
+from pipelines.sharding.config import ShardConfig
+from pipelines.sharding.job import run_shard
 from training.config import TrainConfig
-from training.ingest import Batch, make_arrays, updates, window
-from training.order import positions_of
-from training.samples import Place, SampleMaker, SampleReader, TrainingSample
+from training.data.batches import Batch, make_arrays, updates, window
+from training.data.order import positions_of
+from training.data.samples import Place, SampleMaker, SampleReader, TrainingSample
 
 Sums = dict[int, int]
 

@@ -12,7 +12,7 @@ import psutil
 
 from infra.manifest import Manifest, ShardRecord, commit_record, write_manifest
 from infra.shards import IndexedEntry
-from training.order import Order
+from training.data.order import Order
 
 NUM_SHARDS, PER_SHARD, SAMPLE_BYTES = 3907, 256, 500_000
 

@@ -19,7 +19,7 @@ import torch
 from infra import noise_for, rng_for
 from training.config import ModelConfig, SamplingConfig
 from training.models import CcsrModel, build_model
-from training.restore import PreparedImage, decode_rows, prepare_image, restore_batch, sample_latents
+from training.restore.restore import PreparedImage, decode_rows, prepare_image, restore_batch, sample_latents
 from training.sampling import ccsr_v2_timesteps
 
 GIB = 2**30

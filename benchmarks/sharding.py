@@ -36,9 +36,9 @@ import ray
 from infra.images import decode_image, encode_png, list_images
 from infra.ray_runtime import RayConfig, ray_cluster
 from infra.seeding import rng_for
-from pipelines.config import ShardConfig
-from pipelines.shard import run_shard
-from pipelines.verify import verify
+from pipelines.sharding.config import ShardConfig
+from pipelines.sharding.job import run_shard
+from pipelines.sharding.verify import verify
 from tests.golden.wheel_photos import PHOTOS
 
 CCSR = str(Path(sys.executable).with_name("ccsr"))
@@ -91,10 +91,10 @@ def loop(values: dict[str, Any], tar_folder: str | None, part: int, num_parts: i
     import webdataset
 
     from degradation import degrade
-    from pipelines.plan import plan_shards
-    from pipelines.sample import crop_image
-    from pipelines.shard import resolve_degradation
-    from pipelines.sources import list_sources
+    from pipelines.sharding.job import resolve_degradation
+    from pipelines.sharding.plan import plan_shards
+    from pipelines.sharding.sample import crop_image
+    from pipelines.sharding.sources import list_sources
 
     cv2.setNumThreads(1)
     torch.set_num_threads(1)

@@ -11,11 +11,11 @@ from evaluation.job import run_evaluate
 from evaluation.results import load_result
 from infra.images import read_image
 from infra.ray_runtime import RayConfig, ray_cluster
-from pipelines.config import ShardConfig
 from pipelines.demo import TRAININGS, demo_config
-from pipelines.shard import run_shard
+from pipelines.sharding.config import ShardConfig
+from pipelines.sharding.job import run_shard
 from training.config import TrainConfig
-from training.train import run_train
+from training.run.driver import run_train
 
 SHEET = Path(__file__).resolve().parents[1] / "docs" / "tiny-base.jpg"
 LABEL = 20

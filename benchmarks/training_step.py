@@ -24,17 +24,17 @@ import deepspeed
 import numpy as np
 import torch
 
-import training.engine
-import training.loop
+import training.run.engine
+import training.run.worker
 from infra import rng_for
-from infra.background import BackgroundTracker
 from infra.config import parse_config
+from infra.process.background import BackgroundTracker
 from infra.tracking import TrackingConfig, track
 from training.config import TrainConfig
-from training.ingest import Batch, collate
+from training.data.batches import Batch, collate
+from training.data.samples import TrainingSample
 from training.models import build_model
-from training.ranks import WorkerContext
-from training.samples import TrainingSample
+from training.run.agreement import WorkerContext
 
 WARM_UP_ROUNDS = 2  # the loop counts FLOPs in the first
 
@@ -67,7 +67,7 @@ class Bench:
     def __init__(self, config: TrainConfig, tracker: BackgroundTracker) -> None:
         self.config, self.tracker = config, tracker
         self.loop, self.posted, self.bare, self.plain = Clock(), Clock(), Clock(), Clock()
-        self._make_engine = training.loop.make_engine
+        self._make_engine = training.run.worker.make_engine
 
     def engine(
         self, stage: Any, config: TrainConfig, world_size: int, device: str
@@ -145,7 +145,7 @@ def main() -> None:
     torch.set_num_threads(1)
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29547"}
     os.environ.update(alone | {"DS_ACCELERATOR": "cpu"})
-    training.engine.skip_compiled_collectives()
+    training.run.engine.skip_compiled_collectives()
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     with tempfile.TemporaryDirectory(prefix="ccsr-benchmark-") as folder:
         values = {
@@ -164,9 +164,9 @@ def main() -> None:
         with track(TrackingConfig(uri=config.tracking.uri), run) as logged:
             tracker = BackgroundTracker(logged)
             bench = Bench(config, tracker)
-            training.loop.make_engine, training.loop.updates = bench.engine, bench.stream  # type: ignore[assignment]
-            training.loop.SampleReader = lambda *_: None  # type: ignore[assignment,misc]
-            training.loop.train(
+            training.run.worker.make_engine, training.run.worker.updates = bench.engine, bench.stream  # type: ignore[assignment]
+            training.run.worker.SampleReader = lambda *_: None  # type: ignore[assignment,misc]
+            training.run.worker.train(
                 config, [], build_model(config.model, 0), WorkerContext(0, 1, "cpu", {}, tracker=tracker)
             )
             tracker.close()

@@ -7,12 +7,12 @@ from infra.exports import load
 # Loaded at first use: the schemas in `evaluation.config` must not wait for OpenCV and SciPy.
 _PLACES = {
     "StabilityAccumulator": "infra.pixels",
-    "g_std": "evaluation.stability",
+    "g_std": "evaluation.metrics.stability",
     "l_std": "infra.pixels",
-    "niqe": "evaluation.metrics",
+    "niqe": "evaluation.metrics.image",
     "psnr_y": "infra.pixels",
-    "sharpness": "evaluation.metrics",
-    "ssim_y": "evaluation.metrics",
+    "sharpness": "evaluation.metrics.image",
+    "ssim_y": "evaluation.metrics.image",
 }
 __all__ = list(_PLACES)
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from evaluation.find import find_result
-from evaluation.metrics import METRICS, Metric
+from evaluation.metrics.image import METRICS, Metric
 from evaluation.results import EvaluationResult, MethodScores
+from infra.display.table import Cell, Table, cell
 from infra.errors import ConfigError, DataError
 from infra.seeding import rng_for
-from infra.table import Cell, Table, cell
 from infra.tracking import TrackingConfig
 
 

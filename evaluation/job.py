@@ -10,23 +10,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from evaluation.config import EvaluateConfig, ModelMethod, OutputsMethod
-from evaluation.log import log_result
-from evaluation.orderings import ORDERINGS, published_orderings
+from evaluation.metrics.registry import UNAVAILABLE, fid, how_to_get, metric_origins
+from evaluation.mlflow_log import log_result
 from evaluation.outputs import find_outputs, outputs_id
-from evaluation.quality import UNAVAILABLE, fid, how_to_get, metric_origins
-from evaluation.report import write_report
+from evaluation.report.orderings import ORDERINGS, published_orderings
+from evaluation.report.page import write_report
+from evaluation.report.tables import published_summary
 from evaluation.results import SET_METRICS, EvaluationResult, images_schema, load_result, results_schema
 from evaluation.scoring import Scorer, record_uri
 from evaluation.sets import EvaluationSet, load_sets
-from evaluation.tables import published_summary
+from infra.display.progress import progress
 from infra.errors import DataError
-from infra.numerics import set_numerics
-from infra.progress import progress
+from infra.process.numerics import set_numerics
 from infra.ray_runtime import cpu_work, lost_worker, on_actors, ray_cluster, user_error
 from infra.run import claim_output
 from infra.storage import exists, join, list_files, read_bytes, write_bytes
 from infra.tracking import find_model
-from training.train import model_id
+from training.run.driver import model_id
 
 LIBRARIES = ("torch", "diffusers", "numpy", "opencv-python-headless", "pillow")
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from evaluation.sets import EvaluationImage, add_by_key
+from infra.display.progress import progress
 from infra.errors import DataError
 from infra.images import list_images, read_image
-from infra.progress import progress
 
 _OF_A_RUN = re.compile(r"(?:sample|runs/)(\d+)/(.+)")
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from evaluation.stability import g_std
+from evaluation.metrics.stability import g_std
 from infra.errors import DataError
 from infra.storage import exists, join, read_bytes, read_json
 

@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 
 from evaluation.config import BicubicMethod, EvaluateConfig, ModelMethod
-from evaluation.metrics import sharpness
-from evaluation.quality import Quality
+from evaluation.metrics.image import sharpness
+from evaluation.metrics.registry import Quality
 from evaluation.results import image_row
 from evaluation.sets import EvaluationImage
 from infra.images import encode_png, read_image, resize_bicubic
 from infra.pixels import StabilityAccumulator
 from infra.storage import join, put_if_absent, write_bytes
-from training.restore import fetch_model, restore_runs
+from training.restore.restore import fetch_model, restore_runs
 
 
 def record_uri(output: str, method: str, key: str) -> str:

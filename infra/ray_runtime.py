@@ -16,7 +16,7 @@ from pydantic import Field
 
 from infra.config import Config
 from infra.errors import CcsrError, ClusterError, error_from_json, error_to_json, line_of
-from infra.numerics import NumericsConfig, set_numerics
+from infra.process.numerics import NumericsConfig, set_numerics
 
 KIND = "ccsr.io/kind"
 GPU_KIND = "gpu"

@@ -25,8 +25,8 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class IndexedEntry(Entry):
-    """An entry as records and index keep it: with `phash` (infra/phash.py) of the HR image and `source_hash`, the first
-    8 bytes of its source file's SHA-256, both uint64. None in sets of an earlier version."""
+    """An entry as records and the index keep it, with two hashes as uint64: `phash` of the HR image and `source_hash`,
+    the first 8 bytes of its source file's SHA-256. None in sets of an earlier version."""
 
     phash: int | None = None
     source_hash: int | None = None

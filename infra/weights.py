@@ -12,8 +12,8 @@ from pathlib import Path
 
 import yaml
 
+from infra.display.progress import progress
 from infra.errors import ConfigError, ModelError, StorageError
-from infra.progress import progress
 from infra.storage import download, exists, is_s3, join, read_json, sha256_file, upload, write_bytes
 
 ENVIRONMENT = "CCSR_WEIGHTS"

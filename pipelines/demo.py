@@ -11,13 +11,13 @@ from rich.console import Console
 
 from evaluation.config import EvaluateConfig
 from evaluation.job import run_evaluate
-from evaluation.tables import score_table
+from evaluation.report.tables import score_table
 from infra.config import Config, load_yaml, parse_config
 from infra.ray_runtime import RayConfig, ray_cluster
-from pipelines.config import ShardConfig
-from pipelines.shard import run_shard
+from pipelines.sharding.config import ShardConfig
+from pipelines.sharding.job import run_shard
 from training.config import TrainConfig
-from training.train import run_train
+from training.run.driver import run_train
 
 REPOSITORY = Path(__file__).parent.parent
 CONFIGS = REPOSITORY / "configs" / "demo"

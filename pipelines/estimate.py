@@ -11,19 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from infra.display.progress import progress
+from infra.display.table import Cell, Table, cell
 from infra.errors import ConfigError
 from infra.manifest import ShardRecord
-from infra.progress import progress
-from infra.table import Cell, Table, cell
-from pipelines.card import evenly
-from pipelines.config import ShardConfig
-from pipelines.plan import plan_shards
-from pipelines.shard import latent_encoder, resolve_degradation, write_shard
-from pipelines.sources import SourceFile, list_sources
+from pipelines.sharding.card import evenly
+from pipelines.sharding.config import ShardConfig
+from pipelines.sharding.job import latent_encoder, resolve_degradation, write_shard
+from pipelines.sharding.plan import plan_shards
+from pipelines.sharding.sources import SourceFile, list_sources
 from training.config import TrainConfig
 
 if TYPE_CHECKING:
-    from training.cost import StepCost
+    from training.run.requirements import StepCost
 
 NUM_FILES = 16
 GIB, MIB = 2**30, 2**20
@@ -127,7 +127,7 @@ class Assumed:
     @property
     def flops_per_second(self) -> float:
         """Of one GPU. ConfigError for a card without a known peak."""
-        from training.measure import PEAK_FLOPS
+        from training.run.meter import PEAK_FLOPS
 
         if self.card not in PEAK_FLOPS:
             raise ConfigError(
@@ -163,7 +163,7 @@ def estimate_training(config: TrainConfig, assumed: Assumed, sizes: Sequence[int
     GPU is assumed; all GPUs are taken to work without waiting for each other. A size for which the config's
     micro-batch is too large gets the largest that fits; in stage 2, whose result depends on it, it is left out.
     """
-    from training.cost import ingest_seconds, step_cost
+    from training.run.requirements import ingest_seconds, step_cost
 
     rate, ingest = assumed.flops_per_second, ingest_seconds(config)
     cost: StepCost | None = None
@@ -189,8 +189,8 @@ def _micro_batch(config: TrainConfig, num_gpus: int) -> int | None:
 def _estimate(
     config: TrainConfig, assumed: Assumed, cost: "StepCost", rate: float, ingest: float, num_gpus: int, micro: int
 ) -> TrainEstimate:
-    from training.cost import memory_needed
-    from training.ingest import window
+    from training.data.batches import window
+    from training.run.requirements import memory_needed
 
     activations = cost.activation_bytes * micro // config.runtime.micro_batch_size
     needed = memory_needed(cost.num_trained, cost.num_frozen, config, num_gpus) | {"activations": activations}
@@ -258,7 +258,7 @@ def train_tables(config: TrainConfig, assumed: Assumed, estimates: Sequence[Trai
 
 def _networks_table(config: TrainConfig) -> Table:
     """The parameters of the networks that a train config has, and which of them it trains."""
-    from training.cost import discriminator_table, parameter_table
+    from training.run.requirements import discriminator_table, parameter_table
 
     stage = "stage2" if config.stage == 2 else "stage1"
     rows = [
@@ -280,7 +280,7 @@ def _networks_table(config: TrainConfig) -> Table:
 
 def model_tables(preset: str) -> list[Table]:
     """The parameters of CCSR's networks and of the discriminators, counted on modules without memory."""
-    from training.cost import PAPER_MILLIONS, discriminator_table, parameter_table
+    from training.run.requirements import PAPER_MILLIONS, discriminator_table, parameter_table
 
     rows = parameter_table(preset)
     table = Table(("part", "parameters", "trained in"), f"{preset}: networks")

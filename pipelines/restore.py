@@ -12,17 +12,17 @@ import torch
 from pydantic import Field
 
 from infra.config import Config
+from infra.display.progress import progress
 from infra.errors import CcsrError, ConfigError, DataError, PartialResultError
 from infra.images import decode_image, encode_png, icc_profile, list_images
-from infra.numerics import NumericsConfig, set_numerics
-from infra.progress import progress
+from infra.process.numerics import NumericsConfig, set_numerics
 from infra.ray_runtime import RayConfig, on_actors
 from infra.run import claim_output
 from infra.storage import absolute, exists, join, list_files, put_if_absent, read_bytes
 from training.config import SamplingConfig
 from training.models import CcsrModel
-from training.restore import PreparedImage, fetch_model, prepare_image, restore_batch
-from training.train import model_id
+from training.restore.restore import PreparedImage, fetch_model, prepare_image, restore_batch
+from training.run.driver import model_id
 
 MIN_SIDE = 16
 IMAGES_PER_TASK = 8

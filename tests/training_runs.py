@@ -27,9 +27,9 @@ from infra.shards import IndexedEntry, write_tar
 from infra.storage import publish_if_absent, sha256_file
 from tests.small_networks import seeded_lpips, small_dino
 from training.config import TrainConfig
-from training.ingest import updates
+from training.data.batches import updates
 from training.models import CcsrModel
-from training.steps import Stage, build_stage
+from training.run.stages import Stage, build_stage
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -107,8 +107,8 @@ class Losses:
 
 def train_here(config: TrainConfig, rank: int = 0, world_size: int = 1, losses: Losses | None = None) -> list[float]:
     """Run the loop in this process, which is in a process group; the losses of the updates that it did."""
-    from training.loop import WorkerContext, train
-    from training.train import initial_model
+    from training.run.driver import initial_model
+    from training.run.worker import WorkerContext, train
 
     losses = losses or Losses()
     manifests = [Manifest.load(part.path) for part in config.data]
@@ -123,7 +123,7 @@ def join_group(rank: int, world_size: int, port: int) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     import deepspeed
 
-    from training.engine import skip_compiled_collectives
+    from training.run.engine import skip_compiled_collectives
 
     skip_compiled_collectives()
     torch.set_num_threads(1)
@@ -188,9 +188,9 @@ def with_bad_gradient(update: int) -> Callable[..., Stage]:
 
 def resave(config: TrainConfig, rank: int, world_size: int, output: str) -> None:
     """Restore the newest checkpoint into engines of this world size and write what they hold to `output`."""
-    from training import loop
-    from training.resume import Checkpoints
-    from training.train import initial_model
+    from training.run import worker as loop
+    from training.run.checkpointer import Checkpoints
+    from training.run.driver import initial_model
 
     context = loop.WorkerContext(rank, world_size, "cpu", {})
     stage = loop.build_stage(initial_model(config), config)
@@ -205,8 +205,9 @@ def resave(config: TrainConfig, rank: int, world_size: int, output: str) -> None
 def main(spec_file: str, rank: int) -> None:
     """A run's losses, and each rank's [kind of error, where] in LOSSES.RANK, are for the test to read."""
     from infra.errors import CcsrError
-    from training import loop, steps
-    from training.ranks import OtherRankError
+    from training.run import stages as steps
+    from training.run import worker as loop
+    from training.run.agreement import OtherRankError
 
     steps.load_dino, steps.load_lpips = small_dino, seeded_lpips
     spec = json.loads(Path(spec_file).read_text())

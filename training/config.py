@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from degradation.config import DegradationConfig
 from infra.config import EXTENDABLE, Config, Location
-from infra.numerics import NumericsConfig
+from infra.process.numerics import NumericsConfig
 from infra.ray_runtime import RayConfig
 from infra.tracking import TrackingConfig
 

@@ -20,8 +20,8 @@ import yaml
 from infra.images import encode_png
 from infra.shards import read_index
 from infra.storage import download, join, list_files, read_bytes
-from pipelines.clean import clean
-from pipelines.verify import verify
+from pipelines.sharding.clean import clean
+from pipelines.sharding.verify import verify
 
 CCSR = str(Path(sys.executable).with_name("ccsr"))
 NUM_PHOTOS, DRAWS, PER_SHARD = 24, 2, 2

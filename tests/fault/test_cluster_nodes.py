@@ -25,7 +25,7 @@ from infra.config import Config, parse_config
 from infra.storage import download_folder, join, read_bytes, write_bytes
 from tests.conftest import S3_SETTINGS
 from tests.training_runs import noise_shards, run_workers, train_config
-from training.checkpoint import complete_checkpoints, load_checkpoint
+from training.run.checkpoint import complete_checkpoints, load_checkpoint
 
 NUM_UPDATES = 20
 PATIENCE_SECONDS = 900

@@ -20,7 +20,7 @@ from mlflow.tracking import MlflowClient
 
 from infra.manifest import Manifest
 from tests.training_runs import noise_shards, run_workers, train_config
-from training.checkpoint import complete_checkpoints, load_checkpoint
+from training.run.checkpoint import complete_checkpoints, load_checkpoint
 
 CCSR = str(Path(sys.executable).with_name("ccsr"))
 NUM_UPDATES = 30

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from infra import rng_for
-from training.checkpoint import complete_checkpoints, load_checkpoint
 from training.config import TrainConfig
-from training.ranks import WorkerContext
-from training.resume import Checkpoints
+from training.run.agreement import WorkerContext
+from training.run.checkpoint import complete_checkpoints, load_checkpoint
+from training.run.checkpointer import Checkpoints
 
 FOLDER = Path(__file__).parent / "checkpoint"
 PLACE = FOLDER / "checkpoints" / "000000000024"

@@ -8,7 +8,7 @@ import pytest
 
 from infra import ConfigError
 from training.config import SizeRule
-from training.sizes import published_input, published_output
+from training.restore.published_sizes import published_input, published_output
 
 RECORD = np.load(Path(__file__).parent / "data" / "ccsr" / "preprocess_sizes.npz")
 ROWS = [dict(zip(RECORD["columns"].tolist(), row.tolist(), strict=True)) for row in RECORD["rows"]]

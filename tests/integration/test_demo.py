@@ -16,12 +16,12 @@ from degradation import apply
 from evaluation import g_std, l_std, psnr_y, ssim_y
 from infra.images import decode_image, read_image
 from infra.manifest import Manifest
-from pipelines.verify import verify
+from pipelines.sharding.verify import verify
 from tests.integration.conftest import REPOSITORY, run_ccsr
-from training.checkpoint import complete_checkpoints, load_checkpoint
 from training.config import SamplingConfig
 from training.models import load_model
-from training.restore import restore_runs
+from training.restore.restore import restore_runs
+from training.run.checkpoint import complete_checkpoints, load_checkpoint
 
 METHODS = {"bicubic": 1, "uniform": 10, "truncated": 10, "ccsr": 10}
 KEYS = ["skimage-astronaut-000-0", "skimage-chelsea-000-0", "skimage-coffee-000-0", "sklearn-china-000-0"]

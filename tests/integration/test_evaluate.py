@@ -12,7 +12,7 @@ from mlflow.tracking import MlflowClient
 from evaluation.compare import compare
 from evaluation.config import EvaluateConfig
 from evaluation.job import run_evaluate
-from evaluation.log import log_comparison
+from evaluation.mlflow_log import log_comparison
 from evaluation.results import load_result
 from infra.config import apply_overrides, load_yaml, parse_config
 from infra.errors import ClusterError, ConfigError, DataError

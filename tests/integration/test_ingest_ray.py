@@ -19,11 +19,11 @@ from infra.images import UnusableImageError
 from infra.manifest import Manifest
 from tests.training_runs import noise_shards, train_config
 from tests.unit.photos import make_shard_set, make_two_sets, save_photos, shard_config
-from training.checkpoint import complete_checkpoints, load_checkpoint
 from training.config import TrainConfig
-from training.ingest import Batch, updates, window
-from training.samples import Place, SampleMaker, SampleReader, TrainingSample
-from training.train import run_train
+from training.data.batches import Batch, updates, window
+from training.data.samples import Place, SampleMaker, SampleReader, TrainingSample
+from training.run.checkpoint import complete_checkpoints, load_checkpoint
+from training.run.driver import run_train
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers cannot import a test module
 

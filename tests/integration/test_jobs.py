@@ -12,12 +12,12 @@ from infra.config import parse_config
 from infra.errors import ConfigError, DataError, ModelError, PartialResultError
 from infra.images import encode_png
 from infra.manifest import Manifest
-from pipelines.config import ShardConfig
-from pipelines.shard import run_shard
-from pipelines.verify import verify
+from pipelines.sharding.config import ShardConfig
+from pipelines.sharding.job import run_shard
+from pipelines.sharding.verify import verify
 from training.config import ModelConfig, TrainConfig
 from training.models import build_model, save_model
-from training.train import run_train
+from training.run.driver import run_train
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 

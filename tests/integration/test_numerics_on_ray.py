@@ -11,13 +11,13 @@ import pytest
 
 import evaluation.job
 import pipelines.restore
-import pipelines.shard
-import training.train
+import pipelines.sharding.job
+import training.run.driver
 from evaluation.config import EvaluateConfig
 from infra import ModelError
 from infra.images import encode_png
-from pipelines.config import ShardConfig
 from pipelines.restore import RestoreConfig
+from pipelines.sharding.config import ShardConfig
 from tests.training_runs import noise_shards, train_config
 from training.config import ModelConfig
 from training.models import build_model, save_model
@@ -63,31 +63,31 @@ def photo(folder: Path, size: int = 32) -> str:
 
 @pytest.mark.slow
 def test_training_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    report, worker = reporter(tmp_path), training.train._worker
+    report, worker = reporter(tmp_path), training.run.driver._worker
 
     def reporting(settings: dict[str, Any]) -> None:
-        import training.loop
+        import training.run.worker
 
-        training.loop.train = lambda *_: report()
+        training.run.worker.train = lambda *_: report()
         worker(settings)
 
-    monkeypatch.setattr(training.train, "_worker", reporting)
+    monkeypatch.setattr(training.run.driver, "_worker", reporting)
     config = train_config(noise_shards(tmp_path / "set", 4), tmp_path / "run", num_updates=1, numerics=NUMERICS)
     tracking = config.tracking.model_copy(update={"uri": f"sqlite:///{tmp_path}/mlflow.db"})
     with pytest.raises(ModelError, match="checkpoint after 1 updates is gone"):  # nothing was trained
-        training.train.run_train(config.model_copy(update={"tracking": tracking}))
+        training.run.driver.run_train(config.model_copy(update={"tracking": tracking}))
     assert_all_reported(tmp_path)
 
 
 def test_latents_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    report, encoder = reporter(tmp_path), pipelines.shard.latent_encoder
+    report, encoder = reporter(tmp_path), pipelines.sharding.job.latent_encoder
 
     def reporting(config: ShardConfig, device: str | None = None) -> Any:
         if device is None:  # a worker's; the driver's reads the encoder's identity
             report()
         return encoder(config, device)
 
-    monkeypatch.setattr(pipelines.shard, "latent_encoder", reporting)
+    monkeypatch.setattr(pipelines.sharding.job, "latent_encoder", reporting)
     save_model(build_model(ModelConfig(), 0), tmp_path / "model")
     values = {
         "job": "shard",
@@ -97,7 +97,7 @@ def test_latents_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         "degradation": "bicubic",
         "latents": {"model": str(tmp_path / "model")},  # deterministic by default
     }
-    assert pipelines.shard.run_shard(ShardConfig.model_validate(values)).num_samples == 1
+    assert pipelines.sharding.job.run_shard(ShardConfig.model_validate(values)).num_samples == 1
     assert_all_reported(tmp_path)
 
 

@@ -12,14 +12,14 @@ from evaluation.job import run_evaluate
 from evaluation.results import EvaluationResult
 from infra.config import parse_config
 from infra.images import encode_png, resize_bicubic
-from pipelines.config import ShardConfig
-from pipelines.models import run_convert
-from pipelines.shard import run_shard
+from pipelines.convert import run_convert
+from pipelines.sharding.config import ShardConfig
+from pipelines.sharding.job import run_shard
 from tests.integration.conftest import REPOSITORY
 from tests.training_runs import train_config
 from training.config import ModelConfig
 from training.models import StableSrModel, build_model, load_model, save_model
-from training.train import run_train
+from training.run.driver import run_train
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 TINY_BASE = str(REPOSITORY / "training" / "models" / "tiny_base")

@@ -20,12 +20,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from infra.doctor import diagnose
+from infra.cluster.doctor import diagnose
+from infra.cluster.jobs import Need, follow, job_status, list_jobs, stop, submit
+from infra.cluster.server import cluster_facts, connect
 from infra.errors import ClusterError, ConfigError, StorageError
-from infra.job_client import cluster_facts, connect
-from infra.jobs import Need, follow, job_status, list_jobs, stop, submit
 from infra.manifest import Manifest
-from pipelines.cli import app
+from pipelines.cli.main import app
 from tests.integration.conftest import REPOSITORY, run_ccsr
 
 
@@ -195,10 +195,10 @@ PLACEMENT = """
 import json, sys, time
 import numpy as np
 import ray
-from infra.numerics import NumericsConfig
+from infra.process.numerics import NumericsConfig
 from infra.ray_runtime import RayConfig, on_actors, ray_cluster
-from training.ingest import _on_ray
-from training.samples import TrainingSample
+from training.data.batches import _on_ray
+from training.data.samples import TrainingSample
 
 def node(task):
     return {"node": ray.get_runtime_context().get_node_id()}

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 
-import training.resume
+import training.run.checkpointer
 from infra.errors import ConfigError, ModelError, StoppedError, StorageError
 from infra.manifest import Manifest
 from tests.small_networks import seeded_lpips, small_dino
@@ -30,11 +30,11 @@ from tests.training_runs import (
     train_here,
     with_bad_gradient,
 )
-from training.checkpoint import TrainingState, complete_checkpoints, load_checkpoint
-from training.ingest import updates
-from training.samples import SampleReader
-from training.steps import build_stage
-from training.train import initial_model
+from training.data.batches import updates
+from training.data.samples import SampleReader
+from training.run.checkpoint import TrainingState, complete_checkpoints, load_checkpoint
+from training.run.driver import initial_model
+from training.run.stages import build_stage
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "losses"
 LONG = 30
@@ -74,8 +74,8 @@ def one_gradient(precision: str, zero_stage: int) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def process_group() -> Iterator[None]:
     patch = pytest.MonkeyPatch()
-    patch.setattr("training.steps.load_dino", small_dino)
-    patch.setattr("training.steps.load_lpips", seeded_lpips)
+    patch.setattr("training.run.stages.load_dino", small_dino)
+    patch.setattr("training.run.stages.load_lpips", seeded_lpips)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR"):
         patch.setenv(name, "")  # so that `undo` takes what `join_group` sets away again
     threads = torch.get_num_threads()
@@ -383,7 +383,7 @@ def gradients(process_group: None, data: str) -> dict[str, Gradient]:
 def test_a_gradient_that_is_not_finite_ends_the_run_with_the_updates_keys(
     process_group, data, tmp_path, monkeypatch, precision, zero_stage
 ):
-    monkeypatch.setattr("training.loop.build_stage", with_bad_gradient(1))
+    monkeypatch.setattr("training.run.worker.build_stage", with_bad_gradient(1))
     config = train_config(data, tmp_path, num_updates=3, **combination(precision, zero_stage, 1))
     with pytest.raises(ModelError, match="not finite at update 1: gradient_norm") as caught:
         train_here(config)
@@ -407,7 +407,7 @@ def test_a_discriminator_that_is_not_finite_ends_the_run(process_group, data, tm
         next(stage.trained_discriminator.parameters()).data.fill_(float("nan"))
         return stage
 
-    monkeypatch.setattr("training.loop.build_stage", spoilt)
+    monkeypatch.setattr("training.run.worker.build_stage", spoilt)
     loss = {"gan_start_update": 9, "discriminator_width": 16}
     with pytest.raises(ModelError, match="not finite at update 0: d_loss nan"):
         train_here(train_config(data, tmp_path, stage=2, num_updates=1, num_steps=3, decoder_loss=loss))
@@ -481,7 +481,7 @@ def test_incomplete_and_damaged_checkpoints_are_passed_over(one, data, tmp_path,
 
 
 def in_loop(config: Any, **context: Any) -> list[float]:
-    from training.loop import WorkerContext, train
+    from training.run.worker import WorkerContext, train
 
     losses = Losses()
     manifests = [Manifest.load(part.path) for part in config.data]
@@ -505,14 +505,14 @@ def test_a_stop_saves_at_the_next_update_and_the_same_call_goes_on(one, data, tm
 
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_costs_no_other(one, data, tmp_path, monkeypatch):
     config = train_config(data, tmp_path, num_updates=5, runtime={"checkpoint_every": 1})
-    real = training.resume.save_checkpoint
+    real = training.run.checkpointer.save_checkpoint
 
     def lost_at_third(output: str, state: TrainingState, **options: Any) -> str:
         if state.facts["num_updates"] == 3:
             raise StorageError("the bucket is gone", where=output, todo="look")
         return real(output, state, **options)
 
-    monkeypatch.setattr(training.resume, "save_checkpoint", lost_at_third)
+    monkeypatch.setattr(training.run.checkpointer, "save_checkpoint", lost_at_third)
     with pytest.raises(StorageError, match="the bucket is gone"):
         in_loop(config)
     monkeypatch.undo()

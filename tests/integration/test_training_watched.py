@@ -10,12 +10,12 @@ from infra.config import parse_config
 from infra.images import decode_image
 from infra.manifest import Manifest
 from tests.unit.photos import make_shard_set, save_photos, shard_config
-from training.checkpoint import complete_checkpoints, load_checkpoint
 from training.config import TrainConfig
 from training.models import load_model
-from training.ranks import WorkerContext
-from training.train import run_train
-from training.validation import Validation
+from training.run.agreement import WorkerContext
+from training.run.checkpoint import complete_checkpoints, load_checkpoint
+from training.run.driver import run_train
+from training.run.validation import Validation
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ import numpy as np
 from infra import rng_for
 from infra.images import encode_png
 from infra.manifest import Manifest, write_manifest
-from pipelines.config import ShardConfig
-from pipelines.plan import plan_shards
-from pipelines.shard import _facts, resolve_degradation, write_shard
-from pipelines.sources import list_sources
+from pipelines.sharding.config import ShardConfig
+from pipelines.sharding.job import _facts, resolve_degradation, write_shard
+from pipelines.sharding.plan import plan_shards
+from pipelines.sharding.sources import list_sources
 
 
 def photo(height: int, width: int, seed: int = 0) -> np.ndarray:

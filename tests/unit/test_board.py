@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from training import board as module
-from training.board import Board, BoardState, Watch
+from training.run import board as module
+from training.run.board import Board, BoardState, Watch
 
 
 class Clock:

@@ -10,7 +10,7 @@ from torch import nn
 
 from infra import ModelError
 from infra.storage import join, list_files, read_bytes, remove, write_bytes
-from training.checkpoint import (
+from training.run.checkpoint import (
     TrainingState,
     best_checkpoint,
     check_tensors,
@@ -101,7 +101,7 @@ def test_saving_at_a_position_again_replaces_the_damaged_one(output: str) -> Non
 def test_removal_takes_the_mark_of_completeness_first(output: str, monkeypatch: pytest.MonkeyPatch) -> None:
     place = save_checkpoint(output, state(8), keep=1)
     removed: list[str] = []
-    monkeypatch.setattr("training.checkpoint.remove", removed.append)
+    monkeypatch.setattr("training.run.checkpoint.remove", removed.append)
     remove_checkpoint(place)
     assert removed[0] == join(place, "complete.json")
     assert set(removed) == set(list_files(place))

@@ -16,7 +16,7 @@ from PIL import Image
 
 from infra import DataError
 from infra.storage import list_files, write_bytes
-from pipelines import cli
+from pipelines.cli import main as cli
 
 SHARD = """\
 job: shard
@@ -164,9 +164,9 @@ def test_an_output_made_from_something_else_is_refused_with_the_difference(
 ) -> None:
     save_photos(tmp_path / "photos", [(64, 64)])
     from infra.run import claim_output
-    from pipelines.plan import source_id
-    from pipelines.shard import LIBRARIES
-    from pipelines.sources import list_sources
+    from pipelines.sharding.job import LIBRARIES
+    from pipelines.sharding.plan import source_id
+    from pipelines.sharding.sources import list_sources
 
     config = shard_config(tmp_path / "photos", tmp_path / "out", degradation="bicubic")
     inputs = {"source_id": source_id(list_sources(config.sources))}
@@ -273,7 +273,7 @@ def test_global_options_stand_anywhere_before_and_behind_the_dashes(
     def submit(address: str | None, command: list[str], *_: object, **__: object) -> None:
         raise DataError(" ".join(command), where="here", todo="look")
 
-    monkeypatch.setattr("infra.jobs.submit", submit)
+    monkeypatch.setattr("infra.cluster.jobs.submit", submit)
     if debug:
         with pytest.raises(DataError) as caught:
             ccsr(*arguments.split())
@@ -295,7 +295,7 @@ def test_ctrl_c_says_that_the_work_goes_on(
     def interrupted(uri: str) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pipelines.verify.verify", interrupted)
+    monkeypatch.setattr("pipelines.sharding.verify.verify", interrupted)
     ended = ccsr("verify", str(tmp_path))
     assert ended.code == 130
     assert "the same command goes on from here" in ended.err
@@ -316,7 +316,7 @@ HEAVY = {"torch", "ray", "diffusers", "transformers", "mlflow", "deepspeed", "cv
 
 
 def test_the_command_starts_light() -> None:
-    code = "import json, sys; import pipelines.cli; print(json.dumps(sorted(sys.modules)))"
+    code = "import json, sys; import pipelines.cli.main; print(json.dumps(sorted(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded: list[Any] = json.loads(done.stdout)
 

@@ -13,11 +13,11 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from infra.cluster import ClusterConfig
+from infra.cluster.config import ClusterConfig
+from infra.cluster.render import render
 from infra.config import load_config, parse_config
 from infra.errors import ConfigError
 from infra.ray_runtime import cpus_here
-from infra.render import render
 
 REPOSITORY = Path(__file__).parents[2]
 FIELDS = yaml.safe_load((Path(__file__).parent / "kuberay_fields.yaml").read_text())

@@ -24,7 +24,7 @@ from infra.config import (
     parse_config,
     result_part,
 )
-from pipelines.config import ShardConfig
+from pipelines.sharding.config import ShardConfig
 from training.config import TrainConfig
 
 SHARD: dict[str, Any] = {
@@ -206,7 +206,7 @@ def test_every_ready_config_is_shown_without_a_heavy_import() -> None:
     """In a fresh process, as a user asks for it: 0.3 s of CPU, where the networks alone would take 8."""
     code = """
 import sys
-from pipelines.cli import main
+from pipelines.cli.main import main
 for file in sys.argv[1:]:
     sys.argv = ["ccsr", "config", "show", "-c", file]
     try:

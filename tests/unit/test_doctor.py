@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from infra import doctor
-from infra.doctor import Line, diagnose
-from infra.job_client import ClusterFacts
+from infra.cluster import doctor
+from infra.cluster.doctor import Line, diagnose
+from infra.cluster.server import ClusterFacts
 from infra.storage import list_files, write_bytes
-from pipelines.cli import app
+from pipelines.cli.main import app
 
 
 def lines_of(name: str, lines: list[Line]) -> list[Line]:

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from infra import ClusterError, ModelError
+from infra.cluster.jobs import _refuse_passwords, _start_once
+from infra.cluster.server import cluster_facts, connect
 from infra.errors import line_of
-from infra.job_client import cluster_facts, connect
-from infra.jobs import _refuse_passwords, _start_once
 from infra.ray_runtime import RayConfig, lost_worker, ray_cluster
 from infra.tracking import mlflow_errors
 from training.models.directory import read_checkpoint

@@ -11,8 +11,8 @@ import torch
 
 import infra.weights
 from evaluation.config import EvaluateConfig, FolderSet
+from evaluation.metrics.registry import UNAVAILABLE, Quality, metric_origins
 from evaluation.outputs import find_outputs, outputs_id
-from evaluation.quality import UNAVAILABLE, Quality, metric_origins
 from evaluation.sets import EvaluationImage, load_sets
 from infra import ConfigError, DataError, ModelError
 from infra.config import parse_config
@@ -133,10 +133,10 @@ def test_one_run_is_refused_by_the_config() -> None:
 
 def test_a_metric_without_weights_is_unavailable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CCSR_WEIGHTS", str(tmp_path))
-    monkeypatch.setattr("evaluation.quality._release", lambda package: None)
+    monkeypatch.setattr("evaluation.metrics.registry._release", lambda package: None)
     metrics = ("psnr_y", "lpips", "dists", "fid", "musiq")
     assert metric_origins(metrics) == dict.fromkeys(metrics[1:], UNAVAILABLE)
-    monkeypatch.setattr("evaluation.quality._release", lambda package: "1.2")
+    monkeypatch.setattr("evaluation.metrics.registry._release", lambda package: "1.2")
     assert metric_origins(["fid", "musiq"]) == {"fid": UNAVAILABLE, "musiq": UNAVAILABLE}
 
 
@@ -148,7 +148,7 @@ def test_a_metric_of_pyiqa_is_available_once_its_weights_load(monkeypatch: pytes
             raise URLError("Name or service not known")  # what it raises where the hub cannot be reached
         return f"{name} on {device}"
 
-    monkeypatch.setattr("evaluation.quality._release", lambda package: "1.2")
+    monkeypatch.setattr("evaluation.metrics.registry._release", lambda package: "1.2")
     monkeypatch.setitem(sys.modules, "pyiqa", SimpleNamespace(create_metric=create_metric))
     assert metric_origins(["musiq", "clipiqa"]) == {"musiq": UNAVAILABLE, "clipiqa": "pyiqa 1.2"}
     with pytest.raises(ModelError, match="pyiqa cannot load musiq here"):

@@ -5,7 +5,7 @@ import sys
 
 SCRIPT = """
 import sys, psutil
-from infra import memory
+from infra.process import memory
 
 def held():
     return psutil.Process().memory_info().rss >> 20

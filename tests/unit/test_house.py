@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from evaluation.config import EvaluateConfig
-from infra.cluster import ClusterConfig
+from infra.cluster.config import ClusterConfig
 from infra.config import load_config, parse_config
-from pipelines.config import ShardConfig
+from pipelines.sharding.config import ShardConfig
 from training.config import TrainConfig
 
 ROOT = Path(__file__).parents[2]
@@ -23,7 +23,7 @@ def test_each_floor_imports_only_those_below():
     lint = Path(sys.executable).with_name("lint-imports")
     done = subprocess.run([lint, "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
-    assert "2 kept, 0 broken" in done.stdout
+    assert "4 kept, 0 broken" in done.stdout
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
@@ -41,7 +41,7 @@ def sources_with(pattern: str) -> dict[str, str]:
 
 def test_what_runs_networks_on_ray_sets_their_numerics():
     """`infra.ray_runtime.on_actors` asks its callers for them; whoever starts work otherwise does it itself."""
-    without_networks = {"training/board.py", "training/ingest.py"}
+    without_networks = {"training/run/board.py", "training/data/batches.py"}
     starting = sources_with(r"ray\.remote\(|ray\.data\.\w+\(|TorchTrainer\(")
     assert starting.keys() > without_networks
     for name in starting.keys() - without_networks:
@@ -49,9 +49,13 @@ def test_what_runs_networks_on_ray_sets_their_numerics():
 
 
 def test_free_memory_refuses_and_never_decides():
-    """Doctor reports a card's; the two others raise. A new caller may do no more: see `infra.memory.free_memory`."""
-    assert sources_with("mem_get_info|virtual_memory").keys() == {"infra/memory.py", "infra/doctor.py"}
-    assert sources_with("free_memory").keys() == {"infra/memory.py", "training/cost.py", "training/restore.py"}
+    """Doctor reports a card's; the two others raise. A new caller may do no more: see its docstring."""
+    assert sources_with("mem_get_info|virtual_memory").keys() == {"infra/process/memory.py", "infra/cluster/doctor.py"}
+    assert sources_with("free_memory").keys() == {
+        "infra/process/memory.py",
+        "training/run/requirements.py",
+        "training/restore/restore.py",
+    }
 
 
 def test_readme_shows_the_three_jobs_with_valid_yaml():

@@ -15,7 +15,7 @@ from photos import make_shard_set, make_two_sets, save_photos, shard_config
 from pydantic import ValidationError
 from safetensors.numpy import save
 
-import training.train
+import training.run.driver
 from degradation import degrade, load_preset
 from infra import ConfigError, DataError, StorageError, rng_for, storage
 from infra.config import result_part
@@ -24,11 +24,11 @@ from infra.manifest import Manifest, ShardRecord, commit_record, write_manifest
 from infra.shards import IndexedEntry, read_sample, write_tar
 from infra.storage import sha256_file
 from training.config import ModelConfig, TrainConfig, TrainingSet
-from training.ingest import Batch, check_cpus, collate, updates, window
+from training.data.batches import Batch, check_cpus, collate, updates, window
+from training.data.order import Order
+from training.data.samples import MOMENTS, Place, SampleMaker, SampleReader, TrainingSample, check_latents
 from training.models import CcsrModel, build_model
-from training.order import Order
-from training.samples import MOMENTS, Place, SampleMaker, SampleReader, TrainingSample, check_latents
-from training.steps import build_stage
+from training.run.stages import build_stage
 
 
 @pytest.fixture(scope="module")
@@ -339,8 +339,8 @@ def test_a_shard_that_changed_is_told(tmp_path: Path) -> None:
 
 
 def test_a_dataset_that_changed_since_the_run_began_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training.train, "_fit", lambda *_: None)
-    monkeypatch.setattr(training.train, "_export", lambda *_: None)
+    monkeypatch.setattr(training.run.driver, "_fit", lambda *_: None)
+    monkeypatch.setattr(training.run.driver, "_export", lambda *_: None)
     save_photos(tmp_path / "photos", [(64, 64)] * 2)
     for name in ("one", "moved", "other"):
         if name == "other":
@@ -355,15 +355,15 @@ def test_a_dataset_that_changed_since_the_run_began_is_refused(tmp_path: Path, m
         )
         for name in ("one", "moved", "other")
     }
-    training.train.run_train(runs["one"])
-    training.train.run_train(runs["moved"])
+    training.run.driver.run_train(runs["one"])
+    training.run.driver.run_train(runs["moved"])
     with pytest.raises(ConfigError, match=r"made from something else: inputs\.dataset_ids"):
-        training.train.run_train(runs["other"])
+        training.run.driver.run_train(runs["other"])
 
 
 def test_a_task_does_not_import_the_networks() -> None:
     """They take seconds and some hundred MB of every worker process on every CPU node."""
-    code = "import sys, training.ingest; print(sorted({'diffusers', 'transformers', 'ray'} & set(sys.modules)))"
+    code = "import sys, training.data.batches; print(sorted({'diffusers', 'transformers', 'ray'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout == "[]\n"
 

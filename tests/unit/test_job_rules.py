@@ -7,12 +7,12 @@ import pytest
 from typer.testing import CliRunner
 
 from infra import ClusterError, ConfigError
+from infra.cluster.jobs import Need, _identity, _refuse_passwords, _ship_configs, _start_once, exit_code
+from infra.cluster.server import job_server, same_release
 from infra.errors import without_passwords
-from infra.job_client import job_server, same_release
-from infra.jobs import Need, _identity, _refuse_passwords, _ship_configs, _start_once, exit_code
 from infra.ray_runtime import GpuCount, RayConfig, check_gpus, count_gpus, cpu_work
-from pipelines.cli import app
-from pipelines.needs import needs_of
+from pipelines.cli.main import app
+from pipelines.cli.needs import needs_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 ON_S3 = ("--set", "output=s3://b/out")

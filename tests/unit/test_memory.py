@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from infra import ConfigError
-from infra.memory import free_memory
+from infra.process.memory import free_memory
 from training.config import ModelConfig, TrainConfig
-from training.cost import check_memory, memory_needed, parameter_table
 from training.models import build_model
-from training.ranks import WorkerContext
+from training.run.agreement import WorkerContext
+from training.run.requirements import check_memory, memory_needed, parameter_table
 
 
 def config(stage: int = 1, precision: str = "fp32", zero_stage: int = 1) -> TrainConfig:

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from infra import ConfigError, ModelError, StorageError
 from infra.storage import list_files, read_bytes, upload_folder, write_bytes
-from pipelines.cli import app
-from pipelines.models import run_convert
+from pipelines.cli.main import app
+from pipelines.convert import run_convert
 from training.config import ModelConfig
 from training.models import build_model, load_model, save_model
 from training.models.directory import WEIGHTS

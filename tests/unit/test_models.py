@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from infra import ConfigError, ModelError, StorageError
 from training.config import ModelConfig
-from training.cost import PAPER_MILLIONS, parameter_table
 from training.models import (
     CcsrModel,
     build_model,
@@ -21,6 +20,7 @@ from training.models import (
     save_model,
 )
 from training.models.directory import WEIGHTS
+from training.run.requirements import PAPER_MILLIONS, parameter_table
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

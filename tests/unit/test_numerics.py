@@ -13,17 +13,17 @@ from typing import Any
 import pytest
 import torch
 
+import benchmarks.pretrain
 import pipelines.restore
-import training.pretrain
+from benchmarks.pretrain import PretrainConfig
 from evaluation.config import EvaluateConfig
 from infra import ConfigError
 from infra.config import Config, parse_config, result_part
-from infra.numerics import NumericsConfig, set_numerics
+from infra.process.numerics import NumericsConfig, set_numerics
 from infra.run import claim_output
-from pipelines.config import ShardConfig
 from pipelines.restore import RestoreConfig
+from pipelines.sharding.config import ShardConfig
 from training.config import TrainConfig
-from training.pretrain import PretrainConfig
 
 TRAIN = {"job": "train", "output": "o", "stage": 1, "data": ["d"], "num_updates": 1}
 EVALUATE = {"job": "evaluate", "output": "o", "data": ["d"], "methods": [{"kind": "bicubic"}]}
@@ -69,7 +69,7 @@ def test_everything_is_set_either_way(settings: Callable[[], dict[str, Any]]) ->
 
 
 def test_the_schema_imports_no_torch() -> None:
-    code = "import sys; import infra.numerics; sys.exit('torch' in sys.modules)"
+    code = "import sys; import infra.process.numerics; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -138,9 +138,9 @@ def test_commands_in_one_process_apply_them(
     monkeypatch.setattr(pipelines.restore, "Restorer", reached)
     with pytest.raises(Reached):
         list(pipelines.restore._outcomes([{}], "o", "m", RestoreConfig(numerics=numerics)))
-    monkeypatch.setattr(training.pretrain, "build_model", reached)
+    monkeypatch.setattr(benchmarks.pretrain, "build_model", reached)
     photos = {"photos": str(tmp_path), "train": ("a",), "validation": ("a",), "output": str(tmp_path)}
     minutes = {"vae_minutes": 0, "decoder_minutes": 0, "denoiser_minutes": 0}
     with pytest.raises(Reached):
-        training.pretrain.pretrain(PretrainConfig(**photos, **minutes, threads=1, numerics=numerics))
+        benchmarks.pretrain.pretrain(PretrainConfig(**photos, **minutes, threads=1, numerics=numerics))
     assert seen == [DETERMINISTIC, DETERMINISTIC]

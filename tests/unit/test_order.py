@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from infra import ConfigError, rng_for
 from training.config import legal_world_sizes
-from training.order import Order, positions_of
+from training.data.order import Order, positions_of
 
 WORLD_SIZES = [1, 2, 3, 4, 6, 8, 12, 24]
 

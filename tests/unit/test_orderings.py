@@ -7,7 +7,7 @@ import pytest
 from result_folder import noisy, photographs, write_result
 from rich.console import Console
 
-from evaluation.orderings import Ordering, orderings_note, orderings_table, published_orderings
+from evaluation.report.orderings import Ordering, orderings_note, orderings_table, published_orderings
 from evaluation.results import load_result
 
 GROUP = "Table 4, RealSR"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import infra.weights
-from evaluation.quality import Quality
+from evaluation.metrics.registry import Quality
 from infra import ModelError
 from training.config import ModelConfig
 from training.models import EncoderFeatures, build_model, load_dists, load_lpips

@@ -8,7 +8,7 @@ import pytest
 from photos import photo
 
 from infra import rng_for
-from infra.phash import NEAR_BITS, near_pairs, perceptual_hash
+from pipelines.sharding.phash import NEAR_BITS, near_pairs, perceptual_hash
 
 skimage = pytest.importorskip("skimage", reason="the photographs come with the extra `demo`")
 sklearn = pytest.importorskip("sklearn", reason="the photographs come with the extra `demo`")

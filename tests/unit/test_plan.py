@@ -10,10 +10,10 @@ from photos import save_photos, shard_config
 
 from infra import DataError
 from infra.shards import KEY_PATTERN
-from pipelines import sources
-from pipelines.config import ShardConfig
-from pipelines.plan import plan_shards, source_id
-from pipelines.sources import SourceFile, list_sources
+from pipelines.sharding import sources
+from pipelines.sharding.config import ShardConfig
+from pipelines.sharding.plan import plan_shards, source_id
+from pipelines.sharding.sources import SourceFile, list_sources
 
 NAME = st.text(st.sampled_from("ab-_. é/写"), min_size=1, max_size=70).filter(lambda name: "//" not in f"/{name}")
 FILES = st.lists(NAME, min_size=1, max_size=12, unique=True)

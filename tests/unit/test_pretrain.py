@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.pretrain import PretrainConfig, draw_crop, encoded_pairs, pretrain, velocity
 from infra.images import encode_png
 from tests.unit.photos import photo
 from training.models import load_model
 from training.models.directory import PARTS, WEIGHTS, read_weights
-from training.pretrain import PretrainConfig, draw_crop, encoded_pairs, pretrain, velocity
 from training.sampling import predict_x0
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from infra import progress as module
-from infra.progress import progress
+from infra.display import progress as module
+from infra.display.progress import progress
 
 
 def test_lines_tell_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from infra import DataError
-from training.ranks import WorkerContext, agree, attempt, sigterm_noted
+from training.run.agreement import WorkerContext, agree, attempt, sigterm_noted
 
 
 def test_sigterm_is_noted_from_any_thread_and_ends_the_process_only_outside() -> None:

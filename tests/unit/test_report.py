@@ -17,9 +17,9 @@ from result_folder import noisy, photographs, write_result
 from rich.console import Console
 
 from evaluation import l_std, psnr_y
-from evaluation.report import write_report
+from evaluation.report.page import write_report
+from evaluation.report.tables import interval_table, published_summary, score_table, table_rows
 from evaluation.results import image_row, load_result, summarise
-from evaluation.tables import interval_table, published_summary, score_table, table_rows
 from infra import ConfigError, DataError, StorageError
 from infra.images import read_image
 

@@ -17,15 +17,15 @@ from typer.testing import CliRunner
 from infra import ConfigError, DataError, ModelError, PartialResultError
 from infra.images import decode_image, encode_png
 from infra.storage import read_bytes, upload_folder, write_bytes
-from pipelines.cli import app
-from pipelines.needs import needs_of
+from pipelines.cli.main import app
+from pipelines.cli.needs import needs_of
 from pipelines.restore import RestoreConfig, RestoreRuntime, _resolved
 from pipelines.restore import restore as run_restore
-from training import restore
 from training.config import ModelConfig, SamplingConfig
 from training.models import CcsrModel, build_model, save_model
-from training.restore import prepare_image, restore_batch, restore_runs
-from training.tiled_vae import VAE_BYTES, WHOLE_PLANES, plane_bytes
+from training.restore import restore
+from training.restore.banded_vae import VAE_BYTES, WHOLE_PLANES, plane_bytes
+from training.restore.restore import prepare_image, restore_batch, restore_runs
 
 FAST = SamplingConfig(num_steps=4)
 
@@ -238,7 +238,7 @@ def test_guidance_mixes_two_prompts(model: CcsrModel, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("rule", ["v1", "v1_tiled", "v2"])
 def test_published_sizes_come_back_as_asked(model: CcsrModel, rule: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.sizes.SHORT_SIDE", 64)
+    monkeypatch.setattr("training.restore.published_sizes.SHORT_SIDE", 64)
     config = SamplingConfig(num_steps=3, sizes=rule)
     (image,) = restore_runs(model, photo(20, 31), (40, 62), config, seed=0, key="x", runs=[0])
     assert image.shape == (40, 62, 3)

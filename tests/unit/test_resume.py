@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-import training.checkpoint
-import training.resume
+import training.run.checkpoint
+import training.run.checkpointer
 from infra import DataError, StorageError, storage
-from training.checkpoint import TrainingState, complete_checkpoints, load_checkpoint, save_checkpoint
 from training.config import TrainConfig
-from training.ranks import WorkerContext
-from training.resume import Checkpoints
+from training.run.agreement import WorkerContext
+from training.run.checkpoint import TrainingState, complete_checkpoints, load_checkpoint, save_checkpoint
+from training.run.checkpointer import Checkpoints
 
 
 class Run:
@@ -50,7 +50,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_the_next_one_waits(
         assert go_on.acquire(timeout=60)
         return save_checkpoint(output, state, keep=keep)
 
-    monkeypatch.setattr(training.resume, "save_checkpoint", slow)
+    monkeypatch.setattr(training.run.checkpointer, "save_checkpoint", slow)
     run = Run(str(tmp_path))
     run.update()
     as_saved = run.module.weight.detach().clone()
@@ -122,7 +122,7 @@ def written(checkpoints: Checkpoints) -> None:
 def test_a_write_that_fails_half_way_leaves_the_checkpoints_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = training.checkpoint.upload
+    real = training.run.checkpoint.upload
 
     def full(local: Path, uri: str) -> None:
         if local.name == "weights.safetensors":
@@ -133,7 +133,7 @@ def test_a_write_that_fails_half_way_leaves_the_checkpoints_before(
     run.update()
     run.checkpoints.save(1)
     written(run.checkpoints)
-    monkeypatch.setattr("training.checkpoint.upload", full)
+    monkeypatch.setattr("training.run.checkpoint.upload", full)
     run.checkpoints.save(2)
     with pytest.raises(StorageError, match="full"):
         written(run.checkpoints)

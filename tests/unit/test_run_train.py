@@ -9,13 +9,13 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from infra import ConfigError, ModelError
-from infra.jobs import PACKAGES
+from infra.cluster.jobs import PACKAGES
 from infra.run import claim_output
 from infra.storage import write_bytes
 from tests.training_runs import noise_shards, train_config
-from training import train
-from training.checkpoint import TrainingState, save_checkpoint
-from training.train import _updates_done, run_train
+from training.run import driver as train
+from training.run.checkpoint import TrainingState, save_checkpoint
+from training.run.driver import _updates_done, run_train
 
 
 def test_stage_2_does_not_resume_with_another_micro_batch(tmp_path: Path) -> None:
@@ -79,13 +79,13 @@ def test_the_commit_is_that_of_the_code_or_unknown(tmp_path: Path, monkeypatch: 
         return subprocess.run(command, cwd=place, check=True, capture_output=True, text=True).stdout.strip()
 
     def told(place: Path) -> str:
-        monkeypatch.setattr(train, "__file__", str(place / "training" / "train.py"))
+        monkeypatch.setattr(train, "__file__", str(place / "training" / "run" / "driver.py"))
         return train.git_commit()
 
     for place in (ours, installed):
         for package in PACKAGES:
-            (place / package).mkdir(parents=True)
-            (place / package / "train.py").write_text("")
+            (place / package / "run").mkdir(parents=True)
+            (place / package / "run" / "driver.py").write_text("")
     (theirs / ".gitignore").write_text(".venv\n")
     commits = {}
     for repository in (ours, theirs):

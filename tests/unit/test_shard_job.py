@@ -18,12 +18,12 @@ from infra.manifest import Manifest, committed_records, record_uri
 from infra.seeding import noise_for
 from infra.shards import read_sample
 from infra.storage import exists, join, list_files, publish_if_absent, read_bytes, write_bytes
-from pipelines.config import LatentsConfig, ShardConfig
-from pipelines.plan import plan_shards
-from pipelines.sample import crop_image
-from pipelines.shard import _report_quarantine, resolve_degradation, write_shard
-from pipelines.sources import SourceFile, list_sources
-from pipelines.verify import verify
+from pipelines.sharding.config import LatentsConfig, ShardConfig
+from pipelines.sharding.job import _report_quarantine, resolve_degradation, write_shard
+from pipelines.sharding.plan import plan_shards
+from pipelines.sharding.sample import crop_image
+from pipelines.sharding.sources import SourceFile, list_sources
+from pipelines.sharding.verify import verify
 
 
 @pytest.fixture(scope="module")
@@ -392,9 +392,9 @@ def test_stored_latents_are_the_models_own(photos: Path, tmp_path: Path) -> None
     import torch
     from safetensors.numpy import load
 
-    from pipelines.shard import latent_encoder
+    from pipelines.sharding.job import latent_encoder
     from training.config import ModelConfig
-    from training.ingest import enlarge
+    from training.data.batches import enlarge
     from training.models import build_model, save_model
 
     model = build_model(ModelConfig(family="v2"), 0)
@@ -435,11 +435,11 @@ def test_samples_of_a_stablesr_model_are_its_restorations_latents(photos: Path, 
     import torch
     from safetensors.numpy import load
 
-    from pipelines.shard import latent_encoder
+    from pipelines.sharding.job import latent_encoder
     from training.config import ModelConfig, SamplingConfig
+    from training.data.samples import SAMPLED
     from training.models import build_model, save_model
-    from training.restore import sample_latents
-    from training.samples import SAMPLED
+    from training.restore.restore import sample_latents
 
     model = build_model(ModelConfig(family="stablesr"), 0)
     save_model(model, tmp_path / "model")

@@ -15,12 +15,12 @@ from infra import ConfigError, DataError, rng_for
 from infra.images import UnusableImageError, decode_image, encode_png, resize_bicubic
 from infra.shards import read_sample
 from infra.storage import join, write_bytes
-from pipelines.config import ShardConfig
-from pipelines.pairs import check_pair
-from pipelines.plan import source_id
-from pipelines.shard import resolve_degradation
-from pipelines.sources import SourceFile, list_sources, source_facts
-from pipelines.verify import verify
+from pipelines.sharding.config import ShardConfig
+from pipelines.sharding.job import resolve_degradation
+from pipelines.sharding.pairs import check_pair
+from pipelines.sharding.plan import source_id
+from pipelines.sharding.sources import SourceFile, list_sources, source_facts
+from pipelines.sharding.verify import verify
 
 
 def config_of(*sources: dict[str, Any], output: Path | str = "out", **changes: Any) -> ShardConfig:
@@ -147,7 +147,7 @@ def test_a_changed_zip_is_another_source_and_a_damaged_one_is_told(tmp_path: Pat
 
 
 def test_a_zip_bomb_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("infra.zips.MAX_MEMBER_BYTES", 1 << 20)
+    monkeypatch.setattr("pipelines.sharding.zips.MAX_MEMBER_BYTES", 1 << 20)
     good = encode_png(photo(64, 64))
     (tmp_path / "set.zip").write_bytes(zipped(**{"good.png": good, "bomb.png": bytes(1 << 21)}))
     manifest = make_shard_set(shard_config(tmp_path / "set.zip", tmp_path / "out", degradation="bicubic"))

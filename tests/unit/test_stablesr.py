@@ -9,10 +9,8 @@ from torch import Tensor
 from infra import ConfigError, noise_for
 from infra.config import parse_config
 from training.config import ModelConfig, SamplingConfig, TrainConfig
-from training.cost import parameter_table
-from training.ingest import Batch
+from training.data.batches import Batch
 from training.losses import eps_loss
-from training.measure import flop_counter
 from training.models import (
     FeatureWrapping,
     StableSrModel,
@@ -22,8 +20,10 @@ from training.models import (
 )
 from training.models.stablesr import Sft, sft_places
 from training.models.wrapping import Fusion
-from training.restore import prepare_image, restore_batch, restore_runs
-from training.steps import Stage, build_stage
+from training.restore.restore import prepare_image, restore_batch, restore_runs
+from training.run.meter import flop_counter
+from training.run.requirements import parameter_table
+from training.run.stages import Stage, build_stage
 
 CONFIG = ModelConfig(family="stablesr")
 

@@ -6,16 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-import training.steps
+import training.run.stages
 from infra import noise_for
 from infra.config import parse_config
 from tests.small_networks import seeded_lpips, small_dino
 from training.config import ModelConfig, SamplingConfig, TrainConfig
-from training.ingest import Batch
-from training.measure import flop_counter
+from training.data.batches import Batch
 from training.models import CcsrModel, PatchDiscriminator, build_model
-from training.restore import restore_runs
-from training.steps import DecoderStage, build_stage
+from training.restore.restore import restore_runs
+from training.run.meter import flop_counter
+from training.run.stages import DecoderStage, build_stage
 
 V2 = {
     "reconstruction": "l2",
@@ -31,8 +31,8 @@ V2 = {
 
 @pytest.fixture(autouse=True)
 def small_frozen_networks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training.steps, "load_dino", small_dino)
-    monkeypatch.setattr(training.steps, "load_lpips", seeded_lpips)
+    monkeypatch.setattr(training.run.stages, "load_dino", small_dino)
+    monkeypatch.setattr(training.run.stages, "load_lpips", seeded_lpips)
 
 
 def stage(loss: dict[str, Any], family: str = "v2") -> DecoderStage:

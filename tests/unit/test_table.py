@@ -12,13 +12,13 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from evaluation.compare import compare
-from evaluation.orderings import orderings_table, published_orderings
+from evaluation.report.orderings import orderings_table, published_orderings
+from evaluation.report.tables import published_summary, score_table
 from evaluation.results import load_result
-from evaluation.tables import published_summary, score_table
-from infra.jobs import JobRow
-from infra.table import Cell, Table, cell
-from pipelines.cli import app
-from pipelines.cluster_commands import jobs_table
+from infra.cluster.jobs import JobRow
+from infra.display.table import Cell, Table, cell
+from pipelines.cli.cluster import jobs_table
+from pipelines.cli.main import app
 from pipelines.estimate import Amount, Assumed, ShardEstimate, TrainEstimate, model_tables, shard_table, train_tables
 from training.config import TrainConfig
 

@@ -5,10 +5,10 @@ import torch
 from diffusers import AutoencoderKL
 
 from infra import DataError
-from training import tiled_vae
 from training.models import seeded_init
 from training.models.networks import VAE_CONFIGS
-from training.tiled_vae import check_space, decode_in_bands, encode_in_bands, plane_bytes, rows_at_once
+from training.restore import banded_vae as tiled_vae
+from training.restore.banded_vae import check_space, decode_in_bands, encode_in_bands, plane_bytes, rows_at_once
 
 WITH_ATTENTION = VAE_CONFIGS["sd21"] | {"block_out_channels": (32, 32, 64, 64)}
 SIZES = {"tiny": (52, 36), "attention": (72, 40)}

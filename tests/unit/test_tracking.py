@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 
-from infra import ClusterError, DataError, background
-from infra.background import BackgroundTracker
+from infra import ClusterError, DataError
 from infra.errors import StoppedError
+from infra.process import background
+from infra.process.background import BackgroundTracker
 from infra.tracking import Tracker, TrackingConfig, find_model, refused_for_good, track
 
 

@@ -8,13 +8,13 @@ import torch
 from typer.testing import CliRunner
 
 from infra import ConfigError
-from pipelines.cli import app
+from pipelines.cli.main import app
 from pipelines.estimate import Assumed, TrainEstimate, estimate_training
 from training.config import TrainConfig
-from training.cost import StepCost, _batch, ingest_seconds, memory_needed, step_cost
-from training.measure import flop_counter
 from training.models import build_model
-from training.steps import build_stage
+from training.run.meter import flop_counter
+from training.run.requirements import StepCost, _batch, ingest_seconds, memory_needed, step_cost
+from training.run.stages import build_stage
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -51,8 +51,8 @@ def test_precision_and_checkpointing_show_in_the_memory() -> None:
 
 
 def test_hours_and_cost_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.cost.step_cost", lambda config: StepCost(100, 50, 4e12, 400))
-    monkeypatch.setattr("training.cost.ingest_seconds", lambda config: 0.02)
+    monkeypatch.setattr("training.run.requirements.step_cost", lambda config: StepCost(100, 50, 4e12, 400))
+    monkeypatch.setattr("training.run.requirements.ingest_seconds", lambda config: 0.02)
     settings = config(global_batch_size=96, precision="bf16", runtime={"num_workers": 4})
     estimates = estimate_training(settings, Assumed("A100", mfu=0.5, price=2.0), [8, 32, 5])
     assert [(one.num_gpus, one.micro_batch_size, one.accumulation) for one in estimates] == [

@@ -15,9 +15,9 @@ from infra.shards import read_sample
 from tests.unit.photos import make_shard_set, save_photos, shard_config
 from training.config import ModelConfig, SamplingConfig, TrainConfig
 from training.models import CcsrModel, build_model
-from training.ranks import WorkerContext
-from training.restore import restore_runs
-from training.validation import Validation
+from training.restore.restore import restore_runs
+from training.run.agreement import WorkerContext
+from training.run.validation import Validation
 
 
 class Log:

@@ -18,11 +18,11 @@ from infra.images import encode_png
 from infra.manifest import Manifest, ShardRecord, dataset_id_of, record_uri, write_manifest
 from infra.shards import read_index
 from infra.storage import _s3, join, list_files, read_bytes, sha256_file, write_bytes
-from pipelines.clean import clean, print_cleaned
-from pipelines.plan import plan_shards
-from pipelines.shard import resolve_degradation, write_shard
-from pipelines.sources import list_sources
-from pipelines.verify import find_duplicates, print_duplicates, verify
+from pipelines.sharding.clean import clean, print_cleaned
+from pipelines.sharding.job import resolve_degradation, write_shard
+from pipelines.sharding.plan import plan_shards
+from pipelines.sharding.sources import list_sources
+from pipelines.sharding.verify import find_duplicates, print_duplicates, verify
 
 
 @pytest.fixture(scope="module")

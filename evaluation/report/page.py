@@ -1,0 +1,231 @@
+"""One self-contained HTML report of a result folder: table, distributions, pictures, stability maps."""
+
+import base64
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from evaluation.metrics.image import METRICS, Metric
+from evaluation.report.orderings import load_orderings, orderings_table
+from evaluation.report.tables import interval_table, published_summary, score_table
+from evaluation.results import EvaluationResult, MethodScores, load_result
+from infra.display.table import Table
+from infra.display.templating import render
+from infra.errors import DataError
+from infra.images import read_image
+from infra.storage import exists, join, read_bytes, write_bytes
+
+_TEMPLATE = Path(__file__).with_name("report.html.j2")
+_SIDE_PX = 400  # of the shown centre crop, in native pixels
+_COLORMAP = cv2.COLORMAP_VIRIDIS
+
+
+@dataclass(frozen=True)
+class _Window:
+    """The centre part of an HR-sized picture that the report shows, px."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+    def cut(self, picture: np.ndarray, scale: int = 1) -> np.ndarray:
+        """That part of `picture` (H / scale, W / scale, ...)."""
+        top, left, height, width = (n // scale for n in (self.top, self.left, self.height, self.width))
+        return picture[top : top + height, left : left + width]
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """A figure of the report; its name is what the sliders' lists show."""
+
+    name: str
+    caption: str
+    uri: str
+
+
+def write_report(folder: str | Path, *, num_images: int = 8) -> str:
+    """Write FOLDER/report.html and return its path or URI.
+
+    The pictures are of at most `num_images` images, evenly spaced over the images ordered by the first stochastic
+    method's L-STD, from the most stable to the least. Raises DataError or StorageError for an incomplete folder.
+    """
+    result = load_result(folder)
+    keys = _chosen_keys(result, num_images)
+    maps = {
+        (name, key): _read_map(result.picture(name, key))
+        for name, method in result.methods.items()
+        if method.num_runs > 1
+        for key in keys
+    }
+    # One scale for all maps; the top half per cent may saturate so that single pixels do not darken the rest.
+    top = max((float(np.percentile(stds, 99.5)) for stds in maps.values()), default=0.0)
+    top = max(math.ceil(top * 100) / 100, 0.01)
+    metric = "psnr_y" if "psnr_y" in _metrics(result) else next(iter(_metrics(result)), "")
+    strip = cv2.applyColorMap(np.arange(256, dtype=np.uint8)[None], _COLORMAP)[0, ::15, ::-1]
+    page = render(
+        _TEMPLATE,
+        title=f"Evaluation: {result.name}",
+        facts=_facts(result),
+        tables=_tables(result),
+        distribution=_distribution(result, metric) if metric else None,
+        images=[_image(result, key, maps, top) for key in keys],
+        num_images=len(next(iter(result.methods.values())).keys),
+        side_px=_SIDE_PX,
+        colours=", ".join(f"rgb({r} {g} {b})" for r, g, b in strip) if maps else "",
+        top=top,
+        config=json.dumps(result.run, indent=2, sort_keys=True),
+    )
+    target = join(str(folder), "report.html")
+    write_bytes(target, page.encode())
+    return target
+
+
+def _metrics(result: EvaluationResult) -> list[str]:
+    """Metrics that at least one method has for at least one image."""
+    methods = result.methods.values()
+    names = list(dict.fromkeys(metric for method in methods for metric in method.scores))
+    return [name for name in names if any(np.isfinite(m.scores[name]).any() for m in methods if name in m.scores)]
+
+
+def _chosen_keys(result: EvaluationResult, num_images: int) -> list[str]:
+    methods = list(result.methods.values())
+    leader = next((method for method in methods if method.num_runs > 1), methods[0])
+    order = [leader.keys[i] for i in np.argsort(leader.l_std, kind="stable")]
+    return [order[i] for i in sorted({round(i) for i in np.linspace(0, len(order) - 1, num_images)})]
+
+
+def _facts(result: EvaluationResult) -> list[str]:
+    first = next(iter(result.methods.values()))
+    facts = [f"{len(first.keys)} images", f"{len(result.methods)} methods"]
+    for name, label in (("crop_border", "crop"), ("seed", "seed"), ("dataset_id", "dataset"), ("fingerprint", "run")):
+        if name in result.run:
+            facts.append(f"{label} {str(result.run[name])[:24]}" + (" px" if name == "crop_border" else ""))
+    return facts
+
+
+def _tables(result: EvaluationResult) -> list[Table]:
+    group = result.run.get("published")
+    published = published_summary(group) if group else {}
+    tables = [score_table(result.summary, "Quality and stability", published), interval_table(result.methods)]
+    if group:
+        tables.append(score_table(published, f"Published: CCSR paper, arXiv 2401.00877v1, {group}"))
+        orderings = load_orderings(result.folder)
+        tables += [orderings_table(orderings, group)] if orderings else []
+    return tables
+
+
+def _distribution(result: EvaluationResult, metric: str) -> dict[str, Any]:
+    """Coordinates of a drawing: per method a box (quartiles, median) and a dot per image, its mean over the runs."""
+    values = {
+        name: np.sort(method.scores[metric].mean(axis=1)[np.isfinite(method.scores[metric]).all(axis=1)])
+        for name, method in result.methods.items()
+        if metric in method.scores
+    }
+    values = {name: numbers for name, numbers in values.items() if len(numbers)}
+    low, high = min(v[0] for v in values.values()), max(v[-1] for v in values.values())
+    step = 10 ** math.floor(math.log10(max(high - low, 1e-6)))
+    step = next(s for s in (step / 5, step / 2, step, 2 * step) if (high - low) / s <= 8 or s == 2 * step)
+    first, last = math.floor(low / step), max(math.ceil(high / step), math.floor(low / step) + 1)
+    left, width, row = 170, 900, 44
+
+    def x(value: float) -> float:
+        return round(float(left + (value / step - first) / (last - first) * (width - left - 20)), 1)
+
+    digits = max(0, -math.floor(math.log10(step)))
+    rows = []
+    for i, (name, numbers) in enumerate(values.items()):
+        y = row * i + row / 2 + 6
+        lower, median, upper = map(x, np.percentile(numbers, [25, 50, 75]))
+        # The golden ratio spreads the dots without chance.
+        dots = [(x(v), round(y - 9 + 18 * (j * 0.618 % 1), 1)) for j, v in enumerate(numbers)]
+        rows.append({"name": name, "y": y, "lower": lower, "median": median, "upper": upper, "dots": dots})
+    return {
+        "metric": METRICS.get(metric, Metric(metric, 0, 4)).label,
+        "unit": " (dB)" if metric == "psnr_y" else "",
+        "left": left,
+        "width": width,
+        "bottom": row * len(values) + 12,
+        "ticks": [(x(i * step), f"{i * step:.{digits}f}") for i in range(first, last + 1)],
+        "rows": rows,
+    }
+
+
+def _image(result: EvaluationResult, key: str, maps: dict[tuple[str, str], np.ndarray], top: float) -> dict[str, Any]:
+    """The pictures of one image: LR, HR if there is one, and up to three per method."""
+    height, width = next(iter(result.methods.values())).sizes[_index(result, key)]
+    lr = read_image(result.picture("lr", key))
+    scale = height // lr.shape[0]
+    side_y, side_x = (min(side, _SIDE_PX) // scale * scale for side in (height, width))
+    window = _Window((height - side_y) // 2 // scale * scale, (width - side_x) // 2 // scale * scale, side_y, side_x)
+    hr = result.picture("hr", key)
+    has_hr = exists(hr)
+    methods = list(result.methods.values())
+    stochastic = (i for i, method in enumerate(methods) if method.num_runs > 1)
+    return {
+        "key": key,
+        # LR pixels are kept exact and enlarged by the browser.
+        "lr": _Picture("LR", f"LR, {lr.shape[1]} × {lr.shape[0]} px", _data_uri(".png", window.cut(lr, scale))),
+        "hr": _Picture("HR", f"HR, {width} × {height} px", _jpeg(window.cut(read_image(hr)))) if has_hr else None,
+        "methods": {method.name: _method_pictures(result, method, key, window, maps, top) for method in methods},
+        # The slider starts with LR against the first stochastic method's best run; a method before it has one picture.
+        "start": 1 + has_hr + next(stochastic, 0),
+    }
+
+
+def _method_pictures(
+    result: EvaluationResult,
+    method: MethodScores,
+    key: str,
+    window: _Window,
+    maps: dict[tuple[str, str], np.ndarray],
+    top: float,
+) -> list[_Picture]:
+    """The only run of a deterministic method; else best run, worst run and stability map."""
+    index = _index(result, key)
+    psnr = method.scores.get("psnr_y")
+
+    def run_picture(run: int, label: str) -> _Picture:
+        picture = window.cut(read_image(result.picture(method.name, key, run)))
+        score = f" · {psnr[index, run]:.2f} dB" if psnr is not None and np.isfinite(psnr[index, run]) else ""
+        return _Picture(f"{method.name} {label}", f"{label}{score}", _jpeg(picture))
+
+    if method.num_runs == 1:
+        return [run_picture(0, "only run")]
+    best, worst = method.best_run[index], method.worst_run[index]
+    if best is None or worst is None:  # no ground truth to rank the runs by
+        pictures = [run_picture(0, "run 00"), run_picture(1, "run 01")]
+    else:
+        pictures = [run_picture(best, f"best {best:02d}"), run_picture(worst, f"worst {worst:02d}")]
+    levels = np.rint(np.clip(window.cut(maps[method.name, key]) / top, 0, 1) * 255).astype(np.uint8)
+    coloured = np.ascontiguousarray(cv2.applyColorMap(levels, _COLORMAP)[..., ::-1])
+    caption = f"L-STD {method.l_std[index]:.4f}"
+    if np.isfinite(method.sharpness[index]):
+        caption += f" · sharpness {method.sharpness[index]:.2f}"
+    return [*pictures, _Picture(f"{method.name} stability map", caption, _jpeg(coloured))]
+
+
+def _index(result: EvaluationResult, key: str) -> int:
+    return next(iter(result.methods.values())).keys.index(key)
+
+
+def _read_map(uri: str) -> np.ndarray:
+    stored = cv2.imdecode(np.frombuffer(read_bytes(uri), np.uint8), cv2.IMREAD_UNCHANGED)
+    if stored is None or stored.dtype != np.uint16 or stored.ndim != 2:
+        raise DataError("this is no stability map (16-bit grey PNG)", where=uri, todo="run ccsr evaluate again")
+    return stored / np.float32(65535)
+
+
+def _jpeg(picture: np.ndarray) -> str:
+    return _data_uri(".jpg", picture)
+
+
+def _data_uri(suffix: str, picture: np.ndarray) -> str:
+    _, data = cv2.imencode(suffix, picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90] if suffix == ".jpg" else [])
+    kind = {".jpg": "jpeg", ".png": "png"}[suffix]
+    return f"data:image/{kind};base64,{base64.b64encode(data.tobytes()).decode()}"

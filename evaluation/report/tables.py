@@ -1,0 +1,169 @@
+"""The table in the paper's layout: metric / G-STD per method, best and second marked; the intervals of its means."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evaluation.compare import bootstrap_interval, per_image_values
+from evaluation.metrics.image import METRICS, Metric
+from evaluation.results import MethodScores
+from infra.display.table import Cell, Table
+from infra.errors import ConfigError
+
+# Tables 1, 3, 4 and 5 of arXiv 2401.00877v1: group -> method -> metric -> mean or [mean, G-STD].
+_PUBLISHED = Path(__file__).with_name("published.json")
+_ARROWS = {1: "↑ ", -1: "↓ ", 0: ""}
+_STYLES = ("", "best", "second")  # by rank
+UNAVAILABLE = "unavailable"
+
+
+@dataclass
+class Number:
+    """One number of a cell; `rank`: 1 best, 2 second, 0 neither or not ranked."""
+
+    text: str
+    rank: int = 0
+    value: float | None = None
+
+
+def table_rows(summary: Mapping[str, Any]) -> list[tuple[str, list[list[Number]]]]:
+    """Rows of the paper's table: a label and, per method of `summary`, one or two numbers (docs/metrics.md).
+
+    `summary` is `evaluation.results.summarise`'s. The first number is the mean, the second the G-STD; L-STD stands
+    beside sharpness. Stability is ranked among methods with two or more runs only.
+    """
+    present = {metric for method in summary.values() for metric in method["metrics"]}
+    rows = []
+    for metric in [*(m for m in METRICS if m in present or m == "l_std"), *sorted(present - set(METRICS))]:
+        label, direction, digits = METRICS.get(metric, Metric(metric, 0, 4))
+        if metric == "l_std":
+            first = [method["l_std"] for method in summary.values()]
+            second = [method["sharpness"] for method in summary.values()]
+            has_second = any(value is not None for value in second)
+            label = "↓ L-STD / sharpness" if has_second else "↓ L-STD"
+            numbers = [_ranked(_stochastic(first, summary), first, -1, digits)]
+            numbers += [_ranked(second, second, 0, METRICS["sharpness"].digits)] if has_second else []
+        else:
+            cells = [method["metrics"].get(metric, {"mean": None, "g_std": None}) for method in summary.values()]
+            first, second = [cell["mean"] for cell in cells], [cell["g_std"] for cell in cells]
+            has_second = any(value is not None for value in second)
+            label = _ARROWS[direction] + label + (" / G-STD ↓" if has_second else "")
+            numbers = [_ranked(first, first, direction, digits)]
+            numbers += [_ranked(_stochastic(second, summary), second, -1, 4)] if has_second else []
+        columns = [[number for number in column if number.text] for column in zip(*numbers, strict=True)]
+        rows.append((label, [column or [Number(UNAVAILABLE)] for column in columns]))
+    return rows
+
+
+def table_notes(summary: Mapping[str, Any]) -> list[str]:
+    """What a reader of the table must know: runs, deterministic methods, metrics that some images lack."""
+    runs = sorted({method["num_runs"] for method in summary.values() if method["num_runs"] > 1})
+    notes = [f"Mean over {' or '.join(map(str, runs))} runs. Best bold, second best underlined."] if runs else []
+    single = [name for name, method in summary.items() if method["num_runs"] == 1]
+    if single:
+        notes.append(f"Deterministic, so exactly 0 stability, which is not ranked: {', '.join(single)}.")
+    for name, method in summary.items():
+        for metric, numbers in method["metrics"].items():
+            if 0 < numbers["num_images"] < method["num_images"]:
+                label = METRICS.get(metric, Metric(metric, 0, 4)).label
+                notes.append(f"{label} of {name}: {numbers['num_images']} of {method['num_images']} images.")
+    return notes
+
+
+def score_table(summary: Mapping[str, Any], title: str = "", published: Mapping[str, Any] | None = None) -> Table:
+    """`summary` with methods in columns, metric / G-STD in rows; under a method's numbers those of its row in
+    `published`, if any (a row's first word is its name)."""
+    rows = {name.split()[0]: row for name, row in (published or {}).items()}
+    beside = {name: rows[name] for name in summary if name in rows}
+    theirs = {label.partition(" / ")[0]: dict(zip(beside, cells, strict=True)) for label, cells in table_rows(beside)}
+    table = Table(["metric", *summary], title, table_notes(summary))
+    for label, cells in table_rows(summary):
+        papers = theirs.get(label.partition(" / ")[0], {})
+        table.add(label, *(_shown(cell, papers.get(name, [])) for name, cell in zip(summary, cells, strict=True)))
+    return table
+
+
+def _shown(numbers: list[Number], papers: list[Number]) -> Cell:
+    parts = [(numbers[0].text, _STYLES[numbers[0].rank])]
+    for number in numbers[1:]:
+        parts += [(" ", ""), ("/", "between"), (" ", ""), (number.text, _STYLES[number.rank])]
+    paper = " / ".join(number.text for number in papers)
+    if paper not in ("", UNAVAILABLE):
+        parts += [("\n", ""), (f"paper: {paper}", "beside")]
+    return Cell([number.value for number in numbers], tuple(parts))
+
+
+def interval_table(methods: Mapping[str, MethodScores]) -> Table:
+    """Every metric's mean over the images, its G-STD and L-STD, each with its 95 % bootstrap interval.
+
+    Equal resamples of the images for every cell; images without a number are left out of its own row alone.
+    """
+    values = {name: per_image_values(method) for name, method in methods.items()}
+    rows = list(dict.fromkeys(metric for row in values.values() for metric in row if metric != "sharpness"))
+    table = Table(["metric", *methods], "95 % intervals over the images")
+    for metric in rows:
+        stability = metric == "l_std" or metric.startswith("g_std_")
+        cells = [
+            _interval(values[name].get(metric, np.array([])))
+            if method.num_runs > 1 or not stability
+            else Cell(None, ())
+            for name, method in methods.items()
+        ]
+        if any(cell.parts for cell in cells):
+            label = f"G-STD of {metric.removeprefix('g_std_')}" if metric.startswith("g_std_") else metric
+            table.add("L-STD" if label == "l_std" else label, *cells)
+    return table
+
+
+def _interval(values: np.ndarray) -> Cell:
+    known = values[np.isfinite(values)]
+    if not len(known):
+        return Cell(None, ())
+    mean, (low, high) = float(known.mean()), bootstrap_interval(known)
+    return Cell([mean, low, high], ((f"{mean:.4f}", ""), (" ", ""), (f"{low:.4f} .. {high:.4f}", "beside")))
+
+
+def published_summary(group: str) -> dict[str, Any]:
+    """The paper's numbers of one table and test set, such as "Table 1, RealSR", in the form of a summary.
+
+    Raises ConfigError for an unknown group.
+    """
+    groups = json.loads(_PUBLISHED.read_text(encoding="utf-8"))
+    if group not in groups:
+        raise ConfigError(
+            f"the paper has no numbers for {group!r}", where="published", todo=f"choose one of: {'; '.join(groups)}"
+        )
+    summary = {}
+    for name, row in groups[group].items():
+        pairs = {metric: value if isinstance(value, list) else [value, None] for metric, value in row.items()}
+        l_std = pairs.pop("l_std", [0.0, None])[0]
+        summary[name] = {
+            "num_images": 0,
+            "num_runs": 10 if l_std else 1,
+            "l_std": l_std,
+            "sharpness": None,
+            "metrics": {m: {"mean": mean, "g_std": g_std, "num_images": 0} for m, (mean, g_std) in pairs.items()},
+        }
+    return summary
+
+
+def _stochastic(values: list[float | None], summary: Mapping[str, Any]) -> list[float | None]:
+    return [value if method["num_runs"] > 1 else None for value, method in zip(values, summary.values(), strict=True)]
+
+
+def _ranked(ranked: list[float | None], shown: list[float | None], direction: int, digits: int) -> list[Number]:
+    """Numbers from `shown`; those in `ranked` compete, equal values share a rank. One competitor is not marked."""
+    order = sorted({value for value in ranked if value is not None}, reverse=direction > 0)
+    rank = {value: i + 1 for i, value in enumerate(order[:2])} if direction and len(order) > 1 else {}
+    return [
+        Number(
+            "" if value is None else f"{value:.{digits}f}" if value else "0",
+            0 if key is None else rank.get(key, 0),
+            value,
+        )
+        for key, value in zip(ranked, shown, strict=True)
+    ]

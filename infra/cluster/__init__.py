@@ -1,0 +1,1 @@
+"""Ray clusters: what starts one, the jobs on it, and the checks of one."""

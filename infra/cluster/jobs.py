@@ -1,0 +1,319 @@
+"""Run a `ccsr` command as a Ray job on a cluster: our packages and the named config travel, the logs come back."""
+
+import asyncio
+import hashlib
+import os
+import re
+import shlex
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from infra.cluster.server import check_version, cluster_facts, connect
+from infra.errors import PASSWORD, ClusterError, ConfigError, StorageError, line_of
+from infra.ray_runtime import check_gpus
+from infra.storage import ensure_writable, is_s3
+
+PACKAGES = ("infra", "degradation", "training", "evaluation", "pipelines")
+COMMANDS = ("shard", "verify", "train", "evaluate", "compare", "restore", "doctor")
+# Addresses travel with a job; credentials do not: a job's environment can be read by everyone on the cluster.
+PASSED_ON = (
+    "MLFLOW_TRACKING_URI",
+    "AWS_ENDPOINT_URL",
+    "AWS_DEFAULT_REGION",
+    "AWS_REGION",
+    "AWS_REQUEST_CHECKSUM_CALCULATION",
+    "CCSR_WEIGHTS",
+)
+STOP_SECONDS = 600
+RECONNECT_SECONDS = 1800
+STOPPED = 143
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a command will take: GPUs, places to write to, and what its user should know beforehand."""
+
+    num_gpus: int = 0
+    outputs: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def submit(
+    address: str | None,
+    arguments: Sequence[str],
+    on_log: Callable[[str], None],
+    *,
+    need: Need = Need(),
+    key: str | None = None,
+    image: bool = False,
+) -> tuple[Any, str]:
+    """Start `ccsr ARGUMENTS` as a job unless the same one runs or succeeded; returns the client and the job's id.
+
+    The same: equal arguments, config and packages, or an equal `key`. After a failed or stopped attempt the next one
+    is started. `image`: the packages that are installed on the nodes are used, nothing but the config travels.
+    Before anything starts: ConfigError for what cannot be submitted, ClusterError for a cluster that cannot be reached,
+    runs another Ray or has too few GPUs, StorageError for an output that this machine may not write to.
+    """
+    if not arguments or arguments[0] not in COMMANDS:
+        raise ConfigError(
+            f"`ccsr {' '.join(arguments[:1])}` cannot be submitted",
+            where="the words after --",
+            todo=f"submit one of: {', '.join(COMMANDS)}",
+        )
+    environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    with tempfile.TemporaryDirectory(prefix="ccsr-submit-") as scratch:
+        folder = Path(scratch)
+        shipped = _ship_configs(arguments, folder)
+        _refuse_passwords([*shipped, *environment.values(), *(file.read_text() for file in folder.iterdir())])
+        client = connect(address)
+        where = client.get_address()
+        facts = cluster_facts(client)
+        check_version(facts, where)
+        check_gpus(need.num_gpus, facts.gpus, where)
+        for note in (*need.notes, *_unwritable(need.outputs)):
+            on_log(f"note: {note}\n")
+        name = f"ccsr-{arguments[0]}-{_identity(shipped, folder, key, image)}"
+        packages = [] if image else [str(_root() / package) for package in PACKAGES]
+        job = _start_once(
+            client,
+            name,
+            on_log,
+            entrypoint=f"exec python -m pipelines.cli.main {shlex.join(shipped)}",
+            runtime_env={
+                "working_dir": scratch,
+                **({"py_modules": packages, "excludes": ["__pycache__"]} if packages else {}),
+                # A training run that is stopped writes a checkpoint first; Ray would kill it after 3 seconds.
+                "env_vars": environment | {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)},
+            },
+        )
+        on_log(f"job {job} on {where}\n")
+        return client, job
+
+
+def _root() -> Path:
+    return Path(__file__).parents[2]
+
+
+def _ship_configs(arguments: Sequence[str], folder: Path) -> list[str]:
+    """The arguments with each config file replaced by its copy's name in `folder`."""
+    shipped = list(arguments)
+    for index, argument in enumerate(arguments):
+        before = arguments[index - 1] if index else ""
+        prefix = next((text for text in ("--config=", "-c") if argument.startswith(text) and argument != text), "")
+        if prefix or before in ("-c", "--config"):
+            path = argument.removeprefix(prefix)
+            if not Path(path).is_file():
+                raise ConfigError("there is no such config file", where=path, todo="check the path given to -c")
+            shipped[index] = prefix + Path(path).name
+            shutil.copyfile(path, folder / Path(path).name)
+    return shipped
+
+
+def _refuse_passwords(texts: Sequence[str]) -> None:
+    for text in texts:
+        found = PASSWORD.search(text)
+        if found:
+            host = (text[found.end() :].split() or [""])[0][:80]
+            raise ConfigError(
+                "a password stands in an address; jobs and their settings can be read by everyone on the cluster",
+                where=f"the address of {host}",
+                todo="leave it out and give it to the nodes: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
+                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, in a Kubernetes secret or the nodes' environment",
+            )
+
+
+def _unwritable(outputs: Sequence[str]) -> list[str]:
+    """Try to write to each bucket; returns what could not be tried from here."""
+    notes = []
+    for output in filter(is_s3, outputs):
+        try:
+            ensure_writable(output)
+        except StorageError as error:
+            if "no S3 credentials" not in error.what:
+                raise
+            notes.append(f"without S3 credentials here {output} is first tried by the job, with the nodes' own")
+    return notes
+
+
+def _identity(shipped: Sequence[str], folder: Path, key: str | None, image: bool) -> str:
+    """What makes two submits the same one, as 12 hex digits."""
+    if key is not None:
+        return hashlib.sha256(key.encode()).hexdigest()[:12]
+    files = sorted(folder.iterdir())
+    if not image:
+        every = (file for name in PACKAGES for file in (_root() / name).rglob("*") if "__pycache__" not in file.parts)
+        files += sorted(file for file in every if file.is_file())
+    digest = hashlib.sha256(repr((list(shipped), image)).encode())
+    for file in files:
+        digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()[:12]
+
+
+def _start_once(client: Any, name: str, on_log: Callable[[str], None], **job: Any) -> str:
+    """The id of the attempt that runs or succeeded, else of a new one. Of racing submits one starts it."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            attempts = {
+                int(found[1]): one
+                for one in client.list_jobs()
+                if (found := re.fullmatch(rf"{re.escape(name)}-(\d+)", one.submission_id or ""))
+            }
+            newest = max(attempts, default=0)  # not how many there are: one may have been deleted
+            last = str(attempts[newest].status) if attempts else ""
+            if attempts and last not in ("FAILED", "STOPPED"):
+                again = "; --key NAME starts it anew" if last == "SUCCEEDED" else ""
+                on_log(f"this was submitted before and is {last}{again}\n")
+                return attempts[newest].submission_id
+            return client.submit_job(submission_id=f"{name}-{newest + 1}", **job)
+        except (RuntimeError, OSError) as error:
+            # A head that is up but whose nodes have not registered yet is given a minute. "Exists" is another submit,
+            # or our own whose answer was lost: the list tells.
+            passing = ("No available agent", "already exists")
+            if not any(text in str(error) for text in passing) or time.monotonic() > deadline:
+                raise ClusterError(
+                    f"the cluster did not take the job ({line_of(error)})",
+                    where=client.get_address(),
+                    todo="look at the cluster's dashboard, then submit again",
+                ) from error
+        time.sleep(1)
+
+
+def follow(client: Any, job: str, on_log: Callable[[str], None]) -> int:
+    """Hand a job's log to `on_log` from its beginning until it ends; returns its exit code.
+
+    A lost connection is made again and the log goes on where it broke off. 143 for a job that was stopped.
+    Raises ClusterError for an unknown job, or after half an hour without a connection (the job goes on).
+    """
+    seen, lost_since = 0, None
+
+    def deliver(text: str) -> None:
+        nonlocal seen, lost_since
+        lost_since = None  # an empty text says that the connection stands
+        seen += len(text)
+        on_log(text)
+
+    while True:
+        try:
+            asyncio.run(_tail(client, job, seen, deliver))
+            info = _info(client, job)
+            if info.status.is_terminal():
+                rest = client.get_job_logs(job)[seen:]  # what a connection that broke at the end still owes
+                if rest:
+                    deliver(rest)
+                elif not seen:  # the job never ran
+                    on_log(f"{info.message}\n")
+                return exit_code(info)
+        except (OSError, RuntimeError) as error:
+            if lost_since is None:
+                lost_since = time.monotonic()
+                on_log(f"\nnote: the connection is lost ({type(error).__name__}); the job goes on, trying again\n")
+            elif time.monotonic() - lost_since > RECONNECT_SECONDS:
+                raise ClusterError(
+                    f"the job server has not answered for {RECONNECT_SECONDS // 60} minutes; job {job} may still run",
+                    where=client.get_address(),
+                    todo=f"ccsr jobs logs {job}",
+                ) from error
+        time.sleep(1)
+
+
+async def _tail(client: Any, job: str, skip: int, deliver: Callable[[str], None]) -> None:
+    """The log as it grows, without its first `skip` characters. Ray sends it from the beginning each time.
+
+    Ray's own `tail_job_logs` has no heartbeat: a connection that died silently (a sleeping laptop) would never end.
+    """
+    import aiohttp
+
+    url = f"{client.get_address()}/api/jobs/{job}/logs/tail"
+    options: dict[str, Any] = {
+        "headers": client._headers,
+        "ssl": client._ssl_context,
+        "heartbeat": 20,
+        "max_msg_size": 0,
+    }
+    try:
+        async with (
+            aiohttp.ClientSession(cookies=client._cookies) as session,
+            session.ws_connect(url, **{name: value for name, value in options.items() if value is not None}) as socket,
+        ):
+            deliver("")
+            async for message in socket:
+                if message.type is not aiohttp.WSMsgType.TEXT:
+                    break
+                fresh = message.data[skip:]
+                skip = max(0, skip - len(message.data))
+                if fresh:
+                    deliver(fresh)
+    except aiohttp.ClientError as error:
+        raise ConnectionError(str(error)) from error
+
+
+def _info(client: Any, job: str) -> Any:
+    """A job's facts. ClusterError where the cluster does not know it."""
+    try:
+        return client.get_job_info(job)
+    except RuntimeError as error:
+        if "status code 404" not in str(error):
+            raise
+        raise ClusterError(
+            "the cluster knows no such job (a head that was started anew forgets them)",
+            where=f"{client.get_address()}: {job}",
+            todo="see `ccsr jobs list`; a submit of the same command goes on from what is complete",
+        ) from error
+
+
+def exit_code(info: Any) -> int:
+    """A finished job's exit code: its driver's own; 143 for a stopped one, 6 where the driver did not run to an end."""
+    if str(info.status) == "SUCCEEDED":
+        return 0
+    if str(info.status) == "STOPPED":
+        return STOPPED
+    code = info.driver_exit_code
+    return ClusterError.exit_code if not code else code if code > 0 else 128 - code
+
+
+@dataclass(frozen=True)
+class JobRow:
+    """One job of `ccsr jobs list`. Times in seconds since 1970, None for not yet."""
+
+    id: str
+    status: str
+    began: float | None
+    ended: float | None
+    exit_code: int | None
+    command: str
+    message: str
+
+
+def _row(info: Any) -> JobRow:
+    return JobRow(
+        id=info.submission_id,
+        status=str(info.status),
+        began=info.start_time and info.start_time / 1000,
+        ended=info.end_time and info.end_time / 1000,
+        exit_code=exit_code(info) if info.status.is_terminal() else None,
+        command=info.entrypoint.replace("exec python -m pipelines.cli.main", "ccsr"),
+        message=info.message or "",
+    )
+
+
+def list_jobs(client: Any) -> list[JobRow]:
+    """The submitted jobs that the cluster remembers, the newest last."""
+    infos = [info for info in client.list_jobs() if info.submission_id]
+    return [_row(info) for info in sorted(infos, key=lambda info: info.start_time or 0)]
+
+
+def job_status(client: Any, job: str) -> JobRow:
+    return _row(_info(client, job))
+
+
+def stop(client: Any, job: str) -> bool:
+    """Ask a job to end: SIGTERM to its driver, SIGKILL ten minutes later. False if it had ended before."""
+    if _info(client, job).status.is_terminal():
+        return False
+    return bool(client.stop_job(job))

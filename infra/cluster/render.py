@@ -1,0 +1,104 @@
+"""`ccsr cluster render`: KubeRay manifests or a Slurm script from one config and the templates beside this file."""
+
+import shlex
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from infra.cluster.config import ClusterConfig
+from infra.display import templating
+from infra.errors import ConfigError
+from infra.ray_runtime import MAX_CPUS, MAX_GPUS
+from infra.storage import write_bytes
+
+KINDS = ("kuberay", "slurm")
+TEMPLATES = Path(__file__).parent / "templates"
+CONFIG_FOLDER = "/etc/ccsr"
+
+
+def render_to(config: ClusterConfig, kind: str, folder: Path) -> list[Path]:
+    """Write the files of `render` into `folder`."""
+    files = {folder / name: text for name, text in render(config, kind).items()}
+    for path, text in files.items():
+        write_bytes(str(path), text.encode())
+    return list(files)
+
+
+def render(config: ClusterConfig, kind: str) -> dict[str, str]:
+    """File name -> content for a kind of cluster, one of KINDS. ConfigError where the config lacks what it needs."""
+    if kind not in KINDS:
+        raise ConfigError(f"there is no template for `{kind}`", where="--kind", todo=f"use {' or '.join(KINDS)}")
+    if config.cpu_workers is None and config.gpu_workers is None:
+        raise ConfigError("the cluster has no workers", where="the config", todo="add cpu_workers or gpu_workers")
+    return _slurm(config) if kind == "slurm" else _kuberay(config)
+
+
+def _slurm(config: ClusterConfig) -> dict[str, str]:
+    """The batch script: one component of the job per group of nodes, the head on the first node of the first."""
+    if not config.command:
+        raise ConfigError(
+            "Slurm runs a job, and the config names none", where="command", todo="add command: [train, -c, FILE]"
+        )
+    text = templating.render(
+        TEMPLATES / "slurm.sbatch.j2",
+        config=config,
+        groups=[group for _, group in config.groups()],
+        addresses=_addresses(config, config.mlflow_uri),
+    )
+    return {f"{config.name}.sbatch": text}
+
+
+def _kuberay(config: ClusterConfig) -> dict[str, str]:
+    """Manifests of a RayCluster, of a RayJob where the config has a command, and of an MLflow server."""
+    if config.image is None:
+        raise ConfigError("Kubernetes needs an image", where="image", todo="build the Dockerfile, push it, name it")
+    groups = [group for _, group in config.groups()]
+    words, files = _shipped(config.command)
+    mlflow_name = f"{config.name}-mlflow"
+    mlflow_uri = config.mlflow_uri or (f"http://{mlflow_name}:5000" if config.mlflow else None)
+    values = {
+        "config": config,
+        "ray_version": version("ray"),
+        "grows_to": {
+            MAX_GPUS: str(sum(group.gpus * group.max_nodes for group in groups)),
+            MAX_CPUS: str(sum(group.cpus * group.max_nodes for group in groups if not config.labels(group))),
+        },
+        "env": _env(_addresses(config, mlflow_uri)),
+        "s3_env": _env(_addresses(config, None)),
+        "entrypoint": shlex.join(["ccsr", *words]),
+        "files": files,
+        "config_folder": CONFIG_FOLDER,
+        "mlflow_name": mlflow_name,
+    }
+    names = ["raycluster", *["rayjob"] * bool(config.command), *["mlflow"] * bool(config.mlflow)]
+    return {f"{name}.yaml": templating.render(TEMPLATES / f"{name}.yaml.j2", **values) for name in names}
+
+
+def _addresses(config: ClusterConfig, mlflow_uri: str | None) -> dict[str, str]:
+    """Environment variables that say where S3 and MLflow are."""
+    addresses = {
+        "AWS_ENDPOINT_URL": config.s3.endpoint_url,
+        "AWS_DEFAULT_REGION": config.s3.region,
+        "MLFLOW_TRACKING_URI": mlflow_uri,
+    }
+    return {name: value for name, value in addresses.items() if value}
+
+
+def _env(addresses: dict[str, str]) -> list[dict[str, str]]:
+    return [{"name": name, "value": value} for name, value in addresses.items()]
+
+
+def _shipped(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The words with each `-c FILE` under CONFIG_FOLDER, and those files' text by name."""
+    shipped, files = list(words), dict[str, str]()
+    for index in range(1, len(words)):
+        if words[index - 1] in ("-c", "--config"):
+            path = Path(words[index])
+            try:
+                files[path.name] = path.read_text(encoding="utf-8")
+            except OSError as error:
+                raise ConfigError(
+                    f"the job's config cannot be read ({error.strerror})", where=str(path), todo="correct `command`"
+                ) from error
+            shipped[index] = f"{CONFIG_FOLDER}/{path.name}"
+    return shipped, files

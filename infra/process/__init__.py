@@ -1,0 +1,1 @@
+"""One process's threads, memory and numerics."""

@@ -1,0 +1,1 @@
+"""The `ccsr` command line."""

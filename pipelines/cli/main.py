@@ -1,0 +1,264 @@
+"""The `ccsr` command. Nothing heavy is imported before a command needs it: `ccsr --help` answers at once."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from infra.errors import CcsrError, StoppedError
+from pipelines.cli import cluster as cluster_commands
+from pipelines.cli import models as model_commands
+from pipelines.cli.models import AsJson, Overrides
+
+app = typer.Typer(
+    name="ccsr",
+    help="Stable diffusion-based super-resolution at cluster scale: shard, train, evaluate, compare.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+config_app = typer.Typer(help="Look at configs.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+app.add_typer(model_commands.app)
+app.add_typer(cluster_commands.app)
+
+ConfigFile = Annotated[Path, typer.Option("-c", "--config", help="The run's YAML file.")]
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with an error; works anywhere.")] = False,
+) -> None:
+    """`main` reads --debug from the command line itself; it stands here to be listed."""
+
+
+@app.command()
+def demo(
+    out: Annotated[str, typer.Option(help="Output folder; what is complete there is reused.")] = "runs/demo",
+) -> None:
+    """Run the whole job on bundled photographs: shard, train both stages, evaluate, compare."""
+    from pipelines.demo import run_demo
+
+    run_demo(out)
+
+
+@app.command()
+def shard(
+    config: ConfigFile,
+    set_: Overrides = None,
+    max_failed_fraction: Annotated[
+        float | None, typer.Option(help="More quarantined samples than this: exit code 1. Default: the config's, 0.")
+    ] = None,
+) -> None:
+    """Turn image sets into degraded WebDataset shards."""
+    from infra.config import load_config
+    from pipelines.sharding.config import ShardConfig
+
+    allowed = [] if max_failed_fraction is None else [f"runtime.max_failed_fraction={max_failed_fraction}"]
+    values = load_config(config, ShardConfig, [*(set_ or []), *allowed])
+    from pipelines.sharding.job import run_shard  # torch, which a mistake in the config must not wait for
+
+    manifest = run_shard(values)
+    typer.echo(f"{manifest.num_samples} samples, dataset {manifest.dataset_id}: {manifest.uri}")
+
+
+@app.command()
+def verify(
+    uri: Annotated[str, typer.Argument(help="A shard set's folder or s3:// URI.")],
+    against: Annotated[str | None, typer.Option(help="List instead the samples that this other set has too.")] = None,
+    distance: Annotated[int, typer.Option(min=0, max=64, help="With --against: bits of 64 that may differ.")] = 6,
+    clean: Annotated[bool, typer.Option("--clean", help="Instead name strays; remove stopped writers'.")] = False,
+) -> None:
+    """Prove that a shard set is what its manifest says, and shares no picture with another."""
+    from pipelines.sharding.verify import verify as check
+
+    if clean:
+        from pipelines.sharding.clean import print_cleaned
+
+        print_cleaned(uri)
+    elif against is not None:
+        from pipelines.sharding.verify import print_duplicates
+
+        print_duplicates(uri, against, distance)
+    else:
+        manifest = check(uri)
+        typer.echo(f"{manifest.num_samples} samples, dataset {manifest.dataset_id}: every byte as recorded")
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    set_: Overrides = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Profile a few updates into OUT/profile.")] = False,
+) -> None:
+    """Train one stage; the same command resumes."""
+    from infra.config import load_config
+    from infra.storage import exists, join, read_bytes
+    from training.config import TrainConfig
+
+    overrides = [*(set_ or []), *(["runtime.profile=true"] if profile else [])]
+    values = load_config(config, TrainConfig, overrides)
+    from training.run.driver import run_train
+
+    model = run_train(values)
+    if profile and exists(place := join(values.output, "profile", "top_ops.txt")):
+        typer.echo(read_bytes(place).decode())
+    typer.echo(f"model: {model}")
+
+
+@app.command()
+def evaluate(
+    config: ConfigFile,
+    set_: Overrides = None,
+    log_only: Annotated[bool, typer.Option("--log-only", help="Only send a finished result to MLflow.")] = False,
+) -> None:
+    """Measure quality and stability of one or several methods."""
+    from evaluation.config import EvaluateConfig
+    from infra.config import load_config
+
+    values = load_config(config, EvaluateConfig, set_ or [])
+    from evaluation.job import run_evaluate
+    from evaluation.report.orderings import load_orderings, orderings_table
+    from evaluation.report.tables import score_table
+    from infra.display.table import print_report
+
+    result = run_evaluate(values, log_only=log_only)
+    orderings = load_orderings(result.folder)
+    beside = [orderings_table(orderings, result.run["published"])] if orderings else []
+    print_report([score_table(result.summary), *beside])
+    typer.echo(f"report: {result.folder}/report.html")
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[str], typer.Argument(help="Result folders, MLflow run ids or names, each with an optional :METHOD.")
+    ],
+    csv: Annotated[Path | None, typer.Option(help="Also write the differences to this file.")] = None,
+    mlflow: Annotated[str | None, typer.Option(help="MLflow's address; default as for the other commands.")] = None,
+    log: Annotated[bool, typer.Option("--log", help="Also log the comparison as a run in MLflow.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Paired per-image differences between evaluated methods, with bootstrap intervals."""
+    from evaluation.compare import compare as compare_results
+    from evaluation.mlflow_log import log_comparison
+    from infra.display.table import print_report
+    from infra.tracking import TrackingConfig
+
+    tracking = TrackingConfig(uri=mlflow)
+    comparison = compare_results(runs, tracking=tracking)
+    print_report(comparison.tables(), as_json=as_json)
+    if csv is not None:
+        comparison.write_csv(csv)
+    if log:
+        typer.echo(f"MLflow run: {log_comparison(comparison, runs, tracking)}", err=as_json)
+
+
+@app.command()
+def restore(
+    source: Annotated[str, typer.Argument(metavar="INPUT", help="An image, a folder or an s3:// prefix.")],
+    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder or s3:// prefix for the results.")],
+    model: Annotated[str, typer.Option(help="A model directory.")],
+    runs: Annotated[int, typer.Option(help="Seeded runs per image.")] = 1,
+    seed: Annotated[int, typer.Option(help="Run r of an image depends on this, the image's name and r alone.")] = 0,
+    scale: Annotated[float, typer.Option(help="Enlargement, 1 to 8, fractions too.")] = 4,
+    steps: Annotated[int, typer.Option(help="Steps of the whole chain.")] = 45,
+    t_max: Annotated[float, typer.Option(help="Where the chain goes on after its first step.")] = 0.6667,
+    t_min: Annotated[float, typer.Option(help="Where it ends.")] = 0.3333,
+    tile: Annotated[int, typer.Option(help="Pixels of a tile for larger outputs; 0: never tile.")] = 512,
+    color: Annotated[str, typer.Option(help="Colours from the input: adain, wavelet or none.")] = "adain",
+    device: Annotated[str, typer.Option(help="cpu or cuda; auto: what this machine has, not with --ray.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16; auto: bfloat16 on CUDA.")] = "auto",
+    ray: Annotated[bool, typer.Option("--ray", help="Use a Ray cluster; --set runtime.num_actors=N.")] = False,
+    set_: Overrides = None,
+) -> None:
+    """Enlarge photographs with a trained model."""
+    from infra.config import apply_overrides, parse_config
+    from pipelines.restore import RestoreConfig
+    from pipelines.restore import restore as run_restore
+
+    sampling = {"num_steps": steps, "t_max": t_max, "t_min": t_min, "tile": tile or None, "color_fix": color}
+    values = {
+        "num_runs": runs,
+        "seed": seed,
+        "scale": scale,
+        "dtype": dtype,
+        "sampling": sampling,
+        "runtime": {"device": device, "use_ray": ray},
+    }
+    config = parse_config(apply_overrides(values, set_ or []), RestoreConfig, where="command line")
+    typer.echo(f"{run_restore(source, output, model, config)} images: {output}")
+
+
+@config_app.command("show")
+def config_show(config: ConfigFile, set_: Overrides = None) -> None:
+    """Print a config's effective values."""
+    import yaml
+
+    from infra.config import apply_overrides, load_yaml, parse_config
+
+    values = apply_overrides(load_yaml(config), set_ or [])
+    effective = parse_config(values, _config_class(values, str(config)), where=str(config))
+    typer.echo(yaml.safe_dump(effective.model_dump(mode="json"), sort_keys=False), nl=False)
+
+
+def _config_class(values: dict[str, Any], where: str) -> Any:
+    from infra.errors import ConfigError
+
+    job = values.get("job")
+    if job == "shard":
+        from pipelines.sharding.config import ShardConfig
+
+        return ShardConfig
+    if job == "train":
+        from training.config import TrainConfig
+
+        return TrainConfig
+    if job == "evaluate":
+        from evaluation.config import EvaluateConfig
+
+        return EvaluateConfig
+    if job == "cluster":
+        from infra.cluster.config import ClusterConfig
+
+        return ClusterConfig
+    raise ConfigError(
+        f"unknown job {job!r}", where=f"{where}: job", todo="write job: shard, train, evaluate or cluster"
+    )
+
+
+def main() -> None:
+    """Run a command; a user's error becomes three lines and an exit code."""
+    end_of_ours = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    ours, theirs = sys.argv[1:end_of_ours], sys.argv[end_of_ours:]
+    debug = "--debug" in ours
+    sys.argv[1:] = [word for word in ours if word != "--debug"] + theirs
+    terminated = False
+
+    def terminate(*_: object) -> None:
+        nonlocal terminated
+        terminated = True
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, terminate)  # ends as Ctrl-C does, so that what is open is closed
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched behind the user's back
+    try:
+        app(standalone_mode=True)
+    except CcsrError as error:
+        if debug:
+            raise
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except SystemExit as end:
+        if end.code == 130:  # Ctrl-C, which typer turns into this
+            typer.echo("stopped; the same command goes on from here", err=True)
+        if end.code == 130 and terminated:
+            sys.exit(StoppedError.exit_code)
+        raise
+
+
+if __name__ == "__main__":
+    main()

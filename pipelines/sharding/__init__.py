@@ -1,0 +1,1 @@
+"""Image sets to degraded WebDataset shards."""

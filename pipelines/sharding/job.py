@@ -1,0 +1,300 @@
+"""`ccsr shard`: Ray Data tasks write the planned shards, each exactly once."""
+
+import logging
+import pickle
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from degradation.config import DegradationConfig
+from degradation.presets import load_preset
+from infra.display.progress import progress
+from infra.errors import CcsrError, ConfigError, DataError, PartialResultError, error_from_json, error_to_json
+from infra.images import UnusableImageError, gradient_energy
+from infra.manifest import Manifest, Quarantined, ShardRecord, commit_record, committed_records, write_manifest
+from infra.process.memory import give_back_memory
+from infra.process.numerics import set_numerics
+from infra.ray_runtime import check_gpus_here, cpu_work, lost_worker, ray_cluster
+from infra.run import claim_output
+from infra.shards import IndexedEntry, write_tar
+from infra.storage import download, exists, join, publish_if_absent, sha256_file, staging
+from pipelines.sharding.card import write_card
+from pipelines.sharding.config import CenterCrop, GridCrop, PairsSource, ShardConfig
+from pipelines.sharding.plan import PlannedSample, PlannedShard, grid_samples, num_variants, plan_shards, source_id
+from pipelines.sharding.sample import (
+    Sample,
+    at_variant,
+    crop_image,
+    make_sample,
+    open_source,
+    read_source,
+    variant_size,
+)
+from pipelines.sharding.sources import SourceFile, list_sources, source_facts
+
+if TYPE_CHECKING:
+    from pipelines.sharding.latents import LatentEncoder
+
+LIBRARIES = ("numpy", "opencv-python-headless", "pillow", "torch")
+
+
+def run_shard(config: ShardConfig) -> Manifest:
+    """Write the shard set and return its manifest; what an earlier run committed is kept.
+
+    Raises PartialResultError (after everything else is done) if more than `runtime.max_failed_fraction` of the
+    samples were quarantined.
+    """
+    recipe = resolve_degradation(config)
+    files = list_sources(config.sources)
+    shards = plan_shards(files, config)
+    inputs = {"source_id": source_id(files), **_latents_inputs(config)}
+    run = claim_output(config.output, config, job="shard", inputs=inputs, libraries=LIBRARIES)
+    if not exists(join(config.output, "manifest.json")):
+        _write_shards(config, recipe, shards)
+        facts = {**_facts(config, recipe, files), "fingerprint": run["fingerprint"]}
+        write_manifest(config.output, len(shards), **facts)
+    manifest = Manifest.load(config.output)
+    if not exists(join(config.output, "DATA_CARD.md")):
+        write_card(manifest)
+    _report_quarantine(config, manifest)
+    return manifest
+
+
+def resolve_degradation(config: ShardConfig) -> DegradationConfig | None:
+    """The recipe that `degradation` names or spells out.
+
+    ConfigError for an unknown name, a crop that it or found pairs cannot take, and latents of images of any size.
+    """
+    recipe = load_preset(config.degradation) if isinstance(config.degradation, str) else config.degradation
+    pairs = [source for source in config.sources if isinstance(source, PairsSource)]
+    if pairs:
+        _check_pairs(config, pairs)
+    size = getattr(config.crop, "size_px", 0)
+    scale = recipe.scale if recipe else pairs[0].scale if pairs else 1
+    if size % scale:
+        raise ConfigError(
+            f"a crop of {size} px is no multiple of the degradation's scale, {scale}",
+            where="crop.size_px",
+            todo=f"write {size - size % scale}, for one",
+        )
+    if config.latents and (not size or size % 8 or (recipe is None and not pairs)):
+        raise ConfigError(
+            "latents need a crop of one size, a multiple of 8 px, and LR images",
+            where="latents",
+            todo="set `crop` to center, random or grid, and a `degradation`",
+        )
+    return recipe
+
+
+def _check_pairs(config: ShardConfig, pairs: list[PairsSource]) -> None:
+    wrong = None
+    if config.degradation is not None:
+        wrong = "degradation", "found pairs have their LR images", "write `degradation: null`"
+    elif len(pairs) < len(config.sources) or len({source.scale for source in pairs}) > 1:
+        wrong = "sources", "a set has pairs of one scale, or none", "make two shard sets; training takes several"
+    elif config.scales != (1.0,) or config.short_side_px or isinstance(config.crop, CenterCrop):
+        wrong = "crop", "a found pair cannot be resized", "take `crop: {kind: random, ...}`, and no other scales"
+    elif isinstance(config.crop, GridCrop) and config.crop.step_px % pairs[0].scale:
+        wrong = "crop.step_px", "the windows would not lie on the LR's grid", "give a multiple of the scale"
+    if wrong:
+        where, what, todo = wrong
+        raise ConfigError(what, where=where, todo=todo)
+
+
+def _latents_inputs(config: ShardConfig) -> dict[str, Any]:
+    if config.latents is None:
+        return {}
+    from training.run.driver import model_id  # not before it is needed: it imports the networks
+
+    # The device is named because the last bits differ between CPU and GPU.
+    return {"latents": {"model": model_id(config.latents.model), "device": _device(config)}}
+
+
+def _facts(config: ShardConfig, recipe: DegradationConfig | None, files: list[SourceFile]) -> dict[str, Any]:
+    scale = recipe.scale if recipe else next((file.scale for file in files if file.lr_uri), None)
+    facts = {
+        "source_id": source_id(files),
+        "sources": source_facts(config.sources, files),
+        "scale": scale,
+        "has_lr": scale is not None,
+    }
+    encoder = latent_encoder(config, "cpu")  # where the driver is, there need not be a GPU
+    if config.latents is None or encoder is None:
+        return facts
+    return facts | {"latents_model": encoder.encoder_id, "sampled_steps": config.latents.sampled_steps}
+
+
+def _write_shards(config: ShardConfig, recipe: DegradationConfig | None, shards: list[PlannedShard]) -> None:
+    done = committed_records(config.output)
+    pending = [shard for shard in shards if shard.index not in done]
+    num_samples = sum(len(shard.samples) for shard in shards)
+    num_pending = sum(len(shard.samples) for shard in pending)
+    with progress("sharding", num_samples, done=num_samples - num_pending) as advance:
+        if not pending:
+            return
+        with ray_cluster(config.runtime.ray):
+            check_gpus_here((config.runtime.num_workers or 1) if config.latents and config.runtime.use_gpu else 0)
+            import ray
+            from ray.data import DataContext
+
+            logging.getLogger("ray.data").setLevel(logging.ERROR)
+            DataContext.get_current().enable_progress_bars = False
+
+            class Writer:  # an actor where a model is to be loaded once, else a task's function
+                def __init__(self) -> None:
+                    if config.latents:
+                        set_numerics(config.latents.numerics)
+                    self.encoder = latent_encoder(config)
+
+                def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+                    return _write_row(config, recipe, row, self.encoder)
+
+            def write(row: dict[str, Any]) -> dict[str, Any]:
+                return _write_row(config, recipe, row, None)
+
+            rows = [{"shard": pickle.dumps(shard)} for shard in pending]
+            tasks = ray.data.from_items(rows, override_num_blocks=len(rows))
+            try:
+                for row in tasks.map(Writer if config.latents else write, **_placement(config)).iter_rows():
+                    if row["error"]:
+                        raise error_from_json(row["error"])
+                    advance(row["num_samples"])
+            except ray.exceptions.RayError as error:
+                raise lost_worker(error, config.output) from error
+
+
+def _write_row(
+    config: ShardConfig, recipe: DegradationConfig | None, row: dict[str, Any], encoder: "LatentEncoder | None"
+) -> dict[str, Any]:
+    shard = pickle.loads(row["shard"])
+    try:
+        write_shard(config, recipe, shard, encoder)
+    except CcsrError as error:
+        return {"num_samples": 0, "error": error_to_json(error)}
+    return {"num_samples": len(shard.samples), "error": ""}
+
+
+def _placement(config: ShardConfig) -> dict[str, Any]:
+    """What a worker takes, as Ray Data wants it told."""
+    runtime = config.runtime
+    place = {"num_gpus": 1} if config.latents and runtime.use_gpu else cpu_work(runtime.ray)
+    return {"num_cpus": 1, "concurrency": runtime.num_workers or (1 if config.latents else None), **place}
+
+
+def latent_encoder(config: ShardConfig, device: str | None = None) -> "LatentEncoder | None":
+    """What adds the latents, where the config wants them."""
+    if config.latents is None:
+        return None
+    from pipelines.sharding.latents import LatentEncoder  # the networks, whose import takes seconds
+
+    return LatentEncoder(config.latents, device or _device(config), config.seed)
+
+
+def _device(config: ShardConfig) -> str:
+    return "cuda" if config.runtime.use_gpu else "cpu"
+
+
+def write_shard(
+    config: ShardConfig,
+    recipe: DegradationConfig | None,
+    shard: PlannedShard,
+    encoder: "LatentEncoder | None" = None,
+) -> ShardRecord:
+    """Make one shard's tar locally, publish it unless it is there, then commit its record. Safe to repeat and to race.
+
+    The tar's bytes depend on the plan, the config and the library versions (latents: on the device too). Samples that
+    cannot be made are quarantined with their reason; flat ones, and those of a smaller size without room for a window,
+    are counted as dropped. `encoder` adds the latents.
+    """
+    import cv2
+
+    cv2.setNumThreads(1)
+    quarantined: list[Quarantined] = []
+    dropped: Counter[str] = Counter()
+    place = join(config.output, shard.name)
+    with staging(place) as tar:
+        hashes: list[tuple[int, str]] = []
+
+        def members(samples: Iterable[Sample]) -> Iterator[tuple[str, dict[str, bytes]]]:
+            for sample in samples:
+                hashes.append((sample.phash, sample.digest))
+                yield sample.key, sample.members
+                give_back_memory()
+
+        samples = _samples(config, recipe, shard.samples, quarantined, dropped)
+        written = write_tar(tar, shard.name, members(encoder(samples) if encoder else samples))
+        entries = [IndexedEntry.of(entry, *pair) for entry, pair in zip(written, hashes, strict=True)]
+        record = ShardRecord(
+            shard.index,
+            shard.name,
+            sha256_file(tar),
+            tar.stat().st_size,
+            entries,
+            quarantined,
+            dict(sorted(dropped.items())),
+        )
+        if not publish_if_absent(tar, place):
+            with tempfile.TemporaryDirectory(prefix="ccsr-shard-") as folder:
+                present = sha256_file(download(place, Path(folder)))
+            if present != record.sha256:
+                raise DataError(
+                    f"another shard is already there (sha256 {present[:12]}, this run makes {record.sha256[:12]})",
+                    where=place,
+                    todo="remove that file if no record names it, or use a new output",
+                )
+    commit_record(config.output, record)
+    return record
+
+
+def _samples(
+    config: ShardConfig,
+    recipe: DegradationConfig | None,
+    planned: tuple[PlannedSample, ...],
+    quarantined: list[Quarantined],
+    dropped: Counter[str],
+) -> Iterator[Sample]:
+    for file, group in groupby(planned, key=lambda sample: sample.file):  # a file is decoded once for all its crops
+        samples, digest = list(group), ""
+        try:
+            data, digest = read_source(file)
+            opened = open_source(file, data, digest)
+        except UnusableImageError as error:
+            quarantined += [Quarantined(one.key, file.name, error.reason, error.what, digest) for one in samples]
+            continue
+        if isinstance(config.crop, GridCrop):
+            sizes = [variant_size(opened.image, variant, config) for variant in range(num_variants(config))]
+            samples = grid_samples(samples[0], config.crop, sizes, config.draws)
+        for variant, crops in groupby(samples, key=lambda sample: sample.variant):
+            image = at_variant(opened.image, variant, config)
+            for one in crops:
+                try:
+                    window, crop = crop_image(image, one, config, scale=recipe.scale if recipe else file.scale)
+                except UnusableImageError as error:
+                    if variant:  # the photograph itself is used
+                        dropped[error.reason] += 1
+                    else:
+                        quarantined.append(Quarantined(one.key, file.name, error.reason, error.what, digest))
+                    continue
+                if image.shape != opened.image.shape:
+                    crop["resized"] = [image.shape[1], image.shape[0]]
+                if config.min_gradient_energy and gradient_energy(window) < config.min_gradient_energy:
+                    dropped["flat"] += 1
+                    continue
+                yield make_sample(opened, window, crop, one, config, recipe)
+
+
+def _report_quarantine(config: ShardConfig, manifest: Manifest) -> None:
+    failed = manifest.facts["quarantined"]
+    total = manifest.num_samples + len(failed)
+    if len(failed) > config.runtime.max_failed_fraction * total:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(i["reason"] for i in failed).most_common())
+        first = failed[0]
+        raise PartialResultError(
+            f"{len(failed)} of {total} samples were quarantined ({reasons}); the first: {first['source']}: "
+            f"{first['message']}. The other {manifest.num_samples} are complete",
+            where=join(config.output, "manifest.json"),
+            todo="repair these files and shard into a new output, or allow them with runtime.max_failed_fraction",
+        )

@@ -1,0 +1,91 @@
+"""Which samples stand in which shard, and in what order: a pure function of the file list and the config."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from infra.config import canonical_json
+from pipelines.sharding.config import GridCrop, RandomCrop, ShardConfig
+from pipelines.sharding.sources import SourceFile
+
+
+@dataclass(frozen=True)
+class PlannedSample:
+    """One crop of one file under one draw of the degradation. `variant`: at which of the config's sizes.
+
+    Under a grid the plan does not know how many windows a file has: there it is the whole file, and `grid_samples`
+    gives its windows, with their place in `at` (y, x).
+    """
+
+    key: str
+    crop_key: str
+    file: SourceFile
+    variant: int = 0
+    at: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class PlannedShard:
+    index: int
+    samples: tuple[PlannedSample, ...]
+
+    @property
+    def name(self) -> str:
+        """The tar's path below the shard set."""
+        return f"shards/{self.index:06d}.tar"
+
+
+def num_variants(config: ShardConfig) -> int:
+    """At how many sizes each image is taken."""
+    return len(config.scales) + (config.short_side_px is not None)
+
+
+def plan_shards(files: Sequence[SourceFile], config: ShardConfig) -> list[PlannedShard]:
+    """Files in order, each one's sizes and crops in order, each crop's draws in order, cut into shards of equal length.
+
+    Under a grid a shard has `samples_per_shard` whole files.
+    """
+    if isinstance(config.crop, GridCrop):
+        samples = [PlannedSample(f"{file.key}-grid", f"{file.key}-grid", file) for file in files]
+    else:
+        num_crops = config.crop.num_per_image if isinstance(config.crop, RandomCrop) else 1
+        samples = [
+            PlannedSample(f"{file.key}-{crop:03d}-{draw}", f"{file.key}-{crop:03d}", file, crop // num_crops)
+            for file, crop, draw in product(files, range(num_variants(config) * num_crops), range(config.draws))
+        ]
+    groups = [samples[i : i + config.samples_per_shard] for i in range(0, len(samples), config.samples_per_shard)]
+    return [PlannedShard(index, tuple(group)) for index, group in enumerate(groups)]
+
+
+def grid_samples(
+    planned: PlannedSample, crop: GridCrop, sizes: Sequence[tuple[int, int]], draws: int
+) -> list[PlannedSample]:
+    """A file's windows and their draws, row by row, through the (height, width) of its variants.
+
+    A variant that is too small for a window is there once, with a window that does not fit.
+    """
+    key = planned.file.key
+    places = [
+        (variant, (y, x))
+        for variant, (height, width) in enumerate(sizes)
+        for y, x in product(_starts(height, crop), _starts(width, crop))
+    ]
+    return [
+        PlannedSample(f"{key}-{number:03d}-{draw}", f"{key}-{number:03d}", planned.file, variant, at)
+        for number, (variant, at) in enumerate(places)
+        for draw in range(draws)
+    ]
+
+
+def _starts(length: int, crop: GridCrop) -> list[int]:
+    starts = list(range(0, max(length - crop.size_px, 0) + 1, crop.step_px))
+    if length - (starts[-1] + crop.size_px) > crop.rest_px:
+        starts.append(length - crop.size_px)
+    return starts
+
+
+def source_id(files: Sequence[SourceFile]) -> str:
+    """Identifies the source list by names and sizes (shard sets: by their ids too), wherever the files lie."""
+    listed = [[file.source, file.name, file.num_bytes, *([file.identity] if file.identity else [])] for file in files]
+    return hashlib.sha256(canonical_json(listed)).hexdigest()[:16]

@@ -1,0 +1,141 @@
+"""`ccsr verify`: does every byte of a shard set agree with its manifest, and is any of it in another set too?"""
+
+import dataclasses
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from infra.display.progress import progress
+from infra.errors import CcsrError, DataError
+from infra.manifest import Manifest, ShardRecord, dataset_id_of, index_table, record_uri, set_aside
+from infra.shards import Entry, read_index
+from infra.storage import download, is_s3, join, list_files, sha256_file
+from pipelines.sharding.phash import NEAR_BITS, near_pairs
+
+FILES = ("run.json", "index.parquet", "manifest.json", "contact_sheet.jpg", "DATA_CARD.md")
+NUM_THREADS = 8
+
+
+def verify(uri: str) -> Manifest:
+    """Check shards, byte index, records, dataset id against one another, and that no other object lies there.
+
+    A shard's hash, and its members against its entries: keys, order, byte spans. Each record against manifest and
+    index. Raises DataError with every fault; a byte index that the manifest does not know ends the check at once.
+    """
+    manifest = Manifest.load(uri)
+    shards = manifest.facts["shards"]
+    index = manifest.index
+    present = {place.removeprefix(uri.rstrip("/") + "/") for place in list_files(uri)}
+    starts = [0, *accumulate(shard["num_samples"] for shard in shards)]
+
+    def check(number: int) -> tuple[list[str], ShardRecord | None]:
+        shard = shards[number]
+        rows = index.slice(starts[number], shard["num_samples"])
+        entries = [Entry(*row.values()) for row in rows.select(range(4)).to_pylist()]
+        faults = _check_tar(uri, shard, entries, Path(folder)) if shard["shard"] in present else [_missing(shard)]
+        try:
+            record = ShardRecord.read(record_uri(uri, number))
+        except CcsrError as error:
+            return [*faults, f"records/{number:06d}.json: {error.what}"], None
+        said = {"shard": record.shard, "sha256": record.sha256, "num_bytes": record.num_bytes}
+        written = index_table(record.entries).select(index.column_names)
+        if {**said, "num_samples": len(record.entries)} != shard or not written.equals(rows):
+            faults.append(f"records/{number:06d}.json disagrees with manifest or index")
+        return faults, dataclasses.replace(record, entries=[])
+
+    faults: list[str] = []
+    records: list[ShardRecord] = []
+    with (
+        progress("verifying", len(shards)) as advance,
+        tempfile.TemporaryDirectory(prefix="ccsr-verify-") as folder,
+        ThreadPoolExecutor(NUM_THREADS) as pool,
+    ):
+        for found, record in pool.map(check, range(len(shards))):
+            faults += found
+            records += [record] if record else []
+            advance()
+    if dataset_id_of(shards) != manifest.dataset_id:
+        faults.append("the manifest's list of shards is not the one that its dataset id stands for")
+    if not index.num_rows == starts[-1] == manifest.num_samples:
+        faults.append(f"index, shards, manifest count {index.num_rows}, {starts[-1]}, {manifest.num_samples} samples")
+    aside = set_aside(records)
+    if len(records) == len(shards) and any(manifest.facts.get(name, {}) != aside[name] for name in aside):
+        faults.append("the manifest lists other quarantined or dropped samples than the records")
+    known = {*FILES, *(shard["shard"] for shard in shards), *(f"records/{i:06d}.json" for i in range(len(shards)))}
+    faults += [f"{name} does not belong" for name in sorted(present - known)]
+    if faults:
+        raise DataError(
+            f"{len(faults)} faults: {'; '.join(faults[:5])}{'; ...' if len(faults) > 5 else ''}",
+            where=uri,
+            todo="make the set again in a new output; `ccsr verify --clean` names what does not belong",
+        )
+    return manifest
+
+
+def _missing(shard: dict[str, Any]) -> str:
+    return f"{shard['shard']} is missing"
+
+
+def _check_tar(uri: str, shard: dict[str, Any], entries: list[Entry], folder: Path) -> list[str]:
+    place = join(uri, shard["shard"])
+    local = download(place, folder)
+    try:
+        if sha256_file(local) != shard["sha256"]:
+            return [f"{shard['shard']} has changed"]
+        if read_index(local, shard["shard"]) != entries:
+            return [f"{shard['shard']} holds other samples, or in other places, than the index says"]
+        return []
+    finally:
+        if is_s3(place):
+            local.unlink()
+
+
+def find_duplicates(uri: str, against: str, *, max_bits: int = NEAR_BITS) -> Iterator[tuple[str, str, int | None]]:
+    """Pairs (key, key in `against`, differing bits; None: the same source file) of samples that two sets share.
+
+    Only the byte indexes are read. Crops of one file are found however they lie; another file's only where both show
+    nearly the same window (phash.py), turned and mirrored copies not at all. DataError for a set without hashes.
+    """
+    (keys, hashes, sources), (other_keys, other_hashes, other_sources) = map(_hashes, (uri, against))
+    order = np.argsort(other_sources, kind="stable")
+    ranges = [np.searchsorted(other_sources[order], sources, side=side) for side in ("left", "right")]
+    for i, (first, last) in enumerate(zip(*ranges, strict=True)):
+        for j in order[first:last]:
+            yield keys[i].as_py(), other_keys[j].as_py(), None
+    for i, j, bits in near_pairs(hashes, other_hashes, max_bits=max_bits):
+        if sources[i] != other_sources[j]:
+            yield keys[i].as_py(), other_keys[j].as_py(), bits
+
+
+def print_duplicates(uri: str, against: str, max_bits: int) -> None:
+    """Print the pairs of `find_duplicates`, one a line. DataError if there are any."""
+    counts = Counter[str]()
+    for key, other, bits in find_duplicates(uri, against, max_bits=max_bits):
+        how = "same source file" if bits is None else f"{bits} bits"
+        counts["of the same source file" if bits is None else "alike"] += 1
+        print(key, other, how, sep="\t")
+    if counts:
+        raise DataError(
+            f"{counts.total()} pairs of samples are in both sets: "
+            + ", ".join(f"{count} {what}" for what, count in sorted(counts.items())),
+            where=f"{uri} and {against}",
+            todo="look at the pairs above; leave these files out of one of the sets",
+        )
+    print("no picture is in both sets")
+
+
+def _hashes(uri: str) -> tuple[Any, np.ndarray, np.ndarray]:
+    index = Manifest.load(uri).index
+    if "phash" not in index.column_names:
+        raise DataError(
+            "this set was made by an earlier version: its index holds no hashes to compare by",
+            where=join(uri, "index.parquet"),
+            todo="make the set again with `ccsr shard`; the same config gives the same dataset id",
+        )
+    return index["key"], index["phash"].to_numpy(), index["source_hash"].to_numpy()

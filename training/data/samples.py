@@ -1,0 +1,180 @@
+"""One training sample: which it is, fetched by byte range, decoded, cropped, flipped and degraded; or its latents."""
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from degradation.config import DegradationConfig
+from degradation.pipeline import degrade
+from degradation.presets import load_preset
+from infra.errors import ConfigError, DataError
+from infra.images import decode_image
+from infra.manifest import Manifest
+from infra.seeding import rng_for
+from infra.shards import Entry, read_sample
+from training.config import TrainConfig
+from training.data.order import Order
+
+MOMENTS = ("hr.mean", "hr.std", "lr.mean", "lr.std")
+SAMPLED = "sampled"  # the latent that a stage-1 model made of the LR: what StableSR's stage 2 starts from
+
+
+class Place(NamedTuple):
+    """Where the sample of a position lies: its shard set and its entry there."""
+
+    position: int
+    uri: str
+    entry: Entry
+
+
+@dataclass(frozen=True)
+class TrainingSample:
+    """`hr` uint8 (S, S, 3) and `lr` uint8 (S / scale, S / scale, 3), RGB; the LR of a clean pair is the HR.
+
+    `moments`: stored latents by name, float16 (4, S/8, S/8); stages 0 and 1 then have images of 0 x 0 px.
+    """
+
+    key: str
+    position: int
+    hr: np.ndarray
+    lr: np.ndarray
+    moments: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+class SampleReader:
+    """Samples by position from one or several shard sets, in the seeded order over all of them."""
+
+    def __init__(self, manifests: Sequence[Manifest], config: TrainConfig) -> None:
+        self._entries = [(manifest.uri, entry) for manifest in manifests for entry in manifest.entries]
+        sizes = tuple(manifest.num_samples for manifest in manifests)
+        self._order = Order(config.seed, sizes, tuple(part.weight for part in config.data))
+        latents = config.inputs == "latents"
+        recipe = _recipe(config, manifests)
+        self.maker = SampleMaker(
+            config.seed,
+            config.crop_px,
+            recipe,
+            latents,
+            with_images=config.stage == 2,
+            with_sampled=config.starts_from_stored_samples,
+        )
+
+    def place(self, position: int) -> Place:
+        """Where the sample of a position lies."""
+        return Place(position, *self._entries[self._order.sample_at(position)[1]])
+
+    def __call__(self, position: int) -> TrainingSample:
+        """The sample at a position."""
+        return self.maker(self.place(position))
+
+
+@dataclass(frozen=True)
+class SampleMaker:
+    """Reads one sample. It knows neither index nor model, so it travels with a task and loads quickly anywhere.
+
+    `recipe`: None for the stored LR. `latents`: the stored ones, together with the images only where `with_images`,
+    with the sampled latent where `with_sampled`.
+    """
+
+    seed: int
+    crop_px: int
+    recipe: DegradationConfig | None
+    latents: bool = False
+    with_images: bool = True
+    with_sampled: bool = False
+
+    def __call__(self, place: Place) -> TrainingSample:
+        """Its crop, flip and degradation depend on (seed, position) alone; stored latents are taken as they are."""
+        entry = place.entry
+        members = read_sample(place.uri, entry)
+        where = f"{place.uri}/{entry.shard}: {entry.key}"
+        if self.latents:
+            return self._stored_latents(members, place, where)
+        hr = decode_image(members["hr.png"], where=where)
+        rng = rng_for(self.seed, "sample", place.position)
+        lr = decode_image(members["lr.png"], where=where) if self.recipe is None else hr
+        hr, lr = _crop_pair(hr, lr, self.crop_px, rng, where)
+        if rng.random() < 0.5:  # before the degradation, whose drift and block grid have a direction
+            hr, lr = hr[:, ::-1], lr[:, ::-1]
+        hr, lr = np.ascontiguousarray(hr), np.ascontiguousarray(lr)
+        if self.recipe is None:
+            clean = json.loads(members["json"])["degradation"]["clean"]
+        else:
+            pair = degrade(hr, self.recipe, rng)
+            hr, lr, clean = pair.hr, pair.lr, pair.trace["clean"]
+        return TrainingSample(entry.key, place.position, hr, hr if clean else lr)
+
+    def _stored_latents(self, members: dict[str, bytes], place: Place, where: str) -> TrainingSample:
+        """No window and no flip: what the encoder made of another window is not stored."""
+        from safetensors.numpy import load
+
+        if "latent.safetensors" not in members:
+            raise DataError("this sample holds no latents", where=where, todo="train with `inputs: pixels`")
+        width, height = Image.open(io.BytesIO(members["hr.png"])).size  # of the header: no pixel is decoded
+        if width != self.crop_px or height != self.crop_px:
+            raise DataError(
+                f"the stored latents are of {width}x{height} px, not of crop_px = {self.crop_px}",
+                where=where,
+                todo="set crop_px to the size that the shards were cropped to",
+            )
+        moments = load(members["latent.safetensors"])
+        hr = lr = np.zeros((0, 0, 3), np.uint8)
+        if self.with_images:
+            hr = decode_image(members["hr.png"], where=where)
+            clean = json.loads(members["json"])["degradation"]["clean"]
+            lr = hr if clean else decode_image(members["lr.png"], where=where)
+        names = (*MOMENTS, SAMPLED) if self.with_sampled else MOMENTS
+        return TrainingSample(place.entry.key, place.position, hr, lr, {name: moments[name] for name in names})
+
+
+def _recipe(config: TrainConfig, manifests: Sequence[Manifest]) -> DegradationConfig | None:
+    if config.degradation is None:
+        for manifest in manifests:
+            if not manifest.facts["has_lr"]:
+                raise DataError(
+                    "these shards hold no LR images", where=manifest.uri, todo="name a `degradation` to train with"
+                )
+        return None
+    return load_preset(config.degradation) if isinstance(config.degradation, str) else config.degradation
+
+
+def check_latents(config: TrainConfig, manifests: Sequence[Manifest], encoder_id: str) -> None:
+    """Refuse stored latents that another encoder made than the model's: `CcsrModel.encoder_id`."""
+    for manifest in manifests if config.inputs == "latents" else ():
+        stored = manifest.facts.get("latents_model")
+        if stored != encoder_id:
+            raise ConfigError(
+                f"the latents stored here are of encoder {stored}, the model's encoder is {encoder_id}"
+                if stored
+                else "these shards hold no latents",
+                where=manifest.uri,
+                todo="train with `inputs: pixels`, or shard with `latents` of this model",
+            )
+        if config.starts_from_stored_samples and not manifest.facts.get("sampled_steps"):
+            raise ConfigError(
+                "these shards hold no sampled latents, which stage 2 starts from",
+                where=manifest.uri,
+                todo="shard with `latents.sampled_steps`, or train with `inputs: pixels`, which samples at each update",
+            )
+
+
+def _crop_pair(
+    hr: np.ndarray, lr: np.ndarray, size: int, rng: np.random.Generator, where: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """A random window of `size` HR px on the LR grid, and its LR window."""
+    scale = hr.shape[0] // lr.shape[0]
+    height, width = lr.shape[:2]
+    if (height * scale, width * scale) != hr.shape[:2] or size % scale or min(hr.shape[:2]) < size:
+        raise DataError(
+            f"HR {hr.shape[1]}x{hr.shape[0]} and LR {width}x{height} do not allow a window of {size} px",
+            where=where,
+            todo="lower crop_px (a multiple of the scale), or shard with larger crops",
+        )
+    small = size // scale
+    y, x = int(rng.integers(height - small + 1)), int(rng.integers(width - small + 1))
+    return hr[y * scale :, x * scale :][:size, :size], lr[y:, x:][:small, :small]

@@ -1,0 +1,1 @@
+"""From LR images of any size to restored ones."""

@@ -1,0 +1,244 @@
+"""Restore LR images with recorded seeds: plain PyTorch, runs and images of one size together in a batch."""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import repeat
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import pad
+
+from infra.errors import DataError, ModelError
+from infra.process.memory import free_memory
+from infra.seeding import Noise, noise_for
+from infra.storage import download_folder
+from training.config import SamplingConfig
+from training.method import METHODS
+from training.models import CcsrModel, load_model
+from training.restore.banded_vae import (
+    GIB,
+    VAE_BYTES,
+    WHOLE_PLANES,
+    check_space,
+    decode_in_bands,
+    encode_in_bands,
+    plane_bytes,
+    rows_at_once,
+)
+from training.restore.published_sizes import published_input, published_output
+from training.sampling import Denoise, color_fix, guided, tiled
+
+IMAGE_BYTES = 60  # per pixel: five float32 RGB images live at once
+UNET_MAPS = 32  # activations of the first level's size live at once in ControlNet and UNet
+
+
+@dataclass(frozen=True)
+class PreparedImage:
+    """What all runs of an image share. `enlarged`: the LR at the networks' size (1, 3, H, W) in [0, 1]; `mean`, `std`:
+    its scaled latent's moments (1, 4, h, w), of the padded image; `size`: the output's (H, W)."""
+
+    key: str
+    size: tuple[int, int]
+    enlarged: Tensor
+    mean: Tensor
+    std: Tensor
+
+
+def fetch_model(uri: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> CcsrModel:
+    """The model in a directory or s3:// prefix, ready to restore: in eval mode, on CUDA in channels-last layout."""
+    with tempfile.TemporaryDirectory(prefix="ccsr-model-") as folder:
+        model = load_model(download_folder(uri, Path(folder)), device=device, dtype=dtype)
+    if device.startswith("cuda"):
+        for network in model.networks.values():
+            network.to(memory_format=torch.channels_last)
+    return model
+
+
+def restore_runs(
+    model: CcsrModel,
+    lr: np.ndarray,
+    size: tuple[int, int],
+    config: SamplingConfig,
+    *,
+    seed: int,
+    key: str,
+    runs: Sequence[int],
+    runs_at_once: int = 8,
+) -> Iterator[np.ndarray]:
+    """Yield one uint8 (H, W, 3) RGB image of `size` = (H, W) per run.
+
+    `lr` is uint8 (h, w, 3) RGB. Run r's noise depends on (seed, key, r) alone. Errors as of `prepare_image`.
+    """
+    image = prepare_image(model, lr, size, config, key=key, num_runs=min(runs_at_once, len(runs)))
+    for first in range(0, len(runs), runs_at_once):
+        yield from restore_batch(model, [(image, run) for run in runs[first : first + runs_at_once]], config, seed=seed)
+
+
+@torch.inference_mode()
+def prepare_image(
+    model: CcsrModel,
+    lr: np.ndarray,
+    size: tuple[int, int],
+    config: SamplingConfig,
+    *,
+    key: str,
+    num_runs: int = 1,
+    vae_bytes: int | None = None,
+) -> PreparedImage:
+    """Enlarge `lr`, uint8 (h, w, 3) RGB, to `size` = (H, W), pad it by reflection, and encode it once.
+
+    `vae_bytes`: budget of the VAE's activations, default VAE_BYTES. DataError for an output under 2 px, and where
+    `num_runs` runs together or the VAE's temporary files would not fit what is free.
+    """
+    height, width = size
+    if min(height, width) < 2:
+        raise DataError(
+            f"{lr.shape[1]}x{lr.shape[0]} px to {width}x{height} px is too small to restore",
+            where=key,
+            todo="use a larger image",
+        )
+    device = next(model.vae.parameters()).device
+    budget = VAE_BYTES[device.type] if vae_bytes is None else vae_bytes
+    _check_memory(model, size, config, num_runs, budget, key)
+    if config.sizes == "pad":
+        filter_ = Image.Resampling[config.enlargement.upper()]
+        pixels = np.asarray(Image.fromarray(lr).resize((width, height), filter_))
+    else:
+        pixels = published_input(lr, size, config.sizes, where=key)
+    enlarged = torch.from_numpy(pixels.copy()).to(device).permute(2, 0, 1)[None] / 255
+    unit = model.factor * (_unit(model) if config.sizes == "pad" else 1)
+    padded = _reflect(enlarged, -enlarged.shape[-2] % unit, -enlarged.shape[-1] % unit)
+    encoder = model.vae if model.condition_encoder is None else model.condition_encoder
+    if rows_at_once(encoder, padded.shape[-2], padded.shape[-1], budget):
+        mean, std = model.encode_condition(padded)
+    else:
+        mean, std = encode_in_bands(encoder, padded, budget)
+    return PreparedImage(key, size, enlarged, mean, std)
+
+
+@torch.inference_mode()
+def restore_batch(
+    model: CcsrModel,
+    rows: Sequence[tuple[PreparedImage, int]],
+    config: SamplingConfig,
+    *,
+    seed: int,
+    vae_bytes: int | None = None,
+) -> Iterator[np.ndarray]:
+    """Yield one uint8 (H, W, 3) RGB image per row = (image, run); all images' latents have one shape.
+
+    The latents of all rows are computed together; they are decoded as many at a time as fit `vae_bytes`.
+    """
+    images = [image for image, _ in rows]
+    noise = noise_for(seed, [(image.key, run) for image, run in rows], images[0].mean.device, torch.float32)
+    mean, std = (torch.cat(moments) for moments in zip(*((image.mean, image.std) for image in images), strict=True))
+    latents = sample_latents(model, mean, std, config, noise)
+    padded = torch.cat([_padded(model, image) for image in images]) if _wrapped(model, config) else None
+    for image, pixels in zip(images, decode_rows(model, latents, vae_bytes, padded, config.wrapping), strict=True):
+        height, width = image.enlarged.shape[-2:]
+        epsilon = METHODS[model.config.family].color_epsilon
+        pixels = color_fix(pixels[..., :height, :width], image.enlarged, config.color_fix, epsilon)
+        levels = pixels[0].clamp(0, 1).mul_(255).round_().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+        yield levels if config.sizes == "pad" else published_output(levels, image.size, config.sizes)
+
+
+def _padded(model: CcsrModel, image: PreparedImage) -> Tensor:
+    """The enlarged LR (1, 3, H, W) at the size that was encoded."""
+    (height, width), (h, w) = image.enlarged.shape[-2:], image.mean.shape[-2:]
+    return _reflect(image.enlarged, h * model.factor - height, w * model.factor - width)
+
+
+def decode_rows(
+    model: CcsrModel, latents: Tensor, vae_bytes: int | None = None, lr: Tensor | None = None, wrapping: float = 0.5
+) -> Iterator[Tensor]:
+    """Per latent (4, h, w) of a batch the image (1, 3, H, W) around [0, 1]; as many together as `vae_bytes` allow.
+
+    `lr`: the enlarged LR images for StableSR's feature wrapping, which needs the VAE whole, at least image by image.
+    """
+    height, width = (side * model.factor for side in latents.shape[-2:])
+    budget = VAE_BYTES[latents.device.type] if vae_bytes is None else vae_bytes
+    together = rows_at_once(model.vae, height, width, budget)
+    size = max(1, together)
+    conditions = repeat(None) if lr is None else lr.split(size)
+    for part, condition in zip(latents.split(size), conditions, strict=False):
+        if together or condition is not None:
+            decoded = model.decode(part, condition, wrapping)
+        else:
+            decoded = decode_in_bands(model.vae, part, budget)
+        yield from decoded.add_(1).div_(2).split(1)
+
+
+def _check_memory(
+    model: CcsrModel, size: tuple[int, int], config: SamplingConfig, num_runs: int, budget: int, key: str
+) -> None:
+    """DataError where an estimate of what restoring takes exceeds the memory or disk that is free."""
+    device = next(model.vae.parameters()).device
+    height, width = (max(side, 512) for side in size) if config.sizes != "pad" else size
+    sides = [side if config.tile is None else min(side, config.tile) for side in (height, width)]
+    whole = WHOLE_PLANES * plane_bytes(model.vae, height, width)
+    vae = min(budget, whole * max(1, num_runs))
+    needed = {
+        "images": IMAGE_BYTES * height * width,
+        "VAE": max(vae, whole) if _wrapped(model, config) else vae,
+        "UNet": UNET_MAPS
+        * model.unet.config.block_out_channels[0]
+        * (sides[0] * sides[1] // model.factor**2)
+        * next(model.unet.parameters()).element_size()
+        * max(1, num_runs),
+    }
+    free = free_memory(str(device))
+    if sum(needed.values()) > free:
+        parts = ", ".join(f"{name} {number / GIB:.1f}" for name, number in needed.items())
+        raise DataError(
+            f"an output of {width}x{height} px needs about {sum(needed.values()) / GIB:.1f} GiB ({parts}), "
+            f"{free / GIB:.1f} are free",
+            where=key,
+            todo="use a smaller scale, a tile, or fewer runs at once",
+        )
+    check_space(model.vae, height, width, budget, where=key)
+
+
+def _wrapped(model: CcsrModel, config: SamplingConfig) -> bool:
+    return "wrapping" in model.networks and config.wrapping > 0
+
+
+def sample_latents(model: CcsrModel, mean: Tensor, std: Tensor, config: SamplingConfig, noise: Noise) -> Tensor:
+    """Scaled latents (B, 4, h, w), float32, that `model` makes of the LR's moments; all randomness is in `noise`."""
+    method = METHODS[model.config.family]
+    z_lr = method.condition(mean, std, noise)  # where it is a sample, a fresh one per run: part of the randomness
+    cond = _denoiser(model, z_lr, config, config.prompt)
+    uncond = _denoiser(model, z_lr, config, config.negative_prompt) if config.guidance > 1 else cond
+    return method.sample(guided(cond, uncond, config.guidance), uncond, z_lr, noise, config)
+
+
+def _denoiser(model: CcsrModel, z_lr: Tensor, config: SamplingConfig, text: str) -> Denoise:
+    if text not in model.prompts:
+        raise ModelError(
+            f"the model directory caches no embedding of the prompt {text!r}",
+            where="prompt",
+            todo=f"use one of {sorted(model.prompts)}, or convert the model again with its text encoder",
+        )
+    denoise = model.denoiser(z_lr, model.prompts[text])
+    if config.tile is None or max(z_lr.shape[-2:]) * model.factor <= config.tile:
+        return denoise
+    unit = _unit(model)
+    tile = max(config.tile // (model.factor * unit), 2) * unit
+    return tiled(denoise, tile, tile // 2)
+
+
+def _unit(model: CcsrModel) -> int:
+    """Latent pixels that the UNet's coarsest level sees as one."""
+    return 2 ** (len(model.unet.config.block_out_channels) - 1)
+
+
+def _reflect(image: Tensor, bottom: int, right: int) -> Tensor:
+    """Pad at bottom and right by reflection, repeatedly where the image is smaller than the padding."""
+    while bottom or right:
+        step_h, step_w = min(bottom, image.shape[-2] - 1), min(right, image.shape[-1] - 1)
+        image = pad(image, (0, step_w, 0, step_h), mode="reflect")
+        bottom, right = bottom - step_h, right - step_w
+    return image

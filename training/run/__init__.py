@@ -1,0 +1,1 @@
+"""One training run: driver, workers, stages, checkpoints, validation."""

@@ -1,0 +1,150 @@
+"""What a run saves while it trains and goes on from: checkpoints written in the background, the same on all ranks."""
+
+import hashlib
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from infra.errors import CcsrError, DataError, ModelError
+from infra.storage import join
+from training.config import TrainConfig
+from training.run.agreement import WorkerContext, agree, attempt, from_rank_0
+from training.run.checkpoint import (
+    TrainingState,
+    check_tensors,
+    load_checkpoint,
+    load_newest,
+    module_state,
+    restore_module,
+    save_checkpoint,
+)
+from training.run.engine import engine_state, restore_engine
+
+
+class Checkpoints:
+    """The checkpoints of a running engine; a block, at whose end the last write is waited for.
+
+    `discriminator`: stage 2's module and its optimiser.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        engine: Any,
+        optimizer: torch.optim.Optimizer,
+        discriminator: tuple[nn.Module, torch.optim.Optimizer] | None,
+        context: WorkerContext,
+    ) -> None:
+        self._config, self._context = config, context
+        self._engine, self._optimizer, self._discriminator = engine, optimizer, discriminator
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+        self._saved = 0
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown()
+        if error is None:
+            self._context.agreed = True
+        if error is None and self._writing is not None:
+            self._writing.result()
+
+    def resume(self) -> int:
+        """Collective. Restore the newest intact checkpoint; the number of updates it had done, 0 if there is none.
+
+        Rank 0 chooses: a storage may not show the newest one to every node at once.
+        """
+        config, context = self._config, self._context
+        found, error = None, None
+        if context.rank == 0:
+            found, error = attempt(lambda: load_newest(config.output, context.warn))
+        agree(context, error)
+        position = from_rank_0(context, found[1].facts["position"] if found else -1)
+        if position < 0:
+            return 0
+        place = join(config.output, "checkpoints", f"{position:012d}")
+        state, error = attempt(lambda: self._checked(found[1] if found else load_checkpoint(place), place))
+        agree(context, error)
+        self._saved = state.facts["num_updates"]
+        restore_engine(self._engine, self._optimizer, state.tensors, self._saved)
+        if self._discriminator is not None:
+            restore_module(*self._discriminator, state.tensors["discriminator"], self._saved)
+        return self._saved
+
+    def _checked(self, state: TrainingState, place: str) -> TrainingState:
+        check_tensors(place, state.tensors["weights"], self._engine.module.trained)
+        before, now = (facts.get("dataset_ids") for facts in (state.facts, self._context.facts))
+        if before and now and before != now:
+            raise DataError(
+                f"the checkpoint was trained on the datasets {', '.join(before)}, the config names {', '.join(now)}",
+                where=place,
+                todo="give the same shards, or another `output` with this run's model as `init_from`",
+            )
+        return state
+
+    def save(self, num_updates: int, validation: Mapping[str, float] | None = None) -> None:
+        """Collective. Copy what a checkpoint holds, then write it while training goes on; at most one at a time.
+
+        A write that fails is told by `failure` and at the block's end. Saving twice at one update does nothing.
+        ModelError where a rank's discriminator differs from rank 0's.
+        """
+        if num_updates == self._saved:
+            return
+        self._saved = num_updates
+        config, context = self._config, self._context
+        if self._writing is not None:
+            self._writing.exception()  # waits; what failed is raised by `failure`
+        discriminator = self._replica(*self._discriminator, num_updates) if self._discriminator else None
+        tensors = engine_state(self._engine, self._optimizer, keep=context.rank == 0)
+        if tensors is None:
+            return
+        if discriminator is not None:
+            tensors["discriminator"] = discriminator
+        facts = {"position": num_updates * config.global_batch_size, "num_updates": num_updates, **context.facts}
+        if validation:
+            facts["validation"] = dict(validation)
+        failed = self.failure()
+        if failed is None:
+            self._writing = self._pool.submit(self._write, TrainingState(facts, tensors))
+
+    def _replica(self, module: nn.Module, optimizer: torch.optim.Optimizer, num_updates: int) -> dict[str, Tensor]:
+        """Collective. The discriminator's tensors, once every rank has found its own equal to rank 0's."""
+        tensors = module_state(module, optimizer)
+        number = int.from_bytes(hashlib.sha256(save(tensors)).digest()[:8], signed=True)
+        error = None
+        if from_rank_0(self._context, number) != number:
+            error = ModelError(
+                f"the discriminator on rank {self._context.rank} differs from rank 0's after update {num_updates}; "
+                "nothing was saved",
+                where=self._config.output,
+                todo="run the same command again: it resumes from the checkpoint before; if this comes back, let all "
+                "workers have the same kind of GPU",
+            )
+        agree(self._context, error)
+        return tensors
+
+    def _write(self, state: TrainingState) -> None:
+        runtime = self._config.runtime
+        save_checkpoint(self._config.output, state, keep=runtime.keep_checkpoints)
+        every = runtime.export_every * runtime.checkpoint_every
+        if self._context.export and every and state.facts["num_updates"] % every == 0:
+            place = join(self._config.output, "exports", f"{state.facts['position']:012d}")
+            self._context.export(state.tensors["weights"], place)
+
+    def failure(self) -> CcsrError | None:
+        """The user's error of a write that failed; any other error is raised."""
+        if self._writing is None or not self._writing.done():
+            return None
+        error = self._writing.exception()
+        if error is not None and not isinstance(error, CcsrError):
+            raise error
+        return error

@@ -1,0 +1,366 @@
+"""`ccsr train`: Ray Train workers run the loop; the driver checks first, shows progress and writes the model."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from infra.cluster.jobs import PACKAGES
+from infra.display.progress import progress
+from infra.errors import CcsrError, ClusterError, ConfigError, ModelError, StoppedError, error_to_json, line_of
+from infra.manifest import Manifest
+from infra.ray_runtime import check_gpus_here, cpu_work, cpus_here, lost_worker, ray_cluster, user_error
+from infra.run import claim_output
+from infra.storage import (
+    download_folder,
+    exists,
+    join,
+    read_bytes,
+    read_json,
+    remove,
+    upload_folder,
+    write_bytes,
+)
+from infra.tracking import MODEL_TAG, Tracker, find_model, track, tracking_uri
+from training.config import TrainConfig, TrainRuntime
+from training.data.batches import check_cpus
+from training.data.samples import check_latents
+from training.models import CcsrModel, build_model, load_model, save_model
+from training.run.agreement import OtherRankError, WorkerContext, agree, attempt, sigterm_noted
+from training.run.board import Pulse, Watch, make_board
+from training.run.checkpoint import best_checkpoint, check_tensors, complete_checkpoints, load_checkpoint, load_newest
+from training.run.stages import build_stage
+from training.run.validation import Validation
+
+LIBRARIES = ("torch", "deepspeed", "diffusers", "numpy", "opencv-python-headless", "pillow")
+GIT_PLACES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")
+
+
+def run_train(config: TrainConfig) -> str:
+    """Train one stage and return the URI of its model directory, OUT/model; a finished run returns at once.
+
+    What an earlier run of the same config left is continued, to more updates too. Raises before anything starts where
+    the data, the starting model or the output cannot be used; StoppedError after SIGTERM.
+    """
+    config = config.model_copy(update={"init_from": find_model(config.init_from, config.tracking)})
+    manifests = [Manifest.load(part.path) for part in config.data]
+    _check_crop(config, manifests)
+    model_uri = join(config.output, "model")
+    inputs = {"dataset_ids": [manifest.dataset_id for manifest in manifests], "init_from": model_id(config.init_from)}
+    run = claim_output(config.output, config, job="train", inputs=inputs, libraries=LIBRARIES)
+    exported, done = _updates_done(config)
+    if exported == config.num_updates:
+        return model_uri
+    facts = {"fingerprint": run["fingerprint"], "config": run["config"], **inputs, "git_commit": git_commit()}
+    if done < config.num_updates:
+        _check_start(config, manifests)
+    tags = {"ccsr.stage": str(config.stage), "git.commit": facts["git_commit"]}
+    with (
+        ray_cluster(config.runtime.ray) if done < config.num_updates else nullcontext(),
+        track(config.tracking, run, tags) as tracker,
+        sigterm_noted() as sigterm,  # after Ray's start, which sets its own handler
+    ):
+        if done < config.num_updates:
+            _fit(config, manifests, facts, tracker, sigterm)
+        _export(config, model_uri)  # after SIGTERM too: what was finished counts
+    return model_uri
+
+
+def _updates_done(config: TrainConfig) -> tuple[int, int]:
+    """Updates behind the complete OUT/model and behind the newest checkpoint. ConfigError where it is past the end."""
+    record, model = join(config.output, "trained.json"), join(config.output, "model", "ccsr.json")
+    exported = read_json(record)["num_updates"] if exists(record) and exists(model) else 0
+    positions = [int(place.rpartition("/")[2]) for place in complete_checkpoints(config.output)]
+    done = max(positions, default=0) // config.global_batch_size
+    if max(exported, done) > config.num_updates:
+        raise ConfigError(
+            f"this run has done {max(exported, done)} updates, the config ends at {config.num_updates}",
+            where=config.output,
+            todo="raise num_updates, or give another `output`",
+        )
+    return exported, done
+
+
+def _check_start(config: TrainConfig, manifests: list[Manifest]) -> None:
+    """What does not fit or is missing is told here, not by a worker."""
+    Validation.load(config)
+    model = initial_model(config)
+    check_latents(config, manifests, model.encoder_id())
+    build_stage(model, config)
+
+
+def _check_crop(config: TrainConfig, manifests: list[Manifest]) -> None:
+    for manifest in manifests:
+        if config.crop_px % (manifest.facts["scale"] or 1):
+            raise ConfigError(
+                f"crop_px = {config.crop_px} is no multiple of these shards' scale, {manifest.facts['scale']}",
+                where=manifest.uri,
+                todo="choose a multiple of it",
+            )
+
+
+def model_id(uri: str | None) -> str:
+    """Identifies a model directory by its content (the hash of its ccsr.json); "random" for none."""
+    if not uri:
+        return "random"
+    place = join(uri, "ccsr.json")
+    if not exists(place):
+        raise ModelError(
+            "there is no complete model directory here (ccsr.json is missing)",
+            where=uri,
+            todo="give the `model` folder of a finished training run",
+        )
+    return hashlib.sha256(read_bytes(place)).hexdigest()[:16]
+
+
+def initial_model(config: TrainConfig) -> CcsrModel:
+    """The fp32 model that training starts from. ModelError if the directory's networks are not the config's."""
+    if not config.init_from:
+        return _prepared(build_model(config.model, config.seed), config)
+    with tempfile.TemporaryDirectory(prefix="ccsr-model-") as folder:
+        model = load_model(download_folder(config.init_from, Path(folder)))
+    if model.config != config.model:
+        raise ModelError(
+            f"the model there is {model.config.model_dump()}, the config asks for {config.model.model_dump()}",
+            where=config.init_from,
+            todo="set `model` to what the directory holds, or start from another one",
+        )
+    return _prepared(model, config)
+
+
+def _prepared(model: CcsrModel, config: TrainConfig) -> CcsrModel:
+    if config.stage == 2:
+        model.prepare_stage2(config.seed)
+    return model
+
+
+def _fit(
+    config: TrainConfig,
+    manifests: list[Manifest],
+    facts: dict[str, Any],
+    tracker: Tracker,
+    sigterm: Callable[[], bool],
+) -> None:
+    """Train on Ray until the last update. StoppedError where `sigterm` says that this process is to end."""
+    runtime = config.runtime
+    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
+    with tempfile.TemporaryDirectory(prefix="ccsr-train-") as scratch:
+        from ray.train import FailureConfig, RunConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        class Trainer(TorchTrainer):
+            def _register_sigint_handler(self, controller: Any) -> None:
+                """Leave Ctrl-C to Python: Ray's own handler ends this process with exit code 1 before anything is
+                closed."""
+
+        check_gpus_here(runtime.num_workers if runtime.use_gpu else 0)
+        check_cpus(config, {"CPU": cpus_here()})
+        tracker.tag(**{MODEL_TAG: join(config.output, "model"), "ccsr.num_updates": str(config.num_updates)})
+        _log_inputs(tracker, config, manifests)
+        board = make_board()
+        settings = {
+            "config": config,
+            "manifests": manifests,
+            "facts": facts,
+            "tracking_uri": tracking_uri(config.tracking),
+            "run_id": tracker.run_id,
+            "board": board,
+        }
+        environment = {"OMP_NUM_THREADS": str(runtime.threads_per_worker)}
+        environment |= {name: os.environ[name] for name in ("CCSR_WEIGHTS",) if name in os.environ}
+        if not runtime.use_gpu:
+            environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        trainer = Trainer(
+            _worker,
+            train_loop_config=settings,
+            scaling_config=_placement(runtime),
+            torch_config=TorchConfig(
+                backend="nccl" if runtime.use_gpu else "gloo", timeout_s=runtime.collective_timeout_seconds
+            ),
+            run_config=RunConfig(
+                name=facts["fingerprint"][:16],
+                storage_path=scratch,
+                worker_runtime_env={"env_vars": environment},
+                failure_config=FailureConfig(max_failures=runtime.max_restarts),
+            ),
+        )
+        bar = progress(f"training stage {config.stage}", config.num_updates)
+        with bar as advance, Watch(board, advance, sigterm) as watch:
+            while _drained(trainer, watch, config, sigterm):
+                pass
+
+
+def _drained(trainer: Any, watch: Watch, config: TrainConfig, sigterm: Callable[[], bool]) -> bool:
+    """Train; True where the workers saved and left because the node of one is being taken away, and are to start anew.
+    Raises what ended the run.
+
+    Each call is a run of Ray Train's, so that a drained node does not count as one of `runtime.max_restarts`.
+    """
+    failure: Exception | None = None
+    try:
+        trainer.fit()
+    except Exception as error:  # noqa: BLE001  raised below, if no worker has said why
+        failure = error
+    user = watch.error() or (user_error(failure) if failure else None)
+    if isinstance(user, StoppedError) and not sigterm():
+        watch.start_anew(user)
+        return True
+    if user:
+        raise user from failure
+    if failure:
+        raise _lost(failure, config, watch.state.lost) from failure
+    return False
+
+
+def _placement(runtime: TrainRuntime) -> Any:
+    """Where Ray Train puts the workers, and what it reserves for each: its GPU alone, or one CPU."""
+    from ray.train import ScalingConfig
+
+    if runtime.use_gpu:
+        return ScalingConfig(num_workers=runtime.num_workers, use_gpu=True)
+    place = cpu_work(runtime.ray)
+    return ScalingConfig(
+        num_workers=runtime.num_workers,
+        label_selector=place.pop("label_selector"),
+        resources_per_worker={"CPU": 1, **place},
+    )
+
+
+def _lost(error: BaseException, config: TrainConfig, ranks: list[str]) -> ClusterError:
+    """The last failure, with what the ranks could still tell about it."""
+    lost = lost_worker(error, config.output)
+    told = "".join(f"; {line}" for line in ranks[:4])
+    limit = f"; runtime.max_restarts is {config.runtime.max_restarts}"
+    return ClusterError(lost.what + told + limit, where=lost.where, todo=lost.todo)
+
+
+def _log_inputs(tracker: Tracker, config: TrainConfig, manifests: list[Manifest]) -> None:
+    """What the run reads, and the run that made what it starts from."""
+    for manifest in manifests:
+        tracker.dataset(manifest.uri.rstrip("/").rpartition("/")[2], manifest.dataset_id, manifest.uri, "training")
+    validation = Validation.load(config)
+    for uri, dataset_id in validation.datasets.items() if validation else ():
+        tracker.dataset(uri.rstrip("/").rpartition("/")[2], dataset_id, uri, "validation")
+    if config.init_from:
+        place = join(config.init_from.rstrip("/").rpartition("/")[0] or ".", "run.json")  # of the run's folder
+        if exists(place):
+            tracker.parent(read_json(place).get("fingerprint"))
+
+
+def _worker(settings: dict[str, Any]) -> None:
+    """What each Ray Train worker runs."""
+    import cv2
+    import deepspeed
+    import ray.train
+    import torch
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    from infra.process.background import BackgroundTracker
+    from infra.process.numerics import set_numerics
+    from infra.tracking import Tracker
+    from training.run.engine import skip_compiled_collectives
+    from training.run.worker import train
+
+    config: TrainConfig = settings["config"]
+    set_numerics(config.numerics)
+    ray_context = ray.train.get_context()
+    rank = ray_context.get_world_rank()
+    torch.set_num_threads(config.runtime.threads_per_worker)
+    cv2.setNumThreads(1)  # the ingest has threads of its own
+    skip_compiled_collectives()
+    backend = "nccl" if config.runtime.use_gpu else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    board = settings["board"]
+    if not ray.get(board.begin.remote(rank)):
+        return
+    tracker = None
+    if rank == 0:
+        logged = Tracker.connect(settings["tracking_uri"], settings["run_id"])
+        tracker = BackgroundTracker(logged, warn=board.warn.remote)
+    drain = get_train_context().preemption_context  # the public function waits for all ranks
+    with sigterm_noted() as sigterm:
+        context = WorkerContext(
+            rank=rank,
+            world_size=ray_context.get_world_size(),
+            device=str(ray.train.torch.get_device()),
+            facts=settings["facts"],
+            tracker=tracker,
+            on_update=(lambda update, note: board.write.remote(update, note + tracker.note)) if tracker else None,
+            stop_asked=Pulse(board, rank, lambda: sigterm() or drain.preemption_info is not None),
+            warn=board.warn.remote,
+            export=lambda weights, uri: _write_model(config, weights, uri),
+        )
+        try:
+            model, error = attempt(lambda: initial_model(config))
+            agree(context, error)
+            train(config, settings["manifests"], model, context)
+        except OtherRankError:
+            pass
+        except CcsrError as error:  # not to be tried again: it is kept on the board, and the worker ends in peace
+            ray.get(board.fail.remote(error_to_json(error)))
+            if not context.agreed:  # the others do not know: Ray ends them
+                raise
+        except Exception as error:
+            ray.get(board.lost.remote(rank, f"{type(error).__name__}: {line_of(error)}"))
+            raise
+        finally:
+            if tracker is not None:
+                tracker.close()
+
+
+def _export(config: TrainConfig, model_uri: str) -> None:
+    """OUT/model from the last checkpoint, OUT/best where some were validated; trained.json says of which update."""
+    place, state = load_newest(config.output, lambda text: print(f"warning: {text}", file=sys.stderr)) or ("", None)
+    if state is None or state.facts["num_updates"] != config.num_updates:
+        raise ModelError(
+            f"the checkpoint after {config.num_updates} updates is gone or damaged",
+            where=join(config.output, "checkpoints"),
+            todo="run the same command again to make it anew from the one before",
+        )
+    best = best_checkpoint(config.output)
+    if best is not None:
+        weights = state.tensors["weights"] if best == place else load_checkpoint(best).tensors["weights"]
+        _write_model(config, weights, join(config.output, "best"))
+    _write_model(config, state.tensors["weights"], model_uri)
+    record = {name: state.facts[name] for name in ("num_updates", "position")}
+    write_bytes(join(config.output, "trained.json"), json.dumps(record).encode())
+
+
+def _write_model(config: TrainConfig, weights: dict[str, Any], uri: str) -> None:
+    """The starting model with `weights` in place of the trained part, as a model directory that replaces one there."""
+    model = initial_model(config)
+    trained = build_stage(model, config).trained
+    check_tensors(uri, weights, trained)
+    trained.load_state_dict(weights, strict=False)  # parameters were checked; there may be buffers besides
+    with tempfile.TemporaryDirectory(prefix="ccsr-model-") as folder:
+        local = Path(folder) / "model"
+        save_model(model, local)
+        if exists(join(uri, "ccsr.json")):  # while files are replaced the directory is not complete
+            remove(join(uri, "ccsr.json"))
+        upload_folder(local, uri, last="ccsr.json")
+
+
+def git_commit() -> str:
+    """The commit that holds this code, with "-dirty" where our packages differ from it; "unknown" where the code is in
+    no commit: outside a checkout, or installed below another project's."""
+    root = Path(__file__).parents[2]
+    # A hook or a script may have set the variables that name another repository.
+    environment = {name: value for name, value in os.environ.items() if name not in GIT_PLACES}
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=root, env=environment, capture_output=True, text=True, timeout=30, check=True
+        ).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "--", __file__)
+        commit = git("rev-parse", "--verify", "HEAD")
+        return commit + ("-dirty" if git("status", "--porcelain", "--", *PACKAGES) else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"

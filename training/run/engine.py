@@ -1,0 +1,146 @@
+"""The DeepSpeed engine of one worker: fp32 masters, gradients accumulated and reduced in fp32, state by name."""
+
+import contextlib
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from training.config import TrainConfig
+from training.run.checkpoint import MOMENTS
+from training.run.stages import Stage
+
+
+def skip_compiled_collectives() -> None:
+    """Keep DeepSpeed from compiling its shared-memory collectives: a machine without a compiler must do."""
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def make_engine(stage: Stage, config: TrainConfig, world_size: int, device: str) -> tuple[Any, torch.optim.Optimizer]:
+    """Move an fp32 `stage` to `device` in the networks' dtype and wrap it; collective. Its AdamW comes second.
+
+    The fp32 masters are the weights before they are rounded to that dtype.
+    """
+    import deepspeed
+
+    bf16 = config.precision == "bf16"
+    weights = {name: p.detach().clone() for name, p in stage.trained.named_parameters()} if bf16 else {}
+    stage.model.to(device, torch.bfloat16 if bf16 else torch.float32)
+    settings = config.optimizer
+    optimizer = torch.optim.AdamW(
+        [p for p in stage.parameters() if p.requires_grad],
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+    )
+    accumulation = config.global_batch_size // (config.runtime.micro_batch_size * world_size)
+    with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory tables
+        engine, *_ = deepspeed.initialize(
+            model=stage,
+            optimizer=optimizer,
+            config={
+                "train_batch_size": config.global_batch_size,
+                "train_micro_batch_size_per_gpu": config.runtime.micro_batch_size,
+                "gradient_accumulation_steps": accumulation,
+                "gradient_clipping": settings.clip_norm,
+                "bf16": {"enabled": bf16},
+                "data_types": {"grad_accum_dtype": "fp32"},
+                "communication_data_type": "fp32",
+                "zero_optimization": {"stage": config.runtime.zero_stage},
+                "zero_force_ds_cpu_optimizer": False,
+                "zero_allow_untested_optimizer": True,
+                "steps_per_print": 10**9,
+            },
+        )
+    if bf16:
+        _set_weights(engine, weights)
+    return engine, optimizer
+
+
+def step(engine: Any) -> Tensor | float | None:
+    """Update the weights if this micro-step is the last of its update; the gradient's global norm before clipping then.
+
+    A norm that is not finite comes back as such, the same on all ranks; the weights are of no use afterwards.
+    """
+    if not engine.is_gradient_accumulation_boundary():
+        engine.step()
+        return None
+    if _is_partitioned(engine):
+        engine.step()
+        return engine.get_global_grad_norm()
+    # DeepSpeed keeps no norm under ZeRO 0, and what `step` leaves of the gradients is zero.
+    norm = nn.utils.get_total_norm([p.grad for p in engine.module.trained.parameters() if p.grad is not None])
+    engine.step()
+    return norm
+
+
+def engine_state(
+    engine: Any, optimizer: torch.optim.Optimizer, *, keep: bool = True
+) -> dict[str, dict[str, Tensor]] | None:
+    """Parameters and moments of an engine by name: full fp32 copies on the CPU.
+
+    Collective: every rank calls it. A rank that does not `keep` them holds one tensor at a time and returns None.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    tensors: dict[str, dict[str, Tensor]] = {"weights": {}, "moments": {}}
+    partitioned = _is_partitioned(engine)
+    for name, parameter in engine.module.trained.named_parameters():
+        full = safe_get_full_fp32_param(parameter) if partitioned else parameter
+        if keep:
+            tensors["weights"][name] = _copy(full)
+        for kind in MOMENTS:
+            full = safe_get_full_optimizer_state(parameter, kind) if partitioned else optimizer.state[parameter][kind]
+            if keep:
+                tensors["moments"][f"{kind}.{name}"] = _copy(full)
+    return tensors if keep else None
+
+
+def restore_engine(
+    engine: Any, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Mapping[str, Tensor]], num_updates: int
+) -> None:
+    """Put `engine_state`'s tensors back into an engine of any world size and ZeRO stage, before its first step."""
+    from deepspeed.utils import safe_set_full_optimizer_state
+
+    step = torch.tensor(float(num_updates))
+    partitioned = _is_partitioned(engine)
+    if partitioned:
+        for group in optimizer.param_groups:  # DeepSpeed put its flat partitions there
+            for flat in group["params"]:
+                optimizer.state[flat] = {"step": step.clone(), **{kind: torch.zeros_like(flat) for kind in MOMENTS}}
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+    for name, parameter in engine.module.trained.named_parameters():
+        state = {kind: tensors["moments"][f"{kind}.{name}"].to(parameter.device) for kind in MOMENTS}
+        if partitioned:
+            for kind in MOMENTS:
+                safe_set_full_optimizer_state(parameter, state[kind], kind)
+        else:
+            optimizer.state[parameter] = {"step": step.clone(), **state}
+    _set_weights(engine, tensors["weights"])
+
+
+def _set_weights(engine: Any, weights: Mapping[str, Tensor]) -> None:
+    from deepspeed.utils import safe_set_full_fp32_param
+
+    partitioned = _is_partitioned(engine)
+    for name, parameter in engine.module.trained.named_parameters():
+        weight = weights[name].to(parameter.device)
+        if partitioned:
+            safe_set_full_fp32_param(parameter, weight)
+        else:
+            parameter.data.copy_(weight)
+    if partitioned:
+        engine.optimizer.update_lp_params()
+
+
+def _is_partitioned(engine: Any) -> bool:
+    """Whether DeepSpeed holds masters and moments in flat partitions; under ZeRO 0 the plain optimiser holds them."""
+    return engine.zero_optimization_stage() > 0
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float32, copy=True)

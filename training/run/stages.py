@@ -1,0 +1,173 @@
+"""The modules that DeepSpeed wraps, one per stage: their forward is the loss."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from infra.seeding import noise_for, rng_for
+from training.config import TrainConfig
+from training.data.batches import Batch
+from training.data.samples import SAMPLED
+from training.losses import discriminator_loss, eps_terms, generator_loss
+from training.method import METHODS
+from training.models import (
+    CcsrModel,
+    EncoderFeatures,
+    Lpips,
+    PatchDiscriminator,
+    ProjectedDiscriminator,
+    load_dino,
+    load_lpips,
+)
+
+
+class Stage(nn.Module):
+    """Base of both stages: `trained` is what the optimiser sees; everything else of the model is frozen.
+
+    All randomness of a batch depends on (seed, position) of its samples.
+    """
+
+    def __init__(self, model: CcsrModel, trained: nn.Module, config: TrainConfig) -> None:
+        super().__init__()
+        for network in model.networks.values():
+            network.requires_grad_(False)
+        self.trained = trained.requires_grad_(True)
+        self.config = config
+        # Not registered as submodules: DeepSpeed is to see the trained parameters only.
+        self._frozen = (model,)
+        self.method = METHODS[model.config.family]
+
+    @property
+    def model(self) -> CcsrModel:
+        return self._frozen[0]
+
+    def _noise(self, batch: Batch, purpose: str) -> Callable[..., Tensor]:
+        keys = [("noise", purpose, position) for position in batch.positions]
+        return noise_for(self.config.seed, keys, batch.hr.device, torch.float32)
+
+    def _timesteps(self, batch: Batch, end: int) -> Tensor:
+        draws = [int(rng_for(self.config.seed, "timestep", p).integers(end)) for p in batch.positions]
+        return torch.tensor(draws, device=batch.hr.device)
+
+    @torch.no_grad()
+    def _latents(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Scaled latents of HR (a posterior sample) and LR, encoded here or before."""
+        stored = batch.moments
+        mean, std = (stored["hr.mean"], stored["hr.std"]) if stored else self.model.encode_moments(batch.hr)
+        z_hr = mean + std * self._noise(batch, "hr")(mean.shape)
+        mean, std = (stored["lr.mean"], stored["lr.std"]) if stored else self.model.encode_condition(batch.lr)
+        return z_hr, self.method.condition(mean, std, self._noise(batch, "lr"))
+
+
+class NoiseStage(Stage):
+    """Stages 0 and 1: the adapter learns to predict noise, and in CCSR's stage 1 x0 at T and t_max too."""
+
+    def __init__(self, model: CcsrModel, config: TrainConfig) -> None:
+        super().__init__(model, model.trained_part(config.stage), config)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Named terms and "loss" of one micro-batch; see `training.losses`."""
+        z_hr, z_lr = self._latents(batch)
+        denoise, noise = self.model.denoiser(z_lr), self._noise(batch, "steps")
+
+        def timesteps(end: int) -> Tensor:
+            return self._timesteps(batch, end)
+
+        if self.config.stage == 0:
+            return eps_terms(denoise, z_hr, timesteps, noise)
+        return self.method.noise_terms(denoise, z_hr, z_lr, timesteps, noise, self.config)
+
+
+class DecoderStage(Stage):
+    """Stage 2: the decoder (StableSR: its feature wrapping) learns to turn the chain's x0 into the HR image.
+
+    One chain serves both generator and discriminator; the published v1 runs it anew for each.
+    """
+
+    def __init__(self, model: CcsrModel, config: TrainConfig) -> None:
+        super().__init__(model, model.trained_part(2), config)
+        loss = config.decoder_loss
+        # Not registered either: the one has an optimiser of its own, the other is frozen.
+        self._adversary = (_discriminator(config),)
+        self._perceptual = (_perceptual(model, loss.perceptual),)
+
+    @property
+    def discriminator(self) -> PatchDiscriminator | ProjectedDiscriminator:
+        return self._adversary[0]
+
+    @property
+    def trained_discriminator(self) -> nn.Module:
+        """What the discriminator's optimiser sees."""
+        discriminator = self.discriminator
+        return discriminator.heads if isinstance(discriminator, ProjectedDiscriminator) else discriminator
+
+    def forward(self, batch: Batch, update: int) -> dict[str, Tensor]:
+        """The generator's terms and "loss" of one micro-batch of an update, from 0; see `training.generator_loss`."""
+        loss = self.config.decoder_loss
+        decoded = self.method.in_range(self.model.decode(self._sampled(batch), batch.lr))
+        target = 2 * batch.hr - 1
+        judge = self._judge(batch)
+        self._last = (judge, target, decoded.detach(), update >= loss.discriminator_start_update)
+        self.trained_discriminator.requires_grad_(False)  # the generator's backward leaves no gradient there
+        terms = generator_loss(
+            decoded,
+            target,
+            perceptual=self._perceptual[0] if update >= loss.perceptual_start_update else None,
+            discriminator=lambda image: judge(image, "generator"),
+            last_layer=self.model.vae.decoder.conv_out.weight,
+            gan_weight=loss.gan_weight if update >= loss.gan_start_update else 0.0,
+            adaptive=loss.adaptive,
+            divide_by_batch=loss.divide_by_batch,
+            reconstruction=loss.reconstruction,
+        )
+        self.trained_discriminator.requires_grad_(True)
+        return terms
+
+    @torch.no_grad()
+    def _sampled(self, batch: Batch) -> Tensor:
+        """What the chain makes of the batch, here or when the shards were made."""
+        if SAMPLED in batch.moments:
+            return batch.moments[SAMPLED]
+        z_hr, z_lr = self._latents(batch)
+        noise = self._noise(batch, "steps")
+        return self.method.stage2_latents(self.model.denoiser(z_lr), z_hr, z_lr, noise, self.config)
+
+    def _judge(self, batch: Batch) -> Callable[[Tensor, str], Tensor]:
+        """logits(image, purpose); the projected discriminator draws its views by (seed, purpose, position)."""
+        discriminator = self.discriminator
+        if isinstance(discriminator, PatchDiscriminator):
+            return lambda image, purpose: discriminator(image)
+        condition = discriminator.condition(batch.lr)
+
+        def judge(image: Tensor, purpose: str) -> Tensor:
+            rngs = [rng_for(self.config.seed, "view", purpose, position) for position in batch.positions]
+            return discriminator(image, condition, rngs)
+
+        return judge
+
+    def discriminator_loss(self) -> Tensor:
+        """The discriminator's loss on the images of the last forward; not a result of `forward`, because DeepSpeed
+        hooks the backward of whatever that returns."""
+        judge, target, decoded, learns = self._last
+        return learns * discriminator_loss(judge(target, "real"), judge(decoded, "fake"))
+
+
+def _perceptual(model: CcsrModel, name: str) -> Lpips | EncoderFeatures | None:
+    if name == "lpips":
+        return load_lpips().to(next(model.vae.parameters()).device)
+    return EncoderFeatures(model.vae) if name == "encoder_features" else None
+
+
+def _discriminator(config: TrainConfig) -> PatchDiscriminator | ProjectedDiscriminator:
+    loss = config.decoder_loss
+    if loss.discriminator == "dino":
+        return ProjectedDiscriminator(load_dino("dino"), load_dino("dinov2"), seed=config.seed)
+    return PatchDiscriminator(ndf=loss.discriminator_width, seed=config.seed)
+
+
+def build_stage(model: CcsrModel, config: TrainConfig) -> Stage:
+    if config.runtime.activation_checkpointing:  # the frozen UNet too: gradients pass through it
+        for network in (model.adapter, model.unet, model.vae):
+            network.enable_gradient_checkpointing()
+    return DecoderStage(model, config) if config.stage == 2 else NoiseStage(model, config)

@@ -1,0 +1,200 @@
+"""The training loop of one worker: batches in order, DeepSpeed steps, checkpoints, metrics from rank 0."""
+
+import math
+from contextlib import ExitStack, closing
+from typing import Any
+
+import torch
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm, parameters_to_vector, vector_to_parameters
+
+from infra.errors import ModelError, StoppedError
+from infra.manifest import Manifest
+from training.config import TrainConfig
+from training.data.batches import Batch, updates
+from training.data.samples import SampleReader
+from training.models import CcsrModel, power_iteration
+from training.run.agreement import WorkerContext, agree, all_objects, attempt, gathered, limit_collectives
+from training.run.checkpointer import Checkpoints
+from training.run.engine import make_engine, step
+from training.run.meter import Meter, Profile
+from training.run.requirements import check_memory
+from training.run.stages import DecoderStage, Stage, build_stage
+from training.run.validation import Validation
+
+
+def train(config: TrainConfig, manifests: list[Manifest], model: CcsrModel, context: WorkerContext) -> None:
+    """Train to `num_updates`, from the newest intact checkpoint if there is one; the last one holds the result.
+
+    torch.distributed must be initialised. A user's error ends all ranks: it is raised where it happened (ModelError
+    with the batch's keys for a loss that is not finite), OtherRankError elsewhere. StoppedError, after a checkpoint,
+    where the run was asked to stop.
+    """
+    stage, error = attempt(lambda: _stage(config, model, context))
+    agree(context, error)
+    engine, optimizer = make_engine(stage, config, context.world_size, context.device)
+    limit_collectives(config.runtime.collective_timeout_seconds)
+    adversary = _Adversary(stage, config, context) if isinstance(stage, DecoderStage) else None
+    discriminator = (adversary.module, adversary.optimizer) if adversary else None
+    with ExitStack() as ends:
+        checkpoints = ends.enter_context(Checkpoints(config, engine, optimizer, discriminator, context))
+        done = checkpoints.resume()
+        reader = SampleReader(manifests, config)
+        stream = updates(reader, config, start=done, rank=context.rank, world_size=context.world_size)
+        ends.enter_context(closing(stream))
+        validation, error = attempt(lambda: Validation.load(config))
+        agree(context, error)
+        profiled = config.runtime.profile and context.rank == 0
+        profile = ends.enter_context(Profile(config, context)) if profiled else None
+        meter = Meter(config, context.device, context.world_size)
+        for update in range(done, config.num_updates):
+            batches, error = attempt(lambda: next(stream))
+            if agree(context, error or checkpoints.failure(), stop=context.stop_asked(update)):
+                checkpoints.save(update)
+                raise StoppedError(
+                    f"the run was asked to stop and saved a checkpoint after {update} of {config.num_updates} updates",
+                    where=config.output,
+                    todo="run the same command again to go on",
+                )
+            meter.batch_arrived()
+            learning_rate = _set_learning_rate(optimizer, config, update)
+            terms = _update(engine, adversary, batches, update, config, context, meter)
+            meter.update_done(terms)
+            finished = update + 1
+            position = finished * config.global_batch_size
+            if finished % config.runtime.log_every == 0 or finished == config.num_updates:
+                terms["learning_rate"] = learning_rate
+                _report(context, finished, terms | meter.values(), step=position)
+            scores = None
+            if validation is not None and validation.due(finished):
+                with meter.aside():
+                    scores = validation(stage.model, context, position)
+            if finished % config.runtime.checkpoint_every == 0 or finished == config.num_updates:
+                checkpoints.save(finished, scores)
+            if profile is not None:
+                profile.update_done()
+            meter.wait_for_batch()
+
+
+def _stage(config: TrainConfig, model: CcsrModel, context: WorkerContext) -> Stage:
+    check_memory(model, config, context)
+    return build_stage(model, config)
+
+
+def _set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, update: int) -> float:
+    settings = config.optimizer
+    rate = settings.learning_rate * min(1.0, (update + 1) / max(1, settings.warmup_updates))
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
+
+
+class _Adversary:
+    """The discriminator: replicated AdamW on gradients averaged over ranks (one engine per graph is enough).
+
+    Ranks start from equal weights and see equal gradients, so they stay equal; each checkpoint verifies it.
+    """
+
+    def __init__(self, stage: DecoderStage, config: TrainConfig, context: WorkerContext) -> None:
+        self.stage = stage
+        stage.discriminator.to(context.device)
+        self.module = stage.trained_discriminator
+        self.optimizer = torch.optim.AdamW(
+            self.module.parameters(),
+            lr=config.decoder_loss.discriminator_learning_rate,
+            betas=config.optimizer.betas,
+            weight_decay=config.optimizer.weight_decay,
+        )
+        self.clip_norm = config.optimizer.clip_norm
+        self.world_size = context.world_size
+
+    def accumulate(self, num_micro_steps: int) -> torch.Tensor:
+        """Backward of the discriminator's loss on the last micro-batch; returns that loss."""
+        loss = self.stage.discriminator_loss()
+        (loss / num_micro_steps).backward()
+        return loss
+
+    def step(self) -> torch.Tensor:
+        """Collective. One update of the discriminator, then one power iteration of its spectral norms; the norm of its
+        gradient before clipping."""
+        gradients = [parameter.grad for parameter in self.module.parameters()]
+        if self.world_size > 1:
+            flat = parameters_to_vector(gradients)
+            torch.distributed.all_reduce(flat)
+            vector_to_parameters(flat / self.world_size, gradients)
+        norm = get_total_norm(gradients)
+        if self.clip_norm:
+            clip_grads_with_norm_(self.module.parameters(), self.clip_norm, norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        power_iteration(self.module)
+        return norm
+
+
+def _update(
+    engine: Any,
+    adversary: _Adversary | None,
+    batches: list[Batch],
+    update: int,
+    config: TrainConfig,
+    context: WorkerContext,
+    meter: Meter,
+) -> dict[str, float]:
+    """One optimiser update over this rank's micro-batches.
+
+    Returns each loss term's mean over all samples, "loss_max" (the largest of all micro-batches), "gradient_norm" and
+    stage 2's "d_gradient_norm" (before clipping). ModelError with the samples' keys where one of them is not finite.
+    """
+    names: list[str] = []
+    rows: list[torch.Tensor] = []
+    gradient_norm = None
+    for micro_step, micro in enumerate(batches):
+        batch = micro.to(context.device)
+        with meter.counting(micro_step):
+            if adversary is None:
+                terms = engine(batch)
+            else:
+                terms = engine(batch, update=update)
+                terms["d_loss"] = adversary.accumulate(len(batches))
+            engine.backward(terms["loss"])
+        gradient_norm = step(engine)
+        names = list(terms)
+        rows.append(torch.stack([value.detach().float() for value in terms.values()]))
+    here = torch.stack(rows)
+    largest = {"loss_max": here[:, names.index("loss")].max()}
+    if adversary is not None:
+        largest["d_gradient_norm"] = adversary.step()
+    if gradient_norm is not None:
+        largest["gradient_norm"] = torch.as_tensor(gradient_norm, device=context.device)
+    over_ranks = gathered(context, torch.cat([here.mean(0), torch.stack(list(largest.values()))]))
+    numbers = torch.cat([over_ranks[:, : len(names)].mean(0), over_ranks[:, len(names) :].amax(0)])
+    values = dict(zip([*names, *largest], numbers.tolist(), strict=True))
+    # All ranks hold the same values, so all of them come here, without a check at each micro-step.
+    wrong = [f"{name} {value}" for name, value in values.items() if not math.isfinite(value)]
+    if wrong:
+        own = [batch for batch, row in zip(batches, here.isfinite().all(1).tolist(), strict=True) if not row]
+        agree(context, _not_finite(own, batches, wrong, update, context))
+    return values
+
+
+def _not_finite(
+    own: list[Batch], batches: list[Batch], wrong: list[str], update: int, context: WorkerContext
+) -> ModelError | None:
+    """Collective. The error of a rank whose `own` micro-batches gave a loss that is not finite; where all losses of all
+    ranks were finite and the gradient was not, each rank's error, with the keys of the whole update."""
+    keys = [key for batch in own for key in batch.keys]
+    if not any(all_objects(context, keys)):
+        keys = [key for rank in all_objects(context, [key for batch in batches for key in batch.keys]) for key in rank]
+    if not keys:
+        return None
+    return ModelError(
+        f"not finite at update {update}: {', '.join(wrong)}",
+        where=f"samples {', '.join(keys)}",
+        todo="lower the learning rate, or look at these samples; checkpoints up to here are kept",
+    )
+
+
+def _report(context: WorkerContext, update: int, values: dict[str, float], *, step: int) -> None:
+    if context.tracker is not None:
+        context.tracker.metrics(values, step=step)
+    if context.on_update is not None:
+        context.on_update(update, f"loss {values['loss']:.4f}, {values['samples_per_second']:.1f} samples/s")
