@@ -2,7 +2,9 @@
 
 import io
 import json
+import math
 import sys
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,16 +19,15 @@ from evaluation.report.orderings import ORDERINGS, published_orderings
 from evaluation.report.page import write_report
 from evaluation.report.tables import published_summary
 from evaluation.results import SET_METRICS, EvaluationResult, images_schema, load_result, results_schema
-from evaluation.scoring import Scorer, record_uri
+from evaluation.scoring import Scorer, ScoreTask, record_uri
 from evaluation.sets import EvaluationSet, load_sets
 from infra.display.progress import progress
 from infra.errors import DataError
-from infra.process.numerics import set_numerics
-from infra.ray_runtime import cpu_work, lost_worker, on_actors, ray_cluster, user_error
+from infra.ray_runtime import on_ray
 from infra.run import claim_output
 from infra.storage import exists, join, list_files, read_bytes, write_bytes
 from infra.tracking import find_model
-from training.run.driver import model_id
+from training.models import model_id
 
 LIBRARIES = ("torch", "diffusers", "numpy", "opencv-python-headless", "pillow")
 
@@ -88,37 +89,30 @@ def run_evaluate(config: EvaluateConfig, *, log_only: bool = False) -> Evaluatio
 
 def _tasks(
     config: EvaluateConfig, data: EvaluationSet, outputs: Mapping[str, Mapping[str, list[str]]]
-) -> list[dict[str, Any]]:
+) -> list[ScoreTask]:
     """One task per (method, image), methods in turn so that an actor seldom changes its model."""
     return [
-        {
-            "method": number,
-            "key": image.key,
-            # JSON: Ray's columns could not tell an absent entry from one of another type.
-            "image": json.dumps(
-                {"image": image.to_dict(), "outputs": outputs[method.name][image.key] if method.name in outputs else []}
-            ),
-        }
-        for number, method in enumerate(config.methods)
+        ScoreTask(method, image, outputs[method.name][image.key] if method.name in outputs else [])
+        for method in config.methods
         for image in data.images
     ]
 
 
-def _score(config: EvaluateConfig, tasks: list[dict[str, Any]], available: Sequence[str]) -> None:
+def _score(config: EvaluateConfig, tasks: list[ScoreTask], available: Sequence[str]) -> None:
     done = set(list_files(join(config.output, "records")))
-    pending = [t for t in tasks if record_uri(config.output, config.methods[t["method"]].name, t["key"]) not in done]
+    pending = [task for task in tasks if record_uri(config.output, task.method.name, task.image.key) not in done]
     with progress("evaluating", len(tasks), done=len(tasks) - len(pending)) as advance:
-        scored = on_actors(
+        scored = on_ray(
             lambda: Scorer(config, available),
             pending,
-            ray_config=config.runtime.ray,
+            config=config.runtime.ray,
             num_actors=config.runtime.num_actors,
-            use_gpu=config.runtime.use_gpu,
+            device=config.runtime.device,
             numerics=config.numerics,
             output=config.output,
         )
-        for row in scored:
-            advance(1, f"{row['method']}: {row['key']}")
+        for name in scored:
+            advance(1, name)
 
 
 def _write_tables(config: EvaluateConfig, keys: list[str]) -> None:
@@ -146,23 +140,24 @@ def _score_sets(config: EvaluateConfig, data: EvaluationSet, available: bool) ->
     result = load_result(config.output)
     found: dict[str, dict[str, float | None]] = {name: {"fid": None} for name in result.methods}
     if computable:
-        with ray_cluster(config.runtime.ray):
-            import ray
+        keys = [image.key for image in data.images]
+        runs = [(name, run) for name, method in result.methods.items() for run in range(method.num_runs)]
+        references = [result.picture("hr", key) for key in keys]
 
-            device = "cuda" if config.runtime.use_gpu else "cpu"
-            keys = [image.key for image in data.images]
-            references = [result.picture("hr", key) for key in keys]
+        def score(one: tuple[str, int]) -> tuple[str, float]:
+            name, run = one
+            return name, fid([result.picture(name, key, run) for key in keys], references, device=config.runtime.device)
 
-            def score(run: list[str]) -> float:
-                set_numerics(config.numerics)
-                return fid(run, references, device=device)
-
-            remote = ray.remote(**({"num_gpus": 1} if config.runtime.use_gpu else cpu_work(config.runtime.ray)))(score)
-            try:
-                for name, method in result.methods.items():
-                    runs = [[result.picture(name, key, run) for key in keys] for run in range(method.num_runs)]
-                    scores = ray.get([remote.remote(run) for run in runs])
-                    found[name]["fid"] = sum(scores) / len(scores)
-            except ray.exceptions.RayError as error:
-                raise user_error(error) or lost_worker(error, config.output) from error
+        scores = defaultdict(list)
+        for name, value in on_ray(
+            lambda: score,
+            runs,
+            config=config.runtime.ray,
+            num_actors=config.runtime.num_actors if config.runtime.device == "cuda" else None,
+            device=config.runtime.device,
+            numerics=config.numerics,
+            output=config.output,
+        ):
+            scores[name].append(value)
+        found = {name: {"fid": math.fsum(values) / len(values)} for name, values in scores.items()}
     write_bytes(join(config.output, SET_METRICS), json.dumps(found, sort_keys=True).encode())

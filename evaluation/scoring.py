@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from evaluation.config import BicubicMethod, EvaluateConfig, ModelMethod
+from evaluation.config import BicubicMethod, EvaluateConfig, Method, ModelMethod
 from evaluation.metrics.image import sharpness
 from evaluation.metrics.registry import Quality
 from evaluation.results import image_row
@@ -14,11 +15,21 @@ from evaluation.sets import EvaluationImage
 from infra.images import encode_png, read_image, resize_bicubic
 from infra.pixels import StabilityAccumulator
 from infra.storage import join, put_if_absent, write_bytes
-from training.restore.restore import fetch_model, restore_runs
+from training.models import fetch_model
+from training.restore.restore import restore_runs
 
 
 def record_uri(output: str, method: str, key: str) -> str:
     return join(output, "records", method, f"{key}.json")
+
+
+@dataclass(frozen=True)
+class ScoreTask:
+    """An image, the method to score on it, and that method's output files where it is `outputs`."""
+
+    method: Method
+    image: EvaluationImage
+    outputs: list[str]
 
 
 class Scorer:
@@ -27,14 +38,12 @@ class Scorer:
     def __init__(self, config: EvaluateConfig, available: Sequence[str]) -> None:
         self._config = config
         self._loaded: tuple[str, Any] = ("", None)
-        self._device = "cuda" if config.runtime.use_gpu else "cpu"
+        self._device = config.runtime.device
         self._quality = Quality(available, crop_border=config.crop_border, device=self._device)
 
-    def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
-        """`task`: `method` (its place in the config) and `image`, JSON of the image and of a method's output files."""
-        config, method = self._config, self._config.methods[task["method"]]
-        values = json.loads(task["image"])
-        image, files = EvaluationImage.from_dict(values["image"]), values["outputs"]
+    def __call__(self, task: ScoreTask) -> str:
+        """Score one image's outputs by one method and commit the record; returns which, for people."""
+        config, method, image = self._config, task.method, task.image
         lr, hr, size = image.read()
         reference = resize_bicubic(lr, size[1], size[0]) if hr is None else hr
         folder = join(config.output, "images")
@@ -45,7 +54,7 @@ class Scorer:
         scores: dict[str, list[float | None]] = {name: [] for name in config.metrics if name != "fid"}
         sharp: list[float] = []
         outputs: Iterable[np.ndarray] = (
-            map(read_image, files) if files else self._restored(task["method"], lr, size, image.key)
+            map(read_image, task.outputs) if task.outputs else self._restored(method, lr, size, image.key)
         )
         for run, output in enumerate(outputs):
             write_bytes(join(folder, method.name, f"{run:02d}", f"{image.key}.png"), encode_png(output))
@@ -62,10 +71,9 @@ class Scorer:
         row = image_row(method.name, image.key, size, scores, l_std=l_std, sharpness=float(np.mean(sharp)))
         record = json.dumps({"scores": scores, "image": row}, sort_keys=True).encode()
         put_if_absent(record_uri(config.output, method.name, image.key), record)
-        return {"method": method.name, "key": image.key}
+        return f"{method.name}: {image.key}"
 
-    def _restored(self, number: int, lr: np.ndarray, size: tuple[int, int], key: str) -> Iterator[np.ndarray]:
-        method = self._config.methods[number]
+    def _restored(self, method: Method, lr: np.ndarray, size: tuple[int, int], key: str) -> Iterator[np.ndarray]:
         if isinstance(method, BicubicMethod):
             yield resize_bicubic(lr, size[1], size[0])
         elif isinstance(method, ModelMethod):
@@ -77,13 +85,13 @@ class Scorer:
                 seed=self._config.seed,
                 key=key,
                 runs=range(self._config.num_runs),
-                runs_at_once=self._config.runtime.runs_at_once,
+                rows_at_once=self._config.runtime.rows_at_once,
             )
 
     def _model(self, uri: str) -> Any:
         import torch
 
         if self._loaded[0] != uri:
-            torch.set_num_threads(self._config.runtime.threads_per_actor)
+            torch.set_num_threads(self._config.runtime.threads)
             self._loaded = (uri, fetch_model(uri, self._device))
         return self._loaded[1]

@@ -25,13 +25,29 @@ class Family(NamedTuple):
     samples: set[str]  # of SamplingConfig's fields that not every method uses
     adapter: str = "controlnet"  # the part that shows the UNet the LR latent
     stores_samples: bool = False  # stage 2 can start from latents that the shards store
+    decoder: str = "vae"  # the network that stage 2 trains
+    decoder_parts: tuple[str, ...] = ("decoder",)  # the parts of it that are trained; none: all
 
 
 _STAGE2 = {"num_steps", "t_max", "t_min", "decoder_loss"}
 FAMILIES = {
-    "v1": Family({0: set(), 1: {"start_from", "t_max"}, 2: _STAGE2}, {"t_max", "t_min"}),
-    "v2": Family({0: set(), 1: {"start_from", "t_max"}, 2: {*_STAGE2, "start_from"}}, {"t_max", "t_min", "start"}),
-    "stablesr": Family({1: set(), 2: {"num_steps", "decoder_loss"}}, {"start", "wrapping"}, "adapter", True),
+    "v1": Family(
+        trains={0: set(), 1: {"start_from", "t_max"}, 2: _STAGE2},
+        samples={"t_max", "t_min"},
+        decoder_parts=("decoder", "post_quant_conv"),
+    ),
+    "v2": Family(
+        trains={0: set(), 1: {"start_from", "t_max"}, 2: {*_STAGE2, "start_from"}},
+        samples={"t_max", "t_min", "start"},
+    ),
+    "stablesr": Family(
+        trains={1: set(), 2: {"num_steps", "decoder_loss"}},
+        samples={"start", "wrapping"},
+        adapter="adapter",
+        stores_samples=True,
+        decoder="wrapping",
+        decoder_parts=(),
+    ),
 }
 
 
@@ -141,8 +157,8 @@ class TrainRuntime(Config):
     num_workers: int = Field(1, ge=1)
     micro_batch_size: int = Field(4, ge=1, description="samples of a forward pass; part of stage 2's result")
     zero_stage: Literal[0, 1, 2] = 1
-    use_gpu: bool = False
-    threads_per_worker: int = Field(1, ge=1, description="torch threads of a CPU worker")
+    device: Literal["cpu", "cuda"] = "cpu"
+    threads: int = Field(1, ge=1, description="torch threads of a CPU worker")
     activation_checkpointing: bool = Field(False, description="compute activations twice, keep fewer: less memory")
     profile: bool = Field(False, description="rank 0 profiles a few updates into OUT/profile")
     ingest_cpus: int = Field(0, ge=0, description="CPUs anywhere that prepare one worker's samples; 0: its own threads")
@@ -155,7 +171,7 @@ class TrainRuntime(Config):
     collective_timeout_seconds: int = Field(600, ge=10, description="ranks that wait longer for another one give up")
 
     def unused(self) -> dict[str, str]:
-        return {"threads_per_worker": "with use_gpu"} if self.use_gpu else {}
+        return {"threads": "on a GPU"} if self.device == "cuda" else {}
 
 
 class ValidationConfig(Config):
@@ -231,7 +247,7 @@ class TrainConfig(Config):
             )
         if self.validation is not None:
             (self.validation.sampling or self.trained_sampling).check_family(self.model.family)
-        on_dino = self.stage == 2 and self.decoder_loss.discriminator == "dino" and self.runtime.use_gpu
+        on_dino = self.stage == 2 and self.decoder_loss.discriminator == "dino" and self.runtime.device == "cuda"
         if self.numerics.deterministic and on_dino:
             raise ValueError(
                 "`discriminator: dino` reduces images by area, whose backward no GPU computes deterministically: "

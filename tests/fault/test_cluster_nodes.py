@@ -57,7 +57,7 @@ def uploaded(photos: Path, place: str) -> str:
 def shard_with_a_loss(nodes: Nodes, photos: Path, s3: str) -> str:
     """Shard across both workers, one of which dies in the middle."""
     source, output = uploaded(photos, join(s3, "photos")), join(s3, "set")
-    job = ShardJob(photos, output, nodes.ray_address, num_workers=2, source=source, **on_head(nodes)).start()
+    job = ShardJob(photos, output, nodes.ray_address, num_actors=2, source=source, **on_head(nodes)).start()
     wait_until(job, lambda: num_records(output) >= 3)
     nodes.kill(nodes.nodes[1])
     assert num_records(output) < NUM_SHARDS, "killed too late"

@@ -196,24 +196,22 @@ import json, sys, time
 import numpy as np
 import ray
 from infra.process.numerics import NumericsConfig
-from infra.ray_runtime import RayConfig, on_actors, ray_cluster
+from infra.ray_runtime import RayConfig, on_ray, ray_cluster
 from training.data.batches import _on_ray
 from training.data.samples import TrainingSample
 
 def node(task):
-    return {"node": ray.get_runtime_context().get_node_id()}
+    return ray.get_runtime_context().get_node_id()
 
 config = RayConfig(address=sys.argv[1], task_memory_bytes=50 * 2**20)
 with ray_cluster(config):
     gpus = {one["NodeID"] for one in ray.nodes() if one["Resources"].get("GPU")}
-    everywhere = ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(lambda: (time.sleep(1), node({}))[1]["node"])
+    everywhere = ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(lambda: (time.sleep(1), node(0))[1])
     found = {"plain": ray.get([everywhere.remote() for _ in range(4)])}
-    found["actors"] = [one["node"] for one in on_actors(
-        lambda: node, [{"task": i} for i in range(2)], ray_config=config, num_actors=2, use_gpu=False,
-        numerics=NumericsConfig(), output="o")]
-    found["on gpus"] = [one["node"] for one in on_actors(
-        lambda: node, [{"task": 0}], ray_config=config, num_actors=1, use_gpu=True,
-        numerics=NumericsConfig(), output="o")]
+    found["actors"] = list(on_ray(
+        lambda: node, [0, 1], config=config, num_actors=2, device="cpu", numerics=NumericsConfig(), output="o"))
+    found["on gpus"] = list(on_ray(
+        lambda: node, [0], config=config, num_actors=1, device="cuda", numerics=NumericsConfig(), output="o"))
     class Maker:
         def __call__(self, place):
             pixels = np.full((1, 1, 3), int(ray.get_runtime_context().get_node_id() in gpus), np.uint8)

@@ -13,7 +13,7 @@ import infra.weights
 from evaluation.config import EvaluateConfig, FolderSet
 from evaluation.metrics.registry import UNAVAILABLE, Quality, metric_origins
 from evaluation.outputs import find_outputs, outputs_id
-from evaluation.sets import EvaluationImage, load_sets
+from evaluation.sets import load_sets
 from infra import ConfigError, DataError, ModelError
 from infra.config import parse_config
 from infra.images import encode_png, read_image
@@ -38,7 +38,6 @@ def test_pairs_are_matched_by_name(pairs: FolderSet) -> None:
     lr, hr, size = images[0].read()
     assert (lr.shape, size) == ((8, 12, 3), (32, 48))
     np.testing.assert_array_equal(hr, read_image(f"{pairs.hr}/a.png"))
-    assert EvaluationImage.from_dict(images[0].to_dict()) == images[0]
 
 
 def test_the_id_of_folders_is_their_content(pairs: FolderSet, tmp_path: Path) -> None:

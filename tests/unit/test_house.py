@@ -40,7 +40,7 @@ def sources_with(pattern: str) -> dict[str, str]:
 
 
 def test_what_runs_networks_on_ray_sets_their_numerics():
-    """`infra.ray_runtime.on_actors` asks its callers for them; whoever starts work otherwise does it itself."""
+    """`infra.ray_runtime.on_ray` asks its callers for them; whoever starts work otherwise does it itself."""
     without_networks = {"training/run/board.py", "training/data/batches.py"}
     starting = sources_with(r"ray\.remote\(|ray\.data\.\w+\(|TorchTrainer\(")
     assert starting.keys() > without_networks

@@ -4,6 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from infra import ClusterError, ConfigError
@@ -14,6 +15,7 @@ from infra.ray_runtime import GpuCount, RayConfig, check_gpus, count_gpus, cpu_w
 from pipelines.cli.main import app
 from pipelines.cli.needs import needs_of
 
+CCSR = typer.main.get_command(app)
 CONFIGS = Path(__file__).parents[2] / "configs"
 ON_S3 = ("--set", "output=s3://b/out")
 
@@ -130,26 +132,26 @@ def test_the_address_is_the_one_that_is_given(monkeypatch: pytest.MonkeyPatch) -
 def test_what_a_command_needs_is_read_from_its_config(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
     published = str(CONFIGS / "ccsr_v2_stage1.yaml")
-    assert needs_of(["train", "-c", published, *ON_S3]) == Need(4, ("s3://b/out",))
-    on_cpu = ["train", "--config", published, "--set", "runtime.use_gpu=false", *ON_S3]
-    assert needs_of(on_cpu) == Need(0, ("s3://b/out",))
+    assert needs_of(CCSR, ["train", "-c", published, *ON_S3]) == Need(4, ("s3://b/out",))
+    on_cpu = ["train", "--config", published, "--set", "runtime.device=cpu", *ON_S3]
+    assert needs_of(CCSR, on_cpu) == Need(0, ("s3://b/out",))
     sharding = ["shard", "-c", str(CONFIGS / "demo" / "shard_train.yaml"), *ON_S3]
-    assert needs_of(sharding) == Need(0, ("s3://b/out",))
+    assert needs_of(CCSR, sharding) == Need(0, ("s3://b/out",))
     restoring = ["restore", "s3://b/in", "/shared/out", "--model", "m", "--ray", "--device", "cuda"]
-    assert needs_of([*restoring, "--set", "runtime.num_actors=3"]) == Need(3, ("/shared/out",))
+    assert needs_of(CCSR, [*restoring, "--set", "runtime.num_actors=3"]) == Need(3, ("/shared/out",))
     by_overrides = [*restoring[:5], "--set", "runtime.use_ray=true", "--set", "runtime.device=cuda"]
-    assert needs_of(by_overrides) == Need(1, ("/shared/out",))
-    assert needs_of(["verify", "s3://b/x"]) == Need()
+    assert needs_of(CCSR, by_overrides) == Need(1, ("/shared/out",))
+    assert needs_of(CCSR, ["verify", "s3://b/x"]) == Need()
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    assert "is lost" in needs_of(["train", "-c", published, *ON_S3]).notes[0]
+    assert "is lost" in needs_of(CCSR, ["train", "-c", published, *ON_S3]).notes[0]
 
 
 def test_what_would_fail_there_is_told_here() -> None:
     published = str(CONFIGS / "ccsr_v2_stage1.yaml")
     with pytest.raises(ConfigError, match="relative output"):
-        needs_of(["train", "-c", published])
+        needs_of(CCSR, ["train", "-c", published])
     with pytest.raises(ConfigError, match="unknown key"):
-        needs_of(["train", "-c", published, *ON_S3, "--set", "lerning_rate=1"])
+        needs_of(CCSR, ["train", "-c", published, *ON_S3, "--set", "lerning_rate=1"])
     misspelt = CliRunner().invoke(app, ["submit", "--", "train", "-c", published, "--sett", "a=b"])
     assert misspelt.exit_code == 2
     assert "--sett" in misspelt.output

@@ -60,20 +60,43 @@ def save_model(model: CcsrModel, directory: Path | str) -> None:
     """
     with replacing(Path(directory)) as partial:
         for name, part in model.networks.items():
-            check_finite(part.state_dict(), where=name)
-            part.save_config(partial / name)
-            state = {key: tensor.detach().cpu().contiguous() for key, tensor in part.state_dict().items()}
-            if name == "controlnet":
-                state = to_stock_condition(state)
-            save_file(state, partial / name / WEIGHTS, metadata={"format": "pt"})
+            save_part(part, name, partial)
         prompts = {text: embedding.float().cpu().contiguous() for text, embedding in model.prompts.items()}
         save_file(prompts, partial / PROMPTS)
-        files = sorted(path for path in partial.rglob("*") if path.is_file())
-        for path in files:
-            path.chmod(0o644)  # safetensors leaves its files readable to their owner alone
-        hashes = {path.relative_to(partial).as_posix(): sha256_file(path) for path in files}
-        record = ModelRecord(format=1, sha256=hashes, **model.config.model_dump())
-        (partial / "ccsr.json").write_text(record.model_dump_json(indent=1) + "\n")
+        write_record(model.config, partial)
+
+
+def save_part(network: Any, name: str, directory: Path) -> None:
+    """Write one network as `directory`/`name`. ModelError where a weight is not finite."""
+    check_finite(network.state_dict(), where=name)
+    network.save_config(directory / name)
+    state = {key: tensor.detach().cpu().contiguous() for key, tensor in network.state_dict().items()}
+    if name == "controlnet":
+        state = to_stock_condition(state)
+    save_file(state, directory / name / WEIGHTS, metadata={"format": "pt"})
+
+
+def write_record(config: ModelConfig, directory: Path) -> None:
+    """Write ccsr.json, which makes the directory complete."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    for path in files:
+        path.chmod(0o644)  # safetensors leaves its files readable to their owner alone
+    hashes = {path.relative_to(directory).as_posix(): sha256_file(path) for path in files}
+    values = config.model_dump(include=set(ModelConfig.model_fields))
+    record = ModelRecord(format=1, sha256=hashes, **values)
+    (directory / "ccsr.json").write_text(record.model_dump_json(indent=1) + "\n")
+
+
+def read_record(directory: Path) -> ModelRecord:
+    """ccsr.json; ModelError where it is missing or of another format."""
+    try:
+        return ModelRecord(**read_json(directory / "ccsr.json"))
+    except ValidationError as error:
+        raise ModelError(
+            f"ccsr.json is not a model's record of format 1 ({error.errors()[0]['msg']})",
+            where=str(directory / "ccsr.json"),
+            todo="convert the original weights again: ccsr convert",
+        ) from error
 
 
 def load_model(
@@ -85,14 +108,7 @@ def load_model(
     written, a missing, surplus or misshapen tensor, a weight that is not finite.
     """
     directory = Path(directory)
-    try:
-        record = ModelRecord(**read_json(directory / "ccsr.json"))
-    except ValidationError as error:
-        raise ModelError(
-            f"ccsr.json is not a model's record of format 1 ({error.errors()[0]['msg']})",
-            where=str(directory / "ccsr.json"),
-            todo="convert the original weights again: ccsr convert",
-        ) from error
+    record = read_record(directory)
     for name, expected in record.sha256.items():
         if not (directory / name).is_file():
             raise _missing(directory / name)

@@ -1,6 +1,5 @@
 """`ccsr train`: Ray Train workers run the loop; the driver checks first, shows progress and writes the model."""
 
-import hashlib
 import json
 import os
 import subprocess
@@ -13,7 +12,7 @@ from typing import Any
 
 from infra.cluster.jobs import PACKAGES
 from infra.display.progress import progress
-from infra.errors import CcsrError, ClusterError, ConfigError, ModelError, StoppedError, error_to_json, line_of
+from infra.errors import CcsrError, ClusterError, ConfigError, ModelError, StoppedError, line_of
 from infra.manifest import Manifest
 from infra.ray_runtime import check_gpus_here, cpu_work, cpus_here, lost_worker, ray_cluster, user_error
 from infra.run import claim_output
@@ -21,20 +20,25 @@ from infra.storage import (
     download_folder,
     exists,
     join,
-    read_bytes,
     read_json,
-    remove,
-    upload_folder,
     write_bytes,
 )
 from infra.tracking import MODEL_TAG, Tracker, find_model, track, tracking_uri
 from training.config import TrainConfig, TrainRuntime
 from training.data.batches import check_cpus
 from training.data.samples import check_latents
-from training.models import CcsrModel, build_model, load_model, save_model
+from training.models import (
+    CcsrModel,
+    build_model,
+    export_trained,
+    fetch_model,
+    model_id,
+    publish_model,
+    save_model,
+)
 from training.run.agreement import OtherRankError, WorkerContext, agree, attempt, sigterm_noted
 from training.run.board import Pulse, Watch, make_board
-from training.run.checkpoint import best_checkpoint, check_tensors, complete_checkpoints, load_checkpoint, load_newest
+from training.run.checkpoint import best_checkpoint, complete_checkpoints, load_checkpoint, load_newest
 from training.run.stages import build_stage
 from training.run.validation import Validation
 
@@ -105,26 +109,11 @@ def _check_crop(config: TrainConfig, manifests: list[Manifest]) -> None:
             )
 
 
-def model_id(uri: str | None) -> str:
-    """Identifies a model directory by its content (the hash of its ccsr.json); "random" for none."""
-    if not uri:
-        return "random"
-    place = join(uri, "ccsr.json")
-    if not exists(place):
-        raise ModelError(
-            "there is no complete model directory here (ccsr.json is missing)",
-            where=uri,
-            todo="give the `model` folder of a finished training run",
-        )
-    return hashlib.sha256(read_bytes(place)).hexdigest()[:16]
-
-
 def initial_model(config: TrainConfig) -> CcsrModel:
     """The fp32 model that training starts from. ModelError if the directory's networks are not the config's."""
     if not config.init_from:
         return _prepared(build_model(config.model, config.seed), config)
-    with tempfile.TemporaryDirectory(prefix="ccsr-model-") as folder:
-        model = load_model(download_folder(config.init_from, Path(folder)))
+    model = fetch_model(config.init_from)
     if model.config != config.model:
         raise ModelError(
             f"the model there is {model.config.model_dump()}, the config asks for {config.model.model_dump()}",
@@ -159,7 +148,7 @@ def _fit(
                 """Leave Ctrl-C to Python: Ray's own handler ends this process with exit code 1 before anything is
                 closed."""
 
-        check_gpus_here(runtime.num_workers if runtime.use_gpu else 0)
+        check_gpus_here(runtime.num_workers if runtime.device == "cuda" else 0)
         check_cpus(config, {"CPU": cpus_here()})
         tracker.tag(**{MODEL_TAG: join(config.output, "model"), "ccsr.num_updates": str(config.num_updates)})
         _log_inputs(tracker, config, manifests)
@@ -172,16 +161,16 @@ def _fit(
             "run_id": tracker.run_id,
             "board": board,
         }
-        environment = {"OMP_NUM_THREADS": str(runtime.threads_per_worker)}
+        environment = {"OMP_NUM_THREADS": str(runtime.threads)}
         environment |= {name: os.environ[name] for name in ("CCSR_WEIGHTS",) if name in os.environ}
-        if not runtime.use_gpu:
+        if runtime.device != "cuda":
             environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
         trainer = Trainer(
             _worker,
             train_loop_config=settings,
             scaling_config=_placement(runtime),
             torch_config=TorchConfig(
-                backend="nccl" if runtime.use_gpu else "gloo", timeout_s=runtime.collective_timeout_seconds
+                backend="nccl" if runtime.device == "cuda" else "gloo", timeout_s=runtime.collective_timeout_seconds
             ),
             run_config=RunConfig(
                 name=facts["fingerprint"][:16],
@@ -222,7 +211,7 @@ def _placement(runtime: TrainRuntime) -> Any:
     """Where Ray Train puts the workers, and what it reserves for each: its GPU alone, or one CPU."""
     from ray.train import ScalingConfig
 
-    if runtime.use_gpu:
+    if runtime.device == "cuda":
         return ScalingConfig(num_workers=runtime.num_workers, use_gpu=True)
     place = cpu_work(runtime.ray)
     return ScalingConfig(
@@ -271,10 +260,10 @@ def _worker(settings: dict[str, Any]) -> None:
     set_numerics(config.numerics)
     ray_context = ray.train.get_context()
     rank = ray_context.get_world_rank()
-    torch.set_num_threads(config.runtime.threads_per_worker)
+    torch.set_num_threads(config.runtime.threads)
     cv2.setNumThreads(1)  # the ingest has threads of its own
     skip_compiled_collectives()
-    backend = "nccl" if config.runtime.use_gpu else "gloo"
+    backend = "nccl" if config.runtime.device == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     board = settings["board"]
     if not ray.get(board.begin.remote(rank)):
@@ -303,7 +292,7 @@ def _worker(settings: dict[str, Any]) -> None:
         except OtherRankError:
             pass
         except CcsrError as error:  # not to be tried again: it is kept on the board, and the worker ends in peace
-            ray.get(board.fail.remote(error_to_json(error)))
+            ray.get(board.fail.remote(error))
             if not context.agreed:  # the others do not know: Ray ends them
                 raise
         except Exception as error:
@@ -334,16 +323,17 @@ def _export(config: TrainConfig, model_uri: str) -> None:
 
 def _write_model(config: TrainConfig, weights: dict[str, Any], uri: str) -> None:
     """The starting model with `weights` in place of the trained part, as a model directory that replaces one there."""
-    model = initial_model(config)
-    trained = build_stage(model, config).trained
-    check_tensors(uri, weights, trained)
-    trained.load_state_dict(weights, strict=False)  # parameters were checked; there may be buffers besides
+    facts = config.model.facts
+    part, subparts = (facts.decoder, facts.decoder_parts) if config.stage == 2 else (facts.adapter, ())
     with tempfile.TemporaryDirectory(prefix="ccsr-model-") as folder:
+        base = download_folder(config.init_from, Path(folder) / "base") if config.init_from else Path(folder) / "base"
+        if not (base / part).is_dir():  # random weights, or a part that this stage adds
+            base = Path(folder) / "initial"
+            save_model(initial_model(config), base)
         local = Path(folder) / "model"
-        save_model(model, local)
-        if exists(join(uri, "ccsr.json")):  # while files are replaced the directory is not complete
-            remove(join(uri, "ccsr.json"))
-        upload_folder(local, uri, last="ccsr.json")
+        own = {name.removeprefix(f"{part}."): tensor for name, tensor in weights.items()}
+        export_trained(base, part, subparts, own, local)
+        publish_model(local, uri)
 
 
 def git_commit() -> str:
