@@ -18,7 +18,7 @@ demo: install
 	$(BIN)/ccsr demo
 
 test: install
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadgroup
 
 test-all: install
 	set -o pipefail; $(BIN)/python -m pytest --durations=25 2>&1 | tee benchmarks/test-all-$$(date -u +%Y-%m-%d).log

@@ -143,7 +143,8 @@ def ray_cluster(config: RayConfig) -> Iterator[None]:
         raise ClusterError(
             f"Ray cannot be reached ({line_of(error)})",
             where=address or "this machine",
-            todo="check the address and that the cluster runs, or leave it empty for a local one",
+            todo="check the address and that the cluster runs, or leave it empty for a local one"
+            + ("; RAY_AUTH_MODE=disabled for one without tokens" if os.environ.get("RAY_AUTH_MODE") == "token" else ""),
         ) from error
     finally:
         os.environ.pop(ONE_MACHINE, None)  # a `ray start` below this process is not meant

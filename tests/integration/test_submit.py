@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import select
 import shlex
 import signal
@@ -36,14 +37,22 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+def token(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The cluster's token, in a file that is not the user's own."""
+    file = tmp_path_factory.mktemp("token") / "auth_token"
+    file.write_text(secrets.token_hex(32))
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("RAY_AUTH_TOKEN_PATH", str(file))
+        yield
+
+
+@pytest.fixture(scope="module")
+def cluster(token: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
     """A head and a GPU node on loopback, started and ended by the test; yields job server and Ray address."""
     port, dashboard, logs = free_port(), free_port(), tmp_path_factory.mktemp("ray")
     ray, nodes = str(Path(sys.executable).with_name("ray")), []
     # A job's `python` is the one that comes first on the node's PATH, as in an activated environment.
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "RAY_AUTH_MODE": "token"}
-    if not (Path.home() / ".ray" / "auth_token").is_file():
-        subprocess.run([ray, "get-auth-token", "--generate"], check=True, capture_output=True)
 
     def start(*options: str) -> subprocess.Popen:
         common = ["--block", "--disable-usage-stats", "--num-cpus=2", "--object-store-memory=100000000"]
@@ -222,7 +231,7 @@ with ray_cluster(config):
     with ThreadPoolExecutor(4) as pool:
         found["ingest on gpu nodes"] = [int(one["hr"].max()) for one in pool.map(make, [[None]] * 4)]
     from ray.util.state import list_tasks
-    written = [task for task in list_tasks(detail=True, limit=1000) if "write" in task.name and task.node_id]
+    written = [task for task in list_tasks(detail=True, limit=1000) if "Map(work)" in task.name and task.node_id]
     found["sharding"] = [task.node_id for task in written]
     print(json.dumps({"gpus": sorted(gpus), **found}))
 """
