@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -47,6 +48,21 @@ def use_token() -> None:
     token_file = os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token")
     if "RAY_AUTH_TOKEN" in os.environ or Path(token_file).is_file():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def _only_on_loopback(address: str) -> bool:
+    """Whether a cluster here listens on loopback alone, as those that `ray_cluster` starts do: Ray would look for it at
+    this machine's outer address."""
+    host, _, port = address.rpartition(":")
+    if host not in ("127.0.0.1", "localhost"):
+        return False
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing: it asks for the route
+            socket.create_connection((probe.getsockname()[0], int(port)), 5).close()
+        except (OSError, ValueError):
+            return True
+    return False
 
 
 def cpu_work(config: RayConfig) -> dict[str, Any]:
@@ -117,7 +133,7 @@ def ray_cluster(config: RayConfig) -> Iterator[None]:
     address = config.address or os.environ.get("RAY_ADDRESS")
     if address:
         use_token()
-    else:
+    if not address or _only_on_loopback(address):
         os.environ.setdefault(ONE_MACHINE, "0")
     import ray
 
