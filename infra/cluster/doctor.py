@@ -16,10 +16,10 @@ from importlib import metadata
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from infra.cluster.jobs import PACKAGES
 from infra.cluster.server import ClusterFacts, check_version, cluster_facts, connect, job_server
 from infra.errors import CcsrError, ClusterError, StorageError, line_of, without_passwords
 from infra.ray_runtime import GPU_KIND, KIND
+from infra.run import PACKAGES, ROOT
 from infra.storage import exists, join, put_if_absent, read_bytes, remove
 
 GIB = 2**30
@@ -95,7 +95,7 @@ def _versions() -> Iterator[Line]:
 
 def _packages() -> Iterator[Line]:
     """Our packages have plain names; another one of that name earlier on the path would be taken instead."""
-    root = Path(__file__).resolve().parents[2]
+    root = ROOT.resolve()
     for name in PACKAGES:
         spec = importlib.util.find_spec(name)
         places = [spec.origin] if spec and spec.origin else []

@@ -40,9 +40,10 @@ def submit(
 
     words = [word for word in command if word != "--debug"]  # of `main`, which also runs there
     shipped = [words[0], "--debug", *words[1:]] if words and words != command else command
-    _follow(
-        *submit_job(address, shipped, _echo, need=needs_of(context.find_root().command, words), key=key, image=image)
-    )
+    need = needs_of(context.find_root().command, words)
+    client, job = submit_job(address, shipped, _echo, need=need, key=key, image=image)
+    if job is not None:
+        _follow(client, job)
 
 
 @jobs_app.command("list")

@@ -218,5 +218,16 @@ def main() -> None:
         raise
 
 
+def main_of_job() -> None:
+    """`main` of a submitted job: the exit code is its log's last line."""
+    from infra.cluster.jobs import ENDED
+
+    try:
+        main()
+    except SystemExit as end:
+        print(f"{ENDED}{end.code or 0}", flush=True)
+        raise
+
+
 if __name__ == "__main__":
-    main()
+    main_of_job()

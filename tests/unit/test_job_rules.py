@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import typer
+from ray.job_submission import JobDetails
 from typer.testing import CliRunner
 
 from infra import ClusterError, ConfigError
@@ -21,7 +22,12 @@ ON_S3 = ("--set", "output=s3://b/out")
 
 
 def ended(status: str, code: int | None) -> SimpleNamespace:
-    return SimpleNamespace(status=status, driver_exit_code=code)
+    return SimpleNamespace(status=status, driver_exit_code=code, submission_id="job-1")
+
+
+def logged(text: str) -> SimpleNamespace:
+    """A client whose job has this log."""
+    return SimpleNamespace(get_job_logs=lambda job: text)
 
 
 @pytest.mark.parametrize(
@@ -35,7 +41,12 @@ def ended(status: str, code: int | None) -> SimpleNamespace:
     ],
 )
 def test_a_job_ends_with_its_drivers_exit_code(status: str, code: int | None, expected: int) -> None:
-    assert exit_code(ended(status, code)) == expected
+    assert exit_code(logged("3 samples\n"), ended(status, code)) == expected
+
+
+def test_a_job_that_was_stopped_after_its_work_was_done_succeeded() -> None:
+    assert exit_code(logged("model: /out/model\nccsr ended with exit code 0\n"), ended("STOPPED", None)) == 0
+    assert exit_code(logged("stopped\nccsr ended with exit code 143\n"), ended("STOPPED", None)) == 143
 
 
 def test_the_same_job_is_the_same_arguments_config_and_code(tmp_path: Path) -> None:
@@ -62,12 +73,17 @@ def test_the_same_job_is_the_same_arguments_config_and_code(tmp_path: Path) -> N
         (["name-2 FAILED"], "name-3"),  # the first was deleted
         (["name-10 STOPPED", "name-9 FAILED", "other-11 FAILED", "name-x FAILED", "name-1-2 FAILED"], "name-11"),
         (["name-3 RUNNING", "name-1 FAILED"], "name-3"),
+        (["name-2 SUCCEEDED", "name-1 FAILED"], None),
     ],
 )
 def test_a_new_attempt_takes_the_number_after_the_newest(known: list[str], expected: str) -> None:
     class Server:
-        def list_jobs(self) -> list[SimpleNamespace]:
-            return [SimpleNamespace(submission_id=name, status=status) for name, status in map(str.split, known)]
+        def list_jobs(self) -> list[JobDetails]:
+            rows = map(str.split, known)
+            return [JobDetails(type="SUBMISSION", submission_id=n, status=s, entrypoint="") for n, s in rows]
+
+        def get_job_logs(self, job: str) -> str:
+            return ""
 
         def submit_job(self, submission_id: str) -> str:
             assert submission_id not in {name.split()[0] for name in known}

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
+import infra.run
 from infra import ConfigError, ModelError
-from infra.cluster.jobs import PACKAGES
-from infra.run import claim_output
+from infra.run import PACKAGES, claim_output
 from infra.storage import write_bytes
 from tests.training_runs import noise_shards, train_config
 from training.run import driver as train
@@ -79,13 +79,13 @@ def test_the_commit_is_that_of_the_code_or_unknown(tmp_path: Path, monkeypatch: 
         return subprocess.run(command, cwd=place, check=True, capture_output=True, text=True).stdout.strip()
 
     def told(place: Path) -> str:
-        monkeypatch.setattr(train, "__file__", str(place / "training" / "run" / "driver.py"))
-        return train.git_commit()
+        monkeypatch.setattr(infra.run, "ROOT", place)
+        return infra.run.git_commit()
 
     for place in (ours, installed):
         for package in PACKAGES:
-            (place / package / "run").mkdir(parents=True)
-            (place / package / "run" / "driver.py").write_text("")
+            (place / package).mkdir(parents=True)
+            (place / package / "__init__.py").write_text("")
     (theirs / ".gitignore").write_text(".venv\n")
     commits = {}
     for repository in (ours, theirs):
@@ -103,3 +103,5 @@ def test_the_commit_is_that_of_the_code_or_unknown(tmp_path: Path, monkeypatch: 
     assert told(ours) == f"{commits[ours]}-dirty"
     monkeypatch.setenv("PATH", "")
     assert told(ours) == "unknown"
+    monkeypatch.setenv("CCSR_GIT_COMMIT", "abc-dirty")  # a submitted job's
+    assert told(ours) == "abc-dirty"

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -10,12 +9,11 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from infra.cluster.jobs import PACKAGES
 from infra.display.progress import progress
 from infra.errors import CcsrError, ClusterError, ConfigError, ModelError, StoppedError, line_of
 from infra.manifest import Manifest
 from infra.ray_runtime import check_gpus_here, cpu_work, cpus_here, lost_worker, ray_cluster, user_error
-from infra.run import claim_output
+from infra.run import claim_output, git_commit
 from infra.storage import (
     download_folder,
     exists,
@@ -43,7 +41,6 @@ from training.run.stages import build_stage
 from training.run.validation import Validation
 
 LIBRARIES = ("torch", "deepspeed", "diffusers", "numpy", "opencv-python-headless", "pillow")
-GIT_PLACES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")
 
 
 def run_train(config: TrainConfig) -> str:
@@ -334,23 +331,3 @@ def _write_model(config: TrainConfig, weights: dict[str, Any], uri: str) -> None
         own = {name.removeprefix(f"{part}."): tensor for name, tensor in weights.items()}
         export_trained(base, part, subparts, own, local)
         publish_model(local, uri)
-
-
-def git_commit() -> str:
-    """The commit that holds this code, with "-dirty" where our packages differ from it; "unknown" where the code is in
-    no commit: outside a checkout, or installed below another project's."""
-    root = Path(__file__).parents[2]
-    # A hook or a script may have set the variables that name another repository.
-    environment = {name: value for name, value in os.environ.items() if name not in GIT_PLACES}
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", *arguments], cwd=root, env=environment, capture_output=True, text=True, timeout=30, check=True
-        ).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", "--", __file__)
-        commit = git("rev-parse", "--verify", "HEAD")
-        return commit + ("-dirty" if git("status", "--porcelain", "--", *PACKAGES) else "")
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
