@@ -22,9 +22,10 @@ from evaluation.sets import EvaluationSet, load_sets
 from infra.display.progress import progress
 from infra.errors import DataError
 from infra.process.numerics import set_numerics
+from infra.publish import write_bytes
 from infra.ray_runtime import cpu_work, lost_worker, on_actors, ray_cluster, user_error
 from infra.run import claim_output
-from infra.storage import exists, join, list_files, read_bytes, write_bytes
+from infra.storage import exists, join, list_files, read_bytes
 from infra.tracking import find_model
 from training.run.driver import model_id
 

@@ -14,7 +14,8 @@ import yaml
 
 from infra.display.progress import progress
 from infra.errors import ConfigError, ModelError, StorageError
-from infra.storage import download, exists, is_s3, join, read_json, sha256_file, upload, write_bytes
+from infra.publish import download, upload, write_bytes
+from infra.storage import exists, is_s3, join, read_json, sha256_file
 
 ENVIRONMENT = "CCSR_WEIGHTS"
 RECORD = "sha256.json"

@@ -16,9 +16,10 @@ from infra.display.progress import progress
 from infra.errors import CcsrError, ConfigError, DataError, PartialResultError
 from infra.images import decode_image, encode_png, icc_profile, list_images
 from infra.process.numerics import NumericsConfig, set_numerics
+from infra.publish import put_if_absent
 from infra.ray_runtime import RayConfig, on_actors
 from infra.run import claim_output
-from infra.storage import absolute, exists, join, list_files, put_if_absent, read_bytes
+from infra.storage import absolute, exists, join, list_files, read_bytes
 from training.config import SamplingConfig
 from training.models import CcsrModel
 from training.restore.restore import PreparedImage, fetch_model, prepare_image, restore_batch

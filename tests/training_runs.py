@@ -22,9 +22,10 @@ from torch import Tensor
 from infra.config import parse_config
 from infra.images import encode_png
 from infra.manifest import Manifest, ShardRecord, commit_record, write_manifest
+from infra.publish import publish_if_absent
 from infra.seeding import rng_for
 from infra.shards import IndexedEntry, write_tar
-from infra.storage import publish_if_absent, sha256_file
+from infra.storage import sha256_file
 from tests.small_networks import seeded_lpips, small_dino
 from training.config import TrainConfig
 from training.data.batches import updates

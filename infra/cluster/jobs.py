@@ -15,8 +15,9 @@ from typing import Any
 
 from infra.cluster.server import check_version, cluster_facts, connect
 from infra.errors import PASSWORD, ClusterError, ConfigError, StorageError, line_of
+from infra.publish import ensure_writable
 from infra.ray_runtime import check_gpus
-from infra.storage import ensure_writable, is_s3
+from infra.storage import is_s3
 
 PACKAGES = ("infra", "degradation", "training", "evaluation", "pipelines")
 COMMANDS = ("shard", "verify", "train", "evaluate", "compare", "restore", "doctor")

@@ -9,8 +9,8 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from infra.errors import ConfigError
+from infra.publish import download_folder
 from infra.seeding import noise_for
-from infra.storage import download_folder
 from pipelines.sharding.config import LatentsConfig
 from pipelines.sharding.sample import Sample
 from training.config import SamplingConfig

@@ -8,7 +8,8 @@ from shard_jobs import NUM_SHARDS, ShardJob, num_records, require_undisturbed, t
 
 from infra import StorageError
 from infra.manifest import committed_records
-from infra.storage import sha256_file, staging
+from infra.publish import staging
+from infra.storage import sha256_file
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from infra import ModelError
-from infra.storage import join, list_files, read_bytes, remove, write_bytes
+from infra.publish import write_bytes
+from infra.storage import join, list_files, read_bytes, remove
 from training.run.checkpoint import (
     TrainingState,
     best_checkpoint,

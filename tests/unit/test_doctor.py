@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 from infra.cluster import doctor
 from infra.cluster.doctor import Line, diagnose
 from infra.cluster.server import ClusterFacts
-from infra.storage import list_files, write_bytes
+from infra.publish import write_bytes
+from infra.storage import list_files
 from pipelines.cli.main import app
 
 

@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 
 from infra import ConfigError, DataError, ModelError, PartialResultError
 from infra.images import decode_image, encode_png
-from infra.storage import read_bytes, upload_folder, write_bytes
+from infra.publish import upload_folder, write_bytes
+from infra.storage import read_bytes
 from pipelines.cli.main import app
 from pipelines.cli.needs import needs_of
 from pipelines.restore import RestoreConfig, RestoreRuntime, _resolved

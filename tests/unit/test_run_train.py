@@ -10,8 +10,8 @@ from mlflow.tracking import MlflowClient
 
 from infra import ConfigError, ModelError
 from infra.cluster.jobs import PACKAGES
+from infra.publish import write_bytes
 from infra.run import claim_output
-from infra.storage import write_bytes
 from tests.training_runs import noise_shards, train_config
 from training.run import driver as train
 from training.run.checkpoint import TrainingState, save_checkpoint

@@ -13,25 +13,18 @@ from typing import Any
 import pytest
 import s3fs
 
-from infra import StorageError, storage
-from infra.storage import (
+from infra import StorageError, publish, storage
+from infra.publish import (
     download,
     download_folder,
     ensure_writable,
-    exists,
-    join,
-    list_files,
     publish_if_absent,
     put_if_absent,
-    read_bytes,
-    read_json,
-    read_range,
-    remove,
-    sha256_file,
     upload,
     upload_folder,
     write_bytes,
 )
+from infra.storage import exists, join, list_files, read_bytes, read_json, read_range, remove, sha256_file
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -151,8 +144,8 @@ def test_folders_travel_whole_and_the_last_file_last(place: str, tmp_path: Path,
     for name in ("a.json", "part/weights.bin", "z.json"):
         write_bytes(str(source / name), name.encode() * 10)
     order: list[str] = []
-    real = storage.upload
-    monkeypatch.setattr(storage, "upload", lambda local, uri: (order.append(uri), real(local, uri)))
+    real = publish.upload
+    monkeypatch.setattr(publish, "upload", lambda local, uri: (order.append(uri), real(local, uri)))
     upload_folder(source, join(place, "model"), last="a.json")
     assert order[-1] == join(place, "model", "a.json")
     copy = download_folder(join(place, "model"), tmp_path / "copy")
@@ -220,9 +213,9 @@ def test_a_place_below_a_file_cannot_be_written(tmp_path: Path) -> None:
 def test_no_permission_is_told() -> None:
     """As root nothing is forbidden, so an ordinary user tries."""
     code = (
-        "import os, sys, infra.storage\n"
+        "import os, sys, infra.publish\n"
         "os.getuid() or os.setuid(65534)\n"
-        "try: infra.storage.ensure_writable(sys.argv[1])\n"
+        "try: infra.publish.ensure_writable(sys.argv[1])\n"
         "except infra.StorageError as error: print(error)\n"
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -327,7 +320,7 @@ def test_a_refused_conditional_put_is_told_from_a_failed_one(
 ) -> None:
     client = Refusing(error, times=1)
     monkeypatch.setattr(storage, "_s3", lambda: client)
-    monkeypatch.setattr(storage, "exists", lambda uri: present)
+    monkeypatch.setattr(publish, "exists", lambda uri: present)
     (tmp_path / "x").write_bytes(b"")
     for call in (lambda: put_if_absent("s3://b/x", b""), lambda: publish_if_absent(tmp_path / "x", "s3://b/x")):
         client.calls = 0

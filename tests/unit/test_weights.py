@@ -14,7 +14,7 @@ import pytest
 
 import infra.weights
 from infra import ConfigError, ModelError, StorageError
-from infra.storage import write_bytes
+from infra.publish import write_bytes
 from infra.weights import (
     BASE_HUB_ID,
     WeightFile,

@@ -14,8 +14,8 @@ from torch.nn.functional import pad
 
 from infra.errors import DataError, ModelError
 from infra.process.memory import free_memory
+from infra.publish import download_folder
 from infra.seeding import Noise, noise_for
-from infra.storage import download_folder
 from training.config import SamplingConfig
 from training.method import METHODS
 from training.models import CcsrModel, load_model

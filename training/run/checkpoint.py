@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from infra.errors import ModelError
-from infra.storage import download, exists, join, list_files, read_json, remove, sha256_file, upload, write_bytes
+from infra.publish import download, upload, write_bytes
+from infra.storage import exists, join, list_files, read_json, remove, sha256_file
 
 FORMAT = "ccsr-checkpoint-1"
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -15,18 +15,10 @@ from infra.cluster.jobs import PACKAGES
 from infra.display.progress import progress
 from infra.errors import CcsrError, ClusterError, ConfigError, ModelError, StoppedError, error_to_json, line_of
 from infra.manifest import Manifest
+from infra.publish import download_folder, upload_folder, write_bytes
 from infra.ray_runtime import check_gpus_here, cpu_work, cpus_here, lost_worker, ray_cluster, user_error
 from infra.run import claim_output
-from infra.storage import (
-    download_folder,
-    exists,
-    join,
-    read_bytes,
-    read_json,
-    remove,
-    upload_folder,
-    write_bytes,
-)
+from infra.storage import exists, join, read_bytes, read_json, remove
 from infra.tracking import MODEL_TAG, Tracker, find_model, track, tracking_uri
 from training.config import TrainConfig, TrainRuntime
 from training.data.batches import check_cpus

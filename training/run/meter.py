@@ -13,7 +13,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop, shape_wrapper
 
-from infra.storage import explained, join, upload
+from infra.publish import upload
+from infra.storage import explained, join
 from training.config import TrainConfig
 from training.run.agreement import WorkerContext, attempt
 
