@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, TypeVar
 from infra.errors import StorageError
 
 ResultT = TypeVar("ResultT")
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # of a local disk alone: no S3 error carries these numbers
 
 
 def is_s3(uri: str) -> bool:
@@ -56,8 +57,10 @@ def on_s3(call: Callable[[Any], ResultT]) -> ResultT:
 
     def transient(error: BaseException) -> bool:
         permanent = FileNotFoundError | PermissionError | FileExistsError | IsADirectoryError
-        # EINVAL is how s3fs tells that the request itself was refused: 400, 412, 416.
-        return isinstance(error, OSError) and not isinstance(error, permanent) and error.errno != errno.EINVAL
+        if not isinstance(error, OSError) or isinstance(error, permanent):
+            return False
+        # EINVAL is how s3fs reports that the request itself was refused: 400, 412, 416.
+        return error.errno not in (errno.EINVAL, *DISK_ERRORS)
 
     retrying = Retrying(
         retry=retry_if_exception(transient),
@@ -69,8 +72,9 @@ def on_s3(call: Callable[[Any], ResultT]) -> ResultT:
 
 
 @contextmanager
-def explained(action: str, uri: str) -> Iterator[None]:
-    """Turn an OSError in the block into a StorageError about `uri`."""
+def explained(action: str, uri: str, *, local: Path | None = None) -> Iterator[None]:
+    """Turn an OSError in the block into a StorageError about `uri`; a full disk's is about `local`, where the block
+    writes what it reads from `uri`."""
     try:
         yield
     except FileNotFoundError as error:
@@ -84,7 +88,21 @@ def explained(action: str, uri: str) -> Iterator[None]:
         ) from error
     except OSError as error:
         reason = error.strerror or str(error) or type(error).__name__
-        raise StorageError(f"{action}: {reason}", where=uri, todo="check the place and retry") from error
+        raise disk_error(error, local or uri) or StorageError(
+            f"{action}: {reason}", where=uri, todo="check the place and retry"
+        ) from error
+
+
+def disk_error(error: OSError, path: Path | str) -> StorageError | None:
+    """The user's error where a local disk was full, over its quota or read-only when `path` was written."""
+    if error.errno not in DISK_ERRORS:
+        return None
+    return StorageError(
+        f"cannot write: {os.strerror(error.errno)}",
+        where=str(path),
+        todo="make room there, or use a folder on another disk (TMPDIR for temporary files), and run the same command "
+        "again",
+    )
 
 
 def exists(uri: str) -> bool:
@@ -186,14 +204,14 @@ def abort_upload(uri: str, upload_id: str) -> None:
         on_s3(lambda s3: s3.call_s3("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload_id))
 
 
-def remove(uri: str) -> None:
-    """Remove one file; locally its folder goes too once it is empty."""
+def remove(uri: str, *, keep_folder: bool = False) -> None:
+    """Remove one file; locally its folder goes too once it is empty, unless `keep_folder`."""
     with explained("cannot remove", uri):
         if is_s3(uri):
             on_s3(lambda s3: s3.rm_file(uri))
             return
         os.unlink(uri)
-        if not any(Path(uri).parent.iterdir()):
+        if not keep_folder and not any(Path(uri).parent.iterdir()):
             Path(uri).parent.rmdir()
 
 

@@ -181,7 +181,7 @@ def _disks() -> Iterator[Line]:
 
 def _storage(place: str) -> Iterator[Line]:
     """Write, be refused a second conditional write, read, remove."""
-    probe = join(place, f".writable-{secrets.token_hex(6)}")
+    probe, was_there = join(place, f".writable-{secrets.token_hex(6)}"), os.path.isdir(place)
     first, second = secrets.token_bytes(16), secrets.token_bytes(16)
     if not put_if_absent(probe, first):
         raise StorageError("a new file is said to exist", where=probe, todo="look what stands before the storage")
@@ -195,7 +195,7 @@ def _storage(place: str) -> Iterator[Line]:
             yield Line("storage", "ok", f"{place}: write, conditional write, read")
     finally:
         if exists(probe):
-            remove(probe)
+            remove(probe, keep_folder=was_there)
 
 
 def _mlflow(uri: str) -> Iterator[Line]:

@@ -3,13 +3,11 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 
 from infra.errors import ConfigError
-from infra.publish import download_folder
+from infra.publish import shared_copy
 from infra.seeding import noise_for
 from pipelines.sharding.config import LatentsConfig
 from pipelines.sharding.sample import Sample
@@ -24,8 +22,8 @@ class LatentEncoder:
     """The encoders of a model directory, float32, on CPU or GPU; all of it where it is to sample too."""
 
     def __init__(self, config: LatentsConfig, device: str, seed: int = 0) -> None:
-        with TemporaryDirectory(prefix="ccsr-model-") as folder:
-            model = load_model(download_folder(config.model, Path(folder)))
+        with shared_copy(config.model, "ccsr.json") as folder:
+            model = load_model(folder)
         self.encoder_id = model.encoder_id()
         self.factor = model.factor
         self._batch_size, self._device, self._seed = config.batch_size, device, seed

@@ -1,10 +1,8 @@
 """Restore LR images with recorded seeds: plain PyTorch, runs and images of one size together in a batch."""
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +12,7 @@ from torch.nn.functional import pad
 
 from infra.errors import DataError, ModelError
 from infra.process.memory import free_memory
-from infra.publish import download_folder
+from infra.publish import shared_copy
 from infra.seeding import Noise, noise_for
 from training.config import SamplingConfig
 from training.method import METHODS
@@ -50,8 +48,8 @@ class PreparedImage:
 
 def fetch_model(uri: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> CcsrModel:
     """The model in a directory or s3:// prefix, ready to restore: in eval mode, on CUDA in channels-last layout."""
-    with tempfile.TemporaryDirectory(prefix="ccsr-model-") as folder:
-        model = load_model(download_folder(uri, Path(folder)), device=device, dtype=dtype)
+    with shared_copy(uri, "ccsr.json") as folder:
+        model = load_model(folder, device=device, dtype=dtype)
     if device.startswith("cuda"):
         for network in model.networks.values():
             network.to(memory_format=torch.channels_last)

@@ -15,7 +15,7 @@ from infra.cluster.jobs import PACKAGES
 from infra.display.progress import progress
 from infra.errors import CcsrError, ClusterError, ConfigError, ModelError, StoppedError, error_to_json, line_of
 from infra.manifest import Manifest
-from infra.publish import download_folder, upload_folder, write_bytes
+from infra.publish import shared_copy, temporary_folder, upload_folder, write_bytes
 from infra.ray_runtime import check_gpus_here, cpu_work, cpus_here, lost_worker, ray_cluster, user_error
 from infra.run import claim_output
 from infra.storage import exists, join, read_bytes, read_json, remove
@@ -26,7 +26,14 @@ from training.data.samples import check_latents
 from training.models import CcsrModel, build_model, load_model, save_model
 from training.run.agreement import OtherRankError, WorkerContext, agree, attempt, sigterm_noted
 from training.run.board import Pulse, Watch, make_board
-from training.run.checkpoint import best_checkpoint, check_tensors, complete_checkpoints, load_checkpoint, load_newest
+from training.run.checkpoint import (
+    Newest,
+    best_checkpoint,
+    check_tensors,
+    complete_checkpoints,
+    load_checkpoint,
+    load_newest,
+)
 from training.run.stages import build_stage
 from training.run.validation import Validation
 
@@ -50,17 +57,20 @@ def run_train(config: TrainConfig) -> str:
     if exported == config.num_updates:
         return model_uri
     facts = {"fingerprint": run["fingerprint"], "config": run["config"], **inputs, "git_commit": git_commit()}
-    if done < config.num_updates:
+    newest = _newest(config) if done == config.num_updates else None  # it may be damaged: then the run resumes
+    finished = newest is not None and newest.state.facts["num_updates"] == config.num_updates
+    if not finished:
         _check_start(config, manifests)
     tags = {"ccsr.stage": str(config.stage), "git.commit": facts["git_commit"]}
     with (
-        ray_cluster(config.runtime.ray) if done < config.num_updates else nullcontext(),
+        nullcontext() if finished else ray_cluster(config.runtime.ray),
         track(config.tracking, run, tags) as tracker,
         sigterm_noted() as sigterm,  # after Ray's start, which sets its own handler
     ):
-        if done < config.num_updates:
+        if not finished:
             _fit(config, manifests, facts, tracker, sigterm)
-        _export(config, model_uri)  # after SIGTERM too: what was finished counts
+            newest = _newest(config)
+        _export(config, newest, model_uri)  # after SIGTERM too: what was finished counts
     return model_uri
 
 
@@ -115,8 +125,8 @@ def initial_model(config: TrainConfig) -> CcsrModel:
     """The fp32 model that training starts from. ModelError if the directory's networks are not the config's."""
     if not config.init_from:
         return _prepared(build_model(config.model, config.seed), config)
-    with tempfile.TemporaryDirectory(prefix="ccsr-model-") as folder:
-        model = load_model(download_folder(config.init_from, Path(folder)))
+    with shared_copy(config.init_from, "ccsr.json") as folder:
+        model = load_model(folder)
     if model.config != config.model:
         raise ModelError(
             f"the model there is {model.config.model_dump()}, the config asks for {config.model.model_dump()}",
@@ -306,16 +316,20 @@ def _worker(settings: dict[str, Any]) -> None:
                 tracker.close()
 
 
-def _export(config: TrainConfig, model_uri: str) -> None:
+def _newest(config: TrainConfig) -> Newest | None:
+    return load_newest(config.output, lambda text: print(f"warning: {text}", file=sys.stderr))
+
+
+def _export(config: TrainConfig, newest: Newest | None, model_uri: str) -> None:
     """OUT/model from the last checkpoint, OUT/best where some were validated; trained.json says of which update."""
-    place, state = load_newest(config.output, lambda text: print(f"warning: {text}", file=sys.stderr)) or ("", None)
-    if state is None or state.facts["num_updates"] != config.num_updates:
+    if newest is None or newest.state.facts["num_updates"] != config.num_updates:
         raise ModelError(
             f"the checkpoint after {config.num_updates} updates is gone or damaged",
             where=join(config.output, "checkpoints"),
             todo="run the same command again to make it anew from the one before",
         )
-    best = best_checkpoint(config.output)
+    place, state, damaged = newest
+    best = best_checkpoint(config.output, damaged)
     if best is not None:
         weights = state.tensors["weights"] if best == place else load_checkpoint(best).tensors["weights"]
         _write_model(config, weights, join(config.output, "best"))
@@ -330,8 +344,8 @@ def _write_model(config: TrainConfig, weights: dict[str, Any], uri: str) -> None
     trained = build_stage(model, config).trained
     check_tensors(uri, weights, trained)
     trained.load_state_dict(weights, strict=False)  # parameters were checked; there may be buffers besides
-    with tempfile.TemporaryDirectory(prefix="ccsr-model-") as folder:
-        local = Path(folder) / "model"
+    with temporary_folder("model") as folder:
+        local = folder / "model"
         save_model(model, local)
         if exists(join(uri, "ccsr.json")):  # while files are replaced the directory is not complete
             remove(join(uri, "ccsr.json"))
