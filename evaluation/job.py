@@ -27,6 +27,7 @@ from infra.ray_runtime import cpu_work, lost_worker, on_actors, ray_cluster, use
 from infra.run import claim_output
 from infra.storage import exists, join, list_files, read_bytes
 from infra.tracking import find_model
+from training.restore.restore import check_sampling
 from training.run.driver import model_id
 
 LIBRARIES = ("torch", "diffusers", "numpy", "opencv-python-headless", "pillow")
@@ -60,7 +61,11 @@ def run_evaluate(config: EvaluateConfig, *, log_only: bool = False) -> Evaluatio
         for method in config.methods
         if isinstance(method, OutputsMethod)
     }
-    models = {method.name: model_id(method.model) for method in config.methods if isinstance(method, ModelMethod)}
+    models = {}
+    for method in config.methods:
+        if isinstance(method, ModelMethod):
+            models[method.name] = model_id(method.model)
+            check_sampling(method.model, method.sampling)
     origins = metric_origins(config.metrics)
     inputs = {
         "models": models,

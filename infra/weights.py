@@ -132,7 +132,7 @@ def fetch_weights(name: str, folder: str | None = None, mirror: str | None = Non
     A folder in S3 is filled by way of the user's cache. `mirror` (http(s) or s3:// prefix, or a folder) replaces the
     published addresses: it holds the files under the same relative paths. HF_ENDPOINT replaces the hub's address. A
     file that is there is kept. Raises StorageError where a place cannot be reached, ModelError where the bytes are not
-    the published ones; neither leaves a file behind.
+    the published ones; neither leaves a part of a file.
     """
     place = _place(folder)
     root = _local(place)

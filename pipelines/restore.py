@@ -22,7 +22,7 @@ from infra.run import claim_output
 from infra.storage import absolute, exists, join, list_files, read_bytes
 from training.config import SamplingConfig
 from training.models import CcsrModel
-from training.restore.restore import PreparedImage, fetch_model, prepare_image, restore_batch
+from training.restore.restore import PreparedImage, check_sampling, fetch_model, prepare_image, restore_batch
 from training.run.driver import model_id
 
 MIN_SIDE = 16
@@ -90,6 +90,7 @@ def restore(source: str, output: str, model_uri: str, config: RestoreConfig) -> 
     source, output, model_uri = map(absolute, (source, output, model_uri))
     names = {source: Path(source).stem} if exists(source) else _names(source)
     inputs = {"model": model_id(model_uri)}
+    check_sampling(model_uri, config.sampling)
     claim_output(output, config, job="restore", inputs=inputs, libraries=("torch", "diffusers", "numpy", "pillow"))
     done = set(list_files(output))
     images = []

@@ -90,7 +90,7 @@ class SamplingConfig(Config):
         every = set().union(*(other.samples for other in FAMILIES.values()))
         for name in sorted(every - FAMILIES[family].samples):
             if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"`{name}` has no effect on a model of family {family}: leave it out")
+                raise ValueError(f"`{name}` has no effect on a model of family {family}")
         return self
 
 

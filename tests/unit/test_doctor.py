@@ -49,6 +49,13 @@ def test_storage_is_tried_on_s3(s3: str) -> None:
     assert list_files(s3) == {}
 
 
+def test_storage_is_left_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "absent"):
+        assert [line.state for line in lines_of("storage", diagnose(None, str(tmp_path / name), None))] == ["ok"]
+    assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
+
+
 def test_storage_without_conditional_writes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def always(uri: str, data: bytes) -> bool:
         write_bytes(uri, data)

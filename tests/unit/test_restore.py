@@ -77,6 +77,14 @@ def test_in_float32_other_batches_move_single_levels_of_few_pixels(model: CcsrMo
         assert (difference > 0).mean() < 1e-3
 
 
+def test_a_sampling_field_that_the_models_family_lacks_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
+    write_bytes(f"{tmp_path}/model/ccsr.json", b'{"family": "v1"}')
+    config = RestoreConfig(sampling=SamplingConfig(start="noise"))
+    with pytest.raises(ConfigError, match="`start` has no effect on a model of family v1"):
+        run_restore(str(tmp_path), str(tmp_path / "out"), str(tmp_path / "model"), config)
+    assert not (tmp_path / "out").exists()
+
+
 def test_runs_seeds_and_keys_give_other_pictures(model: CcsrModel) -> None:
     pictures = [
         *restored(model, range(3)),

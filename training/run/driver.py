@@ -57,20 +57,19 @@ def run_train(config: TrainConfig) -> str:
     if exported == config.num_updates:
         return model_uri
     facts = {"fingerprint": run["fingerprint"], "config": run["config"], **inputs, "git_commit": git_commit()}
-    newest = _newest(config) if done == config.num_updates else None  # it may be damaged: then the run resumes
-    finished = newest is not None and newest.state.facts["num_updates"] == config.num_updates
-    if not finished:
+    last = _last(config) if done == config.num_updates else None  # None where it is damaged: it is made again
+    if last is None:
         _check_start(config, manifests)
     tags = {"ccsr.stage": str(config.stage), "git.commit": facts["git_commit"]}
     with (
-        nullcontext() if finished else ray_cluster(config.runtime.ray),
+        ray_cluster(config.runtime.ray) if last is None else nullcontext(),
         track(config.tracking, run, tags) as tracker,
         sigterm_noted() as sigterm,  # after Ray's start, which sets its own handler
     ):
-        if not finished:
+        if last is None:
             _fit(config, manifests, facts, tracker, sigterm)
-            newest = _newest(config)
-        _export(config, newest, model_uri)  # after SIGTERM too: what was finished counts
+            last = _last(config)
+        _export(config, last, model_uri)  # after SIGTERM too: what was finished counts
     return model_uri
 
 
@@ -316,19 +315,21 @@ def _worker(settings: dict[str, Any]) -> None:
                 tracker.close()
 
 
-def _newest(config: TrainConfig) -> Newest | None:
-    return load_newest(config.output, lambda text: print(f"warning: {text}", file=sys.stderr))
+def _last(config: TrainConfig) -> Newest | None:
+    """The checkpoint of a finished run, if it is intact."""
+    newest = load_newest(config.output, lambda text: print(f"warning: {text}", file=sys.stderr))
+    return newest if newest and newest.state.facts["num_updates"] == config.num_updates else None
 
 
-def _export(config: TrainConfig, newest: Newest | None, model_uri: str) -> None:
+def _export(config: TrainConfig, last: Newest | None, model_uri: str) -> None:
     """OUT/model from the last checkpoint, OUT/best where some were validated; trained.json says of which update."""
-    if newest is None or newest.state.facts["num_updates"] != config.num_updates:
+    if last is None:
         raise ModelError(
             f"the checkpoint after {config.num_updates} updates is gone or damaged",
             where=join(config.output, "checkpoints"),
-            todo="run the same command again to make it anew from the one before",
+            todo="run the same command again: it resumes from the one before",
         )
-    place, state, damaged = newest
+    place, state, damaged = last
     best = best_checkpoint(config.output, damaged)
     if best is not None:
         weights = state.tensors["weights"] if best == place else load_checkpoint(best).tensors["weights"]
