@@ -503,7 +503,7 @@ def test_a_stop_saves_at_the_next_update_and_the_same_call_goes_on(one, data, tm
     assert [warning.split(":")[0] for warning in warnings] == ["the profile was not written"]
 
 
-def test_a_stop_says_saved_only_where_something_was(one, data, tmp_path, monkeypatch):
+def test_a_stop_says_saved_only_where_something_was(process_group, data, tmp_path, monkeypatch):
     """Before the first update, after one whose checkpoint cannot be written, and while the one before still fails."""
     config = train_config(data, tmp_path, num_updates=5, runtime={"checkpoint_every": 1})
     with pytest.raises(StoppedError, match="had done no update: there was nothing to save"):
