@@ -88,9 +88,9 @@ def restore(source: str, output: str, model_uri: str, config: RestoreConfig) -> 
     """
     config = _resolved(config)
     source, output, model_uri = map(absolute, (source, output, model_uri))
-    names = {source: Path(source).stem} if exists(source) else _names(source)
     inputs = {"model": model_id(model_uri)}
     check_sampling(model_uri, config.sampling)
+    names = {source: Path(source).stem} if exists(source) else _names(source)
     claim_output(output, config, job="restore", inputs=inputs, libraries=("torch", "diffusers", "numpy", "pillow"))
     done = set(list_files(output))
     images = []

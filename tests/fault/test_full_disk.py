@@ -49,19 +49,21 @@ def test_a_full_disk_stops_the_job_and_more_space_finishes_it(
     require_undisturbed(output, whole)
 
 
-@pytest.mark.parametrize("kind", ["checkpoint", "temporary folder"])
-def test_a_disk_that_fills_in_a_checkpoint_ends_all_ranks(small_disk: Path, tmp_path: Path, kind: str) -> None:
-    """Each is of several MiB. Rank 0 alone writes it."""
-    output = small_disk / "run" if kind == "checkpoint" else tmp_path / "run"
-    config = train_config(noise_shards(tmp_path / "set"), output, num_updates=9, runtime={"checkpoint_every": 1})
-    run = {"config": config.model_dump(mode="json"), "losses": str(tmp_path / "losses")}
-    if kind == "temporary folder":
-        run["temporary"] = str(small_disk)
-    run_workers(tmp_path, [run])
-    outcomes = [json.loads((tmp_path / f"losses.{rank}").read_text()) for rank in range(2)]
-    assert [outcome[0] for outcome in outcomes] == ["StorageError", "OtherRankError"]
-    assert outcomes[0][1].startswith(str(small_disk))
-    assert complete_checkpoints(str(output)) == []
+def test_a_disk_that_fills_in_a_checkpoint_ends_all_ranks(small_disk: Path, tmp_path: Path) -> None:
+    """The run's own disk, then the one for temporary files; rank 0 alone writes. A checkpoint has several MiB."""
+    data = noise_shards(tmp_path / "set")
+    places = {str(small_disk / "run"): None, str(tmp_path / "run"): str(small_disk)}
+    runs = []
+    for number, (output, temporary) in enumerate(places.items()):
+        config = train_config(data, output, num_updates=9, runtime={"checkpoint_every": 1})
+        values = config.model_dump(mode="json")
+        runs.append({"config": values, "losses": str(tmp_path / f"losses-{number}"), "temporary": temporary})
+    run_workers(tmp_path, runs)
+    for number, output in enumerate(places):
+        outcomes = [json.loads((tmp_path / f"losses-{number}.{rank}").read_text()) for rank in range(2)]
+        assert [kind for kind, _ in outcomes] == ["StorageError", "OtherRankError"]
+        assert outcomes[0][1].startswith(str(small_disk))
+        assert complete_checkpoints(output) == []
 
 
 def test_a_download_that_fills_the_disk_is_not_tried_again(small_disk: Path, s3: str) -> None:
