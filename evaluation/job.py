@@ -23,11 +23,13 @@ from evaluation.scoring import Scorer, ScoreTask, record_uri
 from evaluation.sets import EvaluationSet, load_sets
 from infra.display.progress import progress
 from infra.errors import DataError
+from infra.publish import write_bytes
 from infra.ray_runtime import on_ray
 from infra.run import claim_output
-from infra.storage import exists, join, list_files, read_bytes, write_bytes
+from infra.storage import exists, join, list_files, read_bytes
 from infra.tracking import find_model
 from training.models import model_id
+from training.restore.restore import check_sampling
 
 LIBRARIES = ("torch", "diffusers", "numpy", "opencv-python-headless", "pillow")
 
@@ -60,7 +62,11 @@ def run_evaluate(config: EvaluateConfig, *, log_only: bool = False) -> Evaluatio
         for method in config.methods
         if isinstance(method, OutputsMethod)
     }
-    models = {method.name: model_id(method.model) for method in config.methods if isinstance(method, ModelMethod)}
+    models = {}
+    for method in config.methods:
+        if isinstance(method, ModelMethod):
+            models[method.name] = model_id(method.model)
+            check_sampling(method.model, method.sampling)
     origins = metric_origins(config.metrics)
     inputs = {
         "models": models,

@@ -14,7 +14,8 @@ from evaluation.results import image_row
 from evaluation.sets import EvaluationImage
 from infra.images import encode_png, read_image, resize_bicubic
 from infra.pixels import StabilityAccumulator
-from infra.storage import join, put_if_absent, write_bytes
+from infra.publish import put_if_absent, write_bytes
+from infra.storage import join
 from training.models import fetch_model
 from training.restore.restore import restore_runs
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from infra.config import Config, difference, fingerprint_of, library_versions, result_part
 from infra.errors import ConfigError
-from infra.storage import ensure_writable, exists, join, put_if_absent, read_json
+from infra.publish import ensure_writable, put_if_absent
+from infra.storage import exists, join, read_json
 
 PACKAGES = ("infra", "degradation", "training", "evaluation", "pipelines")
 ROOT = Path(__file__).parents[1]

@@ -4,7 +4,8 @@ import tempfile
 from pathlib import Path
 
 from infra.errors import ConfigError, StorageError
-from infra.storage import download, download_folder, exists, is_s3, join, list_files
+from infra.publish import download, download_folder
+from infra.storage import exists, is_s3, join, list_files
 from infra.weights import BASE_HUB_ID, fetch_weights, find_weights
 
 

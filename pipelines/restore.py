@@ -15,12 +15,13 @@ from infra.display.progress import progress
 from infra.errors import CcsrError, ConfigError, DataError, PartialResultError
 from infra.images import decode_image, encode_png, icc_profile, list_images
 from infra.process.numerics import NumericsConfig, set_numerics
+from infra.publish import put_if_absent
 from infra.ray_runtime import RayConfig, on_ray
 from infra.run import claim_output
-from infra.storage import absolute, exists, join, list_files, put_if_absent, read_bytes
+from infra.storage import absolute, exists, join, list_files, read_bytes
 from training.config import SamplingConfig
 from training.models import CcsrModel, fetch_model, model_id
-from training.restore.restore import PreparedImage, prepare_image, restore_batch
+from training.restore.restore import PreparedImage, check_sampling, prepare_image, restore_batch
 
 MIN_SIDE = 16
 IMAGES_PER_TASK = 8
@@ -85,8 +86,9 @@ def restore(source: str, output: str, model_uri: str, config: RestoreConfig) -> 
     """
     config = _resolved(config)
     source, output, model_uri = map(absolute, (source, output, model_uri))
-    names = {source: Path(source).stem} if exists(source) else _names(source)
     inputs = {"model": model_id(model_uri)}
+    check_sampling(model_uri, config.sampling)
+    names = {source: Path(source).stem} if exists(source) else _names(source)
     claim_output(output, config, job="restore", inputs=inputs, libraries=("torch", "diffusers", "numpy", "pillow"))
     done = set(list_files(output))
     images = []

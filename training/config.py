@@ -106,7 +106,7 @@ class SamplingConfig(Config):
         every = set().union(*(other.samples for other in FAMILIES.values()))
         for name in sorted(every - FAMILIES[family].samples):
             if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"`{name}` has no effect on a model of family {family}: leave it out")
+                raise ValueError(f"`{name}` has no effect on a model of family {family}")
         return self
 
 
@@ -165,7 +165,7 @@ class TrainRuntime(Config):
     prefetch_batches: int = Field(2, ge=1, description="global batches that are prepared ahead")
     log_every: int = Field(1, ge=1, description="updates between two points in MLflow")
     checkpoint_every: int = Field(500, ge=1, description="updates between two checkpoints; the last always has one")
-    keep_checkpoints: int = Field(2, ge=1, description="the newest ones; the best validated one stays too")
+    keep_checkpoints: int = Field(2, ge=2, description="the newest ones; the best validated one stays too")
     export_every: int = Field(0, ge=0, description="every k-th checkpoint also as a model directory; 0: none")
     max_restarts: int = Field(3, ge=0, description="restarts from the last checkpoint after a worker was lost")
     collective_timeout_seconds: int = Field(600, ge=10, description="ranks that wait longer for another one give up")

@@ -18,7 +18,8 @@ from infra.display.table import Table
 from infra.display.templating import render
 from infra.errors import DataError
 from infra.images import read_image
-from infra.storage import exists, join, read_bytes, write_bytes
+from infra.publish import write_bytes
+from infra.storage import exists, join, read_bytes
 
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
 _SIDE_PX = 400  # of the shown centre crop, in native pixels

@@ -16,9 +16,10 @@ from typing import Any
 
 from infra.cluster.server import check_version, cluster_facts, connect
 from infra.errors import PASSWORD, ClusterError, ConfigError, StorageError, line_of
+from infra.publish import ensure_writable
 from infra.ray_runtime import check_gpus
 from infra.run import COMMIT, PACKAGES, ROOT, git_commit
-from infra.storage import ensure_writable, is_s3
+from infra.storage import is_s3
 
 COMMANDS = ("shard", "verify", "train", "evaluate", "compare", "restore", "doctor")
 # Addresses travel with a job; credentials do not: a job's environment can be read by everyone on the cluster.

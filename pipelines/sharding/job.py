@@ -14,10 +14,11 @@ from infra.errors import ConfigError, DataError, PartialResultError
 from infra.images import UnusableImageError, gradient_energy
 from infra.manifest import Manifest, Quarantined, ShardRecord, commit_record, committed_records, write_manifest
 from infra.process.memory import give_back_memory
+from infra.publish import download, publish_if_absent, staging
 from infra.ray_runtime import on_ray
 from infra.run import claim_output
 from infra.shards import IndexedEntry, write_tar
-from infra.storage import download, exists, join, publish_if_absent, sha256_file, staging
+from infra.storage import exists, join, sha256_file
 from pipelines.sharding.card import write_card
 from pipelines.sharding.config import CenterCrop, GridCrop, PairsSource, ShardConfig
 from pipelines.sharding.plan import PlannedSample, PlannedShard, grid_samples, num_variants, plan_shards, source_id

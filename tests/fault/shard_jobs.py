@@ -18,8 +18,9 @@ import psutil
 import yaml
 
 from infra.images import encode_png
+from infra.publish import download
 from infra.shards import read_index
-from infra.storage import download, join, list_files, read_bytes
+from infra.storage import join, list_files, read_bytes
 from pipelines.sharding.clean import clean
 from pipelines.sharding.verify import verify
 

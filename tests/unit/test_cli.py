@@ -15,7 +15,8 @@ from photos import make_shard_set, photo, save_photos, shard_config
 from PIL import Image
 
 from infra import DataError
-from infra.storage import list_files, write_bytes
+from infra.publish import write_bytes
+from infra.storage import list_files
 from pipelines.cli import main as cli
 
 SHARD = """\

@@ -90,6 +90,7 @@ def test_an_unknown_key_that_is_near_nothing_lists_the_keys_of_its_level() -> No
         (SHARD, ShardConfig, "degradation={recipe: second_ordr}", "degradation", "'second_order'"),
         (SHARD, ShardConfig, "degradation={recipe: bsrgan, scale: big}", "degradation.scale", "not 'big'"),
         (TRAIN, TrainConfig, "stage=3", "stage", "not 3"),
+        (TRAIN, TrainConfig, "runtime.keep_checkpoints=1", "runtime.keep_checkpoints", "greater than or equal to 2"),
         (TRAIN, TrainConfig, "optimizer.learning_rate=.nan", "optimizer.learning_rate", "greater than 0"),
         (EVALUATE, EvaluateConfig, "methods.0.name=..", "methods.0.name", "pattern"),
         (EVALUATE, EvaluateConfig, "num_runs=1", "num_runs", "greater than or equal to 2"),

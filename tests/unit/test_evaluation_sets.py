@@ -11,12 +11,14 @@ import torch
 
 import infra.weights
 from evaluation.config import EvaluateConfig, FolderSet
+from evaluation.job import run_evaluate
 from evaluation.metrics.registry import UNAVAILABLE, Quality, metric_origins
 from evaluation.outputs import find_outputs, outputs_id
 from evaluation.sets import load_sets
 from infra import ConfigError, DataError, ModelError
 from infra.config import parse_config
 from infra.images import encode_png, read_image
+from infra.publish import write_bytes
 
 
 def write(path: Path, height: int, width: int, seed: int = 0) -> None:
@@ -38,6 +40,17 @@ def test_pairs_are_matched_by_name(pairs: FolderSet) -> None:
     lr, hr, size = images[0].read()
     assert (lr.shape, size) == ((8, 12, 3), (32, 48))
     np.testing.assert_array_equal(hr, read_image(f"{pairs.hr}/a.png"))
+
+
+def test_a_sampling_field_that_the_models_family_lacks_is_refused_before_anything_starts(
+    pairs: FolderSet, tmp_path: Path
+) -> None:
+    write_bytes(f"{tmp_path}/model/ccsr.json", b'{"family": "v2"}')
+    method = {"kind": "model", "name": "m", "model": f"{tmp_path}/model", "sampling": {"wrapping": 0.2}}
+    values = {"job": "evaluate", "output": f"{tmp_path}/out", "data": [pairs], "methods": [method]}
+    with pytest.raises(ConfigError, match="`wrapping` has no effect on a model of family v2"):
+        run_evaluate(EvaluateConfig.model_validate(values))
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_id_of_folders_is_their_content(pairs: FolderSet, tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 
 from infra import ConfigError, DataError, ModelError, PartialResultError
 from infra.images import decode_image, encode_png
-from infra.storage import read_bytes, upload_folder, write_bytes
+from infra.publish import upload_folder, write_bytes
+from infra.storage import read_bytes
 from pipelines.cli.main import app
 from pipelines.cli.needs import needs_of
 from pipelines.restore import RestoreConfig, RestoreRuntime, _resolved
@@ -75,6 +76,14 @@ def test_in_float32_other_batches_move_single_levels_of_few_pixels(model: CcsrMo
         difference = np.abs(np.stack(restored(model, range(6), rows_at_once=rows_at_once)) - reference)
         assert difference.max() <= 1
         assert (difference > 0).mean() < 1e-3
+
+
+def test_a_sampling_field_that_the_models_family_lacks_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
+    write_bytes(f"{tmp_path}/model/ccsr.json", b'{"family": "v1"}')
+    config = RestoreConfig(sampling=SamplingConfig(start="noise"))
+    with pytest.raises(ConfigError, match="`start` has no effect on a model of family v1"):
+        run_restore(str(tmp_path), str(tmp_path / "out"), str(tmp_path / "model"), config)
+    assert not (tmp_path / "out").exists()
 
 
 def test_runs_seeds_and_keys_give_other_pictures(model: CcsrModel) -> None:

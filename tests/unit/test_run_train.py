@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,8 @@ from mlflow.tracking import MlflowClient
 
 import infra.run
 from infra import ConfigError, ModelError
+from infra.publish import write_bytes
 from infra.run import PACKAGES, claim_output
-from infra.storage import write_bytes
 from tests.training_runs import noise_shards, train_config
 from training.run import driver as train
 from training.run.checkpoint import TrainingState, save_checkpoint
@@ -50,6 +51,27 @@ def test_a_finished_run_returns_and_only_more_updates_go_on_from_it(tmp_path: Pa
     other = noise_shards(tmp_path / "other", 5)
     with pytest.raises(ConfigError, match="dataset_ids"):
         run_train(train_config(other, output, num_updates=3))
+
+
+def test_a_finished_run_whose_last_checkpoint_is_damaged_resumes_from_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = train_config(noise_shards(tmp_path / "set", 4), tmp_path / "run", num_updates=3)
+    for update in (2, 3):
+        state = TrainingState({"position": update * 4, "num_updates": update}, {"weights": {}})
+        place = save_checkpoint(config.output, state, keep=2)
+    Path(place, "state.json").write_bytes(b"damaged")
+
+    def fit(*_: object) -> None:
+        save_checkpoint(config.output, state, keep=2)
+
+    exported: list[object] = []
+    monkeypatch.setattr(train, "_check_start", lambda *_: None)
+    monkeypatch.setattr(train, "ray_cluster", lambda *_: nullcontext())
+    monkeypatch.setattr(train, "_fit", fit)
+    monkeypatch.setattr(train, "_export", lambda config, last, uri: exported.append(last.place))
+    run_train(config)
+    assert exported == [place]
 
 
 @pytest.mark.parametrize(("fault", "status"), [("damaged", "FAILED"), ("sigterm", "FINISHED")])

@@ -2,7 +2,6 @@
 
 import hashlib
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from infra.errors import ModelError
-from infra.storage import download_folder, exists, join, read_bytes, remove, upload_folder
+from infra.publish import shared_copy, upload_folder
+from infra.storage import exists, join, read_bytes, remove
 from training.models.ccsr import CcsrModel
 from training.models.directory import check_keys, load_model, load_part, read_record, replacing, save_part, write_record
 
@@ -31,8 +31,8 @@ def model_id(uri: str | None) -> str:
 
 def fetch_model(uri: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> CcsrModel:
     """The model in a directory or s3:// prefix, in eval mode; on CUDA in channels-last layout. Errors: `load_model`."""
-    with tempfile.TemporaryDirectory(prefix="ccsr-model-") as folder:
-        model = load_model(download_folder(uri, Path(folder)), device=device, dtype=dtype)
+    with shared_copy(uri, "ccsr.json") as folder:
+        model = load_model(folder, device=device, dtype=dtype)
     if device.startswith("cuda"):
         for network in model.networks.values():
             network.to(memory_format=torch.channels_last)

@@ -10,10 +10,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 
-from infra.errors import DataError, ModelError
+from infra.errors import ConfigError, DataError, ModelError
 from infra.process.memory import free_memory
 from infra.seeding import Noise, noise_for
-from training.config import SamplingConfig
+from infra.storage import join, read_json
+from training.config import FAMILIES, SamplingConfig
 from training.method import METHODS
 from training.models import CcsrModel
 from training.restore.banded_vae import (
@@ -43,6 +44,16 @@ class PreparedImage:
     enlarged: Tensor
     mean: Tensor
     std: Tensor
+
+
+def check_sampling(uri: str, config: SamplingConfig) -> None:
+    """Before the model directory at `uri` is loaded: ConfigError where a field of `config` has no effect on it."""
+    family = read_json(join(uri, "ccsr.json")).get("family")
+    try:
+        if family in FAMILIES:  # of another one `load_model` says what is wrong
+            config.check_family(family)
+    except ValueError as error:
+        raise ConfigError(str(error), where=f"sampling of {uri}", todo="remove this field from `sampling`") from error
 
 
 def restore_runs(

@@ -4,23 +4,18 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from infra.display.progress import progress
 from infra.errors import CcsrError, ClusterError, ConfigError, ModelError, StoppedError, line_of
 from infra.manifest import Manifest
+from infra.publish import shared_copy, temporary_folder, write_bytes
 from infra.ray_runtime import check_gpus_here, cpu_work, cpus_here, lost_worker, ray_cluster, user_error
 from infra.run import claim_output, git_commit
-from infra.storage import (
-    download_folder,
-    exists,
-    join,
-    read_json,
-    write_bytes,
-)
+from infra.storage import exists, join, read_json
 from infra.tracking import MODEL_TAG, Tracker, find_model, track, tracking_uri
 from training.config import TrainConfig, TrainRuntime
 from training.data.batches import check_cpus
@@ -36,7 +31,7 @@ from training.models import (
 )
 from training.run.agreement import OtherRankError, WorkerContext, agree, attempt, sigterm_noted
 from training.run.board import Pulse, Watch, make_board
-from training.run.checkpoint import best_checkpoint, complete_checkpoints, load_checkpoint, load_newest
+from training.run.checkpoint import Newest, best_checkpoint, complete_checkpoints, load_checkpoint, load_newest
 from training.run.stages import build_stage
 from training.run.validation import Validation
 
@@ -59,17 +54,19 @@ def run_train(config: TrainConfig) -> str:
     if exported == config.num_updates:
         return model_uri
     facts = {"fingerprint": run["fingerprint"], "config": run["config"], **inputs, "git_commit": git_commit()}
-    if done < config.num_updates:
+    last = _last(config) if done == config.num_updates else None  # None where it is damaged: it is made again
+    if last is None:
         _check_start(config, manifests)
     tags = {"ccsr.stage": str(config.stage), "git.commit": facts["git_commit"]}
     with (
-        ray_cluster(config.runtime.ray) if done < config.num_updates else nullcontext(),
+        ray_cluster(config.runtime.ray) if last is None else nullcontext(),
         track(config.tracking, run, tags) as tracker,
         sigterm_noted() as sigterm,  # after Ray's start, which sets its own handler
     ):
-        if done < config.num_updates:
+        if last is None:
             _fit(config, manifests, facts, tracker, sigterm)
-        _export(config, model_uri)  # after SIGTERM too: what was finished counts
+            last = _last(config)
+        _export(config, last, model_uri)  # after SIGTERM too: what was finished counts
     return model_uri
 
 
@@ -300,16 +297,22 @@ def _worker(settings: dict[str, Any]) -> None:
                 tracker.close()
 
 
-def _export(config: TrainConfig, model_uri: str) -> None:
+def _last(config: TrainConfig) -> Newest | None:
+    """The checkpoint of a finished run, if it is intact."""
+    newest = load_newest(config.output, lambda text: print(f"warning: {text}", file=sys.stderr))
+    return newest if newest and newest.state.facts["num_updates"] == config.num_updates else None
+
+
+def _export(config: TrainConfig, last: Newest | None, model_uri: str) -> None:
     """OUT/model from the last checkpoint, OUT/best where some were validated; trained.json says of which update."""
-    place, state = load_newest(config.output, lambda text: print(f"warning: {text}", file=sys.stderr)) or ("", None)
-    if state is None or state.facts["num_updates"] != config.num_updates:
+    if last is None:
         raise ModelError(
             f"the checkpoint after {config.num_updates} updates is gone or damaged",
             where=join(config.output, "checkpoints"),
-            todo="run the same command again to make it anew from the one before",
+            todo="run the same command again: it resumes from the one before",
         )
-    best = best_checkpoint(config.output)
+    place, state, damaged = last
+    best = best_checkpoint(config.output, damaged)
     if best is not None:
         weights = state.tensors["weights"] if best == place else load_checkpoint(best).tensors["weights"]
         _write_model(config, weights, join(config.output, "best"))
@@ -322,12 +325,18 @@ def _write_model(config: TrainConfig, weights: dict[str, Any], uri: str) -> None
     """The starting model with `weights` in place of the trained part, as a model directory that replaces one there."""
     facts = config.model.facts
     part, subparts = (facts.decoder, facts.decoder_parts) if config.stage == 2 else (facts.adapter, ())
-    with tempfile.TemporaryDirectory(prefix="ccsr-model-") as folder:
-        base = download_folder(config.init_from, Path(folder) / "base") if config.init_from else Path(folder) / "base"
-        if not (base / part).is_dir():  # random weights, or a part that this stage adds
-            base = Path(folder) / "initial"
+    own = {name.removeprefix(f"{part}."): tensor for name, tensor in weights.items()}
+    with temporary_folder("model") as folder, _base(config, part, folder) as base:
+        export_trained(base, part, subparts, own, folder / "model")
+        publish_model(folder / "model", uri)
+
+
+@contextmanager
+def _base(config: TrainConfig, part: str, folder: Path) -> Iterator[Path]:
+    """A model directory that an export changes: the one that training began with; its networks written to `folder`
+    where they were random, or the stage has added `part`."""
+    with shared_copy(config.init_from, "ccsr.json") if config.init_from else nullcontext(folder) as base:
+        if not (base / part).is_dir():
+            base = folder / "initial"
             save_model(initial_model(config), base)
-        local = Path(folder) / "model"
-        own = {name.removeprefix(f"{part}."): tensor for name, tensor in weights.items()}
-        export_trained(base, part, subparts, own, local)
-        publish_model(local, uri)
+        yield base
