@@ -87,7 +87,7 @@ def test_links_of_the_pages_lead_to_files():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_pages_use_no_empty_phrases(page):
-    """Each has a plain word in its place: is reported, is stored, requires, resumes, its own, forever, automatically."""
+    """Plainly: is reported, is stored, requires, resumes, its own, forever, automatically."""
     lines = enumerate(page.read_text().splitlines(), start=1)
     found = [f"line {n}: {m[0]}" for n, line in lines for m in re.finditer("|".join(EMPTY_PHRASES), line)]
     assert not found
