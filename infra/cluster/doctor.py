@@ -209,9 +209,9 @@ def _mlflow(uri: str) -> Iterator[Line]:
 
 
 def _cluster(address: str) -> Iterator[Line]:
+    client = connect(address)  # before ray is imported, which then takes the user's token
     import ray
 
-    client = connect(address)
     place = job_server(address)
     facts = cluster_facts(client)
     versions = f"Ray {facts.ray_version}, Python {facts.python_version} there; {ray.__version__} here"

@@ -21,7 +21,7 @@ app.add_typer(cluster_app, name="cluster")
 
 Address = Annotated[
     str | None,
-    typer.Option(help="The cluster's job server (the dashboard's address); default: RAY_ADDRESS, else this machine's."),
+    typer.Option(help="The cluster's job server (dashboard); default: RAY_API_SERVER_ADDRESS, else this machine's."),
 ]
 JobId = Annotated[str, typer.Argument(metavar="ID", help="As `ccsr submit` and `ccsr jobs list` print it.")]
 

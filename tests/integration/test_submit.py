@@ -21,7 +21,6 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from infra.cluster.doctor import diagnose
 from infra.cluster.jobs import Need, follow, job_status, list_jobs, stop, submit
 from infra.cluster.server import cluster_facts, connect
 from infra.errors import ClusterError, ConfigError, StorageError
@@ -271,8 +270,11 @@ def test_what_cannot_work_is_told_before_anything_starts(job_server, bucket, tmp
 
     refused(ClusterError, "needs 2 GPUs, the cluster has 1", num_gpus=2)
     refused(StorageError, "no such bucket", outputs=("s3://absent/out",))
-    found = {line.name: line for line in diagnose(job_server, None, None)}
-    assert [found[name].state for name in ("cluster", "token", "nodes")] == ["ok", "ok", "ok"]
+    with monkeypatch.context() as environment:
+        environment.delenv("RAY_AUTH_MODE")  # the token's file alone, as for a user
+        done = run_ccsr("doctor", "--address", job_server, "--json", cwd=tmp_path)
+    found = {line["name"]: line for line in json.loads(done.stdout)}
+    assert [found[name]["state"] for name in ("cluster", "token", "nodes")] == ["ok", "ok", "ok"], done.stdout
     assert "placement" not in found
     monkeypatch.setattr("ray.__version__", "2.59.0")
     refused(ClusterError, "Ray 2.60.* runs there, 2.59.0 is installed here")

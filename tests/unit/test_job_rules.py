@@ -139,6 +139,9 @@ def test_the_address_is_the_one_that_is_given(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("RAY_ADDRESS", "http://other:8265")
     assert job_server("head:8265/") == "http://head:8265"
     assert job_server(None) == "http://other:8265"
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "https://mine")
+    assert job_server(None) == "https://mine"
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS")
     monkeypatch.delenv("RAY_ADDRESS")
     assert job_server(None) == "http://127.0.0.1:8265"
     assert same_release("2.60.0", "2.60.1")
