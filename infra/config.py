@@ -54,6 +54,14 @@ RENAMED = {"use_gpu": "device", "threads_per_worker": "threads", "threads_per_ac
 ConfigT = TypeVar("ConfigT", bound=Config)
 
 
+class FieldError(ValueError):
+    """What a config's validator raises to name the field, below that config, that is wrong, and what to write."""
+
+    def __init__(self, what: str, *, field: str, todo: str) -> None:
+        super().__init__(what)
+        self.field, self.todo = field, todo
+
+
 def load_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML mapping. Raises ConfigError for a missing file, a syntax error or anything but a mapping."""
     try:
@@ -114,8 +122,12 @@ def parse_config(values: Mapping[str, Any], config_class: type[ConfigT], *, wher
             todo = f"did you mean `{near[0]}`?" if near else f"the keys here are: {', '.join(known)}"
             raise ConfigError(f"unknown key `{name}`{others}", where=place, todo=todo) from error
         if first["type"] == "missing":
-            raise ConfigError(f"`{key}` is missing{others}", where=place, todo="add it") from error
+            about = _description(config_class, first["loc"])
+            raise ConfigError(f"`{key}` is missing{others}", where=place, todo=f"add it{about}") from error
         message = first["msg"].removeprefix("Value error, ")
+        cause = first.get("ctx", {}).get("error")
+        if isinstance(cause, FieldError):
+            raise ConfigError(f"{message}{others}", where=f"{place}: {cause.field}", todo=cause.todo) from error
         if not isinstance(first.get("input"), Mapping):
             value = repr(first.get("input"))
             message += f", not {value if len(value) < 80 else value[:77] + '...'}"
@@ -132,14 +144,26 @@ def _written_place(values: Any, path: Sequence[str | int], *, missing: bool) -> 
     return ".".join([*parts, str(path[-1])] if missing else parts)
 
 
+def _description(config_class: Any, path: Sequence[str | int]) -> str:
+    """The description of the field at an error's `path`, if it has one, behind a colon."""
+    fields = [
+        cls.model_fields[path[-1]] for cls in _classes_at(config_class, path[:-1]) if path[-1] in cls.model_fields
+    ]
+    return next((f": {field.description}" for field in fields if field.description), "")
+
+
 def _keys_at(config_class: Any, path: Sequence[str | int]) -> set[str]:
-    """The keys of every config class along an error's `path`; list indices and union tags are passed over."""
+    return {name for cls in _classes_at(config_class, path) for name in cls.model_fields}
+
+
+def _classes_at(config_class: Any, path: Sequence[str | int]) -> list[type[Config]]:
+    """The config classes at the end of an error's `path`; list indices and union tags are passed over."""
     classes = [config_class]
     for part in path:
         fields = [cls.model_fields[part].annotation for cls in classes if part in cls.model_fields]
         if fields:
             classes = [cls for field in fields for cls in _config_classes(field)]
-    return {name for cls in classes for name in cls.model_fields}
+    return classes
 
 
 def _config_classes(annotation: Any) -> Iterator[type[Config]]:

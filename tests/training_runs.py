@@ -65,6 +65,7 @@ def train_config(data: str, output: Path | str, *, stage: int = 1, num_updates: 
     learning_rate = 1e-4 if stage == 2 else 1e-3
     values = {
         "job": "train",
+        "init_from": "random",
         "output": str(output),
         "stage": stage,
         "data": [data],

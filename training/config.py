@@ -2,10 +2,10 @@
 
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from degradation.config import DegradationConfig
-from infra.config import EXTENDABLE, Config, Location
+from infra.config import EXTENDABLE, Config, FieldError, Location
 from infra.process.numerics import NumericsConfig
 from infra.ray_runtime import RayConfig
 from infra.tracking import TrackingConfig
@@ -206,7 +206,9 @@ class TrainConfig(Config):
     stage: Literal[0, 1, 2]
     data: Annotated[tuple[TrainingSet, ...], Field(min_length=1, description="shard sets, or {path, weight}")]
     inputs: Literal["pixels", "latents"] = Field("pixels", description="latents: those that the shards store")
-    init_from: Location | None = Field(None, description="a model directory to start from; none: random weights")
+    init_from: Annotated[Location | None, BeforeValidator(lambda place: None if place == "random" else place)] = Field(
+        description="a model directory, a run's folder, runs:/ID, or `random` for random weights"
+    )
     model: ModelConfig = ModelConfig()
     crop_px: int = Field(512, ge=32)
     degradation: str | DegradationConfig | None = Field(None, description="none: the LR that the shards store")
@@ -229,11 +231,20 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainConfig":
-        legal = legal_world_sizes(self.global_batch_size, self.runtime.micro_batch_size)
+        size, micro = self.global_batch_size, self.runtime.micro_batch_size
+        if size % micro:
+            near = [n for n in (size - size % micro, size - size % micro + micro) if n]
+            raise FieldError(
+                f"a global batch of {size} samples is not a multiple of runtime.micro_batch_size, {micro}",
+                field="global_batch_size",
+                todo=f"write {' or '.join(map(str, near))}, or another micro_batch_size",
+            )
+        legal = legal_world_sizes(size, micro)
         if self.runtime.num_workers not in legal:
-            raise ValueError(
-                f"a global batch of {self.global_batch_size} in micro-batches of {self.runtime.micro_batch_size} "
-                f"can be shared by runtime.num_workers = {', '.join(map(str, legal)) or 'none'}"
+            raise FieldError(
+                f"{self.runtime.num_workers} workers cannot share a global batch of {size} in micro-batches of {micro}",
+                field="runtime.num_workers",
+                todo=f"write one of {', '.join(map(str, legal))}",
             )
         if self.precision == "bf16" and self.runtime.zero_stage == 0:
             raise ValueError(

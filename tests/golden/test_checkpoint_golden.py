@@ -32,7 +32,15 @@ class Run:
         judge = nn.Sequential(nn.Conv2d(2, 3, 3, bias=False), nn.BatchNorm2d(3), nn.SiLU(), nn.Conv2d(3, 1, 2))
         self.judge = _seeded(judge, "discriminator")
         self.optimizers = [torch.optim.AdamW(m.parameters(), lr=0.01) for m in (self.module, self.judge)]
-        values = {"job": "train", "output": output, "stage": 2, "data": ["d"], "num_updates": 9, "global_batch_size": 8}
+        values = {
+            "job": "train",
+            "init_from": "random",
+            "output": output,
+            "stage": 2,
+            "data": ["d"],
+            "num_updates": 9,
+            "global_batch_size": 8,
+        }
         engine = SimpleNamespace(module=SimpleNamespace(trained=self.module), zero_optimization_stage=lambda: 0)
         context = WorkerContext(0, 1, "cpu", {"dataset_ids": ["0123456789abcdef"], "git_commit": "unknown"})
         config = TrainConfig.model_validate({**values, "runtime": {"micro_batch_size": 8}})

@@ -60,6 +60,7 @@ def config(
 ) -> TrainConfig:
     values = {
         "job": "train",
+        "init_from": "random",
         "output": "o",
         "stage": 1,
         "data": [manifest.uri for manifest in manifests],

@@ -26,6 +26,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
         make_shard_set(shard_config(place / name, place / "shards" / name, degradation="ccsr", samples_per_shard=5))
     values = {
         "job": "train",
+        "init_from": "random",
         "output": str(place / "out"),
         "stage": 1,
         "data": [str(place / "shards" / "train")],

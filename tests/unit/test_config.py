@@ -32,7 +32,14 @@ SHARD: dict[str, Any] = {
     "output": "out",
     "sources": [{"kind": "folder", "name": "a", "path": "p"}],
 }
-TRAIN: dict[str, Any] = {"job": "train", "output": "out", "stage": 1, "data": ["set"], "num_updates": 3}
+TRAIN: dict[str, Any] = {
+    "job": "train",
+    "init_from": "random",
+    "output": "out",
+    "stage": 1,
+    "data": ["set"],
+    "num_updates": 3,
+}
 EVALUATE: dict[str, Any] = {"job": "evaluate", "output": "out", "data": ["set"], "methods": [{"kind": "bicubic"}]}
 
 
@@ -112,9 +119,22 @@ def test_a_missing_key_is_named() -> None:
 
 def test_a_global_batch_that_does_not_divide_lists_the_legal_world_sizes() -> None:
     error = refused(TRAIN, TrainConfig, "runtime.num_workers=5")
-    assert "runtime.num_workers = 1, 2, 3, 4, 6, 8, 12, 24" in error.what
-    assert "{" not in error.what
-    assert "none" in refused(TRAIN, TrainConfig, "runtime.micro_batch_size=5").what
+    assert (error.where, error.todo) == ("run.yaml: runtime.num_workers", "write one of 1, 2, 3, 4, 6, 8, 12, 24")
+    error = refused(TRAIN, TrainConfig, "global_batch_size=7")
+    assert "not a multiple of runtime.micro_batch_size, 4" in error.what
+    assert (error.where, error.todo) == (
+        "run.yaml: global_batch_size",
+        "write 4 or 8, or another micro_batch_size",
+    )
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_random_weights_are_asked_for_by_name(stage: int) -> None:
+    values = {key: value for key, value in TRAIN.items() if key != "init_from"} | {"stage": stage}
+    error = refused(values, TrainConfig)
+    assert error.what == "`init_from` is missing"
+    assert "`random` for random weights" in error.todo
+    assert parse_config(values | {"init_from": "random"}, TrainConfig, where="run.yaml").init_from is None
 
 
 STAGE2 = {"stage": 2, "init_from": "m"}

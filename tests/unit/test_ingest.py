@@ -47,7 +47,15 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> list[Manifest]:
 
 def config(**changes: Any) -> TrainConfig:
     runtime = {"micro_batch_size": 2, **changes.pop("runtime", {})}
-    values = {"job": "train", "output": "o", "stage": 1, "data": ["d"], "num_updates": 4, "global_batch_size": 4}
+    values = {
+        "job": "train",
+        "init_from": "random",
+        "output": "o",
+        "stage": 1,
+        "data": ["d"],
+        "num_updates": 4,
+        "global_batch_size": 4,
+    }
     return TrainConfig.model_validate({**values, "crop_px": 32, "runtime": runtime, **changes})
 
 

@@ -13,7 +13,15 @@ from training.run.meter import Meter, flop_counter, peak_flops
 
 
 def meter(device: str = "cpu", **runtime: object) -> Meter:
-    values = {"job": "train", "output": "out", "stage": 1, "data": ["data"], "num_updates": 1, "precision": "bf16"}
+    values = {
+        "job": "train",
+        "init_from": "random",
+        "output": "out",
+        "stage": 1,
+        "data": ["data"],
+        "num_updates": 1,
+        "precision": "bf16",
+    }
     values |= {"global_batch_size": 8, "runtime": {"micro_batch_size": 4, **runtime}}
     return Meter(parse_config(values, TrainConfig, where="test"), device, world_size=2)
 

@@ -13,7 +13,15 @@ from training.run.requirements import check_memory, memory_needed, parameter_tab
 
 
 def config(stage: int = 1, precision: str = "fp32", zero_stage: int = 1) -> TrainConfig:
-    values = {"job": "train", "output": "o", "stage": stage, "data": ["d"], "num_updates": 1, "precision": precision}
+    values = {
+        "job": "train",
+        "init_from": "random",
+        "output": "o",
+        "stage": stage,
+        "data": ["d"],
+        "num_updates": 1,
+        "precision": precision,
+    }
     return TrainConfig.model_validate({**values, "runtime": {"zero_stage": zero_stage}})
 
 

@@ -25,7 +25,7 @@ from pipelines.restore import RestoreConfig
 from pipelines.sharding.config import ShardConfig
 from training.config import TrainConfig
 
-TRAIN = {"job": "train", "output": "o", "stage": 1, "data": ["d"], "num_updates": 1}
+TRAIN = {"job": "train", "init_from": "random", "output": "o", "stage": 1, "data": ["d"], "num_updates": 1}
 EVALUATE = {"job": "evaluate", "output": "o", "data": ["d"], "methods": [{"kind": "bicubic"}]}
 SHARD = {"job": "shard", "output": "o", "sources": [{"kind": "folder", "name": "f", "path": "p"}]}
 

@@ -25,7 +25,15 @@ class Run:
         torch.manual_seed(0)
         self.module = nn.Linear(3, 2)
         self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=0.1)
-        values = {"job": "train", "output": output, "stage": 1, "data": ["d"], "num_updates": 9, "global_batch_size": 4}
+        values = {
+            "job": "train",
+            "init_from": "random",
+            "output": output,
+            "stage": 1,
+            "data": ["d"],
+            "num_updates": 9,
+            "global_batch_size": 4,
+        }
         config = TrainConfig.model_validate({**values, "runtime": runtime})
         engine = SimpleNamespace(module=SimpleNamespace(trained=self.module), zero_optimization_stage=lambda: 0)
         self.exported: list[str] = []

@@ -115,7 +115,14 @@ def _fail_inside(model: StableSrModel, features: list[Tensor]) -> None:
 
 
 def stage(number: int, *, checkpointing: bool = False) -> Stage:
-    values = {"job": "train", "output": "out", "stage": number, "data": ["data"], "num_updates": 1}
+    values = {
+        "job": "train",
+        "init_from": "random",
+        "output": "out",
+        "stage": number,
+        "data": ["data"],
+        "num_updates": 1,
+    }
     values |= {"crop_px": 64, "global_batch_size": 2, "model": {"family": "stablesr"}}
     loss = {"perceptual": "none", "adaptive": False, "discriminator_start_update": 1}
     values |= {"num_steps": 3, "decoder_loss": loss} if number == 2 else {}
@@ -226,7 +233,7 @@ def test_stage_2_takes_the_stored_sample() -> None:
     [({"stage": 0}, "stablesr has the stages 1, 2"), ({"stage": 2, "decoder_loss": {}}, "GAN weight cannot adapt")],
 )
 def test_what_stablesr_cannot_do_is_told(change: dict, message: str) -> None:
-    values = {"job": "train", "output": "out", "stage": 1, "data": ["data"], "num_updates": 1}
+    values = {"job": "train", "init_from": "random", "output": "out", "stage": 1, "data": ["data"], "num_updates": 1}
     with pytest.raises(ConfigError, match=message):
         parse_config(values | {"model": {"family": "stablesr"}} | change, TrainConfig, where="test")
 

@@ -38,6 +38,7 @@ def small_frozen_networks(monkeypatch: pytest.MonkeyPatch) -> None:
 def stage(loss: dict[str, Any], family: str = "v2") -> DecoderStage:
     values = {
         "job": "train",
+        "init_from": "random",
         "output": "out",
         "stage": 2,
         "data": ["data"],
@@ -119,7 +120,14 @@ def test_defaults_are_v1s_with_a_choice_of_the_perceptual_term(family: str, perc
 def test_activation_checkpointing_computes_more_for_the_same_gradients(number: int) -> None:
     results = []
     for on in (False, True):
-        values = {"job": "train", "output": "out", "stage": number, "data": ["data"], "num_updates": 1}
+        values = {
+            "job": "train",
+            "init_from": "random",
+            "output": "out",
+            "stage": number,
+            "data": ["data"],
+            "num_updates": 1,
+        }
         values |= {"crop_px": 64, "global_batch_size": 2}
         values |= {"num_steps": 6, "decoder_loss": {"perceptual": "none"}} if number == 2 else {}
         values |= {"runtime": {"micro_batch_size": 2, "activation_checkpointing": on}}

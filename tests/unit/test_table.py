@@ -44,6 +44,7 @@ def jobs() -> list[Table]:
 def estimates() -> list[Table]:
     values = {
         "job": "train",
+        "init_from": "random",
         "output": "o",
         "stage": 2,
         "data": ["d"],

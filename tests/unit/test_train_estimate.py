@@ -20,7 +20,15 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def config(stage: int = 1, **changes: Any) -> TrainConfig:
-    values = {"job": "train", "output": "o", "stage": stage, "data": ["d"], "num_updates": 1000, "crop_px": 32}
+    values = {
+        "job": "train",
+        "init_from": "random",
+        "output": "o",
+        "stage": stage,
+        "data": ["d"],
+        "num_updates": 1000,
+        "crop_px": 32,
+    }
     runtime = {"micro_batch_size": 4, **changes.pop("runtime", {})}
     if stage == 2:
         values |= {"num_steps": 6, "decoder_loss": {"perceptual": "none", "discriminator_width": 4}}

@@ -50,7 +50,14 @@ def model() -> CcsrModel:
 
 def config(held_out: Path, stage: int = 1, **validation: Any) -> TrainConfig:
     """By default stage 1 with a short chain."""
-    values = {"job": "train", "output": "out", "stage": stage, "data": ["data"], "num_updates": 7}
+    values = {
+        "job": "train",
+        "init_from": "random",
+        "output": "out",
+        "stage": stage,
+        "data": ["data"],
+        "num_updates": 7,
+    }
     validation = {"data": [str(held_out)], "every": 3, "num_images": 3} | validation
     if stage == 1:
         validation = {"sampling": {"num_steps": 6, "t_min": 0.5}} | validation
