@@ -1,6 +1,5 @@
 """Run a `ccsr` command as a Ray job on a cluster: our packages and the named config travel, the logs come back."""
 
-import asyncio
 import hashlib
 import os
 import re
@@ -32,7 +31,6 @@ PASSED_ON = (
     "CCSR_WEIGHTS",
 )
 STOP_SECONDS = 600
-RECONNECT_SECONDS = 1800
 STOPPED = 143
 ENDED = "ccsr ended with exit code "
 """A job's last line begins so: Ray keeps no exit code of a job that was asked to stop, though its work may be done."""
@@ -191,76 +189,7 @@ def _start_once(client: Any, name: str, on_log: Callable[[str], None], **job: An
         time.sleep(1)
 
 
-def follow(client: Any, job: str, on_log: Callable[[str], None]) -> int:
-    """Hand a job's log to `on_log` from its beginning until it ends; returns its exit code.
-
-    A lost connection is made again and the log goes on where it broke off. 143 for a job that was stopped.
-    Raises ClusterError for an unknown job, or after half an hour without a connection (the job goes on).
-    """
-    seen, lost_since = 0, None
-
-    def deliver(text: str) -> None:
-        nonlocal seen, lost_since
-        lost_since = None  # an empty text says that the connection stands
-        seen += len(text)
-        on_log(text)
-
-    while True:
-        try:
-            info = _info(client, job)
-            if info.status.is_terminal():
-                rest = client.get_job_logs(job)[seen:]
-                if rest:
-                    deliver(rest)
-                elif not seen:  # the job never ran
-                    on_log(f"{info.message}\n")
-                return exit_code(client, info)
-            asyncio.run(_tail(client, job, seen, deliver))
-        except (OSError, RuntimeError) as error:
-            if lost_since is None:
-                lost_since = time.monotonic()
-                on_log(f"\nnote: the connection is lost ({type(error).__name__}); the job goes on, trying again\n")
-            elif time.monotonic() - lost_since > RECONNECT_SECONDS:
-                raise ClusterError(
-                    f"the job server has not answered for {RECONNECT_SECONDS // 60} minutes; job {job} may still run",
-                    where=client.get_address(),
-                    todo=f"ccsr jobs logs {job}",
-                ) from error
-        time.sleep(1)
-
-
-async def _tail(client: Any, job: str, skip: int, deliver: Callable[[str], None]) -> None:
-    """The log as it grows, without its first `skip` characters. Ray sends it from the beginning each time.
-
-    Ray's own `tail_job_logs` has no heartbeat: a connection that died silently (a sleeping laptop) would never end.
-    """
-    import aiohttp
-
-    url = f"{client.get_address()}/api/jobs/{job}/logs/tail"
-    options: dict[str, Any] = {
-        "headers": client._headers,
-        "ssl": client._ssl_context,
-        "heartbeat": 20,
-        "max_msg_size": 0,
-    }
-    try:
-        async with (
-            aiohttp.ClientSession(cookies=client._cookies) as session,
-            session.ws_connect(url, **{name: value for name, value in options.items() if value is not None}) as socket,
-        ):
-            deliver("")
-            async for message in socket:
-                if message.type is not aiohttp.WSMsgType.TEXT:
-                    break
-                fresh = message.data[skip:]
-                skip = max(0, skip - len(message.data))
-                if fresh:
-                    deliver(fresh)
-    except aiohttp.ClientError as error:
-        raise ConnectionError(str(error)) from error
-
-
-def _info(client: Any, job: str) -> Any:
+def job_info(client: Any, job: str) -> Any:
     """A job's facts. ClusterError where the cluster does not know it."""
     try:
         return client.get_job_info(job)
@@ -317,11 +246,11 @@ def list_jobs(client: Any) -> list[JobRow]:
 
 
 def job_status(client: Any, job: str) -> JobRow:
-    return _row(client, _info(client, job))
+    return _row(client, job_info(client, job))
 
 
 def stop(client: Any, job: str) -> bool:
     """Ask a job to end: SIGTERM to its driver, SIGKILL ten minutes later. False if it had ended before."""
-    if _info(client, job).status.is_terminal():
+    if job_info(client, job).status.is_terminal():
         return False
     return bool(client.stop_job(job))

@@ -143,7 +143,7 @@ def _echo(text: str) -> None:
 
 
 def _follow(client: Any, job: str) -> None:
-    from infra.cluster.jobs import follow
+    from infra.cluster.follow import follow
 
     try:
         code = follow(client, job, _echo)

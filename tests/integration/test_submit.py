@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import secrets
 import select
 import shlex
@@ -21,10 +22,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from infra.cluster.jobs import Need, follow, job_status, list_jobs, stop, submit
+from infra.cluster.follow import follow
+from infra.cluster.jobs import Need, job_status, list_jobs, stop, submit
 from infra.cluster.server import cluster_facts, connect
 from infra.errors import ClusterError, ConfigError, StorageError
 from infra.manifest import Manifest
+from infra.run import git_commit
 from pipelines.cli.main import app
 from tests.integration.conftest import REPOSITORY, run_ccsr
 
@@ -42,6 +45,7 @@ def token(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     file.write_text(secrets.token_hex(32))
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("RAY_AUTH_TOKEN_PATH", str(file))
+        environment.setenv("RAY_AUTH_MODE", "token")
         yield
 
 
@@ -112,15 +116,19 @@ def test_a_submitted_job_runs_there_once_and_returns_its_exit_code(job_server, t
     assert Manifest.load(f"{tmp_path}/shards").num_samples == 4
     lines: list[str] = []
     sharding[2] = str(tmp_path / "mine.yaml")  # the same content
-    assert follow(*submit(job_server, sharding, lines.append), lines.append) == 0
-    assert "submitted before and is SUCCEEDED" in lines[0]
-    assert "4 samples, dataset" in "".join(lines)  # the log of the one job
+    assert submit(job_server, sharding, lines.append)[1] is None
+    assert len(lines) == 1
+    assert re.search(r"-1 succeeded at \d{4}-.*; --key NAME forces a new job", lines[0])
     stranger = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
     refused = run_ccsr("submit", "--address", job_server, "--", "verify", "x", cwd=tmp_path, **stranger)
     assert refused.returncode == 6
     assert "its token is missing or wrong" in refused.stderr
     client = connect(job_server)
-    assert [job.status for job in list_jobs(client)] == ["SUCCEEDED"]
+    (done,) = list_jobs(client)
+    assert done.status == "SUCCEEDED"
+    assert client.get_job_info(done.id).runtime_env["env_vars"]["CCSR_GIT_COMMIT"] == git_commit()
+    with pytest.raises(ClusterError, match="knows no such job"):
+        follow(client, "ccsr-shard-nothing-1", lines.append)
 
     failing = ["verify", f"{tmp_path}/nothing"]
     attempts = [submit(job_server, failing, lines.append, key="failing")[1]]
@@ -130,6 +138,10 @@ def test_a_submitted_job_runs_there_once_and_returns_its_exit_code(job_server, t
         attempts += both.map(lambda _: submit(job_server, failing, lines.append, key="failing")[1], range(2))
     assert attempts[1] == attempts[2] == attempts[0].removesuffix("1") + "2"
     assert len(list_jobs(client)) == 3
+
+    lines.clear()
+    assert follow(*submit(job_server, ["doctor"], lines.append), lines.append) == 0, "".join(lines)
+    assert "ok    packages: infra, degradation, training, evaluation, pipelines in" in "".join(lines)
     assert job_status(client, attempts[0]).exit_code == 3
     listed = CliRunner(env={"COLUMNS": "250"}).invoke(app, ["jobs", "list", "--address", job_server])
     assert listed.exit_code == 0, listed.output
