@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from infra.publish import publish_if_absent
 from infra.seeding import rng_for
 from infra.shards import IndexedEntry, write_tar
 from infra.storage import sha256_file
-from tests.small_networks import seeded_lpips, small_dino
+from tests.small_networks import seeded_lpips, small_dino, smaller_tiny
 from training.config import TrainConfig
 from training.data.batches import updates
 from training.models import CcsrModel
@@ -142,7 +143,7 @@ def run_workers(folder: Path, runs: list[dict[str, Any]], world_size: int = 2) -
     """Let processes of one group do `runs` one after another.
 
     Each is {"config", "losses"} and perhaps "poison" (a position), "bad_gradient" (an update), "resave" (an output),
-    "temporary" (the folder for temporary files) or "seed_by_rank".
+    "temporary" (the folder for temporary files), "seed_by_rank" or "small".
     """
     spec = folder / "spec.json"
     spec.write_text(json.dumps({"world_size": world_size, "port": free_port(), "runs": runs}))
@@ -223,10 +224,11 @@ def main(spec_file: str, rank: int) -> None:
         tempfile.tempdir = run.get("temporary")
         outcome = ["", ""]
         try:
-            if "resave" in run:
-                resave(config, rank, spec["world_size"], run["resave"])
-            else:
-                train_here(config, rank, spec["world_size"], Losses(Path(run["losses"])))
+            with smaller_tiny() if "small" in run else nullcontext():
+                if "resave" in run:
+                    resave(config, rank, spec["world_size"], run["resave"])
+                else:
+                    train_here(config, rank, spec["world_size"], Losses(Path(run["losses"])))
         except (CcsrError, OtherRankError) as error:
             outcome = [type(error).__name__, getattr(error, "where", "")]
         Path(f"{run['losses']}.{rank}").write_text(json.dumps(outcome))

@@ -19,7 +19,7 @@ import torch
 import training.run.checkpointer
 from infra.errors import ConfigError, ModelError, StoppedError, StorageError
 from infra.manifest import Manifest
-from tests.small_networks import seeded_lpips, small_dino
+from tests.small_networks import seeded_lpips, small_dino, smaller_tiny
 from tests.training_runs import (
     Losses,
     free_port,
@@ -54,18 +54,19 @@ STAGE2: dict[str, dict[str, Any]] = {  # by discriminator
 PRECISIONS = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("bf16", 1), ("bf16", 2)]  # with each ZeRO stage it allows
 # Stage 2 under ZeRO 1 alone, and the rest in the long run: its engine is stage 1's.
 COMBINATIONS = [(*precision, 1) for precision in PRECISIONS] + [("fp32", 1, 2), ("bf16", 1, 2)]
+SMALL = {"small": True}
 MORE_COMBINATIONS = [("fp32", 0, 2), ("fp32", 2, 2), ("bf16", 2, 2)]
 
 
 def combination(precision: str, zero_stage: int, stage: int) -> dict[str, Any]:
-    """Small: bf16 convolutions take six times as long as fp32 ones on a CPU without them."""
+    """With `smaller_tiny`."""
     runtime = {"zero_stage": zero_stage, "checkpoint_every": 1, "micro_batch_size": 1}
     chain = {"num_steps": 3} if stage == 2 else {}
     return {"precision": precision, "stage": stage, "global_batch_size": 2, "runtime": runtime} | chain
 
 
 def one_gradient(precision: str, zero_stage: int) -> dict[str, Any]:
-    """Four micro-batches of one sample; so small a step that weights stay what they were."""
+    """Four micro-batches of one sample; so small a step that weights stay what they were. With `smaller_tiny`."""
     runtime = {"zero_stage": zero_stage, "micro_batch_size": 1}
     optimizer = {"learning_rate": 1e-30, "clip_norm": 0}
     return {"precision": precision, "global_batch_size": 4, "optimizer": optimizer, "runtime": runtime}
@@ -84,6 +85,12 @@ def process_group() -> Iterator[None]:
     torch.set_num_threads(threads)
     torch.distributed.destroy_process_group()
     patch.undo()
+
+
+@pytest.fixture
+def small() -> Iterator[None]:
+    with smaller_tiny():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -130,17 +137,19 @@ class Two:
         self.folder = folder
         self._runs: list[dict[str, Any]] = []
 
-    def plan(self, name: str, data: str, num_updates: int, fault: dict[str, int] | None = None, **changes: Any) -> None:
+    def plan(
+        self, name: str, data: str, num_updates: int, special: dict[str, Any] | None = None, **changes: Any
+    ) -> None:
         changes["runtime"] = {"keep_checkpoints": 3, **changes.get("runtime", {})}
         config = train_config(data, self.folder / name, num_updates=num_updates, **changes)
         run = {"config": config.model_dump(mode="json"), "losses": str(self.folder / f"{name}.losses")}
-        self._runs.append(run | (fault or {}))
+        self._runs.append(run | (special or {}))
 
     def plan_resumed(self, data: str, precision: str, zero_stage: int, stage: int) -> None:
         """Two updates in one go as "whole", and in two as "parts"."""
         for name, num_updates in (("whole", 2), ("parts", 1), ("parts", 2)):
             changes = combination(precision, zero_stage, stage)
-            self.plan(f"{name}-{precision}{zero_stage}-{stage}", data, num_updates, **changes)
+            self.plan(f"{name}-{precision}{zero_stage}-{stage}", data, num_updates, SMALL, **changes)
 
     def plan_resave(self, name: str, config: Any) -> None:
         run = {"config": config.model_dump(mode="json"), "losses": str(self.folder / f"{name}.losses")}
@@ -181,7 +190,7 @@ def two(one: tuple[list[float], Path], data: str, tmp_path_factory: pytest.TempP
     for precision, zero_stage, stage in COMBINATIONS:
         two.plan_resumed(data, precision, zero_stage, stage)
     for precision, zero_stage in PRECISIONS:
-        two.plan(f"gradient-{precision}{zero_stage}", data, 1, **one_gradient(precision, zero_stage))
+        two.plan(f"gradient-{precision}{zero_stage}", data, 1, SMALL, **one_gradient(precision, zero_stage))
     two.work()
     return two
 
@@ -271,7 +280,9 @@ def test_a_damaged_sample_ends_both_ranks_and_the_group_is_still_sound(two, one)
 
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize(("precision", "zero_stage", "stage"), COMBINATIONS)
-def test_resumed_equals_uninterrupted(process_group, data, tmp_path, request, precision, zero_stage, stage, world_size):
+def test_resumed_equals_uninterrupted(
+    process_group, small, data, tmp_path, request, precision, zero_stage, stage, world_size
+):
     """Bit by bit, losses, weights, moments and discriminator."""
     if world_size == 1:
         assert_resumes_here(data, tmp_path, precision, zero_stage, stage)
@@ -280,7 +291,7 @@ def test_resumed_equals_uninterrupted(process_group, data, tmp_path, request, pr
 
 
 @pytest.mark.slow
-def test_resumed_equals_uninterrupted_in_stage2_under_the_other_zero_stages(process_group, data, tmp_path):
+def test_resumed_equals_uninterrupted_in_stage2_under_the_other_zero_stages(process_group, small, data, tmp_path):
     two = Two(tmp_path)
     for precision, zero_stage, stage in MORE_COMBINATIONS:
         assert_resumes_here(data, tmp_path / "one", precision, zero_stage, stage)
@@ -320,7 +331,7 @@ def assert_same_end(folder: Path, precision: str, zero_stage: int, stage: int) -
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize(("precision", "zero_stage"), PRECISIONS)
 def test_gradients_are_accumulated_and_reduced_in_float32(
-    process_group, data, tmp_path, request, gradients, precision, zero_stage, world_size
+    process_group, small, data, tmp_path, request, gradients, precision, zero_stage, world_size
 ):
     """The first moment after one update is a tenth of the gradient. Accumulated in bf16, four micro-batches would
     leave an error of 1e-3. The masters are the model's float32 weights, not what bf16 makes of them."""
@@ -360,7 +371,8 @@ def gradients(process_group: None, data: str) -> dict[str, Gradient]:
     found = {}
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         config = train_config(data, "unused", num_updates=1, **one_gradient(precision, 1))
-        stage = build_stage(initial_model(config), config)
+        with smaller_tiny():
+            stage = build_stage(initial_model(config), config)
         parameters = dict(stage.trained.named_parameters())
         weights = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         stage.model.to("cpu", dtype)
@@ -381,7 +393,7 @@ def gradients(process_group: None, data: str) -> dict[str, Gradient]:
 
 @pytest.mark.parametrize(("precision", "zero_stage"), PRECISIONS)
 def test_a_gradient_that_is_not_finite_ends_the_run_with_the_updates_keys(
-    process_group, data, tmp_path, monkeypatch, precision, zero_stage
+    process_group, small, data, tmp_path, monkeypatch, precision, zero_stage
 ):
     monkeypatch.setattr("training.run.worker.build_stage", with_bad_gradient(1))
     config = train_config(data, tmp_path, num_updates=3, **combination(precision, zero_stage, 1))
@@ -448,7 +460,7 @@ def test_stablesr_resumes_bit_by_bit(process_group, data, tmp_path, stage, zero_
 
 
 @pytest.mark.parametrize(("precision", "stages"), [("fp32", (1, 2, 0)), ("bf16", (1, 2))])
-def test_a_checkpoint_resumes_under_another_zero_stage(process_group, data, tmp_path, precision, stages):
+def test_a_checkpoint_resumes_under_another_zero_stage(process_group, small, data, tmp_path, precision, stages):
     before = stages[0]
     for zero_stage in stages:
         output = tmp_path / f"zero{zero_stage}"
