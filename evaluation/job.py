@@ -4,27 +4,35 @@ import io
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from evaluation.config import EvaluateConfig, ModelMethod, OutputsMethod
-from evaluation.metrics.registry import UNAVAILABLE, fid, how_to_get, metric_origins
+from evaluation.config import EvaluateConfig, Method, ModelMethod, OutputsMethod
+from evaluation.inputs import EvaluationSet, Outputs, find_outputs, load_sets, outputs_id
+from evaluation.metrics.registry import UNAVAILABLE, fid, how_to_get, metric_directions, metric_origins
 from evaluation.mlflow_log import log_result
-from evaluation.outputs import find_outputs, outputs_id
 from evaluation.report.orderings import ORDERINGS, published_orderings
 from evaluation.report.page import write_report
 from evaluation.report.tables import published_summary
-from evaluation.results import SET_METRICS, EvaluationResult, images_schema, load_result, results_schema
+from evaluation.results import (
+    SET_METRICS,
+    EvaluationResult,
+    images_schema,
+    load_result,
+    method_file,
+    results_schema,
+)
 from evaluation.scoring import Scorer, record_uri
-from evaluation.sets import EvaluationSet, load_sets
+from infra.config import difference, result_part
 from infra.display.progress import progress
-from infra.errors import DataError
+from infra.errors import ConfigError, DataError
 from infra.process.numerics import set_numerics
 from infra.ray_runtime import cpu_work, lost_worker, on_actors, ray_cluster, user_error
 from infra.run import claim_output
-from infra.storage import exists, join, list_files, read_bytes, write_bytes
+from infra.storage import exists, join, list_files, put_if_absent, read_bytes, read_json, write_bytes
 from infra.tracking import find_model
 from training.run.driver import model_id
 
@@ -55,27 +63,26 @@ def run_evaluate(config: EvaluateConfig, *, log_only: bool = False) -> Evaluatio
     data = load_sets(config.data)
     keys = [image.key for image in data.images]
     outputs = {
-        method.name: find_outputs(method.outputs, keys, config.num_runs)
+        method.name: find_outputs(method, keys, config.num_runs, config.perturbations)
         for method in config.methods
         if isinstance(method, OutputsMethod)
     }
-    models = {method.name: model_id(method.model) for method in config.methods if isinstance(method, ModelMethod)}
+    ids = {method.name: model_id(method.model) for method in config.methods if isinstance(method, ModelMethod)}
+    ids |= {name: outputs_id(found, data.images) for name, found in outputs.items()}
     origins = metric_origins(config.metrics)
-    inputs = {
-        "models": models,
-        "outputs": {name: outputs_id(found, data.images) for name, found in outputs.items()},
-        "metrics": origins,
-    }
-    facts = {name: getattr(config, name) for name in ("seed", "num_runs", "crop_border", "published")}
-    facts["dataset_id"] = data.dataset_id
+    facts = {name: getattr(config, name) for name in ("seed", "num_runs", "convention", "published")}
+    facts |= {"dataset_id": data.dataset_id, "directions": metric_directions(config.metrics)}
+    inputs = {"metrics": origins}
     claim_output(config.output, config, job="evaluate", inputs=inputs, libraries=LIBRARIES, facts=facts)
+    for method in config.methods:
+        _claim_method(config.output, method, ids.get(method.name))
     for metric in (name for name, origin in origins.items() if origin == UNAVAILABLE):
         print(f"{metric} is unavailable here; to have it: {how_to_get(metric)}", file=sys.stderr)
     available = [name for name in config.metrics if origins.get(name) != UNAVAILABLE]
-    if not exists(join(config.output, "images.parquet")):
+    if _tabled(config.output) != [method.name for method in config.methods]:
         _score(config, _tasks(config, data, outputs), available)
         _write_tables(config, keys)
-    if "fid" in config.metrics and not exists(join(config.output, SET_METRICS)):
+    if "fid" in config.metrics:
         _score_sets(config, data, "fid" in available)
     result = load_result(config.output)
     if config.published:
@@ -86,9 +93,27 @@ def run_evaluate(config: EvaluateConfig, *, log_only: bool = False) -> Evaluatio
     return result
 
 
-def _tasks(
-    config: EvaluateConfig, data: EvaluationSet, outputs: Mapping[str, Mapping[str, list[str]]]
-) -> list[dict[str, Any]]:
+def _claim_method(output: str, method: Method, input_id: str | None) -> None:
+    """Write what the method's numbers depend on, or check it: ConfigError where OUT has another method of that name."""
+    place = method_file(output, method.name)
+    identity = json.loads(json.dumps({"config": result_part(method), "input": input_id}))
+    put_if_absent(place, json.dumps(identity, indent=2, sort_keys=True).encode())
+    changes = difference(read_json(place), identity)
+    if changes:
+        raise ConfigError(
+            f"the method {method.name!r} of this output was another one: {'; '.join(changes)}",
+            where=place,
+            todo="give the method another name, or the evaluation another `output`",
+        )
+
+
+def _tabled(output: str) -> list[str]:
+    """The methods in OUT's tables, in order; none where there are no tables yet."""
+    place = join(output, "images.parquet")
+    return pq.read_table(io.BytesIO(read_bytes(place)))["method"].unique().to_pylist() if exists(place) else []
+
+
+def _tasks(config: EvaluateConfig, data: EvaluationSet, outputs: Mapping[str, Outputs]) -> list[dict[str, Any]]:
     """One task per (method, image), methods in turn so that an actor seldom changes its model."""
     return [
         {
@@ -96,7 +121,10 @@ def _tasks(
             "key": image.key,
             # JSON: Ray's columns could not tell an absent entry from one of another type.
             "image": json.dumps(
-                {"image": image.to_dict(), "outputs": outputs[method.name][image.key] if method.name in outputs else []}
+                {
+                    "image": image.to_dict(),
+                    "outputs": asdict(outputs[method.name][image.key]) if method.name in outputs else None,
+                }
             ),
         }
         for number, method in enumerate(config.methods)
@@ -142,10 +170,13 @@ def _write_tables(config: EvaluateConfig, keys: list[str]) -> None:
 
 def _score_sets(config: EvaluateConfig, data: EvaluationSet, available: bool) -> None:
     """FID of every run of every method against all HR images; a method's number is the mean over its runs."""
-    computable = available and len(data.images) > 1 and all(image.hr for image in data.images)
+    place = join(config.output, SET_METRICS)
+    found: dict[str, dict[str, float | None]] = read_json(place) if exists(place) else {}
     result = load_result(config.output)
-    found: dict[str, dict[str, float | None]] = {name: {"fid": None} for name in result.methods}
-    if computable:
+    missing = {name: method for name, method in result.methods.items() if name not in found}
+    if not missing:
+        return
+    if available and len(data.images) > 1 and all(image.hr for image in data.images):
         with ray_cluster(config.runtime.ray):
             import ray
 
@@ -159,10 +190,11 @@ def _score_sets(config: EvaluateConfig, data: EvaluationSet, available: bool) ->
 
             remote = ray.remote(**({"num_gpus": 1} if config.runtime.use_gpu else cpu_work(config.runtime.ray)))(score)
             try:
-                for name, method in result.methods.items():
+                for name, method in missing.items():
                     runs = [[result.picture(name, key, run) for key in keys] for run in range(method.num_runs)]
                     scores = ray.get([remote.remote(run) for run in runs])
-                    found[name]["fid"] = sum(scores) / len(scores)
+                    found[name] = {"fid": sum(scores) / len(scores)}
             except ray.exceptions.RayError as error:
                 raise user_error(error) or lost_worker(error, config.output) from error
-    write_bytes(join(config.output, SET_METRICS), json.dumps(found, sort_keys=True).encode())
+    found = {name: found.get(name, {"fid": None}) for name in [*found, *missing]}
+    write_bytes(place, json.dumps(found, sort_keys=True).encode())

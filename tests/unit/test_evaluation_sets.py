@@ -10,10 +10,9 @@ import pytest
 import torch
 
 import infra.weights
-from evaluation.config import EvaluateConfig, FolderSet
+from evaluation.config import EvaluateConfig, FolderSet, OutputsMethod
+from evaluation.inputs import EvaluationImage, OutputFiles, find_outputs, load_sets, outputs_id
 from evaluation.metrics.registry import UNAVAILABLE, Quality, metric_origins
-from evaluation.outputs import find_outputs, outputs_id
-from evaluation.sets import EvaluationImage, load_sets
 from infra import ConfigError, DataError, ModelError
 from infra.config import parse_config
 from infra.images import encode_png, read_image
@@ -22,6 +21,10 @@ from infra.images import encode_png, read_image
 def write(path: Path, height: int, width: int, seed: int = 0) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(encode_png(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)))
+
+
+def outputs_of(folder: str, pattern: str = "{key}") -> OutputsMethod:
+    return OutputsMethod(kind="outputs", name="m", outputs=folder, pattern=pattern)
 
 
 @pytest.fixture
@@ -79,14 +82,14 @@ def test_outputs_of_other_methods_are_found(tmp_path: Path, layout: str) -> None
     for run in range(11):
         for key in ("a", "b"):
             write(tmp_path / layout.format(run) / f"{key}.png", 4, 4, run)
-    found = find_outputs(str(tmp_path), ["a", "b"], 10)
-    assert found["b"] == [str(tmp_path / layout.format(run) / "b.png") for run in range(10)]
-    Path(found["b"][7]).unlink()
+    found = find_outputs(outputs_of(str(tmp_path)), ["a", "b"], 10)
+    assert found["b"].runs == [str(tmp_path / layout.format(run) / "b.png") for run in range(10)]
+    Path(found["b"].runs[7]).unlink()
     with pytest.raises(DataError, match="1 of 2 images have no output; the first is 'b'") as caught:
-        find_outputs(str(tmp_path), ["a", "b"], 10)
+        find_outputs(outputs_of(str(tmp_path)), ["a", "b"], 10)
     assert caught.value.where == f"{tmp_path}, run 7"
     with pytest.raises(DataError, match="these outputs have 11 runs, 12 are asked for"):
-        find_outputs(str(tmp_path), ["a", "b"], 12)
+        find_outputs(outputs_of(str(tmp_path)), ["a", "b"], 12)
 
 
 def test_outputs_are_checked_and_named_by_their_pixels(pairs: FolderSet, tmp_path: Path) -> None:
@@ -95,10 +98,10 @@ def test_outputs_are_checked_and_named_by_their_pixels(pairs: FolderSet, tmp_pat
     for run in range(2):
         for key in keys:
             write(tmp_path / "out" / f"sample{run}" / f"{key}.png", 32, 48, run)
-    outputs = find_outputs(f"{tmp_path}/out", keys, 2)
+    outputs = find_outputs(outputs_of(f"{tmp_path}/out"), keys, 2)
     first = outputs_id(outputs, images)
     assert outputs_id(outputs, images[::-1]) == first
-    changed = Path(outputs["b"][1])
+    changed = Path(outputs["b"].runs[1])
     write(changed, 32, 48, 99)
     assert outputs_id(outputs, images) != first
     write(changed, 32, 44)
@@ -113,14 +116,16 @@ def test_outputs_are_checked_and_named_by_their_pixels(pairs: FolderSet, tmp_pat
 def test_one_run_folder_is_refused_and_no_run_folder_is_deterministic(tmp_path: Path) -> None:
     write(tmp_path / "one" / "sample00" / "a.png", 4, 4)
     with pytest.raises(DataError, match="1 runs, 2 are asked for") as caught:
-        find_outputs(f"{tmp_path}/one", ["a"], 2)
-    assert "deterministic method's outputs lie in the folder itself" in caught.value.todo
+        find_outputs(outputs_of(f"{tmp_path}/one"), ["a"], 2)
+    assert "deterministic method's outputs are in the folder itself" in caught.value.todo
     write(tmp_path / "plain" / "a.png", 4, 4)
-    assert find_outputs(f"{tmp_path}/plain", ["a"], 10) == {"a": [f"{tmp_path}/plain/a.png"]}
+    assert find_outputs(outputs_of(f"{tmp_path}/plain"), ["a"], 10) == {
+        "a": OutputFiles([f"{tmp_path}/plain/a.png"], {})
+    }
     with pytest.raises(DataError, match="the first is 'b'"):
-        find_outputs(f"{tmp_path}/plain", ["a", "b"], 10)
+        find_outputs(outputs_of(f"{tmp_path}/plain"), ["a", "b"], 10)
     with pytest.raises(DataError, match="no images"):
-        find_outputs(f"{tmp_path}/nowhere", ["a"], 10)
+        find_outputs(outputs_of(f"{tmp_path}/nowhere"), ["a"], 10)
 
 
 def test_one_run_is_refused_by_the_config() -> None:
@@ -151,7 +156,7 @@ def test_a_metric_of_pyiqa_is_available_once_its_weights_load(monkeypatch: pytes
     monkeypatch.setattr("evaluation.metrics.registry._release", lambda package: "1.2")
     monkeypatch.setitem(sys.modules, "pyiqa", SimpleNamespace(create_metric=create_metric))
     assert metric_origins(["musiq", "clipiqa"]) == {"musiq": UNAVAILABLE, "clipiqa": "pyiqa 1.2"}
-    with pytest.raises(ModelError, match="pyiqa cannot load musiq here"):
+    with pytest.raises(ModelError, match="pyiqa has no weights for musiq here"):
         Quality(["musiq"])
 
 

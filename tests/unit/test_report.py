@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -46,8 +47,8 @@ def test_intervals_are_of_the_images_and_only_of_what_varies(folder: Path) -> No
     result = load_result(folder)
     table = interval_table({name: result.methods[name] for name in ("bicubic", "ccsr")}).html()
     rows = dict(re.findall(r"<tr><th>([^<]+)</th>(.*?)</tr>", table))
-    assert list(rows) == ["psnr_y", "G-STD of psnr_y", "ssim_y", "G-STD of ssim_y", "L-STD"]
-    assert [rows[name].startswith("<td></td><td>") for name in rows] == [False, True, False, True, True]
+    assert list(rows) == ["psnr_y", "G-STD of psnr_y", "ssim_y", "G-STD of ssim_y", "L-STD", "L-STD at equal sharpness"]
+    assert [rows[name].startswith("<td></td><td>") for name in rows] == [False, True, False, True, True, True]
     *_, mean, low, high = (float(text) for text in re.findall(r"\d+\.\d+", rows["psnr_y"]))
     scores = result.methods["ccsr"].scores["psnr_y"].mean(axis=1)
     assert mean == pytest.approx(scores.mean(), abs=1e-4)
@@ -201,9 +202,8 @@ def test_terminal_table_shows_every_method_and_unavailable(folder: Path) -> None
 
 
 def test_numbers_of_whole_sets_join_the_summary(folder: Path, tmp_path: Path) -> None:
-    for name in ("results.parquet", "images.parquet"):
-        (tmp_path / name).write_bytes((folder / name).read_bytes())
-    (tmp_path / "run.json").write_text(json.dumps({"set_metrics": {"ccsr": {"fid": 31.5}, "bicubic": {"fid": None}}}))
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "set_metrics.json").write_text(json.dumps({"ccsr": {"fid": 31.5}, "removed": {"fid": 3.0}}))
     rows = dict(table_rows(load_result(tmp_path).summary))
     assert [cell[0].text for cell in rows["↓ FID"]] == ["unavailable", "31.50", "unavailable"]
 
