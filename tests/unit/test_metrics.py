@@ -81,7 +81,7 @@ def test_niqe_prefers_the_undistorted_picture() -> None:
     assert niqe(noisy) > niqe(texture) > 0
 
 
-@pytest.mark.parametrize(("weights", "num_ties"), [(_YIQ, 16_774), (_BT601, 194)])
+@pytest.mark.parametrize(("weights", "num_ties"), [(_YIQ, 16_782), (_BT601, 194)])
 def test_rounded_luma_is_exact_where_it_is_a_half(weights: tuple[np.ndarray, int, int], num_ties: int) -> None:
     """Of all colours with a tie and of random ones: rounded half to even, as integers say."""
     factors, divisor, offset = weights
