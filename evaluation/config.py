@@ -77,6 +77,15 @@ class ModelMethod(Config):
     sampling: SamplingConfig = SamplingConfig()
 
 
+class GanMethod(Config):
+    """A published network of one deterministic pass (BSRGAN, Real-ESRGAN, SwinIR, ...) as spandrel loads it (extra
+    `[gan]`): its .pth or .safetensors file."""
+
+    kind: Literal["gan"]
+    name: MethodName
+    model: Location
+
+
 class OutputsMethod(Config):
     """Outputs that any other method made: `sampleNN/KEY.png` or `runs/NN/KEY.png` below `outputs`, the first
     `num_runs` in order of their names; or `KEY.png` alone for a deterministic method, run once. For the LR images in
@@ -95,7 +104,7 @@ class OutputsMethod(Config):
         return pattern
 
 
-Method = Annotated[BicubicMethod | ModelMethod | OutputsMethod, Field(discriminator="kind")]
+Method = Annotated[BicubicMethod | ModelMethod | GanMethod | OutputsMethod, Field(discriminator="kind")]
 
 
 class EvaluateRuntime(Config):
@@ -121,6 +130,7 @@ class EvaluateConfig(Config):
     metrics: Annotated[tuple[MetricName, ...], Field(min_length=1)] = ("psnr_y", "ssim_y")
     convention: Literal["ccsr", "pyiqa"] = Field("ccsr", description="px cut from each side: ccsr 4, pyiqa none")
     perturbations: tuple[Perturbation, ...] = Field((), description="tiny changes of the LR images, for P-STD")
+    trace: bool = Field(False, description="score x0 at every visited timestep, of models on the first three images")
     numerics: NumericsConfig = NumericsConfig()
     published: str | None = Field(None, description='the paper\'s numbers to stand beside: "Table 1, RealSR"')
     tracking: TrackingConfig = TrackingConfig()

@@ -3,14 +3,16 @@
 import io
 import json
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from evaluation.config import EvaluateConfig, Method, ModelMethod, OutputsMethod
+from evaluation.config import EvaluateConfig, GanMethod, Method, ModelMethod, OutputsMethod
 from evaluation.inputs import EvaluationSet, Outputs, find_outputs, load_sets, outputs_id
 from evaluation.metrics.registry import UNAVAILABLE, fid, how_to_get, metric_directions, metric_origins
 from evaluation.mlflow_log import log_result
@@ -19,23 +21,35 @@ from evaluation.report.page import write_report
 from evaluation.report.tables import published_summary
 from evaluation.results import (
     SET_METRICS,
+    TRACE,
     EvaluationResult,
     images_schema,
     load_result,
     method_file,
     results_schema,
 )
-from evaluation.scoring import Scorer, record_uri
+from evaluation.scoring import Scorer, load_gan, record_uri
 from infra.config import difference, result_part
 from infra.display.progress import progress
 from infra.errors import ConfigError, DataError
 from infra.process.numerics import set_numerics
 from infra.ray_runtime import cpu_work, lost_worker, on_actors, ray_cluster, user_error
 from infra.run import claim_output
-from infra.storage import exists, join, list_files, put_if_absent, read_bytes, read_json, write_bytes
+from infra.storage import (
+    download,
+    exists,
+    join,
+    list_files,
+    put_if_absent,
+    read_bytes,
+    read_json,
+    sha256_file,
+    write_bytes,
+)
 from infra.tracking import find_model
 from training.run.driver import model_id
 
+TRACED_IMAGES = 3
 LIBRARIES = ("torch", "diffusers", "numpy", "opencv-python-headless", "pillow")
 
 
@@ -68,6 +82,7 @@ def run_evaluate(config: EvaluateConfig, *, log_only: bool = False) -> Evaluatio
         if isinstance(method, OutputsMethod)
     }
     ids = {method.name: model_id(method.model) for method in config.methods if isinstance(method, ModelMethod)}
+    ids |= {method.name: _gan_id(method.model) for method in config.methods if isinstance(method, GanMethod)}
     ids |= {name: outputs_id(found, data.images) for name, found in outputs.items()}
     origins = metric_origins(config.metrics)
     facts = {name: getattr(config, name) for name in ("seed", "num_runs", "convention", "published")}
@@ -91,6 +106,13 @@ def run_evaluate(config: EvaluateConfig, *, log_only: bool = False) -> Evaluatio
     write_report(config.output)
     log_result(config, result)
     return result
+
+
+def _gan_id(uri: str) -> str:
+    """The sha256 of a network's file, once it has loaded here."""
+    load_gan(uri)
+    with tempfile.TemporaryDirectory(prefix="ccsr-gan-") as scratch:
+        return sha256_file(download(uri, Path(scratch)))
 
 
 def _claim_method(output: str, method: Method, input_id: str | None) -> None:
@@ -123,12 +145,13 @@ def _tasks(config: EvaluateConfig, data: EvaluationSet, outputs: Mapping[str, Ou
             "image": json.dumps(
                 {
                     "image": image.to_dict(),
+                    "trace": config.trace and number_of_image < TRACED_IMAGES,
                     "outputs": asdict(outputs[method.name][image.key]) if method.name in outputs else None,
                 }
             ),
         }
         for number, method in enumerate(config.methods)
-        for image in data.images
+        for number_of_image, image in enumerate(data.images)
     ]
 
 
@@ -153,12 +176,17 @@ def _write_tables(config: EvaluateConfig, keys: list[str]) -> None:
     metrics = [name for name in config.metrics if name != "fid"]
     rows, images = [], []
     for method in config.methods:
+        traces = {}
         for key in keys:
             record = json.loads(read_bytes(record_uri(config.output, method.name, key)))
             images.append(record["image"])
+            if record["trace"]:
+                traces[key] = record["trace"]
             for run in range(record["image"]["num_runs"]):
                 values: dict[str, Any] = {name: record["scores"][name][run] for name in metrics}
                 rows.append({"method": method.name, "key": key, "run": run, "seed": config.seed, **values})
+        if traces:
+            write_bytes(join(config.output, "images", method.name, TRACE), json.dumps(traces).encode())
     for name, table in (
         ("results", pa.Table.from_pylist(rows, schema=results_schema(metrics))),
         ("images", pa.Table.from_pylist(images, schema=images_schema(metrics))),

@@ -7,7 +7,7 @@ from typing import Any
 
 from evaluation.compare import Comparison
 from evaluation.config import EvaluateConfig, ModelMethod
-from evaluation.results import EvaluationResult, method_file
+from evaluation.results import TRACE, EvaluationResult, method_file
 from infra.config import fingerprint_of
 from infra.errors import ClusterError, line_of
 from infra.storage import exists, join, list_files, read_bytes, read_json
@@ -117,7 +117,7 @@ def _log_artifacts(tracker: Tracker, config: EvaluateConfig, result: EvaluationR
     wanted = [place for name in names if exists(place := join(config.output, name))]
     wanted += [method_file(config.output, name) for name in result.methods]
     for place in list_files(join(config.output, "images")):
-        if place.rsplit("/", 1)[-1].removesuffix(".png") in keys:
+        if place.rsplit("/", 1)[-1].removesuffix(".png") in {*keys, TRACE}:
             wanted.append(place)
     with tempfile.TemporaryDirectory(prefix="ccsr-artifacts-") as folder:
         for place in wanted:

@@ -19,6 +19,7 @@ from infra.storage import exists, join, read_bytes, read_json
 
 _AGAIN = "run ccsr evaluate again: it resumes and fills the gaps"
 SET_METRICS = "set_metrics.json"
+TRACE = "trace.json"  # among a method's pictures
 _RESULT_FIELDS = [("method", pa.string()), ("key", pa.string()), ("run", pa.int32()), ("seed", pa.int64())]
 _IMAGE_FIELDS = [
     ("method", pa.string()),

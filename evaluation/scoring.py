@@ -1,22 +1,26 @@
-"""The Ray actor of an evaluation: restores one image by one method, scores it, and commits the record last."""
+"""The Ray actor of an evaluation: restores one image by one method, scores it, and commits the record last; GANs."""
 
 import json
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from evaluation.config import BicubicMethod, EvaluateConfig, Method, ModelMethod
+from evaluation.config import BicubicMethod, EvaluateConfig, GanMethod, Method, ModelMethod
 from evaluation.inputs import EvaluationImage, OutputFiles
 from evaluation.metrics.image import sharpness
 from evaluation.metrics.perturbations import perturb, perturbation_border, undo
 from evaluation.metrics.registry import Quality
 from evaluation.metrics.stability import l_std_equal_sharpness
 from evaluation.results import image_row
+from infra.errors import CcsrError, DataError, ModelError, line_of
 from infra.images import encode_png, read_image, resize_bicubic
-from infra.pixels import StabilityAccumulator, l_std
-from infra.storage import join, put_if_absent, write_bytes
+from infra.pixels import StabilityAccumulator, l_std, psnr_y
+from infra.storage import download, join, put_if_absent, write_bytes
 from training.restore.restore import fetch_model, restore_runs
+from training.restore.trace import trace_runs
 
 
 def record_uri(output: str, method: str, key: str) -> str:
@@ -63,7 +67,8 @@ class Scorer:
             numbers["l_std_equal_sharpness"] = l_std_equal_sharpness(kept, bicubic, crop_border=border)
         numbers |= self._against_perturbations(method, files, lr, hr, kept[0], image.key)
         row = image_row(method.name, image.key, size, scores, **numbers)
-        record = json.dumps({"scores": scores, "image": row}, sort_keys=True).encode()
+        trace = self._trace(method, lr, hr, bicubic, image.key) if values["trace"] else []
+        record = json.dumps({"scores": scores, "image": row, "trace": trace}, sort_keys=True).encode()
         put_if_absent(record_uri(config.output, method.name, image.key), record)
         return {"method": method.name, "key": image.key}
 
@@ -98,6 +103,27 @@ class Scorer:
             self._score(scores, output, hr, border)
         return {"p_std": l_std(outputs, crop_border=border), "perturbed": scores}
 
+    def _trace(
+        self, method: Method, lr: np.ndarray, hr: np.ndarray | None, bicubic: np.ndarray, key: str
+    ) -> list[dict[str, Any]]:
+        """Per visited timestep `t`: `psnr_y` (None without HR) and `sharpness`, means over the runs, and `l_std`."""
+        if not isinstance(method, ModelMethod):
+            return []
+        found, border = [], self._config.crop_border
+        for t, outputs in trace_runs(
+            self._model(method.model), lr, bicubic.shape[:2], method.sampling, **self._seeds(key)
+        ):
+            psnr = None if hr is None else float(np.mean([psnr_y(o, hr, crop_border=border) for o in outputs]))
+            sharp = [sharpness(o, bicubic if hr is None else hr, crop_border=border) for o in outputs]
+            spread = l_std(outputs, crop_border=border)
+            found.append({"t": t, "psnr_y": psnr, "sharpness": float(np.mean(sharp)), "l_std": spread})
+        return found
+
+    def _seeds(self, key: str, num_runs: int | None = None) -> dict[str, Any]:
+        runs = range(num_runs or self._config.num_runs)
+        at_once = self._config.runtime.runs_at_once
+        return {"seed": self._config.seed, "key": key, "runs": runs, "runs_at_once": at_once}
+
     def _write_inputs(self, key: str, lr: np.ndarray, hr: np.ndarray | None) -> None:
         pictures: dict[tuple[str, ...], np.ndarray] = {("lr",): lr} | ({} if hr is None else {("hr",): hr})
         pictures |= {("lr_perturbed", name): perturb(lr, name, key) for name in self._config.perturbations}
@@ -121,21 +147,55 @@ class Scorer:
         if isinstance(method, BicubicMethod):
             yield resize_bicubic(lr, size[1], size[0])
         elif isinstance(method, ModelMethod):
-            yield from restore_runs(
-                self._model(method.model),
-                lr,
-                size,
-                method.sampling,
-                seed=self._config.seed,
-                key=key,
-                runs=range(num_runs or self._config.num_runs),
-                runs_at_once=self._config.runtime.runs_at_once,
-            )
+            model = self._model(method.model)
+            yield from restore_runs(model, lr, size, method.sampling, **self._seeds(key, num_runs))
+        elif isinstance(method, GanMethod):
+            yield run_gan(self._model(method.model, load_gan), lr, size, where=f"{method.model}, image {key}")
 
-    def _model(self, uri: str) -> Any:
+    def _model(self, uri: str, load: Callable[[str, str], Any] = fetch_model) -> Any:
         import torch
 
         if self._loaded[0] != uri:
             torch.set_num_threads(self._config.runtime.threads_per_actor)
-            self._loaded = (uri, fetch_model(uri, self._device))
+            self._loaded = (uri, load(uri, self._device))
         return self._loaded[1]
+
+
+def load_gan(uri: str, device: str = "cpu") -> Any:
+    """The network in a published file, float32, in eval mode. ModelError without spandrel, and for a file of no
+    architecture that it knows."""
+    try:
+        from spandrel import ImageModelDescriptor, ModelLoader
+    except ImportError as error:
+        raise ModelError(
+            f"kind: gan cannot be loaded here ({error})", where=uri, todo="pip install 'ccsr-cluster[gan]'"
+        ) from error
+    try:
+        with tempfile.TemporaryDirectory(prefix="ccsr-gan-") as scratch:
+            found = ModelLoader(device).load_from_file(download(uri, Path(scratch)))
+    except CcsrError:
+        raise
+    except Exception as error:  # unpickling raises whatever a file makes it raise
+        raise ModelError(
+            f"this file holds no network that spandrel knows ({type(error).__name__}: {line_of(error)})",
+            where=uri,
+            todo="give a published .pth or .safetensors file, or the method's outputs with kind: outputs",
+        ) from error
+    if not isinstance(found, ImageModelDescriptor) or found.input_channels != 3 or found.output_channels != 3:
+        raise ModelError("this network does not enlarge RGB images", where=uri, todo="give one that does")
+    return found.eval()
+
+
+def run_gan(network: Any, lr: np.ndarray, size: tuple[int, int], *, where: str) -> np.ndarray:
+    """uint8 RGB of `size` = (H, W) from `lr`, uint8 RGB (h, w, 3). DataError where the network has another scale."""
+    import torch
+
+    if (lr.shape[0] * network.scale, lr.shape[1] * network.scale) != tuple(size):
+        raise DataError(
+            f"this network enlarges {network.scale} times, to another size than {size[0]} x {size[1]} px",
+            where=where,
+            todo="use a network of the test set's scale",
+        )
+    with torch.inference_mode():
+        x = torch.from_numpy(lr.copy()).to(network.device).permute(2, 0, 1)[None] / 255
+        return network(x)[0].clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()

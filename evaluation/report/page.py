@@ -15,8 +15,8 @@ import numpy as np
 from evaluation.compare import Comparison
 from evaluation.config import CONVENTIONS
 from evaluation.find import find_result, merge_results
-from evaluation.metrics.image import METRICS, Metric
 from evaluation.report.orderings import load_orderings, orderings_table
+from evaluation.report.plots import distribution, trace_plots
 from evaluation.report.tables import interval_table, published_summary, score_table
 from evaluation.results import EvaluationResult, MethodScores, load_result
 from infra.display.table import Table
@@ -80,7 +80,8 @@ def write_report(result: str | Path | EvaluationResult, target: str | None = Non
         title=f"Evaluation: {result.name}",
         facts=_facts(result),
         tables=_tables(result),
-        distribution=_distribution(result, metric) if metric else None,
+        distribution=distribution(result, metric) if metric else None,
+        trace=trace_plots(result),
         images=[_image(result, key, maps, top) for key in keys],
         num_images=len(next(iter(result.methods.values())).keys),
         side_px=_SIDE_PX,
@@ -106,7 +107,9 @@ def comparison_page(comparison: Comparison) -> str:
     """The tables of `compare` as one self-contained HTML page."""
     facts = [f"baseline {comparison.baseline}", *_facts(comparison.results[0])[2:4]]
     config = json.dumps({result.name: result.run for result in comparison.results}, indent=2, sort_keys=True)
-    return render(_TEMPLATE, title="Comparison", facts=facts, tables=comparison.tables(), images=[], config=config)
+    drawn: dict[str, Any] = {"distribution": None, "trace": None, "images": []}
+    tables = comparison.tables()
+    return render(_TEMPLATE, title="Comparison", facts=facts, tables=tables, config=config, **drawn)
 
 
 def _metrics(result: EvaluationResult) -> list[str]:
@@ -146,42 +149,6 @@ def _tables(result: EvaluationResult) -> list[Table]:
         orderings = load_orderings(result.folder)
         tables += [orderings_table(orderings, group)] if orderings else []
     return tables
-
-
-def _distribution(result: EvaluationResult, metric: str) -> dict[str, Any]:
-    """Coordinates of a drawing: per method a box (quartiles, median) and a dot per image, its mean over the runs."""
-    values = {
-        name: np.sort(method.scores[metric].mean(axis=1)[np.isfinite(method.scores[metric]).all(axis=1)])
-        for name, method in result.methods.items()
-        if metric in method.scores
-    }
-    values = {name: numbers for name, numbers in values.items() if len(numbers)}
-    low, high = min(v[0] for v in values.values()), max(v[-1] for v in values.values())
-    step = 10 ** math.floor(math.log10(max(high - low, 1e-6)))
-    step = next(s for s in (step / 5, step / 2, step, 2 * step) if (high - low) / s <= 8 or s == 2 * step)
-    first, last = math.floor(low / step), max(math.ceil(high / step), math.floor(low / step) + 1)
-    left, width, row = 170, 900, 44
-
-    def x(value: float) -> float:
-        return round(float(left + (value / step - first) / (last - first) * (width - left - 20)), 1)
-
-    digits = max(0, -math.floor(math.log10(step)))
-    rows = []
-    for i, (name, numbers) in enumerate(values.items()):
-        y = row * i + row / 2 + 6
-        lower, median, upper = map(x, np.percentile(numbers, [25, 50, 75]))
-        # The golden ratio spreads the dots without chance.
-        dots = [(x(v), round(y - 9 + 18 * (j * 0.618 % 1), 1)) for j, v in enumerate(numbers)]
-        rows.append({"name": name, "y": y, "lower": lower, "median": median, "upper": upper, "dots": dots})
-    return {
-        "metric": METRICS.get(metric, Metric(metric, 0, 4)).label,
-        "unit": " (dB)" if metric == "psnr_y" else "",
-        "left": left,
-        "width": width,
-        "bottom": row * len(values) + 12,
-        "ticks": [(x(i * step), f"{i * step:.{digits}f}") for i in range(first, last + 1)],
-        "rows": rows,
-    }
 
 
 def _image(result: EvaluationResult, key: str, maps: dict[tuple[str, str], np.ndarray], top: float) -> dict[str, Any]:
