@@ -61,7 +61,10 @@ def ssim_y(sr: np.ndarray, gt: np.ndarray, *, crop_border: int = CROP_BORDER) ->
             where=f"image after a crop of {crop_border} px",
             todo="use larger images or leave ssim_y out",
         )
-    x, y = _rounded_luma(sr, *_BT601), _rounded_luma(gt, *_BT601)
+    return _ssim(_rounded_luma(sr, *_BT601), _rounded_luma(gt, *_BT601))
+
+
+def _ssim(x: np.ndarray, y: np.ndarray) -> float:
     mean_x, mean_y, mean_xy = _window_mean(x), _window_mean(y), _window_mean(x * y)
     squares = _window_mean(x * x + y * y)  # only the sum of the two variances is needed
     product, mean_squares = mean_x * mean_y, mean_x * mean_x + mean_y * mean_y

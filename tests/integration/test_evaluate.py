@@ -251,6 +251,7 @@ def test_the_papers_ablations_run_on_a_tiny_base(
         f"data=[{{hr: {place}/hr, lr: {place}/lr}}]",
         f"tracking={{uri: 'sqlite:///{place}/mlflow.db'}}",
         "num_runs=2",
+        "perturbations=[]",
         *(f"methods.{i}.model={place}/training/v1" for i in range(len(values["methods"]))),
         *(f"methods.{i}.sampling.num_steps=9" for i in range(len(values["methods"]))),
     ]
@@ -264,3 +265,11 @@ def test_the_papers_ablations_run_on_a_tiny_base(
             assert ordering["low"] <= ordering["mean"] <= ordering["high"]
     report = (place / f"table{table}" / "report.html").read_text()
     assert f"{num_orderings} orderings of the paper" in report
+    assert ("What each timestep brings" in report) == (table == 4)
+    if table == 4:
+        trace = json.loads((place / "table4" / "images" / "CCSR" / "trace.json").read_text())
+        scores = load_result(place / "table4").methods["CCSR"]
+        for number, key in enumerate(KEYS):
+            last = trace[key][-1]
+            assert last["psnr_y"] == pytest.approx(scores.scores["psnr_y"][number].mean(), abs=1e-12)
+            assert last["l_std"] == scores.l_std[number]
