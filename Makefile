@@ -7,18 +7,18 @@ BIN := .venv/bin
 # Bytecode is made here: a job starts dozens of processes, and each would otherwise compile what it imports.
 install: .venv/installed
 
-.venv/installed: pyproject.toml
+.venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is %d.%d; try: make PYTHON=python3.11" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet uv
-	UV_FIND_LINKS="$${UV_FIND_LINKS-$${PIP_FIND_LINKS-}}" $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -e '.[demo,dev]'
+	UV_FIND_LINKS="$${UV_FIND_LINKS-$${PIP_FIND_LINKS-}}" $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt -e '.[demo,dev]'
 	@touch $@
 
 demo: install
 	$(BIN)/ccsr demo
 
 test: install
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadgroup
 
 test-all: install
 	set -o pipefail; $(BIN)/python -m pytest --durations=25 2>&1 | tee benchmarks/test-all-$$(date -u +%Y-%m-%d).log

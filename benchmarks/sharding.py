@@ -68,7 +68,7 @@ def save_photos(folder: Path, num_images: int) -> None:
         (folder / f"{number:04d}.png").write_bytes(encode_png(np.clip(noisy, 0, 255).astype(np.uint8)))
 
 
-def shard_values(photos: Path, output: str, crop: str, num_workers: int = 1) -> dict[str, Any]:
+def shard_values(photos: Path, output: str, crop: str, num_actors: int = 1) -> dict[str, Any]:
     return {
         "job": "shard",
         "output": output,
@@ -76,7 +76,7 @@ def shard_values(photos: Path, output: str, crop: str, num_workers: int = 1) -> 
         "crop": CROPS[crop],
         "degradation": "ccsr",
         "samples_per_shard": PER_SHARD,
-        "runtime": {"num_workers": num_workers, "ray": {"address": ray.get_runtime_context().gcs_address}},
+        "runtime": {"num_actors": num_actors, "ray": {"address": ray.get_runtime_context().gcs_address}},
     }
 
 
@@ -165,7 +165,7 @@ class Watched:
 
 def kind_of(process: psutil.Process, driver: int) -> str:
     title = " ".join(process.cmdline())
-    return "driver" if process.pid == driver else "workers" if title.startswith("ray::Map(write)") else "ray"
+    return "driver" if process.pid == driver else "workers" if title.startswith("ray::Map(work)") else "ray"
 
 
 def run_job(values: dict[str, Any]) -> Watched:
@@ -188,7 +188,7 @@ def run_job(values: dict[str, Any]) -> Watched:
         assert job.returncode == 0, "the job failed"
         ended = time.time()
     times = sorted((path.stat().st_mtime, path) for path in output.glob("records/*.json"))
-    first = 2 * values["runtime"]["num_workers"]  # by then every worker is at work
+    first = 2 * values["runtime"]["num_actors"]  # by then every worker is at work
     counts = [len(json.loads(path.read_bytes())["entries"]) for _, path in times]
     start, end = seen[min(n for n in seen if n >= first)], seen[len(times)]
     result.num_images = sum(counts[first:])

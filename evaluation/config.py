@@ -108,14 +108,14 @@ Method = Annotated[BicubicMethod | ModelMethod | GanMethod | OutputsMethod, Fiel
 
 
 class EvaluateRuntime(Config):
-    """How the job runs. Nothing here changes a number but by float rounding: with another `runs_at_once` about 4e-5 of
+    """How the job runs. Nothing here changes a number but by float rounding: with another `rows_at_once` about 4e-5 of
     a picture's levels move by one."""
 
     ray: RayConfig = RayConfig()
     num_actors: int = Field(1, ge=1)
-    use_gpu: bool = False
-    threads_per_actor: int = Field(1, ge=1, description="torch threads of a CPU actor")
-    runs_at_once: int = Field(8, ge=1, description="runs of one image in one batch")
+    device: Literal["cpu", "cuda"] = "cpu"
+    threads: int = Field(1, ge=1, description="torch threads of a CPU actor")
+    rows_at_once: int = Field(8, ge=1, description="runs of one image in one batch")
 
 
 class EvaluateConfig(Config):

@@ -1,6 +1,5 @@
 """Test sets as lists of images with key, LR and maybe HR; other methods' outputs for them; all read and checked."""
 
-import dataclasses
 import hashlib
 import re
 from collections import Counter
@@ -55,14 +54,6 @@ class EvaluationImage:
                 todo="pair each HR image with its own LR image, cropped to a multiple of the scale",
             )
         return lr, hr, hr.shape[:2]
-
-    def to_dict(self) -> dict:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict) -> "EvaluationImage":
-        entry = values["entry"]
-        return cls(**{**values, "entry": entry and Entry(**entry)})
 
 
 @dataclass(frozen=True)

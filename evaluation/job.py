@@ -2,10 +2,11 @@
 
 import io
 import json
+import math
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,26 +29,17 @@ from evaluation.results import (
     method_file,
     results_schema,
 )
-from evaluation.scoring import Scorer, load_gan, record_uri
+from evaluation.scoring import Scorer, ScoreTask, load_gan, record_uri
 from infra.config import difference, result_part
 from infra.display.progress import progress
 from infra.errors import ConfigError, DataError
-from infra.process.numerics import set_numerics
-from infra.ray_runtime import cpu_work, lost_worker, on_actors, ray_cluster, user_error
+from infra.publish import download, put_if_absent, write_bytes
+from infra.ray_runtime import on_ray
 from infra.run import claim_output
-from infra.storage import (
-    download,
-    exists,
-    join,
-    list_files,
-    put_if_absent,
-    read_bytes,
-    read_json,
-    sha256_file,
-    write_bytes,
-)
+from infra.storage import exists, join, list_files, read_bytes, read_json, sha256_file
 from infra.tracking import find_model
-from training.run.driver import model_id
+from training.models import model_id
+from training.restore.restore import check_sampling
 
 TRACED_IMAGES = 3
 LIBRARIES = ("torch", "diffusers", "numpy", "opencv-python-headless", "pillow")
@@ -81,8 +73,13 @@ def run_evaluate(config: EvaluateConfig, *, log_only: bool = False) -> Evaluatio
         for method in config.methods
         if isinstance(method, OutputsMethod)
     }
-    ids = {method.name: model_id(method.model) for method in config.methods if isinstance(method, ModelMethod)}
-    ids |= {method.name: _gan_id(method.model) for method in config.methods if isinstance(method, GanMethod)}
+    ids: dict[str, str] = {}
+    for method in config.methods:
+        if isinstance(method, ModelMethod):
+            ids[method.name] = model_id(method.model)
+            check_sampling(method.model, method.sampling)
+        elif isinstance(method, GanMethod):
+            ids[method.name] = _gan_id(method.model)
     ids |= {name: outputs_id(found, data.images) for name, found in outputs.items()}
     origins = metric_origins(config.metrics)
     facts = {name: getattr(config, name) for name in ("seed", "num_runs", "convention", "published")}
@@ -135,41 +132,30 @@ def _tabled(output: str) -> list[str]:
     return pq.read_table(io.BytesIO(read_bytes(place)))["method"].unique().to_pylist() if exists(place) else []
 
 
-def _tasks(config: EvaluateConfig, data: EvaluationSet, outputs: Mapping[str, Outputs]) -> list[dict[str, Any]]:
+def _tasks(config: EvaluateConfig, data: EvaluationSet, outputs: Mapping[str, Outputs]) -> list[ScoreTask]:
     """One task per (method, image), methods in turn so that an actor seldom changes its model."""
     return [
-        {
-            "method": number,
-            "key": image.key,
-            # JSON: Ray's columns could not tell an absent entry from one of another type.
-            "image": json.dumps(
-                {
-                    "image": image.to_dict(),
-                    "trace": config.trace and number_of_image < TRACED_IMAGES,
-                    "outputs": asdict(outputs[method.name][image.key]) if method.name in outputs else None,
-                }
-            ),
-        }
-        for number, method in enumerate(config.methods)
-        for number_of_image, image in enumerate(data.images)
+        ScoreTask(method, image, outputs.get(method.name, {}).get(image.key), config.trace and number < TRACED_IMAGES)
+        for method in config.methods
+        for number, image in enumerate(data.images)
     ]
 
 
-def _score(config: EvaluateConfig, tasks: list[dict[str, Any]], available: Sequence[str]) -> None:
+def _score(config: EvaluateConfig, tasks: list[ScoreTask], available: Sequence[str]) -> None:
     done = set(list_files(join(config.output, "records")))
-    pending = [t for t in tasks if record_uri(config.output, config.methods[t["method"]].name, t["key"]) not in done]
+    pending = [task for task in tasks if record_uri(config.output, task.method.name, task.image.key) not in done]
     with progress("evaluating", len(tasks), done=len(tasks) - len(pending)) as advance:
-        scored = on_actors(
+        scored = on_ray(
             lambda: Scorer(config, available),
             pending,
-            ray_config=config.runtime.ray,
+            config=config.runtime.ray,
             num_actors=config.runtime.num_actors,
-            use_gpu=config.runtime.use_gpu,
+            device=config.runtime.device,
             numerics=config.numerics,
             output=config.output,
         )
-        for row in scored:
-            advance(1, f"{row['method']}: {row['key']}")
+        for name in scored:
+            advance(1, name)
 
 
 def _write_tables(config: EvaluateConfig, keys: list[str]) -> None:
@@ -204,25 +190,26 @@ def _score_sets(config: EvaluateConfig, data: EvaluationSet, available: bool) ->
     missing = {name: method for name, method in result.methods.items() if name not in found}
     if not missing:
         return
+    found |= {name: {"fid": None} for name in missing}
     if available and len(data.images) > 1 and all(image.hr for image in data.images):
-        with ray_cluster(config.runtime.ray):
-            import ray
+        keys = [image.key for image in data.images]
+        runs = [(name, run) for name, method in missing.items() for run in range(method.num_runs)]
+        references = [result.picture("hr", key) for key in keys]
 
-            device = "cuda" if config.runtime.use_gpu else "cpu"
-            keys = [image.key for image in data.images]
-            references = [result.picture("hr", key) for key in keys]
+        def score(one: tuple[str, int]) -> tuple[str, float]:
+            name, run = one
+            return name, fid([result.picture(name, key, run) for key in keys], references, device=config.runtime.device)
 
-            def score(run: list[str]) -> float:
-                set_numerics(config.numerics)
-                return fid(run, references, device=device)
-
-            remote = ray.remote(**({"num_gpus": 1} if config.runtime.use_gpu else cpu_work(config.runtime.ray)))(score)
-            try:
-                for name, method in missing.items():
-                    runs = [[result.picture(name, key, run) for key in keys] for run in range(method.num_runs)]
-                    scores = ray.get([remote.remote(run) for run in runs])
-                    found[name] = {"fid": sum(scores) / len(scores)}
-            except ray.exceptions.RayError as error:
-                raise user_error(error) or lost_worker(error, config.output) from error
-    found = {name: found.get(name, {"fid": None}) for name in [*found, *missing]}
+        scores = defaultdict(list)
+        for name, value in on_ray(
+            lambda: score,
+            runs,
+            config=config.runtime.ray,
+            num_actors=config.runtime.num_actors if config.runtime.device == "cuda" else None,
+            device=config.runtime.device,
+            numerics=config.numerics,
+            output=config.output,
+        ):
+            scores[name].append(value)
+        found |= {name: {"fid": math.fsum(values) / len(values)} for name, values in scores.items()}
     write_bytes(place, json.dumps(found, sort_keys=True).encode())

@@ -3,6 +3,7 @@
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,25 @@ from evaluation.results import image_row
 from infra.errors import CcsrError, DataError, ModelError, line_of
 from infra.images import encode_png, read_image, resize_bicubic
 from infra.pixels import StabilityAccumulator, l_std, psnr_y
-from infra.storage import download, join, put_if_absent, write_bytes
-from training.restore.restore import fetch_model, restore_runs
+from infra.publish import download, put_if_absent, write_bytes
+from infra.storage import join
+from training.models import fetch_model
+from training.restore.restore import restore_runs
 from training.restore.trace import trace_runs
 
 
 def record_uri(output: str, method: str, key: str) -> str:
     return join(output, "records", method, f"{key}.json")
+
+
+@dataclass(frozen=True)
+class ScoreTask:
+    """An image, a method to score on it, that method's output files where it is `outputs`; `trace`: timesteps too."""
+
+    method: Method
+    image: EvaluationImage
+    outputs: OutputFiles | None
+    trace: bool
 
 
 class Scorer:
@@ -34,15 +47,13 @@ class Scorer:
         self._config = config
         self._metrics = [name for name in config.metrics if name != "fid"]
         self._loaded: tuple[str, Any] = ("", None)
-        self._device = "cuda" if config.runtime.use_gpu else "cpu"
+        self._device = config.runtime.device
         self._quality = Quality(available, crop_border=config.crop_border, device=self._device)
 
-    def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
-        """`task`: `method` (its index in the config) and `image`, JSON of the image and of a method's output files."""
-        config, method, border = self._config, self._config.methods[task["method"]], self._config.crop_border
-        values = json.loads(task["image"])
-        image = EvaluationImage.from_dict(values["image"])
-        files = OutputFiles(**values["outputs"]) if values["outputs"] else None
+    def __call__(self, task: ScoreTask) -> str:
+        """Score one image's outputs by one method and commit the record; returns which, for people."""
+        config, method, image, files = self._config, task.method, task.image, task.outputs
+        border = config.crop_border
         lr, hr, size = image.read()
         bicubic = resize_bicubic(lr, size[1], size[0])
         self._write_inputs(image.key, lr, hr)
@@ -67,10 +78,10 @@ class Scorer:
             numbers["l_std_equal_sharpness"] = l_std_equal_sharpness(kept, bicubic, crop_border=border)
         numbers |= self._against_perturbations(method, files, lr, hr, kept[0], image.key)
         row = image_row(method.name, image.key, size, scores, **numbers)
-        trace = self._trace(method, lr, hr, bicubic, image.key) if values["trace"] else []
+        trace = self._trace(method, lr, hr, bicubic, image.key) if task.trace else []
         record = json.dumps({"scores": scores, "image": row, "trace": trace}, sort_keys=True).encode()
         put_if_absent(record_uri(config.output, method.name, image.key), record)
-        return {"method": method.name, "key": image.key}
+        return f"{method.name}: {image.key}"
 
     def _against_perturbations(
         self,
@@ -121,8 +132,8 @@ class Scorer:
 
     def _seeds(self, key: str, num_runs: int | None = None) -> dict[str, Any]:
         runs = range(num_runs or self._config.num_runs)
-        at_once = self._config.runtime.runs_at_once
-        return {"seed": self._config.seed, "key": key, "runs": runs, "runs_at_once": at_once}
+        at_once = self._config.runtime.rows_at_once
+        return {"seed": self._config.seed, "key": key, "runs": runs, "rows_at_once": at_once}
 
     def _write_inputs(self, key: str, lr: np.ndarray, hr: np.ndarray | None) -> None:
         pictures: dict[tuple[str, ...], np.ndarray] = {("lr",): lr} | ({} if hr is None else {("hr",): hr})
@@ -156,7 +167,7 @@ class Scorer:
         import torch
 
         if self._loaded[0] != uri:
-            torch.set_num_threads(self._config.runtime.threads_per_actor)
+            torch.set_num_threads(self._config.runtime.threads)
             self._loaded = (uri, load(uri, self._device))
         return self._loaded[1]
 

@@ -1,6 +1,5 @@
 """User errors: three lines (what happened, where, what to do) and an exit code."""
 
-import json
 import re
 
 PASSWORD = re.compile(r"://[^/@\s:]*:[^/@\s]+@")  # in an address
@@ -81,15 +80,3 @@ class StoppedError(CcsrError):
     """The job was asked to stop (SIGTERM) and saved what it had. Exit code 143."""
 
     exit_code = 143
-
-
-def error_to_json(error: CcsrError) -> str:
-    """A user's error as text, for a row of Ray Data: that carries no exception of ours to the driver."""
-    kind = next(cls.__name__ for cls in type(error).__mro__ if cls.__module__ == __name__)
-    return json.dumps([kind, error.what, error.where, error.todo])
-
-
-def error_from_json(text: str) -> CcsrError:
-    """An error of the same kind and exit code as the one that `error_to_json` was given."""
-    kind, what, where, todo = json.loads(text)
-    return globals()[kind](what, where=where, todo=todo)

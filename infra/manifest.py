@@ -13,8 +13,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from infra.errors import DataError, PartialResultError
+from infra.publish import put_if_absent
 from infra.shards import Entry, IndexedEntry
-from infra.storage import exists, join, list_files, put_if_absent, read_bytes, read_json
+from infra.storage import exists, join, list_files, read_bytes, read_json
 
 if TYPE_CHECKING:
     import pyarrow as pa

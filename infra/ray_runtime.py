@@ -1,22 +1,25 @@
 """The Ray cluster that a job runs on: the one it is pointed at, or one in this process's machine."""
 
-import json
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import Field
 
 from infra.config import Config
-from infra.errors import CcsrError, ClusterError, error_from_json, error_to_json, line_of
+from infra.errors import CcsrError, ClusterError, line_of
 from infra.process.numerics import NumericsConfig, set_numerics
+
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
 
 KIND = "ccsr.io/kind"
 GPU_KIND = "gpu"
@@ -45,6 +48,21 @@ def use_token() -> None:
     token_file = os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token")
     if "RAY_AUTH_TOKEN" in os.environ or Path(token_file).is_file():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def _only_on_loopback(address: str) -> bool:
+    """Whether a cluster here listens on loopback alone, as those that `ray_cluster` starts do: Ray would look for it at
+    this machine's outer address."""
+    host, _, port = address.rpartition(":")
+    if host not in ("127.0.0.1", "localhost"):
+        return False
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing: it asks for the route
+            socket.create_connection((probe.getsockname()[0], int(port)), 5).close()
+        except (OSError, ValueError):
+            return True
+    return False
 
 
 def cpu_work(config: RayConfig) -> dict[str, Any]:
@@ -115,7 +133,7 @@ def ray_cluster(config: RayConfig) -> Iterator[None]:
     address = config.address or os.environ.get("RAY_ADDRESS")
     if address:
         use_token()
-    else:
+    if not address or _only_on_loopback(address):
         os.environ.setdefault(ONE_MACHINE, "0")
     import ray
 
@@ -141,7 +159,8 @@ def ray_cluster(config: RayConfig) -> Iterator[None]:
         raise ClusterError(
             f"Ray cannot be reached ({line_of(error)})",
             where=address or "this machine",
-            todo="check the address and that the cluster runs, or leave it empty for a local one",
+            todo="check the address and that the cluster runs, or leave it empty for a local one"
+            + ("; RAY_AUTH_MODE=disabled for one without tokens" if os.environ.get("RAY_AUTH_MODE") == "token" else ""),
         ) from error
     finally:
         os.environ.pop(ONE_MACHINE, None)  # a `ray start` below this process is not meant
@@ -153,65 +172,75 @@ def ray_cluster(config: RayConfig) -> Iterator[None]:
         ray.shutdown()
 
 
-def on_actors(
-    make: Callable[[], Callable[[dict[str, Any]], dict[str, Any]]],
-    tasks: Sequence[dict[str, Any]],
+@dataclass(frozen=True, slots=True)
+class _Sealed:
+    """Keeps Arrow from turning an item into columns, which could not tell an absent value from one of another type."""
+
+    value: Any
+
+
+def on_ray(
+    make: Callable[[], Callable[[ItemT], ResultT]],
+    items: Sequence[ItemT],
     *,
-    ray_config: RayConfig,
-    num_actors: int,
-    use_gpu: bool,
-    numerics: NumericsConfig,
+    config: RayConfig,
+    num_actors: int | None,
+    num_tasks: int | None = None,
+    device: str,
+    numerics: NumericsConfig | None,
     output: str,
-) -> Iterator[dict[str, Any]]:
-    """Yield what actors return for `tasks`, as it comes; each of `num_actors` calls `make` once, on a GPU or one CPU.
+) -> Iterator[ResultT]:
+    """Yield `make()(item)` for each of `items` as results come, computed by Ray Data.
 
-    The actors compute under `numerics`. A task is a dict of plain values of the same kinds in each. A CcsrError in an
-    actor is raised here; ClusterError where a worker is lost.
+    Each of `num_actors` actors calls `make` once, on a GPU (`device`: cuda) or one CPU. None: a task per item, at most
+    `num_tasks` at a time (None: as many as there are CPUs); tasks take CPUs as they come free. A CcsrError in a worker
+    is raised here as itself; ClusterError where a worker is lost. Items and results travel pickled. `numerics`: None
+    for work without torch, which then is not imported.
     """
-    if not tasks:
+    if not items:
         return
-    num_actors = min(num_actors, len(tasks))
-    with ray_cluster(ray_config):
-        check_gpus_here(num_actors if use_gpu else 0)
+    with ray_cluster(config):
+        check_gpus_here(min(num_actors or 1, len(items)) if device == "cuda" else 0)
         import ray
-        from ray.data import ActorPoolStrategy, DataContext
+        from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
-        DataContext.get_current().enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # failures are raised below
+        context = DataContext.get_current()
+        context.enable_progress_bars = False
+        context.raise_original_map_exception = True
 
-        class Actor:
+        class Worker:
             # Ray warns of constructor arguments, because they would be lost with the object store's node.
-            work: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+            work: Callable[[ItemT], ResultT] | None = None
 
-            def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
-                try:
-                    if self.work is None:
+            def __call__(self, row: dict[str, _Sealed]) -> dict[str, _Sealed]:
+                if self.work is None:
+                    if numerics is not None:
                         set_numerics(numerics)
-                        self.work = make()
-                    return {"result": json.dumps(self.work(task)), "error": ""}
-                except CcsrError as error:  # Ray Data does not carry it to the driver
-                    return {"result": "", "error": error_to_json(error)}
+                    self.work = make()
+                return {"item": _Sealed(self.work(row["item"].value))}
 
-        done = ray.data.from_items(list(tasks), override_num_blocks=len(tasks)).map(
-            Actor,
-            compute=ActorPoolStrategy(size=num_actors),
-            **({"num_cpus": 0, "num_gpus": 1} if use_gpu else {"num_cpus": 1, **cpu_work(ray_config)}),
+        def work(row: dict[str, _Sealed]) -> dict[str, _Sealed]:
+            return Worker()(row)
+
+        results = ray.data.from_items([{"item": _Sealed(item)} for item in items], override_num_blocks=len(items)).map(
+            Worker if num_actors else work,
+            compute=ActorPoolStrategy(size=min(num_actors, len(items))) if num_actors else TaskPoolStrategy(num_tasks),
+            **({"num_cpus": 0, "num_gpus": 1} if device == "cuda" else {"num_cpus": 1, **cpu_work(config)}),
         )
         try:
-            for row in done.iter_rows():
-                if row["error"]:
-                    raise error_from_json(row["error"])
-                yield json.loads(row["result"])
+            for row in results.iter_rows():
+                yield row["item"].value
         except ray.exceptions.RayError as error:
-            raise lost_worker(error, output) from error
+            raise user_error(error) or lost_worker(error, output) from error
 
 
 def lost_worker(error: BaseException, output: str) -> ClusterError:
-    """What to tell where `user_error` finds nothing that the user did."""
+    """The error of a worker that failed without a CcsrError."""
     return ClusterError(
         f"a worker failed ({type(error).__name__}: {line_of(error, -1)})",
         where=output,
-        todo="run the same command again to go on from what is complete; --debug shows the traceback",
+        todo="run the same command again to resume; --debug shows the traceback",
     )
 
 

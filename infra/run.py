@@ -1,12 +1,22 @@
-"""run.json: what an output folder was made from; a resume under anything else is refused with a diff."""
+"""run.json: what an output folder was made from, code included; a resume under anything else is refused with a diff."""
 
 import json
+import os
+import subprocess
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from infra.config import Config, difference, fingerprint_of, library_versions, result_part
 from infra.errors import ConfigError
-from infra.storage import ensure_writable, exists, join, put_if_absent, read_json
+from infra.publish import ensure_writable, put_if_absent
+from infra.storage import exists, join, read_json
+
+PACKAGES = ("infra", "degradation", "training", "evaluation", "pipelines")
+ROOT = Path(__file__).parents[1]
+"""The folder of our packages."""
+COMMIT = "CCSR_GIT_COMMIT"
+"""Names the commit of code that `ccsr submit` has shipped."""
 
 
 def claim_output(
@@ -51,3 +61,25 @@ def claim_output(
 def read_run(output: str) -> dict[str, Any]:
     """The content of OUT/run.json."""
     return read_json(join(output, "run.json"))
+
+
+def git_commit() -> str:
+    """The commit that holds this code, with "-dirty" where our packages differ from it; "unknown" where the code is in
+    no commit: outside a checkout, or installed below another project's."""
+    if COMMIT in os.environ:
+        return os.environ[COMMIT]
+    # A hook or a script may have set the variables that name another repository.
+    others = {"GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"}
+    environment = {name: value for name, value in os.environ.items() if name not in others}
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=30, check=True
+        ).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "--", "infra")
+        commit = git("rev-parse", "--verify", "HEAD")
+        return commit + ("-dirty" if git("status", "--porcelain", "--", *PACKAGES) else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"

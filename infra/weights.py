@@ -1,20 +1,19 @@
-"""Third-party weight files by name: where each is had, where it lies, and whether it is the right one."""
+"""Third-party weight files by name: source, local path and checksum of each."""
 
 import json
 import os
 import shutil
-import tempfile
-import urllib.error
 import urllib.request
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import yaml
 
 from infra.display.progress import progress
 from infra.errors import ConfigError, ModelError, StorageError
-from infra.storage import download, exists, is_s3, join, read_json, sha256_file, upload, write_bytes
+from infra.publish import download, download_file, make_once, temporary_folder, upload, write_bytes
+from infra.storage import disk_error, exists, is_s3, join, read_json, sha256_file
 
 ENVIRONMENT = "CCSR_WEIGHTS"
 RECORD = "sha256.json"
@@ -67,8 +66,7 @@ def find_weights(name: str, folder: str | None = None) -> Path:
     for file in files:
         path = _local(place) / file.path
         if is_s3(place) and not path.is_file() and exists(join(place, file.path)):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            download(join(place, file.path), path.parent)
+            make_once(path, partial(download_file, join(place, file.path)))
         if not path.is_file():
             raise ModelError(f"{name} is not there: {file.purpose}", where=join(place, file.path), todo=_how(file))
         _verify(file, path)
@@ -123,8 +121,8 @@ def check_weights(folder: str | None = None) -> list[dict[str, str]]:
 def _checked(uri: str, expected: str | None) -> tuple[str, str]:
     if expected is None:
         return "unverified", "no sha256 is known"
-    with tempfile.TemporaryDirectory(prefix="ccsr-weights-") as scratch:
-        found = sha256_file(download(uri, Path(scratch)))
+    with temporary_folder("weights") as scratch:
+        found = sha256_file(download(uri, scratch))
     return ("ok", found) if found == expected else ("wrong", f"sha256 {found}, expected {expected}")
 
 
@@ -134,15 +132,15 @@ def fetch_weights(name: str, folder: str | None = None, mirror: str | None = Non
     A folder in S3 is filled by way of the user's cache. `mirror` (http(s) or s3:// prefix, or a folder) replaces the
     published addresses: it holds the files under the same relative paths. HF_ENDPOINT replaces the hub's address. A
     file that is there is kept. Raises StorageError where a place cannot be reached, ModelError where the bytes are not
-    the published ones; neither leaves a file behind.
+    the published ones; neither leaves a part of a file.
     """
     place = _place(folder)
     root = _local(place)
     for file in _named(name):
         if exists(join(place, file.path)):
             continue
-        if not (root / file.path).exists():
-            _fetch(file, root, mirror)
+        if make_once(root / file.path, partial(_fetch, file, root, mirror)):
+            _record(str(root), file.path, sha256_file(root / file.path))
         if is_s3(place):
             _verify(file, root / file.path)
             upload(root / file.path, join(place, file.path))
@@ -150,32 +148,24 @@ def fetch_weights(name: str, folder: str | None = None, mirror: str | None = Non
     return find_weights(name, place)
 
 
-def _fetch(file: WeightFile, root: Path, mirror: str | None) -> None:
-    target = root / file.path
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        source = join(mirror, file.path) if mirror else file.url
-        if source is None:
-            raise ModelError(f"{file.name} cannot be downloaded by a program", where=file.source, todo=_how(file))
-        _copy(source.replace(HUB, os.environ.get("HF_ENDPOINT", HUB).rstrip("/"), 1), partial)
-        digest = sha256_file(partial)
-        expected = file.sha256 or _recorded(str(root)).get(file.path, digest)
-        if digest != expected:
-            raise ModelError(
-                f"{file.path}: the sha256 of what came is {digest}, expected {expected}",
-                where=source,
-                todo="fetch it again, or from another mirror",
-            )
-        partial.replace(target)
-        _record(str(root), file.path, digest)
-    finally:
-        partial.unlink(missing_ok=True)
+def _fetch(file: WeightFile, root: Path, mirror: str | None, target: Path) -> None:
+    source = join(mirror, file.path) if mirror else file.url
+    if source is None:
+        raise ModelError(f"{file.name} cannot be downloaded by a program", where=file.source, todo=_how(file))
+    _copy(source.replace(HUB, os.environ.get("HF_ENDPOINT", HUB).rstrip("/"), 1), target)
+    digest = sha256_file(target)
+    expected = file.sha256 or _recorded(str(root)).get(file.path, digest)
+    if digest != expected:
+        raise ModelError(
+            f"{file.path}: the sha256 of what came is {digest}, expected {expected}",
+            where=source,
+            todo="fetch it again, or from another mirror",
+        )
 
 
 def _copy(source: str, target: Path) -> None:
     if is_s3(source):
-        shutil.move(download(source, target.parent), target)
+        download_file(source, target)
     elif not source.startswith(("http://", "https://")):
         if not Path(source).is_file():
             raise StorageError("there is no such file", where=source, todo="check the mirror's path")
@@ -184,12 +174,12 @@ def _copy(source: str, target: Path) -> None:
         try:
             with urllib.request.urlopen(source, timeout=60) as reply, target.open("wb") as out:
                 total = int(reply.headers.get("Content-Length") or 0)
-                with progress(target.name.strip("."), max(1, total // _CHUNK_BYTES)) as advance:
+                with progress(source.rpartition("/")[2], max(1, total // _CHUNK_BYTES)) as advance:
                     while chunk := reply.read(_CHUNK_BYTES):
                         out.write(chunk)
                         advance()
-        except (urllib.error.URLError, OSError) as error:
-            raise StorageError(
+        except OSError as error:
+            raise disk_error(error, target) or StorageError(
                 f"cannot download ({error})",
                 where=source,
                 todo="check the network, give --mirror or HF_ENDPOINT, or put the file there by hand",

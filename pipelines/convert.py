@@ -4,7 +4,8 @@ import tempfile
 from pathlib import Path
 
 from infra.errors import ConfigError, StorageError
-from infra.storage import download, download_folder, exists, is_s3, join, list_files, remove, upload_folder
+from infra.publish import download, download_folder
+from infra.storage import exists, is_s3, join, list_files
 from infra.weights import BASE_HUB_ID, fetch_weights, find_weights
 
 
@@ -51,7 +52,7 @@ def run_convert(
         checkpoint = v1 or stablesr
         base_dir = None if checkpoint and base is None else _base(base or BASE_HUB_ID, folder / "base", fetch=fetch)
 
-        from training.models import convert_base, convert_stablesr, convert_v1, convert_v2
+        from training.models import convert_base, convert_stablesr, convert_v1, convert_v2, publish_model
 
         if v1:
             convert_v1(download(v1, folder), base_dir, target)
@@ -64,9 +65,7 @@ def run_convert(
         elif base_dir:
             convert_base(base_dir, family or "v2", target)
         if is_s3(out):
-            if exists(join(out, "ccsr.json")):
-                remove(join(out, "ccsr.json"))  # until all is replaced, nothing complete is there
-            upload_folder(target, out, last="ccsr.json")
+            publish_model(target, out)
     return out
 
 

@@ -4,6 +4,7 @@ import os
 import shlex
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from evaluation.job import run_evaluate
 from evaluation.report.tables import score_table
 from infra.config import Config, load_yaml, parse_config
 from infra.ray_runtime import RayConfig, ray_cluster
+from infra.storage import exists, join
 from pipelines.sharding.config import ShardConfig
 from pipelines.sharding.job import run_shard
 from training.config import TrainConfig
@@ -45,7 +47,9 @@ def run_demo(out: str) -> None:
     console = Console()
     began = time.monotonic()
     out = str(Path(out).absolute())
-    with ray_cluster(RayConfig()):
+    # One Ray for all steps; none where an earlier run left nothing to do.
+    done = exists(join(out, "evaluation", "report.html"))
+    with nullcontext() if done else ray_cluster(RayConfig()):
         console.print("[bold]1/5[/] shard: photographs -> degraded WebDataset tars (Ray Data)")
         for name in ("shard_train", "shard_heldout"):
             manifest = run_shard(demo_config(name, ShardConfig, out))

@@ -80,7 +80,7 @@ def estimate_shards(config: ShardConfig, *, num_files: int = NUM_FILES) -> Shard
         len(files),
         len(chosen),
         len(plan_shards(files, config)),
-        config.runtime.num_workers or os.cpu_count() or 1,
+        config.runtime.num_actors or os.cpu_count() or 1,
         *(_scaled_up(list(column), len(files)) for column in zip(*measured, strict=True)),
     )
 

@@ -1,7 +1,6 @@
 """`ccsr restore`: enlarge photographs with a trained model, every output from a recorded seed."""
 
 import hashlib
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -16,13 +15,13 @@ from infra.display.progress import progress
 from infra.errors import CcsrError, ConfigError, DataError, PartialResultError
 from infra.images import decode_image, encode_png, icc_profile, list_images
 from infra.process.numerics import NumericsConfig, set_numerics
-from infra.ray_runtime import RayConfig, on_actors
+from infra.publish import put_if_absent
+from infra.ray_runtime import RayConfig, on_ray
 from infra.run import claim_output
-from infra.storage import absolute, exists, join, list_files, put_if_absent, read_bytes
+from infra.storage import absolute, exists, join, list_files, read_bytes
 from training.config import SamplingConfig
-from training.models import CcsrModel
-from training.restore.restore import PreparedImage, fetch_model, prepare_image, restore_batch
-from training.run.driver import model_id
+from training.models import CcsrModel, fetch_model, model_id
+from training.restore.restore import PreparedImage, check_sampling, prepare_image, restore_batch
 
 MIN_SIDE = 16
 IMAGES_PER_TASK = 8
@@ -87,8 +86,9 @@ def restore(source: str, output: str, model_uri: str, config: RestoreConfig) -> 
     """
     config = _resolved(config)
     source, output, model_uri = map(absolute, (source, output, model_uri))
-    names = {source: Path(source).stem} if exists(source) else _names(source)
     inputs = {"model": model_id(model_uri)}
+    check_sampling(model_uri, config.sampling)
+    names = {source: Path(source).stem} if exists(source) else _names(source)
     claim_output(output, config, job="restore", inputs=inputs, libraries=("torch", "diffusers", "numpy", "pillow"))
     done = set(list_files(output))
     images = []
@@ -122,25 +122,21 @@ def _outcomes(
         set_numerics(config.numerics)
         yield from Restorer(config, model_uri, output).restore(images)
         return
-    groups = [images[first : first + IMAGES_PER_TASK] for first in range(0, len(images), IMAGES_PER_TASK)]
-    for result in on_actors(
-        _actor(config, model_uri, output),
-        [{"images": json.dumps(group)} for group in groups],
-        ray_config=runtime.ray,
+
+    def make() -> Callable[[list[dict[str, Any]]], list[tuple[str, str]]]:
+        restorer = Restorer(config, model_uri, output)
+        return lambda group: list(restorer.restore(group))
+
+    for outcomes in on_ray(
+        make,
+        [images[first : first + IMAGES_PER_TASK] for first in range(0, len(images), IMAGES_PER_TASK)],
+        config=runtime.ray,
         num_actors=runtime.num_actors,
-        use_gpu=runtime.device == "cuda",
+        device=runtime.device,
         numerics=config.numerics,
         output=output,
     ):
-        yield from result["outcomes"]
-
-
-def _actor(config: RestoreConfig, model_uri: str, output: str) -> Callable[[], Callable[[dict[str, Any]], dict]]:
-    def make() -> Callable[[dict[str, Any]], dict]:
-        restorer = Restorer(config, model_uri, output)
-        return lambda task: {"outcomes": list(restorer.restore(json.loads(task["images"])))}
-
-    return make
+        yield from outcomes
 
 
 class _Row(NamedTuple):

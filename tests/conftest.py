@@ -17,6 +17,9 @@ from infra import storage
 settings.register_profile("ccsr", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("ccsr")
 
+# The user's own token would be sent to clusters that have none.
+os.environ["RAY_AUTH_MODE"] = "disabled"
+
 S3_SETTINGS = {
     "AWS_ACCESS_KEY_ID": "test",
     "AWS_SECRET_ACCESS_KEY": "test",
@@ -69,3 +72,13 @@ def bucket(s3_server: str) -> Iterator[str]:
 def s3(bucket: str) -> str:
     """An empty place on S3."""
     return f"{bucket}/{os.urandom(6).hex()}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two lanes of `make test`: what starts Ray stays together, so that it shares one, and the rest fills the other."""
+    for item in items:
+        folder, name = item.path.parent.name, item.path.name
+        if name == "test_training.py":
+            item.add_marker(pytest.mark.xdist_group("gloo"))
+        elif folder in ("integration", "fault"):
+            item.add_marker(pytest.mark.xdist_group("ray"))

@@ -22,9 +22,10 @@ from torch import Tensor
 from infra.config import parse_config
 from infra.images import encode_png
 from infra.manifest import Manifest, ShardRecord, commit_record, write_manifest
+from infra.publish import publish_if_absent
 from infra.seeding import rng_for
 from infra.shards import IndexedEntry, write_tar
-from infra.storage import publish_if_absent, sha256_file
+from infra.storage import sha256_file
 from tests.small_networks import seeded_lpips, small_dino
 from training.config import TrainConfig
 from training.data.batches import updates
@@ -139,8 +140,8 @@ def free_port() -> int:
 def run_workers(folder: Path, runs: list[dict[str, Any]], world_size: int = 2) -> None:
     """Let processes of one group do `runs` one after another.
 
-    Each is {"config", "losses"} and perhaps "poison" (a position), "bad_gradient" (an update), "resave" (an output)
-    or "seed_by_rank".
+    Each is {"config", "losses"} and perhaps "poison" (a position), "bad_gradient" (an update), "resave" (an output),
+    "temporary" (the folder for temporary files) or "seed_by_rank".
     """
     spec = folder / "spec.json"
     spec.write_text(json.dumps({"world_size": world_size, "port": free_port(), "runs": runs}))
@@ -218,6 +219,7 @@ def main(spec_file: str, rank: int) -> None:
             config = config.model_copy(update={"seed": rank})
         loop.updates = poisoned(run["poison"]) if "poison" in run else updates
         loop.build_stage = with_bad_gradient(run["bad_gradient"]) if "bad_gradient" in run else build_stage
+        tempfile.tempdir = run.get("temporary")
         outcome = ["", ""]
         try:
             if "resave" in run:

@@ -25,13 +25,29 @@ class Family(NamedTuple):
     samples: set[str]  # of SamplingConfig's fields that not every method uses
     adapter: str = "controlnet"  # the part that shows the UNet the LR latent
     stores_samples: bool = False  # stage 2 can start from latents that the shards store
+    decoder: str = "vae"  # the network that stage 2 trains
+    decoder_parts: tuple[str, ...] = ("decoder",)  # the parts of it that are trained; none: all
 
 
 _STAGE2 = {"num_steps", "t_max", "t_min", "decoder_loss"}
 FAMILIES = {
-    "v1": Family({0: set(), 1: {"start_from", "t_max"}, 2: _STAGE2}, {"t_max", "t_min"}),
-    "v2": Family({0: set(), 1: {"start_from", "t_max"}, 2: {*_STAGE2, "start_from"}}, {"t_max", "t_min", "start"}),
-    "stablesr": Family({1: set(), 2: {"num_steps", "decoder_loss"}}, {"start", "wrapping"}, "adapter", True),
+    "v1": Family(
+        trains={0: set(), 1: {"start_from", "t_max"}, 2: _STAGE2},
+        samples={"t_max", "t_min"},
+        decoder_parts=("decoder", "post_quant_conv"),
+    ),
+    "v2": Family(
+        trains={0: set(), 1: {"start_from", "t_max"}, 2: {*_STAGE2, "start_from"}},
+        samples={"t_max", "t_min", "start"},
+    ),
+    "stablesr": Family(
+        trains={1: set(), 2: {"num_steps", "decoder_loss"}},
+        samples={"start", "wrapping"},
+        adapter="adapter",
+        stores_samples=True,
+        decoder="wrapping",
+        decoder_parts=(),
+    ),
 }
 
 
@@ -90,7 +106,7 @@ class SamplingConfig(Config):
         every = set().union(*(other.samples for other in FAMILIES.values()))
         for name in sorted(every - FAMILIES[family].samples):
             if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"`{name}` has no effect on a model of family {family}: leave it out")
+                raise ValueError(f"`{name}` has no effect on a model of family {family}")
         return self
 
 
@@ -141,21 +157,21 @@ class TrainRuntime(Config):
     num_workers: int = Field(1, ge=1)
     micro_batch_size: int = Field(4, ge=1, description="samples of a forward pass; part of stage 2's result")
     zero_stage: Literal[0, 1, 2] = 1
-    use_gpu: bool = False
-    threads_per_worker: int = Field(1, ge=1, description="torch threads of a CPU worker")
+    device: Literal["cpu", "cuda"] = "cpu"
+    threads: int = Field(1, ge=1, description="torch threads of a CPU worker")
     activation_checkpointing: bool = Field(False, description="compute activations twice, keep fewer: less memory")
     profile: bool = Field(False, description="rank 0 profiles a few updates into OUT/profile")
     ingest_cpus: int = Field(0, ge=0, description="CPUs anywhere that prepare one worker's samples; 0: its own threads")
     prefetch_batches: int = Field(2, ge=1, description="global batches that are prepared ahead")
     log_every: int = Field(1, ge=1, description="updates between two points in MLflow")
     checkpoint_every: int = Field(500, ge=1, description="updates between two checkpoints; the last always has one")
-    keep_checkpoints: int = Field(2, ge=1, description="the newest ones; the best validated one stays too")
+    keep_checkpoints: int = Field(2, ge=2, description="the newest ones; the best validated one stays too")
     export_every: int = Field(0, ge=0, description="every k-th checkpoint also as a model directory; 0: none")
     max_restarts: int = Field(3, ge=0, description="restarts from the last checkpoint after a worker was lost")
     collective_timeout_seconds: int = Field(600, ge=10, description="ranks that wait longer for another one give up")
 
     def unused(self) -> dict[str, str]:
-        return {"threads_per_worker": "with use_gpu"} if self.use_gpu else {}
+        return {"threads": "on a GPU"} if self.device == "cuda" else {}
 
 
 class ValidationConfig(Config):
@@ -231,7 +247,7 @@ class TrainConfig(Config):
             )
         if self.validation is not None:
             (self.validation.sampling or self.trained_sampling).check_family(self.model.family)
-        on_dino = self.stage == 2 and self.decoder_loss.discriminator == "dino" and self.runtime.use_gpu
+        on_dino = self.stage == 2 and self.decoder_loss.discriminator == "dino" and self.runtime.device == "cuda"
         if self.numerics.deterministic and on_dino:
             raise ValueError(
                 "`discriminator: dino` reduces images by area, whose backward no GPU computes deterministically: "

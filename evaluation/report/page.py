@@ -23,7 +23,8 @@ from infra.display.table import Table
 from infra.display.templating import render
 from infra.errors import DataError
 from infra.images import read_image
-from infra.storage import exists, join, list_files, read_bytes, write_bytes
+from infra.publish import write_bytes
+from infra.storage import exists, join, list_files, read_bytes
 from infra.tracking import TrackingConfig
 
 _TEMPLATE = Path(__file__).with_name("report.html.j2")

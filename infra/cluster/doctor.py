@@ -16,11 +16,12 @@ from importlib import metadata
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from infra.cluster.jobs import PACKAGES
 from infra.cluster.server import ClusterFacts, check_version, cluster_facts, connect, job_server
 from infra.errors import CcsrError, ClusterError, StorageError, line_of, without_passwords
+from infra.publish import put_if_absent
 from infra.ray_runtime import GPU_KIND, KIND
-from infra.storage import exists, join, put_if_absent, read_bytes, remove
+from infra.run import PACKAGES, ROOT
+from infra.storage import exists, join, read_bytes, remove
 
 GIB = 2**30
 LEAST_DISK_BYTES = 5 * GIB
@@ -95,7 +96,7 @@ def _versions() -> Iterator[Line]:
 
 def _packages() -> Iterator[Line]:
     """Our packages have plain names; another one of that name earlier on the path would be taken instead."""
-    root = Path(__file__).resolve().parents[2]
+    root = ROOT.resolve()
     for name in PACKAGES:
         spec = importlib.util.find_spec(name)
         places = [spec.origin] if spec and spec.origin else []
@@ -180,7 +181,7 @@ def _disks() -> Iterator[Line]:
 
 def _storage(place: str) -> Iterator[Line]:
     """Write, be refused a second conditional write, read, remove."""
-    probe = join(place, f".writable-{secrets.token_hex(6)}")
+    probe, was_there = join(place, f".writable-{secrets.token_hex(6)}"), os.path.isdir(place)
     first, second = secrets.token_bytes(16), secrets.token_bytes(16)
     if not put_if_absent(probe, first):
         raise StorageError("a new file is said to exist", where=probe, todo="look what stands before the storage")
@@ -194,7 +195,7 @@ def _storage(place: str) -> Iterator[Line]:
             yield Line("storage", "ok", f"{place}: write, conditional write, read")
     finally:
         if exists(probe):
-            remove(probe)
+            remove(probe, keep_folder=was_there)
 
 
 def _mlflow(uri: str) -> Iterator[Line]:
@@ -208,9 +209,9 @@ def _mlflow(uri: str) -> Iterator[Line]:
 
 
 def _cluster(address: str) -> Iterator[Line]:
+    client = connect(address)  # before ray is imported, which then takes the user's token
     import ray
 
-    client = connect(address)
     place = job_server(address)
     facts = cluster_facts(client)
     versions = f"Ray {facts.ray_version}, Python {facts.python_version} there; {ray.__version__} here"

@@ -10,15 +10,17 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from infra.cluster.server import check_version, cluster_facts, connect
 from infra.errors import PASSWORD, ClusterError, ConfigError, StorageError, line_of
+from infra.publish import ensure_writable
 from infra.ray_runtime import check_gpus
-from infra.storage import ensure_writable, is_s3
+from infra.run import COMMIT, PACKAGES, ROOT, git_commit
+from infra.storage import is_s3
 
-PACKAGES = ("infra", "degradation", "training", "evaluation", "pipelines")
 COMMANDS = ("shard", "verify", "train", "evaluate", "compare", "restore", "doctor")
 # Addresses travel with a job; credentials do not: a job's environment can be read by everyone on the cluster.
 PASSED_ON = (
@@ -32,6 +34,8 @@ PASSED_ON = (
 STOP_SECONDS = 600
 RECONNECT_SECONDS = 1800
 STOPPED = 143
+ENDED = "ccsr ended with exit code "
+"""A job's last line begins so: Ray keeps no exit code of a job that was asked to stop, though its work may be done."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,9 @@ def submit(
     need: Need = Need(),
     key: str | None = None,
     image: bool = False,
-) -> tuple[Any, str]:
-    """Start `ccsr ARGUMENTS` as a job unless the same one runs or succeeded; returns the client and the job's id.
+) -> tuple[Any, str | None]:
+    """Start `ccsr ARGUMENTS` as a job unless the same one runs or succeeded; returns the client and the job's id, None
+    where it has succeeded before.
 
     The same: equal arguments, config and packages, or an equal `key`. After a failed or stopped attempt the next one
     is started. `image`: the packages that are installed on the nodes are used, nothing but the config travels.
@@ -78,7 +83,10 @@ def submit(
         for note in (*need.notes, *_unwritable(need.outputs)):
             on_log(f"note: {note}\n")
         name = f"ccsr-{arguments[0]}-{_identity(shipped, folder, key, image)}"
-        packages = [] if image else [str(_root() / package) for package in PACKAGES]
+        if not image:
+            environment[COMMIT] = git_commit()
+            for package in PACKAGES:
+                shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
         job = _start_once(
             client,
             name,
@@ -86,17 +94,13 @@ def submit(
             entrypoint=f"exec python -m pipelines.cli.main {shlex.join(shipped)}",
             runtime_env={
                 "working_dir": scratch,
-                **({"py_modules": packages, "excludes": ["__pycache__"]} if packages else {}),
                 # A training run that is stopped writes a checkpoint first; Ray would kill it after 3 seconds.
                 "env_vars": environment | {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)},
             },
         )
-        on_log(f"job {job} on {where}\n")
+        if job is not None:
+            on_log(f"job {job} on {where}\n")
         return client, job
-
-
-def _root() -> Path:
-    return Path(__file__).parents[2]
 
 
 def _ship_configs(arguments: Sequence[str], folder: Path) -> list[str]:
@@ -146,7 +150,7 @@ def _identity(shipped: Sequence[str], folder: Path, key: str | None, image: bool
         return hashlib.sha256(key.encode()).hexdigest()[:12]
     files = sorted(folder.iterdir())
     if not image:
-        every = (file for name in PACKAGES for file in (_root() / name).rglob("*") if "__pycache__" not in file.parts)
+        every = (file for name in PACKAGES for file in (ROOT / name).rglob("*") if "__pycache__" not in file.parts)
         files += sorted(file for file in every if file.is_file())
     digest = hashlib.sha256(repr((list(shipped), image)).encode())
     for file in files:
@@ -154,8 +158,8 @@ def _identity(shipped: Sequence[str], folder: Path, key: str | None, image: bool
     return digest.hexdigest()[:12]
 
 
-def _start_once(client: Any, name: str, on_log: Callable[[str], None], **job: Any) -> str:
-    """The id of the attempt that runs or succeeded, else of a new one. Of racing submits one starts it."""
+def _start_once(client: Any, name: str, on_log: Callable[[str], None], **job: Any) -> str | None:
+    """The id of the attempt that runs, else of a new one; None where one succeeded. Of racing submits one starts it."""
     deadline = time.monotonic() + 60
     while True:
         try:
@@ -165,11 +169,14 @@ def _start_once(client: Any, name: str, on_log: Callable[[str], None], **job: An
                 if (found := re.fullmatch(rf"{re.escape(name)}-(\d+)", one.submission_id or ""))
             }
             newest = max(attempts, default=0)  # not how many there are: one may have been deleted
-            last = str(attempts[newest].status) if attempts else ""
-            if attempts and last not in ("FAILED", "STOPPED"):
-                again = "; --key NAME starts it anew" if last == "SUCCEEDED" else ""
-                on_log(f"this was submitted before and is {last}{again}\n")
-                return attempts[newest].submission_id
+            last = _row(client, attempts[newest]) if attempts else None
+            if last and last.exit_code == 0:
+                when = datetime.fromtimestamp(last.ended or 0).isoformat(" ", "seconds")
+                on_log(f"{last.id} succeeded at {when}; --key NAME forces a new job, `ccsr jobs logs` has its log\n")
+                return None
+            if last and last.exit_code is None:
+                on_log(f"{last.id} was submitted before and is {last.status}\n")
+                return last.id
             return client.submit_job(submission_id=f"{name}-{newest + 1}", **job)
         except (RuntimeError, OSError) as error:
             # A head that is up but whose nodes have not registered yet is given a minute. "Exists" is another submit,
@@ -200,15 +207,15 @@ def follow(client: Any, job: str, on_log: Callable[[str], None]) -> int:
 
     while True:
         try:
-            asyncio.run(_tail(client, job, seen, deliver))
             info = _info(client, job)
             if info.status.is_terminal():
-                rest = client.get_job_logs(job)[seen:]  # what a connection that broke at the end still owes
+                rest = client.get_job_logs(job)[seen:]
                 if rest:
                     deliver(rest)
                 elif not seen:  # the job never ran
                     on_log(f"{info.message}\n")
-                return exit_code(info)
+                return exit_code(client, info)
+            asyncio.run(_tail(client, job, seen, deliver))
         except (OSError, RuntimeError) as error:
             if lost_since is None:
                 lost_since = time.monotonic()
@@ -267,12 +274,13 @@ def _info(client: Any, job: str) -> Any:
         ) from error
 
 
-def exit_code(info: Any) -> int:
-    """A finished job's exit code: its driver's own; 143 for a stopped one, 6 where the driver did not run to an end."""
+def exit_code(client: Any, info: Any) -> int:
+    """A finished job's exit code: its driver's own, 6 where the driver did not run to an end. One that was asked to
+    stop has 143, or 0 where its work was done before it ended."""
     if str(info.status) == "SUCCEEDED":
         return 0
     if str(info.status) == "STOPPED":
-        return STOPPED
+        return 0 if client.get_job_logs(info.submission_id).rpartition(ENDED)[2].strip() == "0" else STOPPED
     code = info.driver_exit_code
     return ClusterError.exit_code if not code else code if code > 0 else 128 - code
 
@@ -290,13 +298,13 @@ class JobRow:
     message: str
 
 
-def _row(info: Any) -> JobRow:
+def _row(client: Any, info: Any) -> JobRow:
     return JobRow(
         id=info.submission_id,
         status=str(info.status),
         began=info.start_time and info.start_time / 1000,
         ended=info.end_time and info.end_time / 1000,
-        exit_code=exit_code(info) if info.status.is_terminal() else None,
+        exit_code=exit_code(client, info) if info.status.is_terminal() else None,
         command=info.entrypoint.replace("exec python -m pipelines.cli.main", "ccsr"),
         message=info.message or "",
     )
@@ -305,11 +313,11 @@ def _row(info: Any) -> JobRow:
 def list_jobs(client: Any) -> list[JobRow]:
     """The submitted jobs that the cluster remembers, the newest last."""
     infos = [info for info in client.list_jobs() if info.submission_id]
-    return [_row(info) for info in sorted(infos, key=lambda info: info.start_time or 0)]
+    return [_row(client, info) for info in sorted(infos, key=lambda info: info.start_time or 0)]
 
 
 def job_status(client: Any, job: str) -> JobRow:
-    return _row(_info(client, job))
+    return _row(client, _info(client, job))
 
 
 def stop(client: Any, job: str) -> bool:

@@ -8,8 +8,8 @@ from pathlib import Path
 from infra.cluster.config import ClusterConfig
 from infra.display import templating
 from infra.errors import ConfigError
+from infra.publish import write_bytes
 from infra.ray_runtime import MAX_CPUS, MAX_GPUS
-from infra.storage import write_bytes
 
 KINDS = ("kuberay", "slurm")
 TEMPLATES = Path(__file__).parent / "templates"

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipelines.cli.models import AsJson, Overrides
+from pipelines.cli.options import AsJson, ConfigFile, Overrides
+from pipelines.cli.registry import JOBS
 
 if TYPE_CHECKING:
     from infra.cluster.jobs import JobRow
@@ -20,13 +21,14 @@ app.add_typer(cluster_app, name="cluster")
 
 Address = Annotated[
     str | None,
-    typer.Option(help="The cluster's job server (the dashboard's address); default: RAY_ADDRESS, else this machine's."),
+    typer.Option(help="The cluster's job server (dashboard); default: RAY_API_SERVER_ADDRESS, else this machine's."),
 ]
 JobId = Annotated[str, typer.Argument(metavar="ID", help="As `ccsr submit` and `ccsr jobs list` print it.")]
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 def submit(
+    context: typer.Context,
     command: Annotated[list[str], typer.Argument(help="-- and a command: shard, train, evaluate, ...")],
     address: Address = None,
     key: Annotated[str | None, typer.Option(help="Name of the job; default: from command, config and code.")] = None,
@@ -38,7 +40,10 @@ def submit(
 
     words = [word for word in command if word != "--debug"]  # of `main`, which also runs there
     shipped = [words[0], "--debug", *words[1:]] if words and words != command else command
-    _follow(*submit_job(address, shipped, _echo, need=needs_of(words), key=key, image=image))
+    need = needs_of(context.find_root().command, words)
+    client, job = submit_job(address, shipped, _echo, need=need, key=key, image=image)
+    if job is not None:
+        _follow(client, job)
 
 
 @jobs_app.command("list")
@@ -122,17 +127,14 @@ def doctor(
 
 @cluster_app.command()
 def render(
-    config: Annotated[Path, typer.Option("-c", "--config", help="A cluster's YAML; see configs/cluster.yaml.")],
+    config: ConfigFile,
     kind: Annotated[str, typer.Option(help="kuberay or slurm.")],
     out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("cluster"),
     set_: Overrides = None,
 ) -> None:
     """Write KubeRay manifests and an MLflow server, or a Slurm script, from one config."""
-    from infra.cluster.config import ClusterConfig
-    from infra.cluster.render import render_to
-    from infra.config import load_config
-
-    for path in render_to(load_config(config, ClusterConfig, set_ or []), kind, out):
+    job = JOBS["cluster"]
+    for path in job.run(job.load(config, set_), kind=kind, folder=out):
         typer.echo(path)
 
 

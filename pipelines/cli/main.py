@@ -4,14 +4,15 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from infra.errors import CcsrError, StoppedError
 from pipelines.cli import cluster as cluster_commands
 from pipelines.cli import models as model_commands
-from pipelines.cli.models import AsJson, Overrides
+from pipelines.cli.options import AsJson, ConfigFile, Overrides
+from pipelines.cli.registry import JOBS, load_any
 
 app = typer.Typer(
     name="ccsr",
@@ -24,8 +25,6 @@ config_app = typer.Typer(help="Look at configs.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(model_commands.app)
 app.add_typer(cluster_commands.app)
-
-ConfigFile = Annotated[Path, typer.Option("-c", "--config", help="The run's YAML file.")]
 
 
 @app.callback()
@@ -54,14 +53,9 @@ def shard(
     ] = None,
 ) -> None:
     """Turn image sets into degraded WebDataset shards."""
-    from infra.config import load_config
-    from pipelines.sharding.config import ShardConfig
-
     allowed = [] if max_failed_fraction is None else [f"runtime.max_failed_fraction={max_failed_fraction}"]
-    values = load_config(config, ShardConfig, [*(set_ or []), *allowed])
-    from pipelines.sharding.job import run_shard  # torch, which a mistake in the config must not wait for
-
-    manifest = run_shard(values)
+    job = JOBS["shard"]
+    manifest = job.run(job.load(config, [*(set_ or []), *allowed]))
     typer.echo(f"{manifest.num_samples} samples, dataset {manifest.dataset_id}: {manifest.uri}")
 
 
@@ -95,15 +89,11 @@ def train(
     profile: Annotated[bool, typer.Option("--profile", help="Profile a few updates into OUT/profile.")] = False,
 ) -> None:
     """Train one stage; the same command resumes."""
-    from infra.config import load_config
     from infra.storage import exists, join, read_bytes
-    from training.config import TrainConfig
 
-    overrides = [*(set_ or []), *(["runtime.profile=true"] if profile else [])]
-    values = load_config(config, TrainConfig, overrides)
-    from training.run.driver import run_train
-
-    model = run_train(values)
+    job = JOBS["train"]
+    values = job.load(config, [*(set_ or []), *(["runtime.profile=true"] if profile else [])])
+    model = job.run(values)
     if profile and exists(place := join(values.output, "profile", "top_ops.txt")):
         typer.echo(read_bytes(place).decode())
     typer.echo(f"model: {model}")
@@ -116,16 +106,12 @@ def evaluate(
     log_only: Annotated[bool, typer.Option("--log-only", help="Only send a finished result to MLflow.")] = False,
 ) -> None:
     """Measure quality and stability of one or several methods."""
-    from evaluation.config import EvaluateConfig
-    from infra.config import load_config
-
-    values = load_config(config, EvaluateConfig, set_ or [])
-    from evaluation.job import run_evaluate
+    job = JOBS["evaluate"]
+    result = job.run(job.load(config, set_), log_only=log_only)
     from evaluation.report.orderings import load_orderings, orderings_table
     from evaluation.report.tables import score_table
     from infra.display.table import print_report
 
-    result = run_evaluate(values, log_only=log_only)
     orderings = load_orderings(result.folder)
     beside = [orderings_table(orderings, result.run["published"])] if orderings else []
     print_report([score_table(result.summary), *beside])
@@ -156,7 +142,7 @@ def compare(
         comparison.write_csv(csv)
     if html is not None:
         from evaluation.report.page import comparison_page
-        from infra.storage import write_bytes
+        from infra.publish import write_bytes
 
         write_bytes(html, comparison_page(comparison).encode())
     if log:
@@ -224,36 +210,8 @@ def config_show(config: ConfigFile, set_: Overrides = None) -> None:
     """Print a config's effective values."""
     import yaml
 
-    from infra.config import apply_overrides, load_yaml, parse_config
-
-    values = apply_overrides(load_yaml(config), set_ or [])
-    effective = parse_config(values, _config_class(values, str(config)), where=str(config))
+    effective = load_any(config, set_)
     typer.echo(yaml.safe_dump(effective.model_dump(mode="json"), sort_keys=False), nl=False)
-
-
-def _config_class(values: dict[str, Any], where: str) -> Any:
-    from infra.errors import ConfigError
-
-    job = values.get("job")
-    if job == "shard":
-        from pipelines.sharding.config import ShardConfig
-
-        return ShardConfig
-    if job == "train":
-        from training.config import TrainConfig
-
-        return TrainConfig
-    if job == "evaluate":
-        from evaluation.config import EvaluateConfig
-
-        return EvaluateConfig
-    if job == "cluster":
-        from infra.cluster.config import ClusterConfig
-
-        return ClusterConfig
-    raise ConfigError(
-        f"unknown job {job!r}", where=f"{where}: job", todo="write job: shard, train, evaluate or cluster"
-    )
 
 
 def main() -> None:
@@ -286,5 +244,16 @@ def main() -> None:
         raise
 
 
+def main_of_job() -> None:
+    """`main` of a submitted job: the exit code is its log's last line."""
+    from infra.cluster.jobs import ENDED
+
+    try:
+        main()
+    except SystemExit as end:
+        print(f"{ENDED}{end.code or 0}", flush=True)
+        raise
+
+
 if __name__ == "__main__":
-    main()
+    main_of_job()

@@ -5,12 +5,12 @@ from typing import Annotated
 
 import typer
 
+from pipelines.cli.options import AsJson, Overrides
+from pipelines.cli.registry import load_any
+
 app = typer.Typer()
 weights_app = typer.Typer(help="Third-party weight files: list, fetch, check.", no_args_is_help=True)
 app.add_typer(weights_app, name="weights")
-
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a value: a.b=c. May be repeated.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
 @app.command()
@@ -52,25 +52,25 @@ def estimate(
 ) -> None:
     """Of a shard config: shards, bytes, core-hours. Of a train config: hours, cost, memory, placement. Else a model's
     parameters, part by part."""
-    from infra.config import load_config, load_yaml
     from infra.display.table import print_report
     from infra.errors import ConfigError
-    from pipelines.sharding.config import ShardConfig
-    from training.config import TrainConfig
 
     if (config is None) == (model is None):
         raise ConfigError("nothing says which model", where="ccsr estimate", todo="give -c FILE or --model sd21")
-    schema = ShardConfig if config and load_yaml(config).get("job") == "shard" else TrainConfig
-    values = load_config(config, schema, set_ or []) if config else None
+    values = load_any(config, set_) if config else None
+    if values and values.job not in ("shard", "train"):
+        raise ConfigError(
+            f"a config of {values.job} has no estimate", where=str(config), todo="give shard's or train's"
+        )
     from pipelines.estimate import Assumed, estimate_shards, estimate_training, model_tables, shard_table, train_tables
 
-    if isinstance(values, ShardConfig):
+    if values is None:
+        tables = model_tables(str(model))
+    elif values.job == "shard":
         tables = [shard_table(estimate_shards(values))]
-    elif isinstance(values, TrainConfig):
+    else:
         assumed = Assumed(card, mfu, price)
         tables = train_tables(values, assumed, estimate_training(values, assumed, gpus or [8, 32]))
-    else:
-        tables = model_tables(str(model))
     print_report(tables, as_json=as_json)
 
 

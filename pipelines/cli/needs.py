@@ -1,27 +1,25 @@
-"""What a command that is to be submitted needs, told by reading it here as the cluster will read it."""
+"""Resource requirements of a command, parsed locally before submission."""
 
 import os
 from collections.abc import Sequence
 from typing import Any
 
-import typer
-
 from infra.cluster.jobs import Need
-from infra.config import ConfigT, apply_overrides, load_yaml, parse_config
+from infra.config import apply_overrides, load_yaml, parse_config
 from infra.errors import ConfigError
 from infra.storage import is_s3
+from pipelines.cli.registry import JOBS
 
 
-def needs_of(arguments: Sequence[str]) -> Need:
-    """GPUs and outputs of `ccsr ARGUMENTS`. A wrong option is the command's own usage error; ConfigError for a wrong
-    config, or an output that would lie in the job's temporary folder."""
-    from pipelines.cli.main import app
-
+def needs_of(ccsr: Any, arguments: Sequence[str]) -> Need:
+    """GPUs and outputs of `ccsr ARGUMENTS`; `ccsr` is the command group. A wrong option is the command's own usage
+    error; ConfigError for a wrong config, or an output in the job's temporary folder."""
     name, *rest = arguments or [""]
-    command = typer.main.get_command(app).commands.get(name)  # type: ignore[attr-defined]
-    if command is None or name not in READERS:
+    command = ccsr.commands.get(name)
+    if command is None or name not in (*JOBS, "restore"):
         return Need()  # `submit` says what can be submitted
-    need = READERS[name](command.make_context(name, rest).params)
+    options = command.make_context(name, rest).params
+    need = _restore(options) if name == "restore" else _job(name, options)
     for output in need.outputs:
         if not is_s3(output) and not os.path.isabs(output):
             raise ConfigError(
@@ -32,33 +30,13 @@ def needs_of(arguments: Sequence[str]) -> Need:
     return need
 
 
-def _load(options: dict[str, Any], config_class: type[ConfigT]) -> tuple[ConfigT, tuple[str]]:
-    """The config, and its output as it was written: a relative one became absolute here."""
-    values = apply_overrides(load_yaml(options["config"]), options["set_"] or [])
-    config = parse_config(values, config_class, where=str(options["config"]))
-    return config, (values["output"],)
-
-
-def _shard(options: dict[str, Any]) -> Need:
-    from pipelines.sharding.config import ShardConfig
-
-    config, output = _load(options, ShardConfig)
-    on_gpus = config.latents and config.runtime.use_gpu
-    return Need((config.runtime.num_workers or 1) if on_gpus else 0, output)
-
-
-def _train(options: dict[str, Any]) -> Need:
-    from training.config import TrainConfig
-
-    config, output = _load(options, TrainConfig)
-    return Need(config.runtime.num_workers if config.runtime.use_gpu else 0, output, _tracking_note(config))
-
-
-def _evaluate(options: dict[str, Any]) -> Need:
-    from evaluation.config import EvaluateConfig
-
-    config, output = _load(options, EvaluateConfig)
-    return Need(config.runtime.num_actors if config.runtime.use_gpu else 0, output, _tracking_note(config))
+def _job(name: str, options: dict[str, Any]) -> Need:
+    config = JOBS[name].load(options["config"], options["set_"])
+    # As it was written: the config has made a relative one absolute here.
+    output = apply_overrides(load_yaml(options["config"]), options["set_"] or [])["output"]
+    tracked = not hasattr(config, "tracking") or config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    lost = "without tracking.uri or MLFLOW_TRACKING_URI what this job logs to MLflow is lost at its end"
+    return Need(JOBS[name].num_gpus(config), (output,), () if tracked else (lost,))
 
 
 def _restore(options: dict[str, Any]) -> Need:
@@ -69,12 +47,3 @@ def _restore(options: dict[str, Any]) -> Need:
     runtime = parse_config(values, RestoreRuntime, where="command line: runtime")
     on_gpus = runtime.use_ray and pick_device(runtime) == "cuda"
     return Need(runtime.num_actors if on_gpus else 0, (options["output"],))
-
-
-def _tracking_note(config: Any) -> tuple[str, ...]:
-    if config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI"):
-        return ()
-    return ("without tracking.uri or MLFLOW_TRACKING_URI what this job logs to MLflow is lost at its end",)
-
-
-READERS = {"shard": _shard, "train": _train, "evaluate": _evaluate, "restore": _restore}

@@ -14,9 +14,10 @@ import yaml
 from infra.display.templating import render
 from infra.images import decode_image, gradient_energy
 from infra.manifest import Manifest
+from infra.publish import put_if_absent
 from infra.run import read_run
 from infra.shards import Entry, read_sample
-from infra.storage import join, put_if_absent
+from infra.storage import join
 
 NUM_SAMPLES = 128
 NUM_COLUMNS, NUM_CELLS = 6, 36

@@ -6,16 +6,7 @@ from dataclasses import dataclass
 
 from infra.errors import DataError
 from infra.manifest import Manifest
-from infra.storage import (
-    abort_upload,
-    exists,
-    is_s3,
-    join,
-    list_files,
-    modified_seconds,
-    remove,
-    unfinished_uploads,
-)
+from infra.storage import abort_upload, exists, is_s3, join, list_files, modified_seconds, remove, unfinished_uploads
 from pipelines.sharding.verify import FILES
 
 SECONDS_AT_WORK = 3600.0  # of an unfinished set: what is younger may belong to a writer that is at work

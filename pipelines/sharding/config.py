@@ -118,8 +118,8 @@ class ShardRuntime(Config):
     """How the job runs; nothing here changes a byte of the result."""
 
     ray: RayConfig = RayConfig()
-    use_gpu: bool = Field(False, description="for latents: one GPU per worker")
-    num_workers: int | None = Field(None, ge=1, description="shards written at once; default: one per CPU")
+    device: Literal["cpu", "cuda"] = Field("cpu", description="for latents; cuda: one GPU per actor")
+    num_actors: int | None = Field(None, ge=1, description="shards written at once; default: one per CPU")
     max_failed_fraction: float = Field(0.0, ge=0, le=1, description="more quarantined samples than this: exit code 1")
 
 

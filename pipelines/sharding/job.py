@@ -1,10 +1,8 @@
 """`ccsr shard`: Ray Data tasks write the planned shards, each exactly once."""
 
-import logging
-import pickle
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 from degradation.config import DegradationConfig
 from degradation.presets import load_preset
 from infra.display.progress import progress
-from infra.errors import CcsrError, ConfigError, DataError, PartialResultError, error_from_json, error_to_json
+from infra.errors import ConfigError, DataError, PartialResultError
 from infra.images import UnusableImageError, gradient_energy
 from infra.manifest import Manifest, Quarantined, ShardRecord, commit_record, committed_records, write_manifest
 from infra.process.memory import give_back_memory
-from infra.process.numerics import set_numerics
-from infra.ray_runtime import check_gpus_here, cpu_work, lost_worker, ray_cluster
+from infra.publish import download, publish_if_absent, staging
+from infra.ray_runtime import on_ray
 from infra.run import claim_output
 from infra.shards import IndexedEntry, write_tar
-from infra.storage import download, exists, join, publish_if_absent, sha256_file, staging
+from infra.storage import exists, join, sha256_file
 from pipelines.sharding.card import write_card
 from pipelines.sharding.config import CenterCrop, GridCrop, PairsSource, ShardConfig
 from pipelines.sharding.plan import PlannedSample, PlannedShard, grid_samples, num_variants, plan_shards, source_id
@@ -107,7 +105,7 @@ def _check_pairs(config: ShardConfig, pairs: list[PairsSource]) -> None:
 def _latents_inputs(config: ShardConfig) -> dict[str, Any]:
     if config.latents is None:
         return {}
-    from training.run.driver import model_id  # not before it is needed: it imports the networks
+    from training.models import model_id  # the networks, whose import takes seconds
 
     # The device is named because the last bits differ between CPU and GPU.
     return {"latents": {"model": model_id(config.latents.model), "device": _device(config)}}
@@ -133,55 +131,30 @@ def _write_shards(config: ShardConfig, recipe: DegradationConfig | None, shards:
     num_samples = sum(len(shard.samples) for shard in shards)
     num_pending = sum(len(shard.samples) for shard in pending)
     with progress("sharding", num_samples, done=num_samples - num_pending) as advance:
-        if not pending:
-            return
-        with ray_cluster(config.runtime.ray):
-            check_gpus_here((config.runtime.num_workers or 1) if config.latents and config.runtime.use_gpu else 0)
-            import ray
-            from ray.data import DataContext
-
-            logging.getLogger("ray.data").setLevel(logging.ERROR)
-            DataContext.get_current().enable_progress_bars = False
-
-            class Writer:  # an actor where a model is to be loaded once, else a task's function
-                def __init__(self) -> None:
-                    if config.latents:
-                        set_numerics(config.latents.numerics)
-                    self.encoder = latent_encoder(config)
-
-                def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-                    return _write_row(config, recipe, row, self.encoder)
-
-            def write(row: dict[str, Any]) -> dict[str, Any]:
-                return _write_row(config, recipe, row, None)
-
-            rows = [{"shard": pickle.dumps(shard)} for shard in pending]
-            tasks = ray.data.from_items(rows, override_num_blocks=len(rows))
-            try:
-                for row in tasks.map(Writer if config.latents else write, **_placement(config)).iter_rows():
-                    if row["error"]:
-                        raise error_from_json(row["error"])
-                    advance(row["num_samples"])
-            except ray.exceptions.RayError as error:
-                raise lost_worker(error, config.output) from error
+        runtime = config.runtime
+        written = on_ray(
+            lambda: _writer(config, recipe),
+            pending,
+            config=runtime.ray,
+            num_actors=(runtime.num_actors or 1) if config.latents else None,  # which keep the model
+            num_tasks=runtime.num_actors,
+            device=runtime.device if config.latents else "cpu",
+            numerics=config.latents.numerics if config.latents else None,
+            output=config.output,
+        )
+        for count in written:
+            advance(count)
 
 
-def _write_row(
-    config: ShardConfig, recipe: DegradationConfig | None, row: dict[str, Any], encoder: "LatentEncoder | None"
-) -> dict[str, Any]:
-    shard = pickle.loads(row["shard"])
-    try:
+def _writer(config: ShardConfig, recipe: DegradationConfig | None) -> Callable[[PlannedShard], int]:
+    """A worker's function: write a shard, return its number of samples."""
+    encoder = latent_encoder(config)
+
+    def write(shard: PlannedShard) -> int:
         write_shard(config, recipe, shard, encoder)
-    except CcsrError as error:
-        return {"num_samples": 0, "error": error_to_json(error)}
-    return {"num_samples": len(shard.samples), "error": ""}
+        return len(shard.samples)
 
-
-def _placement(config: ShardConfig) -> dict[str, Any]:
-    """What a worker takes, as Ray Data wants it told."""
-    runtime = config.runtime
-    place = {"num_gpus": 1} if config.latents and runtime.use_gpu else cpu_work(runtime.ray)
-    return {"num_cpus": 1, "concurrency": runtime.num_workers or (1 if config.latents else None), **place}
+    return write
 
 
 def latent_encoder(config: ShardConfig, device: str | None = None) -> "LatentEncoder | None":
@@ -194,7 +167,7 @@ def latent_encoder(config: ShardConfig, device: str | None = None) -> "LatentEnc
 
 
 def _device(config: ShardConfig) -> str:
-    return "cuda" if config.runtime.use_gpu else "cpu"
+    return config.runtime.device
 
 
 def write_shard(

@@ -3,20 +3,17 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 
 from infra.errors import ConfigError
 from infra.seeding import noise_for
-from infra.storage import download_folder
 from pipelines.sharding.config import LatentsConfig
 from pipelines.sharding.sample import Sample
 from training.config import SamplingConfig
 from training.data.batches import enlarge
 from training.data.samples import MOMENTS, SAMPLED
-from training.models import CcsrModel, load_model
+from training.models import CcsrModel, fetch_model
 from training.restore.restore import sample_latents
 
 
@@ -24,8 +21,7 @@ class LatentEncoder:
     """The encoders of a model directory, float32, on CPU or GPU; all of it where it is to sample too."""
 
     def __init__(self, config: LatentsConfig, device: str, seed: int = 0) -> None:
-        with TemporaryDirectory(prefix="ccsr-model-") as folder:
-            model = load_model(download_folder(config.model, Path(folder)))
+        model = fetch_model(config.model)
         self.encoder_id = model.encoder_id()
         self.factor = model.factor
         self._batch_size, self._device, self._seed = config.batch_size, device, seed

@@ -14,8 +14,9 @@ import numpy as np
 from infra.display.progress import progress
 from infra.errors import CcsrError, DataError
 from infra.manifest import Manifest, ShardRecord, dataset_id_of, index_table, record_uri, set_aside
+from infra.publish import download
 from infra.shards import Entry, read_index
-from infra.storage import download, is_s3, join, list_files, sha256_file
+from infra.storage import is_s3, join, list_files, sha256_file
 from pipelines.sharding.phash import NEAR_BITS, near_pairs
 
 FILES = ("run.json", "index.parquet", "manifest.json", "contact_sheet.jpg", "DATA_CARD.md")

@@ -18,8 +18,9 @@ import psutil
 import yaml
 
 from infra.images import encode_png
+from infra.publish import download
 from infra.shards import read_index
-from infra.storage import download, join, list_files, read_bytes
+from infra.storage import join, list_files, read_bytes
 from pipelines.sharding.clean import clean
 from pipelines.sharding.verify import verify
 
@@ -47,7 +48,7 @@ class ShardJob:
     photos: Path
     output: str
     address: str | None = None
-    num_workers: int = 1
+    num_actors: int = 1
     environment: dict[str, str] = field(default_factory=dict)
     source: str | None = None
     inside: Sequence[str] = ()
@@ -60,7 +61,7 @@ class ShardJob:
             "degradation": "realesrgan",
             "draws": DRAWS,
             "samples_per_shard": PER_SHARD,
-            "runtime": {"num_workers": self.num_workers, "ray": {"address": self.address, "num_cpus": 1}},
+            "runtime": {"num_actors": self.num_actors, "ray": {"address": self.address, "num_cpus": 1}},
         }
         with tempfile.NamedTemporaryFile("w", suffix=".yaml", dir=self.photos.parent, delete=False) as file:
             yaml.safe_dump(values, file)
@@ -100,7 +101,7 @@ def writing_workers() -> list[psutil.Process]:
     found = []
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
-            if "Map(write)" in " ".join(process.cmdline()):
+            if "Map(work)" in " ".join(process.cmdline()):
                 found.append((process.create_time(), process.pid, process))
     return [process for _, _, process in sorted(found)]
 

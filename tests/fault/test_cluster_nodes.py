@@ -22,7 +22,8 @@ from shard_jobs import CCSR, NUM_SHARDS, ShardJob, num_records, require_undistur
 from evaluation.config import EvaluateConfig
 from evaluation.job import run_evaluate
 from infra.config import Config, parse_config
-from infra.storage import download_folder, join, read_bytes, write_bytes
+from infra.publish import download_folder, write_bytes
+from infra.storage import join, read_bytes
 from tests.conftest import S3_SETTINGS
 from tests.training_runs import noise_shards, run_workers, train_config
 from training.run.checkpoint import complete_checkpoints, load_checkpoint
@@ -57,7 +58,7 @@ def uploaded(photos: Path, place: str) -> str:
 def shard_with_a_loss(nodes: Nodes, photos: Path, s3: str) -> str:
     """Shard across both workers, one of which dies in the middle."""
     source, output = uploaded(photos, join(s3, "photos")), join(s3, "set")
-    job = ShardJob(photos, output, nodes.ray_address, num_workers=2, source=source, **on_head(nodes)).start()
+    job = ShardJob(photos, output, nodes.ray_address, num_actors=2, source=source, **on_head(nodes)).start()
     wait_until(job, lambda: num_records(output) >= 3)
     nodes.kill(nodes.nodes[1])
     assert num_records(output) < NUM_SHARDS, "killed too late"

@@ -1,6 +1,8 @@
 """A full disk: three lines and exit code 5, nothing half-written counts, and with more space the job goes on."""
 
+import json
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,12 @@ from shard_jobs import NUM_SHARDS, ShardJob, num_records, require_undisturbed, t
 
 from infra import StorageError
 from infra.manifest import committed_records
-from infra.storage import sha256_file, staging
+from infra.publish import download, staging, write_bytes
+from infra.storage import sha256_file
+from tests.training_runs import noise_shards, run_workers, train_config
+from training.config import ModelConfig
+from training.models import build_model, save_model
+from training.run.checkpoint import complete_checkpoints
 
 
 @pytest.fixture
@@ -40,6 +47,40 @@ def test_a_full_disk_stops_the_job_and_more_space_finishes_it(
     code, printed = ShardJob(photos, output, address).run()
     assert code == 0, printed
     require_undisturbed(output, whole)
+
+
+def test_a_disk_that_fills_in_a_checkpoint_ends_all_ranks(small_disk: Path, tmp_path: Path) -> None:
+    """The run's own disk, then the one for temporary files; rank 0 alone writes. A checkpoint has several MiB."""
+    data = noise_shards(tmp_path / "set")
+    places = {str(small_disk / "run"): None, str(tmp_path / "run"): str(small_disk)}
+    runs = []
+    for number, (output, temporary) in enumerate(places.items()):
+        config = train_config(data, output, num_updates=9, runtime={"checkpoint_every": 1})
+        values = config.model_dump(mode="json")
+        runs.append({"config": values, "losses": str(tmp_path / f"losses-{number}"), "temporary": temporary})
+    run_workers(tmp_path, runs)
+    for number, output in enumerate(places):
+        outcomes = [json.loads((tmp_path / f"losses-{number}.{rank}").read_text()) for rank in range(2)]
+        assert [kind for kind, _ in outcomes] == ["StorageError", "OtherRankError"]
+        assert outcomes[0][1].startswith(str(small_disk))
+        assert complete_checkpoints(output) == []
+
+
+def test_a_download_that_fills_the_disk_is_not_tried_again(small_disk: Path, s3: str) -> None:
+    write_bytes(f"{s3}/weights.bin", bytes(5 << 20))
+    began = time.monotonic()
+    with pytest.raises(StorageError, match="cannot write: No space left on device") as caught:
+        download(f"{s3}/weights.bin", small_disk)
+    assert caught.value.where == str(small_disk / "weights.bin")
+    assert time.monotonic() - began < 5
+    assert not list(small_disk.iterdir())
+
+
+def test_a_model_directory_that_fills_the_disk_is_named(small_disk: Path) -> None:
+    with pytest.raises(StorageError, match="No space left on device") as caught:
+        save_model(build_model(ModelConfig(), 0), small_disk / "model")
+    assert caught.value.where == str(small_disk / "model")
+    assert not list(small_disk.iterdir())
 
 
 def test_a_full_temporary_folder_is_named(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ def test_the_job_survives_kill_9_of_its_workers(
     num_kills: int, photos: Path, whole: str, address: str, tmp_path: Path
 ) -> None:
     output = str(tmp_path / "out")
-    job = ShardJob(photos, output, address, num_workers=2).start()
+    job = ShardJob(photos, output, address, num_actors=2).start()
     rng = np.random.default_rng(num_kills)
     # Seeded numbers of finished shards, and a wait that ends anywhere within the making of the next ones.
     moments = np.sort(rng.integers(0, NUM_SHARDS - 4, num_kills))

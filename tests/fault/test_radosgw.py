@@ -17,6 +17,7 @@ import s3fs
 from shard_jobs import ShardJob, require_undisturbed
 
 from infra import storage
+from infra.publish import put_if_absent
 
 PROGRAMS = ("ceph", "ceph-authtool", "ceph-mon", "ceph-osd", "monmaptool", "radosgw", "radosgw-admin")
 pytestmark = [
@@ -111,8 +112,8 @@ def test_sharding_to_a_server_that_checks_secrets(
     assert "\n  where: s3://bucket/set/" in printed
     assert "\n  to do: " in printed
     assert not storage.list_files("s3://bucket/set")
-    assert storage.put_if_absent("s3://bucket/once", b"first")
-    assert not storage.put_if_absent("s3://bucket/once", b"second"), "a conditional put that is refused as EINVAL"
+    assert put_if_absent("s3://bucket/once", b"first")
+    assert not put_if_absent("s3://bucket/once", b"second"), "a conditional put that is refused as EINVAL"
     code, printed = ShardJob(photos, "s3://bucket/set").run()
     assert code == 0, printed
     require_undisturbed("s3://bucket/set", whole)

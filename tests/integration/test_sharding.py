@@ -45,7 +45,7 @@ def test_latents_of_a_shard_set_of_pairs(tmp_path: Path) -> None:
         "degradation": "bicubic",
         "samples_per_shard": 1,
     }
-    one, two = (run(tmp_path / f"workers{n}", again, runtime={"num_workers": n}, **changes) for n in (1, 2))
+    one, two = (run(tmp_path / f"workers{n}", again, runtime={"num_actors": n}, **changes) for n in (1, 2))
     assert one.dataset_id == two.dataset_id
     assert verify(two.uri).num_samples == 4 * 2 * 3
     assert one.facts["latents_model"] == model.encoder_id()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import select
 import shlex
 import signal
@@ -20,7 +21,6 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from infra.cluster.doctor import diagnose
 from infra.cluster.jobs import Need, follow, job_status, list_jobs, stop, submit
 from infra.cluster.server import cluster_facts, connect
 from infra.errors import ClusterError, ConfigError, StorageError
@@ -36,14 +36,22 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+def token(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The cluster's token, in a file that is not the user's own."""
+    file = tmp_path_factory.mktemp("token") / "auth_token"
+    file.write_text(secrets.token_hex(32))
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("RAY_AUTH_TOKEN_PATH", str(file))
+        yield
+
+
+@pytest.fixture(scope="module")
+def cluster(token: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
     """A head and a GPU node on loopback, started and ended by the test; yields job server and Ray address."""
     port, dashboard, logs = free_port(), free_port(), tmp_path_factory.mktemp("ray")
     ray, nodes = str(Path(sys.executable).with_name("ray")), []
     # A job's `python` is the one that comes first on the node's PATH, as in an activated environment.
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "RAY_AUTH_MODE": "token"}
-    if not (Path.home() / ".ray" / "auth_token").is_file():
-        subprocess.run([ray, "get-auth-token", "--generate"], check=True, capture_output=True)
 
     def start(*options: str) -> subprocess.Popen:
         common = ["--block", "--disable-usage-stats", "--num-cpus=2", "--object-store-memory=100000000"]
@@ -196,24 +204,22 @@ import json, sys, time
 import numpy as np
 import ray
 from infra.process.numerics import NumericsConfig
-from infra.ray_runtime import RayConfig, on_actors, ray_cluster
+from infra.ray_runtime import RayConfig, on_ray, ray_cluster
 from training.data.batches import _on_ray
 from training.data.samples import TrainingSample
 
 def node(task):
-    return {"node": ray.get_runtime_context().get_node_id()}
+    return ray.get_runtime_context().get_node_id()
 
 config = RayConfig(address=sys.argv[1], task_memory_bytes=50 * 2**20)
 with ray_cluster(config):
     gpus = {one["NodeID"] for one in ray.nodes() if one["Resources"].get("GPU")}
-    everywhere = ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(lambda: (time.sleep(1), node({}))[1]["node"])
+    everywhere = ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(lambda: (time.sleep(1), node(0))[1])
     found = {"plain": ray.get([everywhere.remote() for _ in range(4)])}
-    found["actors"] = [one["node"] for one in on_actors(
-        lambda: node, [{"task": i} for i in range(2)], ray_config=config, num_actors=2, use_gpu=False,
-        numerics=NumericsConfig(), output="o")]
-    found["on gpus"] = [one["node"] for one in on_actors(
-        lambda: node, [{"task": 0}], ray_config=config, num_actors=1, use_gpu=True,
-        numerics=NumericsConfig(), output="o")]
+    found["actors"] = list(on_ray(
+        lambda: node, [0, 1], config=config, num_actors=2, device="cpu", numerics=NumericsConfig(), output="o"))
+    found["on gpus"] = list(on_ray(
+        lambda: node, [0], config=config, num_actors=1, device="cuda", numerics=NumericsConfig(), output="o"))
     class Maker:
         def __call__(self, place):
             pixels = np.full((1, 1, 3), int(ray.get_runtime_context().get_node_id() in gpus), np.uint8)
@@ -224,7 +230,7 @@ with ray_cluster(config):
     with ThreadPoolExecutor(4) as pool:
         found["ingest on gpu nodes"] = [int(one["hr"].max()) for one in pool.map(make, [[None]] * 4)]
     from ray.util.state import list_tasks
-    written = [task for task in list_tasks(detail=True, limit=1000) if "write" in task.name and task.node_id]
+    written = [task for task in list_tasks(detail=True, limit=1000) if "Map(work)" in task.name and task.node_id]
     found["sharding"] = [task.node_id for task in written]
     print(json.dumps({"gpus": sorted(gpus), **found}))
 """
@@ -264,8 +270,11 @@ def test_what_cannot_work_is_told_before_anything_starts(job_server, bucket, tmp
 
     refused(ClusterError, "needs 2 GPUs, the cluster has 1", num_gpus=2)
     refused(StorageError, "no such bucket", outputs=("s3://absent/out",))
-    found = {line.name: line for line in diagnose(job_server, None, None)}
-    assert [found[name].state for name in ("cluster", "token", "nodes")] == ["ok", "ok", "ok"]
+    with monkeypatch.context() as environment:
+        environment.delenv("RAY_AUTH_MODE")  # the token's file alone, as for a user
+        done = run_ccsr("doctor", "--address", job_server, "--json", cwd=tmp_path)
+    found = {line["name"]: line for line in json.loads(done.stdout)}
+    assert [found[name]["state"] for name in ("cluster", "token", "nodes")] == ["ok", "ok", "ok"], done.stdout
     assert "placement" not in found
     monkeypatch.setattr("ray.__version__", "2.59.0")
     refused(ClusterError, "Ray 2.60.* runs there, 2.59.0 is installed here")

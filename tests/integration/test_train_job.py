@@ -8,9 +8,9 @@ from mlflow.tracking import MlflowClient
 from infra.errors import ConfigError
 from infra.storage import read_json
 from tests.training_runs import noise_shards, train_config
-from training.models import load_model
+from training.models import load_model, model_id
 from training.run.checkpoint import complete_checkpoints, load_checkpoint
-from training.run.driver import model_id, run_train
+from training.run.driver import run_train
 
 pytestmark = [pytest.mark.usefixtures("ray_session"), pytest.mark.slow]
 

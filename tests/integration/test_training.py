@@ -503,6 +503,23 @@ def test_a_stop_saves_at_the_next_update_and_the_same_call_goes_on(one, data, tm
     assert [warning.split(":")[0] for warning in warnings] == ["the profile was not written"]
 
 
+def test_a_stop_says_saved_only_where_something_was(process_group, data, tmp_path, monkeypatch):
+    """Before the first update, after one whose checkpoint cannot be written, and while the one before still fails."""
+    config = train_config(data, tmp_path, num_updates=5, runtime={"checkpoint_every": 1})
+    with pytest.raises(StoppedError, match="had done no update: there was nothing to save"):
+        in_loop(config, stop_asked=lambda update: True)
+
+    def lost(output: str, state: TrainingState, **options: Any) -> str:
+        raise StorageError("the bucket is gone", where=output, todo="look")
+
+    monkeypatch.setattr(training.run.checkpointer, "save_checkpoint", lost)
+    for every in (5, 1):
+        config = train_config(data, tmp_path, num_updates=5, runtime={"checkpoint_every": every})
+        with pytest.raises(StorageError, match="the bucket is gone"):
+            in_loop(config, stop_asked=lambda update: update == 1)
+    assert complete_checkpoints(str(tmp_path)) == []
+
+
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_costs_no_other(one, data, tmp_path, monkeypatch):
     config = train_config(data, tmp_path, num_updates=5, runtime={"checkpoint_every": 1})
     real = training.run.checkpointer.save_checkpoint

@@ -2,14 +2,16 @@
 
 import hashlib
 import json
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from infra import ModelError
-from infra.storage import join, list_files, read_bytes, remove, write_bytes
+from infra import ModelError, publish
+from infra.publish import write_bytes
+from infra.storage import join, list_files, read_bytes, remove, sha256_file
 from training.run.checkpoint import (
     TrainingState,
     best_checkpoint,
@@ -132,24 +134,57 @@ def test_other_formats_and_missing_files_are_told(tmp_path: Path) -> None:
         load_checkpoint(str(place))
 
 
-def test_the_newest_intact_one_is_gone_on_from_and_a_damaged_one_is_none_any_more(output: str) -> None:
+def test_damaged_ones_are_passed_over_and_removed_once_a_later_one_stands(output: str) -> None:
     places = [save_checkpoint(output, state(position), keep=3) for position in (8, 16, 24)]
     write_bytes(join(places[2], "weights.safetensors"), b"damaged")
     remove(join(places[1], "moments.safetensors"))
     told: list[str] = []
     found = load_newest(output, told.append)
     assert found is not None
-    assert found[0] == places[0]
-    assert_equal(state(8), found[1])
+    assert (found.place, found.damaged) == (places[0], [places[2], places[1]])
+    assert_equal(state(8), found.state)
     assert [place in line for place, line in zip(reversed(places), told, strict=False)] == [True, True]
-    assert complete_checkpoints(output) == [places[0]]
-    # With keep=1 the next one must not be pushed out by a damaged one of a later position.
-    between = save_checkpoint(output, state(12), keep=1)
-    assert complete_checkpoints(output) == [between]
-    write_bytes(join(between, "state.json"), b"{}")
-    with pytest.raises(ModelError, match="every checkpoint of this run is damaged"):
-        load_newest(output, told.append)
-    assert load_newest(output, told.append) is None
+    assert complete_checkpoints(output) == places, "what this node cannot read another one may"
+    between = save_checkpoint(output, state(20), keep=2, damaged=found.damaged)
+    assert complete_checkpoints(output) == [places[0], between, places[2]]
+    again = save_checkpoint(output, state(24), keep=2, damaged=found.damaged)
+    assert complete_checkpoints(output) == [between, again]
+    assert_equal(state(24), load_checkpoint(again))
+
+
+def test_where_all_are_damaged_nothing_is_removed(output: str) -> None:
+    place = save_checkpoint(output, state(8), keep=2)
+    write_bytes(join(place, "complete.json"), b"{")
+    for _ in range(2):
+        with pytest.raises(ModelError, match="every checkpoint of this run is damaged"):
+            load_newest(output, lambda text: None)
+    assert complete_checkpoints(output) == [place]
+
+
+def test_one_corrupted_read_is_read_again(output: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = save_checkpoint(output, state(8), keep=2)
+    wrong = iter(["0" * 64])
+    monkeypatch.setattr("training.run.checkpoint.sha256_file", lambda path: next(wrong, None) or sha256_file(path))
+    told: list[str] = []
+    found = load_newest(output, told.append)
+    assert found is not None
+    assert_equal(state(8), found.state)
+    assert (found.place, found.damaged, told) == (place, [], [])
+    assert next(wrong, "read") == "read"
+
+
+def test_a_node_downloads_a_checkpoint_once(s3: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Rank 0 reads it first and keeps the copy for the others."""
+    place, fetched = save_checkpoint(s3, state(8), keep=2), []
+    real = publish.download_file
+    monkeypatch.setattr(publish, "download_file", lambda uri, target: (fetched.append(uri), real(uri, target)))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with ExitStack() as copies:
+        newest = load_newest(s3, print, copies)
+        assert newest is not None
+        assert_equal(newest.state, load_checkpoint(place))
+        assert len(fetched) == len(list_files(place))
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_the_best_validated_one_is_kept_beside_the_newest(output: str) -> None:

@@ -15,7 +15,8 @@ from photos import make_shard_set, photo, save_photos, shard_config
 from PIL import Image
 
 from infra import DataError
-from infra.storage import list_files, write_bytes
+from infra.publish import write_bytes
+from infra.storage import list_files
 from pipelines.cli import main as cli
 
 SHARD = """\
@@ -231,7 +232,7 @@ def test_verify_compares_and_cleans(ccsr: Callable[..., Ended], tmp_path: Path) 
 
 def test_estimate_of_a_shard_config(ccsr: Callable[..., Ended], write: Callable[..., str], tmp_path: Path) -> None:
     save_photos(tmp_path / "photos", [(64, 64)] * 3)
-    ended = ccsr("estimate", "-c", write(SHARD), "--set", "samples_per_shard=2", "--set", "runtime.num_workers=2")
+    ended = ccsr("estimate", "-c", write(SHARD), "--set", "samples_per_shard=2", "--set", "runtime.num_actors=2")
     assert ended.code == 0
     rows = {cells[0]: cells[1] for line in ended.out.splitlines() if len(cells := re.split(r"  +", line)) > 1}
     assert (rows["shards"], rows["samples"]) == ("2", "3")

@@ -90,6 +90,7 @@ def test_an_unknown_key_that_is_near_nothing_lists_the_keys_of_its_level() -> No
         (SHARD, ShardConfig, "degradation={recipe: second_ordr}", "degradation", "'second_order'"),
         (SHARD, ShardConfig, "degradation={recipe: bsrgan, scale: big}", "degradation.scale", "not 'big'"),
         (TRAIN, TrainConfig, "stage=3", "stage", "not 3"),
+        (TRAIN, TrainConfig, "runtime.keep_checkpoints=1", "runtime.keep_checkpoints", "greater than or equal to 2"),
         (TRAIN, TrainConfig, "optimizer.learning_rate=.nan", "optimizer.learning_rate", "greater than 0"),
         (EVALUATE, EvaluateConfig, "methods.0.name=..", "methods.0.name", "pattern"),
         (EVALUATE, EvaluateConfig, "num_runs=1", "num_runs", "greater than or equal to 2"),
@@ -135,7 +136,7 @@ STAGE2 = {"stage": 2, "init_from": "m"}
         ({"validation": {"data": ["v"], "sampling": {"sampler": "uniform", "t_max": 0.5}}}, "t_max"),
         ({"validation": {"data": ["v"], "sampling": {"sizes": "v1", "enlargement": "bilinear"}}}, "enlargement"),
         ({"model": {"family": "v1"}, "validation": {"data": ["v"], "sampling": {"start": "noise"}}}, "start"),
-        ({"runtime": {"use_gpu": True, "threads_per_worker": 4}}, "threads_per_worker"),
+        ({"runtime": {"device": "cuda", "threads": 4}}, "threads"),
     ],
 )
 def test_a_field_without_effect_is_refused(change: dict[str, Any], field: str) -> None:
@@ -288,7 +289,7 @@ def test_the_jobs_fingerprints_ignore_where_things_are() -> None:
 @pytest.mark.parametrize(("stage", "runtime"), [(0, None), (1, None), (2, {"micro_batch_size": 8})])
 def test_of_the_runtime_only_stage_2s_micro_batch_is_part_of_the_result(stage: int, runtime: Any) -> None:
     """Stages 0 and 1 keep the fingerprints that they had before stage 2's held the micro-batch."""
-    changes = [f"stage={stage}", "runtime={micro_batch_size: 8, num_workers: 2, zero_stage: 2, use_gpu: true}"]
+    changes = [f"stage={stage}", "runtime={micro_batch_size: 8, num_workers: 2, zero_stage: 2, device: cuda}"]
     part = result_part(parse_config(apply_overrides(TRAIN, changes), TrainConfig, where=""))
     assert part.get("runtime") == runtime
 

@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 from infra.cluster import doctor
 from infra.cluster.doctor import Line, diagnose
 from infra.cluster.server import ClusterFacts
-from infra.storage import list_files, write_bytes
+from infra.publish import write_bytes
+from infra.storage import list_files
 from pipelines.cli.main import app
 
 
@@ -46,6 +47,13 @@ def test_every_failing_line_says_what_to_do(tmp_path: Path, monkeypatch: pytest.
 def test_storage_is_tried_on_s3(s3: str) -> None:
     assert [line.state for line in lines_of("storage", diagnose(None, s3, None))] == ["ok"]
     assert list_files(s3) == {}
+
+
+def test_storage_is_left_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "absent"):
+        assert [line.state for line in lines_of("storage", diagnose(None, str(tmp_path / name), None))] == ["ok"]
+    assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
 
 
 def test_storage_without_conditional_writes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

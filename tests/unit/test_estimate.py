@@ -29,7 +29,7 @@ def test_all_files_measured_give_the_sets_own_figures(photos: Path, tmp_path: Pa
 
 
 def test_a_part_of_the_files_tells_the_rest_within_its_spread(photos: Path, tmp_path: Path) -> None:
-    config = shard_config(photos, tmp_path / "set", degradation="ccsr", runtime={"num_workers": 3})
+    config = shard_config(photos, tmp_path / "set", degradation="ccsr", runtime={"num_actors": 3})
     estimate = estimate_shards(config, num_files=8)
     assert (estimate.num_measured, estimate.num_files, estimate.num_workers) == (8, 24, 3)
     true = sum(entry.length_bytes for entry in make_shard_set(config).entries)

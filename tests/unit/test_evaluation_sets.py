@@ -15,11 +15,13 @@ from typer.testing import CliRunner
 import evaluation.config
 import infra.weights
 from evaluation.config import EvaluateConfig, FolderSet, NamedSet, OutputsMethod
-from evaluation.inputs import EvaluationImage, EvaluationSet, OutputFiles, find_outputs, load_sets, outputs_id
+from evaluation.inputs import EvaluationSet, OutputFiles, find_outputs, load_sets, outputs_id
+from evaluation.job import run_evaluate
 from evaluation.metrics.registry import UNAVAILABLE, Quality, how_to_get, metric_directions, metric_origins
 from infra import ConfigError, DataError, ModelError
 from infra.config import parse_config
 from infra.images import encode_png, read_image
+from infra.publish import write_bytes
 from pipelines.cli.main import app
 
 
@@ -46,7 +48,17 @@ def test_pairs_are_matched_by_name(pairs: FolderSet) -> None:
     lr, hr, size = images[0].read()
     assert (lr.shape, size) == ((8, 12, 3), (32, 48))
     np.testing.assert_array_equal(hr, read_image(f"{pairs.hr}/a.png"))
-    assert EvaluationImage.from_dict(images[0].to_dict()) == images[0]
+
+
+def test_a_sampling_field_that_the_models_family_lacks_is_refused_before_anything_starts(
+    pairs: FolderSet, tmp_path: Path
+) -> None:
+    write_bytes(f"{tmp_path}/model/ccsr.json", b'{"family": "v2"}')
+    method = {"kind": "model", "name": "m", "model": f"{tmp_path}/model", "sampling": {"wrapping": 0.2}}
+    values = {"job": "evaluate", "output": f"{tmp_path}/out", "data": [pairs], "methods": [method]}
+    with pytest.raises(ConfigError, match="`wrapping` has no effect on a model of family v2"):
+        run_evaluate(EvaluateConfig.model_validate(values))
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_id_of_folders_is_their_content(pairs: FolderSet, tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from infra import ClusterError, ConfigError
-from infra.storage import join, write_bytes
+from infra.publish import write_bytes
+from infra.storage import join
 from infra.tracking import MODEL_TAG, TrackingConfig, find_model, track
 
 

@@ -54,7 +54,7 @@ def sources_with(pattern: str) -> dict[str, str]:
 
 
 def test_what_runs_networks_on_ray_sets_their_numerics():
-    """`infra.ray_runtime.on_actors` asks its callers for them; whoever starts work otherwise does it itself."""
+    """`infra.ray_runtime.on_ray` asks its callers for them; whoever starts work otherwise does it itself."""
     without_networks = {"training/run/board.py", "training/data/batches.py"}
     starting = sources_with(r"ray\.remote\(|ray\.data\.\w+\(|TorchTrainer\(")
     assert starting.keys() > without_networks
@@ -79,6 +79,29 @@ def test_readme_shows_the_three_jobs_with_valid_yaml():
         parse_config(yaml.safe_load(text), CONFIG_CLASSES[job], where="README.md")
 
 
-def test_readme_names_files_that_exist():
-    for link in re.findall(r"\]\(([a-z][^):]*)\)", (ROOT / "README.md").read_text()):
-        assert (ROOT / link).exists(), link
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+EMPTY_PHRASES = (
+    r"\b(?:is|are|be|was|were) (?:told|had)\b",
+    r"\btells? of\b",
+    r"\b(?:stands?|lies|wants?|goes on|go on|mishaps?|strangers?)\b",
+    r"\bof (?:its|their) own\b",
+    r"\bfound pairs?\b",
+    r"\bfor ever\b",
+    r"\bby (?:itself|themselves)\b",
+    r"\bmade of\b",
+    r"\ba word\b",
+)
+
+
+def test_links_of_the_pages_lead_to_files():
+    links = [(page, link) for page in PAGES for link in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text())]
+    assert len(links) > 50
+    assert not [(page.name, link) for page, link in links if not (page.parent / link).exists()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_use_no_empty_phrases(page):
+    """Plainly: is reported, is stored, requires, resumes, its own, forever, automatically."""
+    lines = enumerate(page.read_text().splitlines(), start=1)
+    found = [f"line {n}: {m[0]}" for n, line in lines for m in re.finditer("|".join(EMPTY_PHRASES), line)]
+    assert not found

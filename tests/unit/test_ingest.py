@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -341,6 +342,7 @@ def test_a_shard_that_changed_is_told(tmp_path: Path) -> None:
 def test_a_dataset_that_changed_since_the_run_began_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training.run.driver, "_fit", lambda *_: None)
     monkeypatch.setattr(training.run.driver, "_export", lambda *_: None)
+    monkeypatch.setattr(training.run.driver, "ray_cluster", lambda _: nullcontext())
     save_photos(tmp_path / "photos", [(64, 64)] * 2)
     for name in ("one", "moved", "other"):
         if name == "other":
@@ -373,7 +375,7 @@ def test_cpus_that_the_cluster_lacks_are_told() -> None:
     check_cpus(settings, {"CPU": 12.0})
     with pytest.raises(ConfigError, match="4 workers of 1 CPU and 2 for ingest need 12 CPUs, the cluster has 11"):
         check_cpus(settings, {"CPU": 11.0})
-    gpu = config(global_batch_size=8, runtime={"num_workers": 4, "ingest_cpus": 2, "use_gpu": True})
+    gpu = config(global_batch_size=8, runtime={"num_workers": 4, "ingest_cpus": 2, "device": "cuda"})
     check_cpus(gpu, {"CPU": 8.0})
     with pytest.raises(ConfigError, match="need 8 CPUs, the cluster has 0"):
         check_cpus(gpu, {})

@@ -4,6 +4,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import typer
+from ray.job_submission import JobDetails
 from typer.testing import CliRunner
 
 from infra import ClusterError, ConfigError
@@ -14,12 +16,18 @@ from infra.ray_runtime import GpuCount, RayConfig, check_gpus, count_gpus, cpu_w
 from pipelines.cli.main import app
 from pipelines.cli.needs import needs_of
 
+CCSR = typer.main.get_command(app)
 CONFIGS = Path(__file__).parents[2] / "configs"
 ON_S3 = ("--set", "output=s3://b/out")
 
 
 def ended(status: str, code: int | None) -> SimpleNamespace:
-    return SimpleNamespace(status=status, driver_exit_code=code)
+    return SimpleNamespace(status=status, driver_exit_code=code, submission_id="job-1")
+
+
+def logged(text: str) -> SimpleNamespace:
+    """A client whose job has this log."""
+    return SimpleNamespace(get_job_logs=lambda job: text)
 
 
 @pytest.mark.parametrize(
@@ -33,7 +41,12 @@ def ended(status: str, code: int | None) -> SimpleNamespace:
     ],
 )
 def test_a_job_ends_with_its_drivers_exit_code(status: str, code: int | None, expected: int) -> None:
-    assert exit_code(ended(status, code)) == expected
+    assert exit_code(logged("3 samples\n"), ended(status, code)) == expected
+
+
+def test_a_job_that_was_stopped_after_its_work_was_done_succeeded() -> None:
+    assert exit_code(logged("model: /out/model\nccsr ended with exit code 0\n"), ended("STOPPED", None)) == 0
+    assert exit_code(logged("stopped\nccsr ended with exit code 143\n"), ended("STOPPED", None)) == 143
 
 
 def test_the_same_job_is_the_same_arguments_config_and_code(tmp_path: Path) -> None:
@@ -60,12 +73,17 @@ def test_the_same_job_is_the_same_arguments_config_and_code(tmp_path: Path) -> N
         (["name-2 FAILED"], "name-3"),  # the first was deleted
         (["name-10 STOPPED", "name-9 FAILED", "other-11 FAILED", "name-x FAILED", "name-1-2 FAILED"], "name-11"),
         (["name-3 RUNNING", "name-1 FAILED"], "name-3"),
+        (["name-2 SUCCEEDED", "name-1 FAILED"], None),
     ],
 )
 def test_a_new_attempt_takes_the_number_after_the_newest(known: list[str], expected: str) -> None:
     class Server:
-        def list_jobs(self) -> list[SimpleNamespace]:
-            return [SimpleNamespace(submission_id=name, status=status) for name, status in map(str.split, known)]
+        def list_jobs(self) -> list[JobDetails]:
+            rows = map(str.split, known)
+            return [JobDetails(type="SUBMISSION", submission_id=n, status=s, entrypoint="") for n, s in rows]
+
+        def get_job_logs(self, job: str) -> str:
+            return ""
 
         def submit_job(self, submission_id: str) -> str:
             assert submission_id not in {name.split()[0] for name in known}
@@ -121,6 +139,9 @@ def test_the_address_is_the_one_that_is_given(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("RAY_ADDRESS", "http://other:8265")
     assert job_server("head:8265/") == "http://head:8265"
     assert job_server(None) == "http://other:8265"
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "https://mine")
+    assert job_server(None) == "https://mine"
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS")
     monkeypatch.delenv("RAY_ADDRESS")
     assert job_server(None) == "http://127.0.0.1:8265"
     assert same_release("2.60.0", "2.60.1")
@@ -130,26 +151,26 @@ def test_the_address_is_the_one_that_is_given(monkeypatch: pytest.MonkeyPatch) -
 def test_what_a_command_needs_is_read_from_its_config(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
     published = str(CONFIGS / "ccsr_v2_stage1.yaml")
-    assert needs_of(["train", "-c", published, *ON_S3]) == Need(4, ("s3://b/out",))
-    on_cpu = ["train", "--config", published, "--set", "runtime.use_gpu=false", *ON_S3]
-    assert needs_of(on_cpu) == Need(0, ("s3://b/out",))
+    assert needs_of(CCSR, ["train", "-c", published, *ON_S3]) == Need(4, ("s3://b/out",))
+    on_cpu = ["train", "--config", published, "--set", "runtime.device=cpu", *ON_S3]
+    assert needs_of(CCSR, on_cpu) == Need(0, ("s3://b/out",))
     sharding = ["shard", "-c", str(CONFIGS / "demo" / "shard_train.yaml"), *ON_S3]
-    assert needs_of(sharding) == Need(0, ("s3://b/out",))
+    assert needs_of(CCSR, sharding) == Need(0, ("s3://b/out",))
     restoring = ["restore", "s3://b/in", "/shared/out", "--model", "m", "--ray", "--device", "cuda"]
-    assert needs_of([*restoring, "--set", "runtime.num_actors=3"]) == Need(3, ("/shared/out",))
+    assert needs_of(CCSR, [*restoring, "--set", "runtime.num_actors=3"]) == Need(3, ("/shared/out",))
     by_overrides = [*restoring[:5], "--set", "runtime.use_ray=true", "--set", "runtime.device=cuda"]
-    assert needs_of(by_overrides) == Need(1, ("/shared/out",))
-    assert needs_of(["verify", "s3://b/x"]) == Need()
+    assert needs_of(CCSR, by_overrides) == Need(1, ("/shared/out",))
+    assert needs_of(CCSR, ["verify", "s3://b/x"]) == Need()
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    assert "is lost" in needs_of(["train", "-c", published, *ON_S3]).notes[0]
+    assert "is lost" in needs_of(CCSR, ["train", "-c", published, *ON_S3]).notes[0]
 
 
 def test_what_would_fail_there_is_told_here() -> None:
     published = str(CONFIGS / "ccsr_v2_stage1.yaml")
     with pytest.raises(ConfigError, match="relative output"):
-        needs_of(["train", "-c", published])
+        needs_of(CCSR, ["train", "-c", published])
     with pytest.raises(ConfigError, match="unknown key"):
-        needs_of(["train", "-c", published, *ON_S3, "--set", "lerning_rate=1"])
+        needs_of(CCSR, ["train", "-c", published, *ON_S3, "--set", "lerning_rate=1"])
     misspelt = CliRunner().invoke(app, ["submit", "--", "train", "-c", published, "--sett", "a=b"])
     assert misspelt.exit_code == 2
     assert "--sett" in misspelt.output

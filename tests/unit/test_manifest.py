@@ -20,8 +20,9 @@ from infra.manifest import (
     record_uri,
     write_manifest,
 )
+from infra.publish import write_bytes
 from infra.shards import Entry, IndexedEntry
-from infra.storage import exists, join, list_files, read_bytes, write_bytes
+from infra.storage import exists, join, list_files, read_bytes
 
 FACTS: dict[str, Any] = {"scale": 4, "has_lr": True, "source_id": "s", "fingerprint": "f"}
 

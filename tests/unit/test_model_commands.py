@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from infra import ConfigError, ModelError, StorageError
-from infra.storage import list_files, read_bytes, upload_folder, write_bytes
+from infra.publish import upload_folder, write_bytes
+from infra.storage import list_files, read_bytes
 from pipelines.cli.main import app
 from pipelines.convert import run_convert
 from training.config import ModelConfig

@@ -117,7 +117,7 @@ def test_what_no_gpu_does_deterministically_is_refused_before_it_starts() -> Non
     values = TRAIN | {"stage": 2, "decoder_loss": {"discriminator": "dino"}, "numerics": {"deterministic": True}}
     parse_config(values, TrainConfig, where="test")
     with pytest.raises(ConfigError, match=r"dino.* by area"):
-        parse_config(values | {"runtime": {"use_gpu": True}}, TrainConfig, where="test")
+        parse_config(values | {"runtime": {"device": "cuda"}}, TrainConfig, where="test")
 
 
 class Reached(Exception):

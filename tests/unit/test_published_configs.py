@@ -12,7 +12,7 @@ from training.config import TrainConfig, legal_world_sizes
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECORDED = Path(__file__).parents[1] / "golden" / "data" / "ccsr" / "v1_stage2_loss.npz"
-COMMON = {"crop_px": 512, "degradation": "ccsr", "t_max": 0.6667, "num_workers": 4, "use_gpu": True}
+COMMON = {"crop_px": 512, "degradation": "ccsr", "t_max": 0.6667, "num_workers": 4, "device": "cuda"}
 V1_OPTIMISER = {"clip_norm": 0.0, "warmup_updates": 0}
 V2_OPTIMISER = {"betas": (0.9, 0.999), "weight_decay": 1e-2, "clip_norm": 1.0, "warmup_updates": 0}
 PUBLISHED: dict[str, dict[str, Any]] = {

@@ -9,6 +9,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+import typer
 from photos import photo
 from PIL import Image, ImageCms
 from pydantic import ValidationError
@@ -16,7 +17,8 @@ from typer.testing import CliRunner
 
 from infra import ConfigError, DataError, ModelError, PartialResultError
 from infra.images import decode_image, encode_png
-from infra.storage import read_bytes, upload_folder, write_bytes
+from infra.publish import upload_folder, write_bytes
+from infra.storage import read_bytes
 from pipelines.cli.main import app
 from pipelines.cli.needs import needs_of
 from pipelines.restore import RestoreConfig, RestoreRuntime, _resolved
@@ -57,9 +59,9 @@ def restored(
 def test_a_runs_picture_does_not_depend_on_the_other_runs(model: CcsrModel) -> None:
     """In float64, whose rounding is far below a grey level: what remains is which noise goes where."""
     exact = copy.deepcopy(model).to(dtype=torch.float64)
-    reference = restored(exact, range(4), runs_at_once=1)
-    for runs_at_once in (3, 8):
-        for one, other in zip(reference, restored(exact, range(4), runs_at_once=runs_at_once), strict=True):
+    reference = restored(exact, range(4), rows_at_once=1)
+    for rows_at_once in (3, 8):
+        for one, other in zip(reference, restored(exact, range(4), rows_at_once=rows_at_once), strict=True):
             assert (one == other).all()
     (alone,) = restored(exact, [3])
     assert (alone == reference[3]).all()
@@ -70,12 +72,20 @@ def test_a_runs_picture_does_not_depend_on_the_other_runs(model: CcsrModel) -> N
 
 def test_in_float32_other_batches_move_single_levels_of_few_pixels(model: CcsrModel) -> None:
     """Matrix kernels add up in another order for another batch size: about 1e-6 in eps, 4e-5 of the levels by one."""
-    reference = np.stack(restored(model, range(6), runs_at_once=1)).astype(int)
-    assert (np.stack(restored(model, range(6), runs_at_once=1)) == reference).all()
-    for runs_at_once in (2, 6):
-        difference = np.abs(np.stack(restored(model, range(6), runs_at_once=runs_at_once)) - reference)
+    reference = np.stack(restored(model, range(6), rows_at_once=1)).astype(int)
+    assert (np.stack(restored(model, range(6), rows_at_once=1)) == reference).all()
+    for rows_at_once in (2, 6):
+        difference = np.abs(np.stack(restored(model, range(6), rows_at_once=rows_at_once)) - reference)
         assert difference.max() <= 1
         assert (difference > 0).mean() < 1e-3
+
+
+def test_a_sampling_field_that_the_models_family_lacks_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
+    write_bytes(f"{tmp_path}/model/ccsr.json", b'{"family": "v1"}')
+    config = RestoreConfig(sampling=SamplingConfig(start="noise"))
+    with pytest.raises(ConfigError, match="`start` has no effect on a model of family v1"):
+        run_restore(str(tmp_path), str(tmp_path / "out"), str(tmp_path / "model"), config)
+    assert not (tmp_path / "out").exists()
 
 
 def test_runs_seeds_and_keys_give_other_pictures(model: CcsrModel) -> None:
@@ -93,12 +103,12 @@ def test_runs_seeds_and_keys_give_other_pictures(model: CcsrModel) -> None:
 def test_a_trace_ends_with_the_output(model: CcsrModel, sampler: Any) -> None:
     """Every visited timestep has an image per run, and the last one's are the restorations, bit by bit."""
     config = SamplingConfig(num_steps=6, sampler=sampler)
-    trace = list(trace_runs(model, photo(8, 12), (32, 48), config, seed=0, key="image", runs=range(3), runs_at_once=2))
+    trace = list(trace_runs(model, photo(8, 12), (32, 48), config, seed=0, key="image", runs=range(3), rows_at_once=2))
     timesteps = {"v1": ccsr_v1_timesteps, "v2": ccsr_v2_timesteps}[model.config.family]
     visited = timesteps(6, config.t_max, config.t_min) if sampler == "ccsr" else [999, 799, 599, 400, 200, 0]
     assert [t for t, _ in trace] == visited
     assert all(len(images) == 3 for _, images in trace)
-    outputs = restored(model, range(3), config=config, runs_at_once=2)
+    outputs = restored(model, range(3), config=config, rows_at_once=2)
     np.testing.assert_array_equal(trace[-1][1], outputs)
     assert not np.array_equal(trace[0][1], outputs)
 
@@ -192,10 +202,10 @@ def test_runs_that_are_decoded_together_count(model: CcsrModel, monkeypatch: pyt
     unet = 4 * restore.UNET_MAPS * model.unet.config.block_out_channels[0] * 32 * 48 // model.factor**2
     needed = restore.IMAGE_BYTES * 32 * 48 + 3 * (unet + WHOLE_PLANES * plane_bytes(model.vae, 32, 48))
     with_free(monkeypatch, needed)
-    assert len(restored(model, range(3), runs_at_once=3)) == 3
+    assert len(restored(model, range(3), rows_at_once=3)) == 3
     with_free(monkeypatch, needed - 1)
     with pytest.raises(DataError, match="are free"):
-        restored(model, range(3), runs_at_once=3)
+        restored(model, range(3), rows_at_once=3)
 
 
 def test_large_pictures_are_denoised_in_tiles(model: CcsrModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +244,7 @@ def test_the_lr_is_encoded_once_however_many_runs(model: CcsrModel, monkeypatch:
     calls = []
     encode = model.encode_condition
     monkeypatch.setattr(model, "encode_condition", lambda lr: [calls.append(1), encode(lr)][1])
-    assert len(restored(model, range(5), runs_at_once=2)) == 5
+    assert len(restored(model, range(5), rows_at_once=2)) == 5
     assert calls == [1]
 
 
@@ -352,5 +362,5 @@ def test_auto_on_ray_is_refused_before_anything_starts(ray: list[str], device: l
     assert str(done.exception).count("\n") == 2
     assert "--device cuda" in done.exception.todo
     with pytest.raises(ConfigError, match="auto"):
-        needs_of(command)
+        needs_of(typer.main.get_command(app), command)
     assert not (tmp_path / "out").exists()

@@ -3,6 +3,7 @@
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,8 @@ class Run:
         engine = SimpleNamespace(module=SimpleNamespace(trained=self.module), zero_optimization_stage=lambda: 0)
         self.exported: list[str] = []
         export = lambda weights, uri: self.exported.append(uri)  # noqa: E731
-        context = WorkerContext(0, 1, "cpu", facts or {}, export=export)
+        self.warnings: list[str] = []
+        context = WorkerContext(0, 1, "cpu", facts or {}, export=export, warn=self.warnings.append)
         self.checkpoints = Checkpoints(config, engine, self.optimizer, None, context)
 
     def update(self) -> None:
@@ -44,11 +46,11 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_the_next_one_waits(
     entered, go_on = threading.Semaphore(0), threading.Semaphore(0)
     running: list[int] = []
 
-    def slow(output: str, state: TrainingState, *, keep: int) -> str:
+    def slow(output: str, state: TrainingState, **options: Any) -> str:
         running.append(state.facts["num_updates"])
         entered.release()
         assert go_on.acquire(timeout=60)
-        return save_checkpoint(output, state, keep=keep)
+        return save_checkpoint(output, state, **options)
 
     monkeypatch.setattr(training.run.checkpointer, "save_checkpoint", slow)
     run = Run(str(tmp_path))
@@ -110,8 +112,43 @@ def test_a_lost_bucket_is_told_at_the_next_update_and_at_the_end(bucket: str) ->
     with pytest.raises(StorageError, match="no such bucket"):
         written(checkpoints)
     assert isinstance(checkpoints.failure(), StorageError)
+    run.update()
+    checkpoints.save(3)  # not begun: the failure of the one before is not to be lost
+    with pytest.raises(StorageError, match="no such bucket"):
+        checkpoints.wait()
     with pytest.raises(StorageError, match="no such bucket"):
         checkpoints.__exit__(None, None, None)
+
+
+def test_a_write_that_fails_while_another_error_ends_the_run_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> str:
+        raise StorageError("the disk is full", where="there", todo="make room")
+
+    monkeypatch.setattr(training.run.checkpointer, "save_checkpoint", full)
+    run = Run(str(tmp_path))
+    run.update()
+    run.checkpoints.save(1)
+    run.checkpoints.__exit__(DataError, DataError("not finite", where="here", todo="look"), None)
+    assert run.warnings == ["the last checkpoint was not written either: the disk is full"]
+
+
+def test_a_damaged_checkpoint_goes_once_a_later_one_stands(tmp_path: Path) -> None:
+    run = Run(str(tmp_path))
+    with run.checkpoints as checkpoints:
+        for update in (1, 2):
+            run.update()
+            checkpoints.save(update)
+    damaged = complete_checkpoints(str(tmp_path))[-1]
+    Path(damaged, "weights.safetensors").write_bytes(b"damaged")
+    resumed = Run(str(tmp_path))
+    with resumed.checkpoints as checkpoints:
+        assert checkpoints.resume() == 1
+        assert damaged in complete_checkpoints(str(tmp_path))
+        resumed.update()
+        checkpoints.save(3)
+    assert [int(place[-2:]) for place in complete_checkpoints(str(tmp_path))] == [4, 12]
 
 
 def written(checkpoints: Checkpoints) -> None:

@@ -3,15 +3,16 @@
 import os
 import signal
 import subprocess
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from mlflow.tracking import MlflowClient
 
+import infra.run
 from infra import ConfigError, ModelError
-from infra.cluster.jobs import PACKAGES
-from infra.run import claim_output
-from infra.storage import write_bytes
+from infra.publish import write_bytes
+from infra.run import PACKAGES, claim_output
 from tests.training_runs import noise_shards, train_config
 from training.run import driver as train
 from training.run.checkpoint import TrainingState, save_checkpoint
@@ -52,6 +53,27 @@ def test_a_finished_run_returns_and_only_more_updates_go_on_from_it(tmp_path: Pa
         run_train(train_config(other, output, num_updates=3))
 
 
+def test_a_finished_run_whose_last_checkpoint_is_damaged_resumes_from_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = train_config(noise_shards(tmp_path / "set", 4), tmp_path / "run", num_updates=3)
+    for update in (2, 3):
+        state = TrainingState({"position": update * 4, "num_updates": update}, {"weights": {}})
+        place = save_checkpoint(config.output, state, keep=2)
+    Path(place, "state.json").write_bytes(b"damaged")
+
+    def fit(*_: object) -> None:
+        save_checkpoint(config.output, state, keep=2)
+
+    exported: list[object] = []
+    monkeypatch.setattr(train, "_check_start", lambda *_: None)
+    monkeypatch.setattr(train, "ray_cluster", lambda *_: nullcontext())
+    monkeypatch.setattr(train, "_fit", fit)
+    monkeypatch.setattr(train, "_export", lambda config, last, uri: exported.append(last.place))
+    run_train(config)
+    assert exported == [place]
+
+
 @pytest.mark.parametrize(("fault", "status"), [("damaged", "FAILED"), ("sigterm", "FINISHED")])
 def test_a_run_ends_with_its_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, status: str) -> None:
     """All updates are done: SIGTERM while the model is written ends nothing, one that cannot be written fails."""
@@ -79,13 +101,13 @@ def test_the_commit_is_that_of_the_code_or_unknown(tmp_path: Path, monkeypatch: 
         return subprocess.run(command, cwd=place, check=True, capture_output=True, text=True).stdout.strip()
 
     def told(place: Path) -> str:
-        monkeypatch.setattr(train, "__file__", str(place / "training" / "run" / "driver.py"))
-        return train.git_commit()
+        monkeypatch.setattr(infra.run, "ROOT", place)
+        return infra.run.git_commit()
 
     for place in (ours, installed):
         for package in PACKAGES:
-            (place / package / "run").mkdir(parents=True)
-            (place / package / "run" / "driver.py").write_text("")
+            (place / package).mkdir(parents=True)
+            (place / package / "__init__.py").write_text("")
     (theirs / ".gitignore").write_text(".venv\n")
     commits = {}
     for repository in (ours, theirs):
@@ -103,3 +125,5 @@ def test_the_commit_is_that_of_the_code_or_unknown(tmp_path: Path, monkeypatch: 
     assert told(ours) == f"{commits[ours]}-dirty"
     monkeypatch.setenv("PATH", "")
     assert told(ours) == "unknown"
+    monkeypatch.setenv("CCSR_GIT_COMMIT", "abc-dirty")  # a submitted job's
+    assert told(ours) == "abc-dirty"

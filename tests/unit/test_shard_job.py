@@ -15,9 +15,10 @@ from degradation import apply
 from infra import ConfigError, DataError, PartialResultError, StorageError
 from infra.images import UnusableImageError, decode_image, encode_png
 from infra.manifest import Manifest, committed_records, record_uri
+from infra.publish import publish_if_absent, write_bytes
 from infra.seeding import noise_for
 from infra.shards import read_sample
-from infra.storage import exists, join, list_files, publish_if_absent, read_bytes, write_bytes
+from infra.storage import exists, join, list_files, read_bytes
 from pipelines.sharding.config import LatentsConfig, ShardConfig
 from pipelines.sharding.job import _report_quarantine, resolve_degradation, write_shard
 from pipelines.sharding.plan import plan_shards

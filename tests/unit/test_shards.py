@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infra import DataError, StorageError
+from infra.publish import upload
 from infra.shards import Entry, read_sample, write_tar
-from infra.storage import join, sha256_file, upload
+from infra.storage import join, sha256_file
 
 SAMPLES = {
     "a-000-0": {"hr.png": b"\x89PNG" * 400, "lr.png": b"small", "json": b'{"key": "a-000-0"}'},

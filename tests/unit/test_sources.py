@@ -13,8 +13,9 @@ from photos import make_shard_set, photo, save_photos, shard_config
 from degradation import degrade, load_preset
 from infra import ConfigError, DataError, rng_for
 from infra.images import UnusableImageError, decode_image, encode_png, resize_bicubic
+from infra.publish import write_bytes
 from infra.shards import read_sample
-from infra.storage import join, write_bytes
+from infra.storage import join
 from pipelines.sharding.config import ShardConfig
 from pipelines.sharding.job import resolve_degradation
 from pipelines.sharding.pairs import check_pair

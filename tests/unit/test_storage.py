@@ -1,11 +1,14 @@
 """Storage, the same on a local folder and on S3: at most one winner, never a part of a file, every error explained."""
 
+import errno
 import hashlib
 import os
+import stat
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,25 +16,20 @@ from typing import Any
 import pytest
 import s3fs
 
-from infra import StorageError, storage
-from infra.storage import (
+from infra import StorageError, publish, storage
+from infra.publish import (
     download,
     download_folder,
     ensure_writable,
-    exists,
-    join,
-    list_files,
+    make_once,
     publish_if_absent,
     put_if_absent,
-    read_bytes,
-    read_json,
-    read_range,
-    remove,
-    sha256_file,
+    shared_copy,
     upload,
     upload_folder,
     write_bytes,
 )
+from infra.storage import exists, join, list_files, read_bytes, read_json, read_range, remove, sha256_file
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -151,8 +149,8 @@ def test_folders_travel_whole_and_the_last_file_last(place: str, tmp_path: Path,
     for name in ("a.json", "part/weights.bin", "z.json"):
         write_bytes(str(source / name), name.encode() * 10)
     order: list[str] = []
-    real = storage.upload
-    monkeypatch.setattr(storage, "upload", lambda local, uri: (order.append(uri), real(local, uri)))
+    real = publish.upload
+    monkeypatch.setattr(publish, "upload", lambda local, uri: (order.append(uri), real(local, uri)))
     upload_folder(source, join(place, "model"), last="a.json")
     assert order[-1] == join(place, "model", "a.json")
     copy = download_folder(join(place, "model"), tmp_path / "copy")
@@ -220,9 +218,9 @@ def test_a_place_below_a_file_cannot_be_written(tmp_path: Path) -> None:
 def test_no_permission_is_told() -> None:
     """As root nothing is forbidden, so an ordinary user tries."""
     code = (
-        "import os, sys, infra.storage\n"
+        "import os, sys, infra.publish\n"
         "os.getuid() or os.setuid(65534)\n"
-        "try: infra.storage.ensure_writable(sys.argv[1])\n"
+        "try: infra.publish.ensure_writable(sys.argv[1])\n"
         "except infra.StorageError as error: print(error)\n"
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -281,6 +279,95 @@ def test_s3_errors_are_explained(s3: str, s3_server: str, monkeypatch: pytest.Mo
         exists(join(s3, "x"))
 
 
+@pytest.mark.parametrize(
+    "publish_",
+    [
+        lambda source, target: write_bytes(target, b"x"),
+        lambda source, target: put_if_absent(target, b"x"),
+        lambda source, target: publish_if_absent(source, target),
+        lambda source, target: upload(source, target),
+        lambda source, target: make_once(Path(target), lambda path: path.write_bytes(b"x")),
+    ],
+)
+def test_file_and_folder_are_synced_around_publishing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, publish_: Callable[[Path, str], Any]
+) -> None:
+    """Content first, then the name: after a power cut a name without content would pass for a file."""
+    source, target = tmp_path / "source", tmp_path / "out" / "x"
+    source.write_bytes(b"x")
+    synced: list[tuple[bool, bool]] = []
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        synced.append((stat.S_ISDIR(os.fstat(descriptor).st_mode), target.exists()))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    publish_(source, str(target))
+    assert synced == [(False, False), (True, True)]
+
+
+def test_a_file_is_made_once_and_seen_whole(tmp_path: Path) -> None:
+    target, made = tmp_path / "cache" / "weights.bin", []
+
+    def make(path: Path) -> None:
+        made.append(path)
+        for part in range(5):
+            with open(path, "ab") as file:
+                file.write(b"%d" % part * 1000)
+            time.sleep(0.01)
+
+    def use(_: int) -> int:
+        make_once(target, make)
+        return len(target.read_bytes())
+
+    assert race(use) == [5000] * 8
+    assert len(made) == 1
+
+
+class Counting:
+    """The S3 client; `fetched` are the files that were downloaded."""
+
+    def __init__(self) -> None:
+        self.client, self.fetched = storage._s3(), []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.client, name)
+
+    def get_file(self, uri: str, path: str) -> None:
+        self.fetched.append(uri.rpartition("/")[2])
+        self.client.get_file(uri, path)
+
+
+def test_a_node_shares_one_copy_while_it_is_used(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ccsr.json", "part/weights.bin"):
+        write_bytes(join(s3, "model", name), name.encode() * 1000)
+    client = Counting()
+    monkeypatch.setattr(storage, "_s3", lambda: client)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    barrier = threading.Barrier(4)
+
+    def use(_: int) -> tuple[Path, bytes]:
+        with shared_copy(join(s3, "model"), "ccsr.json") as copy:
+            content = (copy / "part" / "weights.bin").read_bytes()
+            barrier.wait(60)
+        return copy, content
+
+    found = race(use, 4)
+    assert {content for _, content in found} == {b"part/weights.bin" * 1000}
+    assert sorted(client.fetched) == ["ccsr.json", "weights.bin"]
+    assert not found[0][0].exists(), "the last one removes it"
+    write_bytes(join(s3, "model", "ccsr.json"), b"another version")
+    with shared_copy(join(s3, "model"), "ccsr.json") as other:
+        assert other != found[0][0]
+        with shared_copy(join(s3, "model"), "ccsr.json", again=True) as same:
+            assert same == other
+        assert (other / "ccsr.json").read_bytes() == b"another version"
+    assert len(client.fetched) == 6
+    with shared_copy(str(tmp_path), "any") as local:
+        assert local == tmp_path
+
+
 class Refusing:
     """An S3 client whose calls raise `error` the first `times` times."""
 
@@ -293,7 +380,7 @@ class Refusing:
             raise self.error
         return {"type": "file"}
 
-    pipe_file = put_file = lambda self, *args, **kwargs: self.info("")
+    pipe_file = put_file = get_file = lambda self, *args, **kwargs: self.info("")
 
 
 @pytest.fixture
@@ -313,6 +400,18 @@ def test_a_busy_server_is_asked_again_and_never_taken_for_an_absent_file(monkeyp
 
 
 @pytest.mark.usefixtures("no_waiting")
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_a_full_local_disk_is_no_fault_of_s3(number: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    client = Refusing(OSError(number, os.strerror(number)), times=100)
+    monkeypatch.setattr(storage, "_s3", lambda: client)
+    with pytest.raises(StorageError, match=os.strerror(number)) as caught:
+        download("s3://b/x", tmp_path)
+    assert client.calls == 1, "it is not tried again"
+    assert caught.value.where == str(tmp_path / "x")
+    assert "s3://" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("no_waiting")
 @pytest.mark.parametrize(
     ("error", "present", "outcome"),
     [
@@ -327,7 +426,7 @@ def test_a_refused_conditional_put_is_told_from_a_failed_one(
 ) -> None:
     client = Refusing(error, times=1)
     monkeypatch.setattr(storage, "_s3", lambda: client)
-    monkeypatch.setattr(storage, "exists", lambda uri: present)
+    monkeypatch.setattr(publish, "exists", lambda uri: present)
     (tmp_path / "x").write_bytes(b"")
     for call in (lambda: put_if_absent("s3://b/x", b""), lambda: publish_if_absent(tmp_path / "x", "s3://b/x")):
         client.calls = 0

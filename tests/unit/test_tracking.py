@@ -159,7 +159,7 @@ def test_sigterm_ends_a_commands_run(store: TrackingConfig) -> None:
     program = (
         "import os, signal, time\n"
         "from infra.tracking import TrackingConfig, track\n"
-        "from pipelines import cli\n"
+        "from pipelines.cli import main as cli\n"
         "@cli.app.command()\n"
         "def wait(uri: str):\n"
         "    with track(TrackingConfig(uri=uri), {'job': 'compare', 'fingerprint': '5' * 64, 'config': {}}):\n"

@@ -16,8 +16,9 @@ from photos import make_shard_set, save_photos, shard_config
 from infra import DataError
 from infra.images import encode_png
 from infra.manifest import Manifest, ShardRecord, dataset_id_of, record_uri, write_manifest
+from infra.publish import write_bytes
 from infra.shards import read_index
-from infra.storage import _s3, join, list_files, read_bytes, sha256_file, write_bytes
+from infra.storage import _s3, join, list_files, read_bytes, sha256_file
 from pipelines.sharding.clean import clean, print_cleaned
 from pipelines.sharding.job import resolve_degradation, write_shard
 from pipelines.sharding.plan import plan_shards

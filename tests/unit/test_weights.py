@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import infra.weights
-from infra import ConfigError, ModelError, StorageError
-from infra.storage import write_bytes
+from infra import ConfigError, ModelError, StorageError, storage
+from infra.publish import upload_folder, write_bytes
 from infra.weights import (
     BASE_HUB_ID,
     WeightFile,
@@ -103,7 +104,7 @@ def test_a_fetched_file_with_other_bytes_is_refused_and_removed(mirror: Path, tm
     (mirror / "known.pth").write_bytes(GOOD[:-1])
     with pytest.raises(ModelError, match="sha256 of what came"):
         fetch_weights("known", str(tmp_path / "weights"), str(mirror))
-    assert os.listdir(tmp_path / "weights") == []
+    assert os.listdir(tmp_path / "weights") == [".known.pth.lock"]
 
 
 def test_a_file_that_is_there_is_kept_and_verified_when_found(mirror: Path, tmp_path: Path) -> None:
@@ -144,6 +145,32 @@ def test_a_prefix_in_s3_is_filled_checked_and_copied_to_the_cache(
     with pytest.raises(ModelError, match="truncated or another file"):
         find_weights("known")
     assert fetch_weights("pair", str(tmp_path / "weights"), place).is_dir()  # S3 as a mirror
+
+
+def test_a_download_that_is_interrupted_leaves_nothing_that_counts_as_present(
+    mirror: Path, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload_folder(mirror, f"{s3}/w", last="known.pth")
+    monkeypatch.setenv("CCSR_WEIGHTS", f"{s3}/w")
+
+    class Interrupted:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(client, name)
+
+        def get_file(self, uri: str, path: str) -> None:
+            Path(path).write_bytes(GOOD[:10])
+            raise KeyboardInterrupt
+
+    client = storage._s3()
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "_s3", Interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            find_weights("known")
+        with pytest.raises(KeyboardInterrupt):  # S3 as a mirror
+            fetch_weights("pair", str(tmp_path / "weights"), f"{s3}/w")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.read_bytes() == GOOD[:10]]
+    assert find_weights("known").read_bytes() == GOOD
+    assert (fetch_weights("pair", str(tmp_path / "weights"), f"{s3}/w") / "a.bin").read_bytes() == b"a"
 
 
 def test_a_hub_id_is_a_repository_like_the_base(

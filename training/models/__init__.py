@@ -7,6 +7,7 @@ from training.models.directory import load_model, save_model
 from training.models.discriminators import PatchDiscriminator, ProjectedDiscriminator, power_iteration
 from training.models.networks import seeded_init, with_latent_condition
 from training.models.perceptual import Dists, EncoderFeatures, Lpips, load_dino, load_dists, load_lpips
+from training.models.remote import export_trained, fetch_model, model_id, publish_model
 from training.models.stablesr import StableSrAdapter, StableSrModel
 from training.models.wrapping import FeatureWrapping
 
@@ -25,11 +26,15 @@ __all__ = [
     "convert_stablesr",
     "convert_v1",
     "convert_v2",
+    "export_trained",
+    "fetch_model",
     "load_dino",
     "load_dists",
     "load_lpips",
     "load_model",
+    "model_id",
     "power_iteration",
+    "publish_model",
     "save_model",
     "seeded_init",
     "with_latent_condition",

@@ -93,10 +93,7 @@ class CcsrModel:
         """
         if stage != 2:
             return self.adapter
-        parts = {"decoder": self.vae.decoder}
-        if self.config.family == "v1":
-            parts["post_quant_conv"] = self.vae.post_quant_conv
-        return nn.ModuleDict(parts)
+        return nn.ModuleDict({name: getattr(self.vae, name) for name in self.config.facts.decoder_parts})
 
     def prepare_stage2(self, seed: int) -> None:
         """Make what stage 2 trains, where stage 1's model lacks it; random weights depend on `seed`."""

@@ -1,6 +1,7 @@
 """Model directories: networks as diffusers writes them, prompt.safetensors, and ccsr.json last."""
 
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -19,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from infra.errors import ModelError, StorageError, line_of
-from infra.storage import sha256_file
+from infra.publish import sync
+from infra.storage import explained, sha256_file
 from training.config import ModelConfig
 from training.models.build import model_class
 from training.models.ccsr import CcsrModel
@@ -60,20 +62,44 @@ def save_model(model: CcsrModel, directory: Path | str) -> None:
     """
     with replacing(Path(directory)) as partial:
         for name, part in model.networks.items():
-            check_finite(part.state_dict(), where=name)
-            part.save_config(partial / name)
-            state = {key: tensor.detach().cpu().contiguous() for key, tensor in part.state_dict().items()}
-            if name == "controlnet":
-                state = to_stock_condition(state)
-            save_file(state, partial / name / WEIGHTS, metadata={"format": "pt"})
+            save_part(part, name, partial)
         prompts = {text: embedding.float().cpu().contiguous() for text, embedding in model.prompts.items()}
-        save_file(prompts, partial / PROMPTS)
-        files = sorted(path for path in partial.rglob("*") if path.is_file())
-        for path in files:
-            path.chmod(0o644)  # safetensors leaves its files readable to their owner alone
-        hashes = {path.relative_to(partial).as_posix(): sha256_file(path) for path in files}
-        record = ModelRecord(format=1, sha256=hashes, **model.config.model_dump())
-        (partial / "ccsr.json").write_text(record.model_dump_json(indent=1) + "\n")
+        write_weights(prompts, partial / PROMPTS)
+        write_record(model.config, partial)
+
+
+def save_part(network: Any, name: str, directory: Path) -> None:
+    """Write one network as `directory`/`name`. ModelError where a weight is not finite."""
+    check_finite(network.state_dict(), where=name)
+    network.save_config(directory / name)
+    state = {key: tensor.detach().cpu().contiguous() for key, tensor in network.state_dict().items()}
+    if name == "controlnet":
+        state = to_stock_condition(state)
+    write_weights(state, directory / name / WEIGHTS, metadata={"format": "pt"})
+
+
+def write_record(config: ModelConfig, directory: Path) -> None:
+    """Write ccsr.json, which makes the directory complete."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    for path in files:
+        path.chmod(0o644)  # safetensors leaves its files readable to their owner alone
+        sync(path)
+    hashes = {path.relative_to(directory).as_posix(): sha256_file(path) for path in files}
+    values = config.model_dump(include=set(ModelConfig.model_fields))
+    record = ModelRecord(format=1, sha256=hashes, **values)
+    (directory / "ccsr.json").write_text(record.model_dump_json(indent=1) + "\n")
+
+
+def read_record(directory: Path) -> ModelRecord:
+    """ccsr.json; ModelError where it is missing or of another format."""
+    try:
+        return ModelRecord(**read_json(directory / "ccsr.json"))
+    except ValidationError as error:
+        raise ModelError(
+            f"ccsr.json is not a model's record of format 1 ({error.errors()[0]['msg']})",
+            where=str(directory / "ccsr.json"),
+            todo="convert the original weights again: ccsr convert",
+        ) from error
 
 
 def load_model(
@@ -85,14 +111,7 @@ def load_model(
     written, a missing, surplus or misshapen tensor, a weight that is not finite.
     """
     directory = Path(directory)
-    try:
-        record = ModelRecord(**read_json(directory / "ccsr.json"))
-    except ValidationError as error:
-        raise ModelError(
-            f"ccsr.json is not a model's record of format 1 ({error.errors()[0]['msg']})",
-            where=str(directory / "ccsr.json"),
-            todo="convert the original weights again: ccsr convert",
-        ) from error
+    record = read_record(directory)
     for name, expected in record.sha256.items():
         if not (directory / name).is_file():
             raise _missing(directory / name)
@@ -175,6 +194,17 @@ def check_finite(state: Mapping[str, Tensor], where: Path | str) -> None:
             )
 
 
+def write_weights(state: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write contiguous tensors as a safetensors file. OSError where it cannot be written (a full disk)."""
+    try:
+        save_file(dict(state), path, metadata=metadata)
+    except SafetensorError as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file."""
     if not path.is_file():
@@ -211,7 +241,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 def replacing(directory: Path) -> Iterator[Path]:
     """A temporary sibling that becomes `directory` when the block ends well, and vanishes otherwise.
 
-    Raises StorageError where `directory` holds something that is not a model.
+    Raises StorageError where `directory` holds something that is not a model, and where it cannot be written.
     """
     if directory.exists() and not (directory / "ccsr.json").is_file() and any(directory.iterdir()):
         raise StorageError(
@@ -219,18 +249,20 @@ def replacing(directory: Path) -> Iterator[Path]:
             where=str(directory),
             todo="choose another folder, or empty this one",
         )
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    try:
-        (partial / "new").mkdir()
-        yield partial / "new"
-        if directory.exists():
-            directory.rename(partial / "old")
-        (partial / "new").rename(directory)
-    finally:
-        if (partial / "old").exists() and not directory.exists():
-            (partial / "old").rename(directory)
-        shutil.rmtree(partial, ignore_errors=True)
+    with explained("cannot write", str(directory)):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+        try:
+            (partial / "new").mkdir()
+            yield partial / "new"
+            if directory.exists():
+                directory.rename(partial / "old")
+            (partial / "new").rename(directory)
+            sync(directory.parent)
+        finally:
+            if (partial / "old").exists() and not directory.exists():
+                (partial / "old").rename(directory)
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,10 +1,8 @@
 """Restore LR images with recorded seeds: plain PyTorch, runs and images of one size together in a batch."""
 
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,13 +10,13 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 
-from infra.errors import DataError, ModelError
+from infra.errors import ConfigError, DataError, ModelError
 from infra.process.memory import free_memory
 from infra.seeding import Noise, noise_for
-from infra.storage import download_folder
-from training.config import SamplingConfig
+from infra.storage import join, read_json
+from training.config import FAMILIES, SamplingConfig
 from training.method import METHODS
-from training.models import CcsrModel, load_model
+from training.models import CcsrModel
 from training.restore.banded_vae import (
     GIB,
     VAE_BYTES,
@@ -48,14 +46,14 @@ class PreparedImage:
     std: Tensor
 
 
-def fetch_model(uri: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> CcsrModel:
-    """The model in a directory or s3:// prefix, ready to restore: in eval mode, on CUDA in channels-last layout."""
-    with tempfile.TemporaryDirectory(prefix="ccsr-model-") as folder:
-        model = load_model(download_folder(uri, Path(folder)), device=device, dtype=dtype)
-    if device.startswith("cuda"):
-        for network in model.networks.values():
-            network.to(memory_format=torch.channels_last)
-    return model
+def check_sampling(uri: str, config: SamplingConfig) -> None:
+    """Before the model directory at `uri` is loaded: ConfigError where a field of `config` has no effect on it."""
+    family = read_json(join(uri, "ccsr.json")).get("family")
+    try:
+        if family in FAMILIES:  # of another one `load_model` says what is wrong
+            config.check_family(family)
+    except ValueError as error:
+        raise ConfigError(str(error), where=f"sampling of {uri}", todo="remove this field from `sampling`") from error
 
 
 def restore_runs(
@@ -67,15 +65,15 @@ def restore_runs(
     seed: int,
     key: str,
     runs: Sequence[int],
-    runs_at_once: int = 8,
+    rows_at_once: int = 8,
 ) -> Iterator[np.ndarray]:
     """Yield one uint8 (H, W, 3) RGB image of `size` = (H, W) per run.
 
     `lr` is uint8 (h, w, 3) RGB. Run r's noise depends on (seed, key, r) alone. Errors as of `prepare_image`.
     """
-    image = prepare_image(model, lr, size, config, key=key, num_runs=min(runs_at_once, len(runs)))
-    for first in range(0, len(runs), runs_at_once):
-        yield from restore_batch(model, [(image, run) for run in runs[first : first + runs_at_once]], config, seed=seed)
+    image = prepare_image(model, lr, size, config, key=key, num_runs=min(rows_at_once, len(runs)))
+    for first in range(0, len(runs), rows_at_once):
+        yield from restore_batch(model, [(image, run) for run in runs[first : first + rows_at_once]], config, seed=seed)
 
 
 @torch.inference_mode()

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from infra.errors import CcsrError, error_from_json
+from infra.errors import CcsrError
 
 SECONDS_BETWEEN_BEATS = 2.0
 SILENT_SECONDS = 4 * SECONDS_BETWEEN_BEATS
@@ -18,12 +18,12 @@ NOBODY_RUNS_SECONDS = 60.0  # without any rank's beat
 
 @dataclass
 class BoardState:
-    """What the driver reads. `error` is a user's error as JSON; `news` are lines to print, oldest first; `lost` is what
+    """What the driver reads. `error` is a user's error; `news` are lines to print, oldest first; `lost` is what
     the ranks of this attempt met otherwise; `silent_seconds`: since any rank was heard."""
 
     update: int = 0
     note: str = ""
-    error: str | None = None
+    error: CcsrError | None = None
     lost: list[str] = field(default_factory=list)
     news: list[str] = field(default_factory=list)
     silent_seconds: float = 0.0
@@ -62,8 +62,8 @@ class Board:
     def warn(self, text: str) -> None:
         self._state.news.append(text)
 
-    def fail(self, error: str) -> None:
-        """A user's error, as JSON: the first one counts."""
+    def fail(self, error: CcsrError) -> None:
+        """A user's error: the first one counts."""
         self._state.error = self._state.error or error
 
     def lost(self, rank: int, what: str) -> None:
@@ -158,7 +158,7 @@ class Watch:
     def error(self) -> CcsrError | None:
         """The user's error that a worker has met, if any."""
         self._show()
-        return error_from_json(self.state.error) if self.state.error else None
+        return self.state.error
 
     def start_anew(self, error: CcsrError) -> None:
         """Let new workers start after the old ones left with `error`."""

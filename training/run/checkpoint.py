@@ -1,18 +1,20 @@
 """Checkpoints: named fp32 tensors as safetensors plus one JSON, the same for every world size and ZeRO stage."""
 
 import json
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from infra.errors import ModelError
-from infra.storage import download, exists, join, list_files, read_json, remove, sha256_file, upload, write_bytes
+from infra.publish import shared_copy, temporary_folder, upload, write_bytes
+from infra.storage import exists, join, list_files, read_json, remove, sha256_file
+from training.models.directory import write_weights
 
 FORMAT = "ccsr-checkpoint-1"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -45,11 +47,12 @@ def restore_module(
         optimizer.state[parameter] = {"step": torch.tensor(float(num_updates)), **state}
 
 
-def save_checkpoint(output: str, state: TrainingState, *, keep: int) -> str:
+def save_checkpoint(output: str, state: TrainingState, *, keep: int, damaged: Collection[str] = ()) -> str:
     """Write OUT/checkpoints/POSITION, `complete.json` last, then remove all but the newest `keep` and the best one.
 
-    What an interrupted save or removal left goes too. One process per run calls this. ModelError where any tensor is
-    not finite: such a checkpoint would only push out one that a run can resume from.
+    `damaged` checkpoints do not count, and those of later positions stay. What an interrupted save or removal left goes
+    too. One process per run calls this. ModelError where any tensor is not finite: such a checkpoint would only push
+    out one that a run can resume from. StorageError where a disk is full.
     """
     for group, tensors in state.tensors.items():
         for name, tensor in tensors.items():
@@ -63,17 +66,19 @@ def save_checkpoint(output: str, state: TrainingState, *, keep: int) -> str:
     place = join(output, "checkpoints", f"{state.facts['position']:012d}")
     if exists(join(place, "complete.json")):  # one that was found damaged and is made again
         remove_checkpoint(place)
-    with tempfile.TemporaryDirectory(prefix="ccsr-checkpoint-") as folder:
+    with temporary_folder("checkpoint") as folder:
         for name, tensors in state.tensors.items():
             contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
-            save_file(contiguous, Path(folder) / f"{name}.safetensors")
+            write_weights(contiguous, folder / f"{name}.safetensors")
         facts = json.dumps({"format": FORMAT, **state.facts}, indent=1, sort_keys=True)
-        (Path(folder) / "state.json").write_text(facts)
-        hashes = {local.name: sha256_file(local) for local in Path(folder).iterdir()}
+        (folder / "state.json").write_text(facts)
+        hashes = {local.name: sha256_file(local) for local in folder.iterdir()}
         for name in hashes:
-            upload(Path(folder) / name, join(place, name))
+            upload(folder / name, join(place, name))
         write_bytes(join(place, "complete.json"), json.dumps(hashes, indent=1, sort_keys=True).encode())
-    kept = {*complete_checkpoints(output)[-keep:], best_checkpoint(output)}
+    damaged = {*damaged} - {place}
+    sound = [one for one in complete_checkpoints(output) if one not in damaged]
+    kept = {*sound[-keep:], best_checkpoint(output, damaged), *(one for one in damaged if one > place)}
     root = join(output, "checkpoints")
     places = {join(root, file.removeprefix(f"{root}/").split("/")[0]) for file in list_files(root)}
     for old in sorted(places - kept):
@@ -81,11 +86,12 @@ def save_checkpoint(output: str, state: TrainingState, *, keep: int) -> str:
     return place
 
 
-def best_checkpoint(output: str) -> str | None:
+def best_checkpoint(output: str, damaged: Collection[str] = ()) -> str | None:
     """The complete checkpoint with the highest PSNR-Y in its facts' `validation`; None where none was validated."""
     scores = {
         place: read_json(join(place, "state.json")).get("validation", {}).get("psnr_y")
         for place in complete_checkpoints(output)
+        if place not in damaged
     }
     validated = {place: score for place, score in scores.items() if score is not None}
     return max(validated, key=lambda place: validated[place]) if validated else None
@@ -103,25 +109,33 @@ def remove_checkpoint(place: str) -> None:
         remove(file)
 
 
-def load_newest(output: str, warn: Callable[[str], None]) -> tuple[str, TrainingState] | None:
-    """The newest complete checkpoint that is intact, with its place; None where the run has none.
+class Newest(NamedTuple):
+    """The newest intact checkpoint, and the later ones that were found damaged and passed over."""
 
-    A damaged one loses its `complete.json`, so that nothing counts it as one that is kept, and `warn` is told; the one
-    before takes its place. ModelError where all are damaged.
+    place: str
+    state: TrainingState
+    damaged: list[str]
+
+
+def load_newest(output: str, warn: Callable[[str], None], copies: ExitStack | None = None) -> Newest | None:
+    """The newest complete checkpoint that is intact; None where the run has none. `copies` as of `load_checkpoint`.
+
+    `warn` reports each one that is passed over. Nothing is removed: another node may read what this one cannot.
+    ModelError where all are damaged.
     """
-    damage = None
+    damaged: list[str] = []
     for place in reversed(complete_checkpoints(output)):
         try:
-            return place, load_checkpoint(place)
+            return Newest(place, load_checkpoint(place, copies), damaged)
         except DamagedError as error:
             damage = error
-            remove(join(place, "complete.json"))
+            damaged.append(place)
             warn(f"{error.what}: this checkpoint is passed over ({place})")
-    if damage is not None:
+    if damaged:
         raise ModelError(
             "every checkpoint of this run is damaged",
             where=join(output, "checkpoints"),
-            todo="look at the storage; the same command now starts from the first update",
+            todo="look at the storage; to start from the first update, remove this folder",
         ) from damage
     return None
 
@@ -130,32 +144,47 @@ class DamagedError(ModelError):
     """A checkpoint whose bytes are not those that were written."""
 
 
-def load_checkpoint(place: str) -> TrainingState:
-    """Read one complete checkpoint. ModelError for another format, DamagedError where a hash does not match."""
+def load_checkpoint(place: str, copies: ExitStack | None = None) -> TrainingState:
+    """Read one complete checkpoint, a second time where the first finds damage.
+
+    The local copy of one on S3 is shared by the node's processes; it stays until `copies` is closed. ModelError for
+    another format, DamagedError where a hash does not match twice.
+    """
     if not exists(join(place, "complete.json")):
         raise ModelError(
             "this checkpoint is not complete", where=place, todo="use an earlier one, or remove its folder"
         )
-    with tempfile.TemporaryDirectory(prefix="ccsr-checkpoint-") as folder:
-        files = {}
-        for name, expected in read_json(join(place, "complete.json")).items():
-            if not exists(join(place, name)):
-                raise DamagedError(f"{name} is missing", where=place, todo="use an earlier checkpoint")
-            local = download(join(place, name), Path(folder))
-            if sha256_file(local) != expected:
-                raise DamagedError(
-                    f"{name} is damaged: its sha256 is not the one in complete.json",
-                    where=place,
-                    todo="use an earlier checkpoint",
-                )
-            files[name] = local
-        state = TrainingState(read_json(str(files["state.json"])))
-        if state.facts.get("format") != FORMAT:
-            found = state.facts.get("format")
-            raise ModelError(f"unknown checkpoint format {found!r}", where=place, todo=f"expected {FORMAT}")
-        for name, local in files.items():
-            if local.suffix == ".safetensors":
-                state.tensors[Path(name).stem] = load_file(local)
+    with ExitStack() as own:
+        enter = (own if copies is None else copies).enter_context
+        try:
+            return _read(enter(shared_copy(place, "complete.json")), place)
+        except DamagedError:
+            return _read(enter(shared_copy(place, "complete.json", again=True)), place)
+
+
+def _read(folder: Path, place: str) -> TrainingState:
+    try:
+        hashes = json.loads((folder / "complete.json").read_bytes())
+    except ValueError as error:
+        raise DamagedError(
+            "complete.json is damaged: it is not JSON", where=place, todo="use an earlier checkpoint"
+        ) from error
+    for name, expected in hashes.items():
+        if not (folder / name).is_file():
+            raise DamagedError(f"{name} is missing", where=place, todo="use an earlier checkpoint")
+        if sha256_file(folder / name) != expected:
+            raise DamagedError(
+                f"{name} is damaged: its sha256 is not the one in complete.json",
+                where=place,
+                todo="use an earlier checkpoint",
+            )
+    state = TrainingState(read_json(str(folder / "state.json")))
+    if state.facts.get("format") != FORMAT:
+        found = state.facts.get("format")
+        raise ModelError(f"unknown checkpoint format {found!r}", where=place, todo=f"expected {FORMAT}")
+    for name in hashes:
+        if name.endswith(".safetensors"):
+            state.tensors[Path(name).stem] = load_file(folder / name)
     return state
 
 

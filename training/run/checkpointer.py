@@ -1,8 +1,9 @@
-"""What a run saves while it trains and goes on from: checkpoints written in the background, the same on all ranks."""
+"""Background checkpointing and resume, the same on all ranks."""
 
 import hashlib
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from infra.errors import CcsrError, DataError, ModelError
+from infra.errors import CcsrError, DataError, ModelError, line_of
 from infra.storage import join
 from training.config import TrainConfig
 from training.run.agreement import WorkerContext, agree, attempt, from_rank_0
@@ -45,6 +46,7 @@ class Checkpoints:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
         self._saved = 0
+        self._damaged: list[str] = []  # of rank 0
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -53,27 +55,34 @@ class Checkpoints:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._pool.shutdown()
+        failed = self._writing and self._writing.exception()
         if error is None:
             self._context.agreed = True
-        if error is None and self._writing is not None:
-            self._writing.result()
+            if failed:
+                raise failed
+        elif failed and failed is not error:
+            self._context.warn(f"the last checkpoint was not written either: {line_of(failed)}")
 
     def resume(self) -> int:
         """Collective. Restore the newest intact checkpoint; the number of updates it had done, 0 if there is none.
 
-        Rank 0 chooses: a storage may not show the newest one to every node at once.
+        Rank 0 chooses: a storage may not show the newest one to every node at once. A node downloads it once.
         """
         config, context = self._config, self._context
         found, error = None, None
-        if context.rank == 0:
-            found, error = attempt(lambda: load_newest(config.output, context.warn))
-        agree(context, error)
-        position = from_rank_0(context, found[1].facts["position"] if found else -1)
-        if position < 0:
-            return 0
-        place = join(config.output, "checkpoints", f"{position:012d}")
-        state, error = attempt(lambda: self._checked(found[1] if found else load_checkpoint(place), place))
-        agree(context, error)
+        with ExitStack() as copies:
+            if context.rank == 0:
+                found, error = attempt(lambda: load_newest(config.output, context.warn, copies))
+            agree(context, error)
+            position = from_rank_0(context, found.state.facts["position"] if found else -1)
+            if position < 0:
+                return 0
+            self._damaged = found.damaged if found else []
+            place = join(config.output, "checkpoints", f"{position:012d}")
+            state, error = attempt(
+                lambda: self._checked(found.state if found else load_checkpoint(place, copies), place)
+            )
+            agree(context, error)
         self._saved = state.facts["num_updates"]
         restore_engine(self._engine, self._optimizer, state.tensors, self._saved)
         if self._discriminator is not None:
@@ -94,8 +103,8 @@ class Checkpoints:
     def save(self, num_updates: int, validation: Mapping[str, float] | None = None) -> None:
         """Collective. Copy what a checkpoint holds, then write it while training goes on; at most one at a time.
 
-        A write that fails is told by `failure` and at the block's end. Saving twice at one update does nothing.
-        ModelError where a rank's discriminator differs from rank 0's.
+        A write that fails is reported by `failure`, `wait` and the block's end; the next one is then not begun. Saving
+        twice at one update does nothing. ModelError where a rank's discriminator differs from rank 0's.
         """
         if num_updates == self._saved:
             return
@@ -116,6 +125,12 @@ class Checkpoints:
         if failed is None:
             self._writing = self._pool.submit(self._write, TrainingState(facts, tensors))
 
+    def wait(self) -> None:
+        """Collective. Wait until the last checkpoint stands; raises on every rank where it does not."""
+        if self._writing is not None:
+            self._writing.exception()  # waits
+        agree(self._context, self.failure())
+
     def _replica(self, module: nn.Module, optimizer: torch.optim.Optimizer, num_updates: int) -> dict[str, Tensor]:
         """Collective. The discriminator's tensors, once every rank has found its own equal to rank 0's."""
         tensors = module_state(module, optimizer)
@@ -134,7 +149,7 @@ class Checkpoints:
 
     def _write(self, state: TrainingState) -> None:
         runtime = self._config.runtime
-        save_checkpoint(self._config.output, state, keep=runtime.keep_checkpoints)
+        save_checkpoint(self._config.output, state, keep=runtime.keep_checkpoints, damaged=self._damaged)
         every = runtime.export_every * runtime.checkpoint_every
         if self._context.export and every and state.facts["num_updates"] % every == 0:
             place = join(self._config.output, "exports", f"{state.facts['position']:012d}")

@@ -1,45 +1,41 @@
 """`ccsr train`: Ray Train workers run the loop; the driver checks first, shows progress and writes the model."""
 
-import hashlib
 import json
 import os
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from infra.cluster.jobs import PACKAGES
 from infra.display.progress import progress
-from infra.errors import CcsrError, ClusterError, ConfigError, ModelError, StoppedError, error_to_json, line_of
+from infra.errors import CcsrError, ClusterError, ConfigError, ModelError, StoppedError, line_of
 from infra.manifest import Manifest
+from infra.publish import shared_copy, temporary_folder, write_bytes
 from infra.ray_runtime import check_gpus_here, cpu_work, cpus_here, lost_worker, ray_cluster, user_error
-from infra.run import claim_output
-from infra.storage import (
-    download_folder,
-    exists,
-    join,
-    read_bytes,
-    read_json,
-    remove,
-    upload_folder,
-    write_bytes,
-)
+from infra.run import claim_output, git_commit
+from infra.storage import exists, join, read_json
 from infra.tracking import MODEL_TAG, Tracker, find_model, track, tracking_uri
 from training.config import TrainConfig, TrainRuntime
 from training.data.batches import check_cpus
 from training.data.samples import check_latents
-from training.models import CcsrModel, build_model, load_model, save_model
+from training.models import (
+    CcsrModel,
+    build_model,
+    export_trained,
+    fetch_model,
+    model_id,
+    publish_model,
+    save_model,
+)
 from training.run.agreement import OtherRankError, WorkerContext, agree, attempt, sigterm_noted
 from training.run.board import Pulse, Watch, make_board
-from training.run.checkpoint import best_checkpoint, check_tensors, complete_checkpoints, load_checkpoint, load_newest
+from training.run.checkpoint import Newest, best_checkpoint, complete_checkpoints, load_checkpoint, load_newest
 from training.run.stages import build_stage
 from training.run.validation import Validation
 
 LIBRARIES = ("torch", "deepspeed", "diffusers", "numpy", "opencv-python-headless", "pillow")
-GIT_PLACES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")
 
 
 def run_train(config: TrainConfig) -> str:
@@ -58,17 +54,19 @@ def run_train(config: TrainConfig) -> str:
     if exported == config.num_updates:
         return model_uri
     facts = {"fingerprint": run["fingerprint"], "config": run["config"], **inputs, "git_commit": git_commit()}
-    if done < config.num_updates:
+    last = _last(config) if done == config.num_updates else None  # None where it is damaged: it is made again
+    if last is None:
         _check_start(config, manifests)
     tags = {"ccsr.stage": str(config.stage), "git.commit": facts["git_commit"]}
     with (
-        ray_cluster(config.runtime.ray) if done < config.num_updates else nullcontext(),
+        ray_cluster(config.runtime.ray) if last is None else nullcontext(),
         track(config.tracking, run, tags) as tracker,
         sigterm_noted() as sigterm,  # after Ray's start, which sets its own handler
     ):
-        if done < config.num_updates:
+        if last is None:
             _fit(config, manifests, facts, tracker, sigterm)
-        _export(config, model_uri)  # after SIGTERM too: what was finished counts
+            last = _last(config)
+        _export(config, last, model_uri)  # after SIGTERM too: what was finished counts
     return model_uri
 
 
@@ -105,26 +103,11 @@ def _check_crop(config: TrainConfig, manifests: list[Manifest]) -> None:
             )
 
 
-def model_id(uri: str | None) -> str:
-    """Identifies a model directory by its content (the hash of its ccsr.json); "random" for none."""
-    if not uri:
-        return "random"
-    place = join(uri, "ccsr.json")
-    if not exists(place):
-        raise ModelError(
-            "there is no complete model directory here (ccsr.json is missing)",
-            where=uri,
-            todo="give the `model` folder of a finished training run",
-        )
-    return hashlib.sha256(read_bytes(place)).hexdigest()[:16]
-
-
 def initial_model(config: TrainConfig) -> CcsrModel:
     """The fp32 model that training starts from. ModelError if the directory's networks are not the config's."""
     if not config.init_from:
         return _prepared(build_model(config.model, config.seed), config)
-    with tempfile.TemporaryDirectory(prefix="ccsr-model-") as folder:
-        model = load_model(download_folder(config.init_from, Path(folder)))
+    model = fetch_model(config.init_from)
     if model.config != config.model:
         raise ModelError(
             f"the model there is {model.config.model_dump()}, the config asks for {config.model.model_dump()}",
@@ -159,7 +142,7 @@ def _fit(
                 """Leave Ctrl-C to Python: Ray's own handler ends this process with exit code 1 before anything is
                 closed."""
 
-        check_gpus_here(runtime.num_workers if runtime.use_gpu else 0)
+        check_gpus_here(runtime.num_workers if runtime.device == "cuda" else 0)
         check_cpus(config, {"CPU": cpus_here()})
         tracker.tag(**{MODEL_TAG: join(config.output, "model"), "ccsr.num_updates": str(config.num_updates)})
         _log_inputs(tracker, config, manifests)
@@ -172,16 +155,16 @@ def _fit(
             "run_id": tracker.run_id,
             "board": board,
         }
-        environment = {"OMP_NUM_THREADS": str(runtime.threads_per_worker)}
+        environment = {"OMP_NUM_THREADS": str(runtime.threads)}
         environment |= {name: os.environ[name] for name in ("CCSR_WEIGHTS",) if name in os.environ}
-        if not runtime.use_gpu:
+        if runtime.device != "cuda":
             environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
         trainer = Trainer(
             _worker,
             train_loop_config=settings,
             scaling_config=_placement(runtime),
             torch_config=TorchConfig(
-                backend="nccl" if runtime.use_gpu else "gloo", timeout_s=runtime.collective_timeout_seconds
+                backend="nccl" if runtime.device == "cuda" else "gloo", timeout_s=runtime.collective_timeout_seconds
             ),
             run_config=RunConfig(
                 name=facts["fingerprint"][:16],
@@ -222,7 +205,7 @@ def _placement(runtime: TrainRuntime) -> Any:
     """Where Ray Train puts the workers, and what it reserves for each: its GPU alone, or one CPU."""
     from ray.train import ScalingConfig
 
-    if runtime.use_gpu:
+    if runtime.device == "cuda":
         return ScalingConfig(num_workers=runtime.num_workers, use_gpu=True)
     place = cpu_work(runtime.ray)
     return ScalingConfig(
@@ -271,10 +254,10 @@ def _worker(settings: dict[str, Any]) -> None:
     set_numerics(config.numerics)
     ray_context = ray.train.get_context()
     rank = ray_context.get_world_rank()
-    torch.set_num_threads(config.runtime.threads_per_worker)
+    torch.set_num_threads(config.runtime.threads)
     cv2.setNumThreads(1)  # the ingest has threads of its own
     skip_compiled_collectives()
-    backend = "nccl" if config.runtime.use_gpu else "gloo"
+    backend = "nccl" if config.runtime.device == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     board = settings["board"]
     if not ray.get(board.begin.remote(rank)):
@@ -303,7 +286,7 @@ def _worker(settings: dict[str, Any]) -> None:
         except OtherRankError:
             pass
         except CcsrError as error:  # not to be tried again: it is kept on the board, and the worker ends in peace
-            ray.get(board.fail.remote(error_to_json(error)))
+            ray.get(board.fail.remote(error))
             if not context.agreed:  # the others do not know: Ray ends them
                 raise
         except Exception as error:
@@ -314,16 +297,22 @@ def _worker(settings: dict[str, Any]) -> None:
                 tracker.close()
 
 
-def _export(config: TrainConfig, model_uri: str) -> None:
+def _last(config: TrainConfig) -> Newest | None:
+    """The checkpoint of a finished run, if it is intact."""
+    newest = load_newest(config.output, lambda text: print(f"warning: {text}", file=sys.stderr))
+    return newest if newest and newest.state.facts["num_updates"] == config.num_updates else None
+
+
+def _export(config: TrainConfig, last: Newest | None, model_uri: str) -> None:
     """OUT/model from the last checkpoint, OUT/best where some were validated; trained.json says of which update."""
-    place, state = load_newest(config.output, lambda text: print(f"warning: {text}", file=sys.stderr)) or ("", None)
-    if state is None or state.facts["num_updates"] != config.num_updates:
+    if last is None:
         raise ModelError(
             f"the checkpoint after {config.num_updates} updates is gone or damaged",
             where=join(config.output, "checkpoints"),
-            todo="run the same command again to make it anew from the one before",
+            todo="run the same command again: it resumes from the one before",
         )
-    best = best_checkpoint(config.output)
+    place, state, damaged = last
+    best = best_checkpoint(config.output, damaged)
     if best is not None:
         weights = state.tensors["weights"] if best == place else load_checkpoint(best).tensors["weights"]
         _write_model(config, weights, join(config.output, "best"))
@@ -334,33 +323,20 @@ def _export(config: TrainConfig, model_uri: str) -> None:
 
 def _write_model(config: TrainConfig, weights: dict[str, Any], uri: str) -> None:
     """The starting model with `weights` in place of the trained part, as a model directory that replaces one there."""
-    model = initial_model(config)
-    trained = build_stage(model, config).trained
-    check_tensors(uri, weights, trained)
-    trained.load_state_dict(weights, strict=False)  # parameters were checked; there may be buffers besides
-    with tempfile.TemporaryDirectory(prefix="ccsr-model-") as folder:
-        local = Path(folder) / "model"
-        save_model(model, local)
-        if exists(join(uri, "ccsr.json")):  # while files are replaced the directory is not complete
-            remove(join(uri, "ccsr.json"))
-        upload_folder(local, uri, last="ccsr.json")
+    facts = config.model.facts
+    part, subparts = (facts.decoder, facts.decoder_parts) if config.stage == 2 else (facts.adapter, ())
+    own = {name.removeprefix(f"{part}."): tensor for name, tensor in weights.items()}
+    with temporary_folder("model") as folder, _base(config, part, folder) as base:
+        export_trained(base, part, subparts, own, folder / "model")
+        publish_model(folder / "model", uri)
 
 
-def git_commit() -> str:
-    """The commit that holds this code, with "-dirty" where our packages differ from it; "unknown" where the code is in
-    no commit: outside a checkout, or installed below another project's."""
-    root = Path(__file__).parents[2]
-    # A hook or a script may have set the variables that name another repository.
-    environment = {name: value for name, value in os.environ.items() if name not in GIT_PLACES}
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", *arguments], cwd=root, env=environment, capture_output=True, text=True, timeout=30, check=True
-        ).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", "--", __file__)
-        commit = git("rev-parse", "--verify", "HEAD")
-        return commit + ("-dirty" if git("status", "--porcelain", "--", *PACKAGES) else "")
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
+@contextmanager
+def _base(config: TrainConfig, part: str, folder: Path) -> Iterator[Path]:
+    """A model directory that an export changes: the one that training began with; its networks written to `folder`
+    where they were random, or the stage has added `part`."""
+    with shared_copy(config.init_from, "ccsr.json") if config.init_from else nullcontext(folder) as base:
+        if not (base / part).is_dir():
+            base = folder / "initial"
+            save_model(initial_model(config), base)
+        yield base

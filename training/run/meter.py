@@ -2,18 +2,17 @@
 
 import resource
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop, shape_wrapper
 
-from infra.storage import explained, join, upload
+from infra.publish import temporary_folder, upload
+from infra.storage import join
 from training.config import TrainConfig
 from training.run.agreement import WorkerContext, attempt
 
@@ -175,10 +174,10 @@ class Profile:
     def _save(self, profiler: torch.profiler.profile) -> None:
         key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         table = profiler.key_averages().table(sort_by=key, row_limit=20, max_name_column_width=60)
-        with explained("cannot write", self._folder), tempfile.TemporaryDirectory(prefix="ccsr-profile-") as scratch:
-            profiler.export_chrome_trace(f"{scratch}/trace.json")
-            (Path(scratch) / "top_ops.txt").write_text(table + "\n")
+        with temporary_folder("profile") as scratch:
+            profiler.export_chrome_trace(str(scratch / "trace.json"))
+            (scratch / "top_ops.txt").write_text(table + "\n")
             for name in ("trace.json", "top_ops.txt"):
-                upload(Path(scratch) / name, join(self._folder, name))
+                upload(scratch / name, join(self._folder, name))
         if self._context.tracker is not None:
             self._context.tracker.file("profile/top_ops.txt", table.encode())

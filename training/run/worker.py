@@ -50,10 +50,12 @@ def train(config: TrainConfig, manifests: list[Manifest], model: CcsrModel, cont
             batches, error = attempt(lambda: next(stream))
             if agree(context, error or checkpoints.failure(), stop=context.stop_asked(update)):
                 checkpoints.save(update)
+                checkpoints.wait()
+                saved = f"saved a checkpoint after {update} of {config.num_updates} updates" if update else ""
                 raise StoppedError(
-                    f"the run was asked to stop and saved a checkpoint after {update} of {config.num_updates} updates",
+                    f"the run was asked to stop and {saved or 'had done no update: there was nothing to save'}",
                     where=config.output,
-                    todo="run the same command again to go on",
+                    todo="run the same command again to resume",
                 )
             meter.batch_arrived()
             learning_rate = _set_learning_rate(optimizer, config, update)

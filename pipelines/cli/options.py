@@ -1,0 +1,10 @@
+"""Options that several commands share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ConfigFile = Annotated[Path, typer.Option("-c", "--config", help="The run's YAML file.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a value: a.b=c. May be repeated.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]

@@ -1,0 +1,64 @@
+"""Model directories by path or URI: identity, fetching, publishing, and export of a trained part."""
+
+import hashlib
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from infra.errors import ModelError
+from infra.publish import shared_copy, upload_folder
+from infra.storage import exists, join, read_bytes, remove
+from training.models.ccsr import CcsrModel
+from training.models.directory import check_keys, load_model, load_part, read_record, replacing, save_part, write_record
+
+
+def model_id(uri: str | None) -> str:
+    """Identifies a model directory by its content (the hash of its ccsr.json); "random" for none."""
+    if not uri:
+        return "random"
+    place = join(uri, "ccsr.json")
+    if not exists(place):
+        raise ModelError(
+            "there is no complete model directory here (ccsr.json is missing)",
+            where=uri,
+            todo="give the `model` folder of a finished training run",
+        )
+    return hashlib.sha256(read_bytes(place)).hexdigest()[:16]
+
+
+def fetch_model(uri: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> CcsrModel:
+    """The model in a directory or s3:// prefix, in eval mode; on CUDA in channels-last layout. Errors: `load_model`."""
+    with shared_copy(uri, "ccsr.json") as folder:
+        model = load_model(folder, device=device, dtype=dtype)
+    if device.startswith("cuda"):
+        for network in model.networks.values():
+            network.to(memory_format=torch.channels_last)
+    return model
+
+
+def publish_model(directory: Path, uri: str) -> None:
+    """Put a local model directory in place of the one at `uri`, which is incomplete while files are replaced."""
+    if exists(join(uri, "ccsr.json")):
+        remove(join(uri, "ccsr.json"))
+    upload_folder(directory, uri, last="ccsr.json")
+
+
+def export_trained(
+    base: Path, part: str, subparts: Sequence[str], weights: Mapping[str, Tensor], directory: Path
+) -> None:
+    """Write a copy of the model directory `base` with `weights`, by parameter name, in its network `part`.
+
+    They are all parameters of that network, or of its `subparts` if any are named; ModelError otherwise. No other
+    network is loaded.
+    """
+    network = load_part(base / part, part)
+    trained = nn.ModuleDict({name: getattr(network, name) for name in subparts}) if subparts else network
+    check_keys(dict(trained.named_parameters()), weights, where=base / part)
+    trained.load_state_dict(dict(weights), strict=False)  # there may be buffers besides
+    with replacing(directory) as partial:
+        shutil.copytree(base, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns("ccsr.json", part))
+        save_part(network, part, partial)
+        write_record(read_record(base), partial)
