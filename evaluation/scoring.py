@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,12 @@ class Scorer:
         lr, hr, size = image.read()
         bicubic = resize_bicubic(lr, size[1], size[0])
         self._write_inputs(image.key, lr, hr)
-        runs = map(read_image, files.runs) if files else self._restored(method, lr, size, image.key)
+        runs: Iterable[np.ndarray]
+        trace: list[dict[str, Any]] = []
+        if task.trace and isinstance(method, ModelMethod):
+            trace, runs = self._traced(method, lr, hr, bicubic, image.key)
+        else:
+            runs = map(read_image, files.runs) if files else self._restored(method, lr, size, image.key)
         kept: list[np.ndarray] = []
         scores: dict[str, list[float | None]] = {name: [] for name in self._metrics}
         for run, output in enumerate(runs):
@@ -78,7 +83,6 @@ class Scorer:
             numbers["l_std_equal_sharpness"] = l_std_equal_sharpness(kept, bicubic, crop_border=border)
         numbers |= self._against_perturbations(method, files, lr, hr, kept[0], image.key)
         row = image_row(method.name, image.key, size, scores, **numbers)
-        trace = self._trace(method, lr, hr, bicubic, image.key) if task.trace else []
         record = json.dumps({"scores": scores, "image": row, "trace": trace}, sort_keys=True).encode()
         put_if_absent(record_uri(config.output, method.name, image.key), record)
         return f"{method.name}: {image.key}"
@@ -114,21 +118,19 @@ class Scorer:
             self._score(scores, output, hr, border)
         return {"p_std": l_std(outputs, crop_border=border), "perturbed": scores}
 
-    def _trace(
-        self, method: Method, lr: np.ndarray, hr: np.ndarray | None, bicubic: np.ndarray, key: str
-    ) -> list[dict[str, Any]]:
-        """Per visited timestep `t`: `psnr_y` (None without HR) and `sharpness`, means over the runs, and `l_std`."""
-        if not isinstance(method, ModelMethod):
-            return []
-        found, border = [], self._config.crop_border
-        for t, outputs in trace_runs(
-            self._model(method.model), lr, bicubic.shape[:2], method.sampling, **self._seeds(key)
-        ):
+    def _traced(
+        self, method: ModelMethod, lr: np.ndarray, hr: np.ndarray | None, bicubic: np.ndarray, key: str
+    ) -> tuple[list[dict[str, Any]], list[np.ndarray]]:
+        """Per visited timestep `t`: `psnr_y` (None without HR) and `sharpness`, means over the runs, and `l_std`; and
+        the last one's images, which are the outputs."""
+        found, border, outputs = [], self._config.crop_border, []
+        reference = bicubic if hr is None else hr
+        model = self._model(method.model)
+        for t, outputs in trace_runs(model, lr, bicubic.shape[:2], method.sampling, **self._seeds(key)):
             psnr = None if hr is None else float(np.mean([psnr_y(o, hr, crop_border=border) for o in outputs]))
-            sharp = [sharpness(o, bicubic if hr is None else hr, crop_border=border) for o in outputs]
-            spread = l_std(outputs, crop_border=border)
-            found.append({"t": t, "psnr_y": psnr, "sharpness": float(np.mean(sharp)), "l_std": spread})
-        return found
+            sharp = float(np.mean([sharpness(o, reference, crop_border=border) for o in outputs]))
+            found.append({"t": t, "psnr_y": psnr, "sharpness": sharp, "l_std": l_std(outputs, crop_border=border)})
+        return found, outputs
 
     def _seeds(self, key: str, num_runs: int | None = None) -> dict[str, Any]:
         runs = range(num_runs or self._config.num_runs)
