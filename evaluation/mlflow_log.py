@@ -89,6 +89,7 @@ def flat_summary(summary: dict[str, Any]) -> dict[str, float]:
         for metric, numbers in method["metrics"].items():
             label = metric.replace("+", "_plus")  # MLflow takes no plus sign
             flat |= {f"{name}/{label}": numbers["mean"], f"{name}/g_std_{label}": numbers["g_std"]}
+            flat[f"{name}/p_g_std_{label}"] = numbers.get("p_g_std")
     return {key: value for key, value in flat.items() if value is not None}
 
 

@@ -63,7 +63,7 @@ class MethodScores:
 
     def summary(self) -> dict[str, Any]:
         """`num_images`, `num_runs`, `l_std`, `l_std_equal_sharpness`, `num_blurrier`, `p_std`, `sharpness` and
-        `metrics`: name -> `mean`, `g_std`, `num_images`, for pyiqa's also `direction`.
+        `metrics`: name -> `mean`, `g_std`, `num_images`, `p_g_std` where known, and for pyiqa's `direction`.
 
         Numbers are over the images that have them, a metric's over those that have it for every run; None where no
         image has. `num_blurrier`: images on which the method is blurrier than bicubic.
@@ -76,6 +76,7 @@ class MethodScores:
                 "g_std": (g_std(complete) if self.num_runs > 1 else 0.0) if len(complete) else None,
                 "num_images": len(complete),
                 **({"direction": self.directions[metric]} if metric in self.directions else {}),
+                **({} if (p_g_std := _mean_of_known(self.p_g_std[metric])) is None else {"p_g_std": p_g_std}),
             }
         return {
             "num_images": len(self.keys),
@@ -229,7 +230,7 @@ def _one_method(
         l_std=_floats(per_image["l_std"]),
         l_std_equal_sharpness=_floats(per_image["l_std_equal_sharpness"]),
         p_std=_floats(per_image["p_std"]),
-        p_g_std={m: _floats(per_image[f"p_g_std_{m}"]) for m in metrics if f"p_g_std_{m}" in per_image},
+        p_g_std={metric: _floats(per_image[f"p_g_std_{metric}"]) for metric in metrics},
         sharpness=_floats(per_image["sharpness"]),
         best_run=per_image["best_run"],
         worst_run=per_image["worst_run"],

@@ -202,6 +202,8 @@ def test_mlflow_knows_model_and_parent_and_a_result_can_be_sent_later(place: Pat
     run = load_result(first).run
     assert logged.data.tags["mlflow.parentRunId"] == logged.data.tags["trained_by.v2"] == training.info.run_id
     assert logged.data.tags["model.v2"] == run["inputs"]["methods"]["v2"]
+    for name in ("l_std_equal_sharpness", "p_std", "p_g_std_psnr_y"):
+        assert logged.data.metrics[f"v2/{name}"] > 0
     assert logged.data.tags["dataset_id"] == run["dataset_id"]
     shutil.copytree(first, place / "away")
     away = {"uri": "http://127.0.0.1:9", "run_name": "away"}
