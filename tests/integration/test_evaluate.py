@@ -185,7 +185,7 @@ def test_an_error_in_a_worker_reaches_the_user_and_what_is_done_stays(place: Pat
 
 
 def test_images_without_hr_have_sharpness_against_bicubic(place: Path, without_weights: None) -> None:
-    changes = {"data": [{"lr": f"{place}/lr"}], "metrics": ["psnr_y", "niqe"]}
+    changes = {"data": [{"lr": f"{place}/lr"}], "metrics": ["psnr_y", "niqe"], "perturbations": []}
     result = run_evaluate(config(place, "lr_only", **changes))
     assert result.summary["bicubic"]["sharpness"] == 1
     assert result.summary["v2"]["l_std"] > 0
