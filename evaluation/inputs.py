@@ -58,7 +58,7 @@ class EvaluationImage:
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """`dataset_id` names the content, wherever it lies: images, their keys and, without HR, the scale."""
+    """`dataset_id` identifies the content, not its place: images, their keys and, without HR, the scale."""
 
     dataset_id: str
     images: list[EvaluationImage]
