@@ -2,6 +2,7 @@
 
 python benchmarks/restore.py [--preset tiny] [--runs 10] [--rounds 5]      # latents to decoded tensors, on a CPU
 python benchmarks/restore.py --memory 4096                                 # one output of 4096 x 4096 px
+python benchmarks/restore.py --table2 --preset sd21                        # the paper's Table 2; a GPU if there is one
 """
 
 import argparse
@@ -17,12 +18,29 @@ import psutil
 import torch
 
 from infra import noise_for, rng_for
+from infra.display.table import Table, cell, print_report
 from training.config import ModelConfig, SamplingConfig
 from training.models import CcsrModel, build_model
-from training.restore.restore import PreparedImage, decode_rows, prepare_image, restore_batch, sample_latents
+from training.restore.restore import (
+    PreparedImage,
+    decode_rows,
+    prepare_image,
+    restore_batch,
+    restore_runs,
+    sample_latents,
+)
 from training.sampling import ccsr_v2_timesteps
 
 GIB = 2**30
+# Table 2 of arXiv 2401.00877v1: seconds per 128 -> 512 px picture on a V100, millions of parameters.
+TABLE2 = {
+    "LDM-SR": (5.21, 168.95),
+    "StableSR": (18.90, 1409.11),
+    "ResShift": (1.12, 173.91),
+    "DiffBIR": (5.85, 1716.71),
+    "PASD": (6.11, 1883.70),
+    "CCSR": (2.22, 1700.91),
+}
 
 
 def main() -> None:
@@ -33,10 +51,14 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=256, help="px of the output of the speed comparison")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory", type=int, help="px of a side of the output whose memory is measured")
+    parser.add_argument("--table2", action="store_true", help="seconds per picture and parameters, beside the paper's")
     options = parser.parse_args()
     print(
         f"{date.today()}  {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {options}"
     )
+    if options.table2:
+        print_report([table2(options.preset, options.rounds)])
+        return
     model = build_model(ModelConfig(preset=options.preset), seed=0)
     for network in model.networks.values():
         network.eval()
@@ -44,6 +66,36 @@ def main() -> None:
         measure_memory(model, options.memory)
     else:
         compare_speed(model, options)
+
+
+def table2(preset: str, rounds: int) -> Table:
+    """Seconds of one picture after another, 128 -> 512 px in float32: CCSR v1 in 15 of 45 steps, StableSR in 200; the
+    median of `rounds`. Random weights: they cost what trained ones do. Parameters: of the networks that are loaded;
+    `ccsr estimate --model sd21` adds the text encoder, which the cached prompt replaces here."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    table = Table(
+        ("method", "seconds", "million parameters", "paper: seconds", "paper: parameters"), f"Table 2, {device}"
+    )
+    lr = rng_for(0, "lr").integers(0, 256, (128, 128, 3), dtype=np.uint8)
+    measured = {}
+    for name, config, sampling in (
+        ("StableSR", ModelConfig(preset=preset, family="stablesr"), SamplingConfig(sampler="uniform", num_steps=200)),
+        ("CCSR", ModelConfig(preset=preset, family="v1"), SamplingConfig(num_steps=45)),
+    ):
+        model = build_model(config, seed=0)
+        for network in model.networks.values():
+            network.eval().to(device)
+        took = []
+        for run in range(rounds + 1):  # the first warms up
+            began = time.perf_counter()
+            list(restore_runs(model, lr, (512, 512), sampling, seed=0, key="x", runs=[run]))  # ends on the CPU
+            took.append(time.perf_counter() - began)
+        parameters = sum(p.numel() for network in model.networks.values() for p in network.parameters()) / 1e6
+        measured[name] = (statistics.median(took[1:]), parameters)
+    for name, published in TABLE2.items():
+        ours = measured.get(name, (None, None))
+        table.add(name, cell(ours[0], ".2f"), cell(ours[1], ".2f"), *(cell(value, ".2f") for value in published))
+    return table
 
 
 @torch.inference_mode()

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.find import find_result
+from evaluation.find import find_result, require_same_set
 from evaluation.metrics.image import METRICS, Metric
 from evaluation.results import EvaluationResult, MethodScores
 from infra.display.table import Cell, Table, cell
-from infra.errors import ConfigError, DataError
+from infra.errors import ConfigError
 from infra.seeding import rng_for
 from infra.tracking import TrackingConfig
 
@@ -65,12 +65,16 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found. `config_diff`: dotted config key -> its value per label, where the labels differ."""
+    """What `compare` found. `config_diff`: dotted config key -> its value per label, where the labels differ.
+
+    `results`: those that were compared, in the order given.
+    """
 
     baseline: str
     differences: list[Difference]
     config_diff: dict[str, dict[str, Any]]
     notes: list[str] = field(default_factory=list)
+    results: list[EvaluationResult] = field(default_factory=list)
 
     def tables(self) -> list[Table]:
         """A table per candidate and, where the configs differ, the differing values."""
@@ -90,7 +94,7 @@ class Comparison:
         styles = {"better": "good", "worse": "bad"}
         for row in rows:
             table.add(
-                Cell(row.metric, ((f"{'↓ ↑'[row.direction + 1]} {row.metric}", ""),)),
+                Cell(row.metric, ((f"{'↓ ↑'[row.direction + 1]} {_short(row.metric)}", ""),)),
                 cell(row.baseline_mean, ".4f"),
                 cell(row.candidate_mean, ".4f"),
                 cell(row.mean, "+.4f"),
@@ -123,9 +127,24 @@ class Comparison:
                     writer.writerow([*head, key, float(value), "", "", "", "", verdict])
 
 
-def metric_direction(metric: str) -> int:
-    """+1 where higher is better, -1 where lower is (every g_std_METRIC), 0 where neither."""
-    return -1 if metric.startswith("g_std_") else METRICS.get(metric, Metric(metric, 0, 4)).direction
+def metric_direction(metric: str, directions: Mapping[str, int] | None = None) -> int:
+    """+1 where higher is better, -1 where lower is (every g_std_METRIC and p_g_std_METRIC), 0 where neither.
+
+    `directions`: of pyiqa's metrics.
+    """
+    if metric.startswith(("g_std_", "p_g_std_")):
+        return -1
+    return (directions or {}).get(metric, METRICS.get(metric, Metric(metric, 0, 4)).direction)
+
+
+def _short(metric: str) -> str:
+    """Folded, so that a terminal of 80 columns has room for the other columns."""
+    return metric.replace("_equal_", " at\n  equal\n  ")
+
+
+def needs_runs(metric: str) -> bool:
+    """Whether a number describes the spread over the runs, which a deterministic method has none of."""
+    return metric in ("l_std", "l_std_equal_sharpness") or metric.startswith("g_std_")
 
 
 def bootstrap_interval(differences: np.ndarray, *, seed: int = 0, num_resamples: int = 10_000) -> tuple[float, float]:
@@ -151,15 +170,17 @@ def compare(
     num_resamples: int = 10_000,
     tracking: TrackingConfig | None = None,
 ) -> Comparison:
-    """Compare every method against the first one, image by image.
+    """Compare every method against a baseline, image by image.
 
     `results`: result folders, ids or names of MLflow runs (in the store of `tracking`), `RESULT:METHOD` for one method
-    (without it, all methods of the result), or loaded results. Scores are averaged over an image's runs; G-STD and
-    L-STD are compared between methods of equally many runs, because their expectation grows with the number.
-    Raises DataError where dataset, crop or images differ, ConfigError for an unknown method or fewer than two.
+    (without it, all methods of the result), or loaded results. The baseline is the first method that is named so, or
+    else the first with runs. Scores are averaged over an image's runs; G-STD and L-STD are compared between methods of
+    equally many runs, two or more, because their expectation grows with the number.
+    Raises DataError where dataset, convention or images differ, ConfigError for an unknown method or fewer than two.
     """
     with tempfile.TemporaryDirectory(prefix="ccsr-compare-") as scratch:
-        entries = [entry for one in results for entry in _select(one, tracking or TrackingConfig(), Path(scratch))]
+        parts = [_select(one, tracking or TrackingConfig(), Path(scratch)) for one in results]
+    entries = [entry for part in parts for entry in part]
     if len(entries) < 2:
         raise ConfigError(
             "there is nothing to compare",
@@ -167,18 +188,23 @@ def compare(
             todo="give at least two results or methods (FOLDER or FOLDER:METHOD)",
         )
     entries = [(_unique(label, i, entries), result, method) for i, (label, result, method) in enumerate(entries)]
-    (baseline, base_result, base), *others = entries
+    named = len(parts[0]) == 1
+    first = 0 if named else next((i for i, (_, _, method) in enumerate(entries) if method.num_runs > 1), 0)
+    baseline, base_result, base = entries[first]
+    others = entries[:first] + entries[first + 1 :]
     for label, result, method in others:
-        _require_same_set((baseline, base_result, base), (label, result, method))
+        require_same_set(base_result, result, base, method, (baseline, label))
     notes, rows = [], []
     base_values = per_image_values(base)
     for label, _, method in others:
         values = per_image_values(method)
-        unlike_runs = method.num_runs != base.num_runs and min(method.num_runs, base.num_runs) > 1
-        if unlike_runs:
-            notes.append(f"{label}: {method.num_runs} runs against {base.num_runs}, so stability is not compared")
+        alike = method.num_runs == base.num_runs > 1
+        if not alike:
+            notes.append(
+                f"{label}: {method.num_runs} runs against {base.num_runs}, so stability over runs is not compared"
+            )
         for metric in base_values:
-            if metric not in values or (unlike_runs and (metric == "l_std" or metric.startswith("g_std_"))):
+            if metric not in values or (needs_runs(metric) and not alike):
                 continue
             both = np.isfinite(values[metric]) & np.isfinite(base_values[metric])
             if not both.any():
@@ -189,7 +215,7 @@ def compare(
                 Difference(
                     candidate=label,
                     metric=metric,
-                    direction=metric_direction(metric),
+                    direction=metric_direction(metric, base.directions | method.directions),
                     keys=[key for key, known in zip(base.keys, both, strict=True) if known],
                     differences=differences,
                     baseline_mean=float(base_values[metric][both].mean()),
@@ -201,8 +227,8 @@ def compare(
         absent = sorted(set(base_values) ^ set(values))
         if absent:
             notes.append(f"{label}: not compared, because only one side has it: {', '.join(absent)}")
-    configs = {label: _flat(result.run.get("config", {})) for label, result, _ in entries}
-    return Comparison(baseline, rows, _differing(configs), notes)
+    configs = {label: _flat(_own_config(result, method)) for label, result, method in entries}
+    return Comparison(baseline, rows, _differing(configs), notes, [result for _, result, _ in entries])
 
 
 _Entry = tuple[str, EvaluationResult, MethodScores]
@@ -230,38 +256,24 @@ def _unique(label: str, index: int, entries: list[_Entry]) -> str:
     return f"{label} #{same.index(index) + 1}" if len(same) > 1 else label
 
 
-def _require_same_set(first: _Entry, second: _Entry) -> None:
-    (label, result, method), (other_label, other_result, other) = first, second
-    for name in ("dataset_id", "crop_border"):
-        ours, theirs = result.run.get(name), other_result.run.get(name)
-        if ours is None or ours != theirs:
-            raise DataError(
-                f"these results cannot be compared: their {name} differs or is unknown",
-                where=f"{label} has {ours!r}, {other_label} has {theirs!r}",
-                todo="evaluate both on the same test set with the same crop_border",
-            )
-    if method.keys != other.keys:
-        only, only_other = (sorted(a) for a in (set(method.keys) - set(other.keys), set(other.keys) - set(method.keys)))
-        examples = "; ".join(
-            f"only {name} has {len(keys)} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-            for name, keys in ((label, only), (other_label, only_other))
-            if keys
-        )
-        raise DataError(
-            "these results cannot be compared: their images differ",
-            where=examples,
-            todo="evaluate both on the same images",
-        )
-
-
 def per_image_values(method: MethodScores) -> dict[str, np.ndarray]:
-    """Per image: every metric's mean over the runs, its std over the runs, L-STD and sharpness; NaN = unavailable."""
+    """Per image: each metric's mean over the runs, its std over the runs and over perturbations, L-STD, L-STD at equal
+    sharpness, P-STD and sharpness; NaN = unavailable."""
     values = {}
     for metric, scores in method.scores.items():
         first = scores[:, :1]  # means of equal numbers would round away from them
         values[metric] = first[:, 0] + (scores - first).mean(axis=1)
         values[f"g_std_{metric}"] = np.std(scores - first, axis=1)
-    return values | {"l_std": method.l_std, "sharpness": method.sharpness}
+    values |= {f"p_g_std_{metric}": stds for metric, stds in method.p_g_std.items()}
+    names = ("l_std", "l_std_equal_sharpness", "p_std", "sharpness")
+    return values | {name: getattr(method, name) for name in names}
+
+
+def _own_config(result: EvaluationResult, method: MethodScores) -> dict[str, Any]:
+    """The config with this method's part alone, without its name."""
+    config = result.run["config"]
+    own = {key: value for key, value in config["methods"][method.name].items() if key != "name"}
+    return {key: value for key, value in config.items() if key != "methods"} | {"method": own}
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

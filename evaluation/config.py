@@ -1,17 +1,32 @@
 """What `ccsr evaluate` may be asked for."""
 
-from typing import Annotated, Literal
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+import yaml
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from infra.config import Config, Location
+from infra.config import EXTENDABLE, Config, Location
 from infra.process.numerics import NumericsConfig
 from infra.ray_runtime import RayConfig
 from infra.tracking import TrackingConfig
 from training.config import SamplingConfig
 
 MethodName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]{0,39}$")]
-MetricName = Literal["psnr_y", "ssim_y", "lpips", "dists", "niqe", "musiq", "clipiqa", "fid"]
+NAMED_METRICS = ("psnr_y", "ssim_y", "lpips", "dists", "niqe", "niqe_bt601", "musiq", "clipiqa", "fid")
+RESERVED = {"hr", "lr", "lr_perturbed"}  # folders of pictures beside the methods'
+CONVENTIONS = {"ccsr": 4, "pyiqa": 0}  # px cut from each side before every metric
+
+
+def _known_metric(name: str) -> str:
+    if name not in NAMED_METRICS and (not name.startswith("pyiqa:") or name == "pyiqa:"):
+        raise ValueError(f"unknown metric; choose from {', '.join(NAMED_METRICS)}, or any of pyiqa's as pyiqa:NAME")
+    return name
+
+
+Perturbation = Literal["shift", "jpeg", "noise", "brightness"]
+MetricName = Annotated[str, AfterValidator(_known_metric)]
 
 
 class FolderSet(Config):
@@ -20,6 +35,30 @@ class FolderSet(Config):
     lr: Location
     hr: Location | None = None
     scale: int = Field(4, ge=1, le=8, description="enlargement where there is no HR image")
+
+
+class NamedSet(Config):
+    """A published test set as distributed, below `path`; test_sets.yaml has its layout, number of images and scale."""
+
+    set: str
+    path: Location
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """`lr` and `hr` (folders below `path`; no `hr`: LR images only), `num_images`, `scale`, `licence`."""
+        return _test_sets()[self.set]
+
+    @field_validator("set")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in _test_sets():
+            raise ValueError(f"unknown test set; choose from {', '.join(_test_sets())}")
+        return name
+
+
+@cache
+def _test_sets() -> dict[str, dict[str, Any]]:
+    return yaml.safe_load(Path(__file__).with_name("test_sets.yaml").read_text(encoding="utf-8"))
 
 
 class BicubicMethod(Config):
@@ -38,16 +77,34 @@ class ModelMethod(Config):
     sampling: SamplingConfig = SamplingConfig()
 
 
+class GanMethod(Config):
+    """A published network of one deterministic pass (BSRGAN, Real-ESRGAN, SwinIR, ...) as spandrel loads it (extra
+    `[gan]`): its .pth or .safetensors file."""
+
+    kind: Literal["gan"]
+    name: MethodName
+    model: Location
+
+
 class OutputsMethod(Config):
     """Outputs that any other method made: `sampleNN/KEY.png` or `runs/NN/KEY.png` below `outputs`, the first
-    `num_runs` in order of their names; or `KEY.png` alone for a deterministic method, run once."""
+    `num_runs` in order of their names; or `KEY.png` alone for a deterministic method, run once. For the LR images in
+    `images/lr_perturbed/NAME` of a result with `perturbations`: `perturbed/NAME/KEY.png`."""
 
     kind: Literal["outputs"]
     name: MethodName
     outputs: Location
+    pattern: Annotated[str, "location"] = Field("{key}", description='of the file names: "{key}_out" for KEY_out.png')
+
+    @field_validator("pattern")
+    @classmethod
+    def _has_key(cls, pattern: str) -> str:
+        if pattern.count("{key}") != 1 or "/" in pattern:
+            raise ValueError("write {key} once, where the image's name is, and no folders")
+        return pattern
 
 
-Method = Annotated[BicubicMethod | ModelMethod | OutputsMethod, Field(discriminator="kind")]
+Method = Annotated[BicubicMethod | ModelMethod | GanMethod | OutputsMethod, Field(discriminator="kind")]
 
 
 class EvaluateRuntime(Config):
@@ -66,22 +123,31 @@ class EvaluateConfig(Config):
 
     job: Literal["evaluate"]
     output: Location
-    data: Annotated[tuple[Location | FolderSet, ...], Field(min_length=1, description="shard sets and folders")]
-    methods: Annotated[tuple[Method, ...], Field(min_length=1)]
+    data: Annotated[tuple[Location | FolderSet | NamedSet, ...], Field(min_length=1)]
+    methods: Annotated[tuple[Method, ...], EXTENDABLE, Field(min_length=1)]
     num_runs: int = Field(10, ge=2, description="the paper's N; one run says nothing about stability")
     seed: int = 0
     metrics: Annotated[tuple[MetricName, ...], Field(min_length=1)] = ("psnr_y", "ssim_y")
-    crop_border: int = Field(4, ge=0)
+    convention: Literal["ccsr", "pyiqa"] = Field("ccsr", description="px cut from each side: ccsr 4, pyiqa none")
+    perturbations: tuple[Perturbation, ...] = Field((), description="tiny changes of the LR images, for P-STD")
+    trace: bool = Field(False, description="score x0 at every visited timestep, of models on the first three images")
     numerics: NumericsConfig = NumericsConfig()
     published: str | None = Field(None, description='the paper\'s numbers to stand beside: "Table 1, RealSR"')
     tracking: TrackingConfig = TrackingConfig()
     runtime: EvaluateRuntime = EvaluateRuntime()
 
+    @property
+    def crop_border(self) -> int:
+        return CONVENTIONS[self.convention]
+
     @model_validator(mode="after")
     def _distinct(self) -> "EvaluateConfig":
         names = [method.name for method in self.methods]
-        if len(set(names)) != len(names) or {"hr", "lr"} & set(names):
-            raise ValueError(f"the methods' names must differ from each other and from hr and lr: {', '.join(names)}")
+        if len(set(names)) != len(names) or RESERVED & set(names):
+            reserved = ", ".join(sorted(RESERVED))
+            raise ValueError(f"the methods' names must differ from each other and from {reserved}: {', '.join(names)}")
+        if len(set(self.perturbations)) != len(self.perturbations):
+            raise ValueError("name each perturbation once")
         if set(self.metrics) == {"fid"}:
             raise ValueError("fid describes a whole set; name a metric of single images beside it")
         return self

@@ -1,9 +1,11 @@
-"""Where a compared result lies: a result folder, or an MLflow run by its id or name."""
+"""Results to compare or report: a folder or an MLflow run by its id or name; several merged into one."""
 
+import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
-from evaluation.results import EvaluationResult, load_result
+from evaluation.results import EvaluationResult, MethodScores, load_result
 from infra.errors import DataError
 from infra.storage import exists, is_s3, join
 from infra.tracking import TrackingConfig, mlflow_errors, tracking_uri
@@ -11,9 +13,10 @@ from infra.tracking import TrackingConfig, mlflow_errors, tracking_uri
 _NEEDED = ("run.json", "results.parquet", "images.parquet")
 
 
-def find_result(place: str, tracking: TrackingConfig, scratch: Path) -> EvaluationResult:
-    """The result in folder `place`, else of the MLflow run with that id or name (its tables go below `scratch`).
+def find_result(place: str, tracking: TrackingConfig, scratch: Path, *, pictures: bool = False) -> EvaluationResult:
+    """The result in folder `place`, else of the MLflow run with that id or name.
 
+    Such a run's tables, with `pictures` those that it has of them too, are fetched below `scratch`.
     Raises StorageError for a folder without a result, DataError for a name that no run or several have, ClusterError
     where MLflow does not answer.
     """
@@ -50,10 +53,69 @@ def find_result(place: str, tracking: TrackingConfig, scratch: Path) -> Evaluati
             raise DataError(
                 f"the MLflow run {place!r} holds no evaluation result", where=uri, todo="give a run of ccsr evaluate"
             )
-        for name in names & {*_NEEDED, "set_metrics.json"}:
+        for name in names & {*_NEEDED, "methods", "set_metrics.json", *(["images"] if pictures else [])}:
             client.download_artifacts(run_id, name, str(folder))
     result = load_result(folder)
-    return EvaluationResult(found[0].info.run_name or run_id, result.run, result.methods)
+    run = result.run | {"mlflow_experiment": found[0].info.experiment_id}
+    return dataclasses.replace(result, run=run, name=found[0].info.run_name or run_id)
+
+
+def merge_results(results: Sequence[EvaluationResult]) -> EvaluationResult:
+    """One result with the methods of all, for a report; the same method of two results is kept once.
+
+    Its pictures of LR and HR are the first result's. Raises DataError where test set, convention or images differ.
+    """
+    first = results[0]
+    methods: dict[str, MethodScores] = {}
+    origins: dict[str, tuple] = {}
+    configs, inputs, set_metrics = {}, {}, {}
+    for result in results:
+        for name, method in result.methods.items():
+            require_same_set(first, result, first.methods[next(iter(first.methods))], method)
+            config, input_id = (result.run[part]["methods"][name] for part in ("config", "inputs"))
+            origin = (config, input_id, result.run.get("seed"), method.num_runs)
+            if origins.get(name) == origin:
+                continue
+            label = name if name not in methods else f"{name} ({result.name})"
+            label = label if label not in methods else f"{label} #{len(methods) + 1}"
+            methods[label] = dataclasses.replace(method, name=label)
+            origins[label], configs[label], inputs[label] = origin, config, input_id
+            if name in result.run.get("set_metrics", {}):
+                set_metrics[label] = result.run["set_metrics"][name]
+    run = first.run | {"config": {**first.run["config"], "methods": configs}, "set_metrics": set_metrics}
+    run["inputs"] = first.run["inputs"] | {"methods": inputs}
+    return dataclasses.replace(first, run=run, methods=methods)
+
+
+def require_same_set(
+    first: EvaluationResult,
+    second: EvaluationResult,
+    method: MethodScores,
+    other: MethodScores,
+    names: Sequence[str] = (),
+) -> None:
+    """DataError where two results have other test sets, conventions or images; `names`: their labels in it."""
+    label, other_label = names or (f"{first.name}:{method.name}", f"{second.name}:{other.name}")
+    for name in ("dataset_id", "convention"):
+        ours, theirs = first.run.get(name), second.run.get(name)
+        if ours is None or ours != theirs:
+            raise DataError(
+                f"these results cannot be compared: their {name} differs or is unknown",
+                where=f"{label} has {ours!r}, {other_label} has {theirs!r}",
+                todo="evaluate both on the same test set with the same convention",
+            )
+    if method.keys != other.keys:
+        only, only_other = (sorted(a) for a in (set(method.keys) - set(other.keys), set(other.keys) - set(method.keys)))
+        examples = "; ".join(
+            f"only {name} has {len(keys)} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+            for name, keys in ((label, only), (other_label, only_other))
+            if keys
+        )
+        raise DataError(
+            "these results cannot be compared: their images differ",
+            where=examples,
+            todo="evaluate both on the same images",
+        )
 
 
 def _is_run_id(text: str) -> bool:

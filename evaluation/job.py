@@ -4,33 +4,44 @@ import io
 import json
 import math
 import sys
+import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from evaluation.config import EvaluateConfig, ModelMethod, OutputsMethod
-from evaluation.metrics.registry import UNAVAILABLE, fid, how_to_get, metric_origins
+from evaluation.config import EvaluateConfig, GanMethod, Method, ModelMethod, OutputsMethod
+from evaluation.inputs import EvaluationSet, Outputs, find_outputs, load_sets, outputs_id
+from evaluation.metrics.registry import UNAVAILABLE, fid, how_to_get, metric_directions, metric_origins
 from evaluation.mlflow_log import log_result
-from evaluation.outputs import find_outputs, outputs_id
 from evaluation.report.orderings import ORDERINGS, published_orderings
 from evaluation.report.page import write_report
 from evaluation.report.tables import published_summary
-from evaluation.results import SET_METRICS, EvaluationResult, images_schema, load_result, results_schema
-from evaluation.scoring import Scorer, ScoreTask, record_uri
-from evaluation.sets import EvaluationSet, load_sets
+from evaluation.results import (
+    SET_METRICS,
+    TRACE,
+    EvaluationResult,
+    images_schema,
+    load_result,
+    method_file,
+    results_schema,
+)
+from evaluation.scoring import Scorer, ScoreTask, load_gan, record_uri
+from infra.config import difference, result_part
 from infra.display.progress import progress
-from infra.errors import DataError
-from infra.publish import write_bytes
+from infra.errors import ConfigError, DataError
+from infra.publish import download, put_if_absent, write_bytes
 from infra.ray_runtime import on_ray
 from infra.run import claim_output
-from infra.storage import exists, join, list_files, read_bytes
+from infra.storage import exists, join, list_files, read_bytes, read_json, sha256_file
 from infra.tracking import find_model
 from training.models import model_id
 from training.restore.restore import check_sampling
 
+TRACED_IMAGES = 3
 LIBRARIES = ("torch", "diffusers", "numpy", "opencv-python-headless", "pillow")
 
 
@@ -58,31 +69,32 @@ def run_evaluate(config: EvaluateConfig, *, log_only: bool = False) -> Evaluatio
     data = load_sets(config.data)
     keys = [image.key for image in data.images]
     outputs = {
-        method.name: find_outputs(method.outputs, keys, config.num_runs)
+        method.name: find_outputs(method, keys, config.num_runs, config.perturbations)
         for method in config.methods
         if isinstance(method, OutputsMethod)
     }
-    models = {}
+    ids: dict[str, str] = {}
     for method in config.methods:
         if isinstance(method, ModelMethod):
-            models[method.name] = model_id(method.model)
+            ids[method.name] = model_id(method.model)
             check_sampling(method.model, method.sampling)
+        elif isinstance(method, GanMethod):
+            ids[method.name] = _gan_id(method.model)
+    ids |= {name: outputs_id(found, data.images) for name, found in outputs.items()}
     origins = metric_origins(config.metrics)
-    inputs = {
-        "models": models,
-        "outputs": {name: outputs_id(found, data.images) for name, found in outputs.items()},
-        "metrics": origins,
-    }
-    facts = {name: getattr(config, name) for name in ("seed", "num_runs", "crop_border", "published")}
-    facts["dataset_id"] = data.dataset_id
+    facts = {name: getattr(config, name) for name in ("seed", "num_runs", "convention", "published")}
+    facts |= {"dataset_id": data.dataset_id, "directions": metric_directions(config.metrics)}
+    inputs = {"metrics": origins}
     claim_output(config.output, config, job="evaluate", inputs=inputs, libraries=LIBRARIES, facts=facts)
+    for method in config.methods:
+        _claim_method(config.output, method, ids.get(method.name))
     for metric in (name for name, origin in origins.items() if origin == UNAVAILABLE):
         print(f"{metric} is unavailable here; to have it: {how_to_get(metric)}", file=sys.stderr)
     available = [name for name in config.metrics if origins.get(name) != UNAVAILABLE]
-    if not exists(join(config.output, "images.parquet")):
+    if _tabled(config.output) != [method.name for method in config.methods]:
         _score(config, _tasks(config, data, outputs), available)
         _write_tables(config, keys)
-    if "fid" in config.metrics and not exists(join(config.output, SET_METRICS)):
+    if "fid" in config.metrics:
         _score_sets(config, data, "fid" in available)
     result = load_result(config.output)
     if config.published:
@@ -93,14 +105,39 @@ def run_evaluate(config: EvaluateConfig, *, log_only: bool = False) -> Evaluatio
     return result
 
 
-def _tasks(
-    config: EvaluateConfig, data: EvaluationSet, outputs: Mapping[str, Mapping[str, list[str]]]
-) -> list[ScoreTask]:
+def _gan_id(uri: str) -> str:
+    """The sha256 of a network's file, once it has loaded here."""
+    load_gan(uri)
+    with tempfile.TemporaryDirectory(prefix="ccsr-gan-") as scratch:
+        return sha256_file(download(uri, Path(scratch)))
+
+
+def _claim_method(output: str, method: Method, input_id: str | None) -> None:
+    """Write what the method's numbers depend on, or check it: ConfigError where OUT has another method of that name."""
+    place = method_file(output, method.name)
+    identity = json.loads(json.dumps({"config": result_part(method), "input": input_id}))
+    put_if_absent(place, json.dumps(identity, indent=2, sort_keys=True).encode())
+    changes = difference(read_json(place), identity)
+    if changes:
+        raise ConfigError(
+            f"the method {method.name!r} of this output was another one: {'; '.join(changes)}",
+            where=place,
+            todo="give the method another name, or the evaluation another `output`",
+        )
+
+
+def _tabled(output: str) -> list[str]:
+    """The methods in OUT's tables, in order; none where there are no tables yet."""
+    place = join(output, "images.parquet")
+    return pq.read_table(io.BytesIO(read_bytes(place)))["method"].unique().to_pylist() if exists(place) else []
+
+
+def _tasks(config: EvaluateConfig, data: EvaluationSet, outputs: Mapping[str, Outputs]) -> list[ScoreTask]:
     """One task per (method, image), methods in turn so that an actor seldom changes its model."""
     return [
-        ScoreTask(method, image, outputs[method.name][image.key] if method.name in outputs else [])
+        ScoreTask(method, image, outputs.get(method.name, {}).get(image.key), config.trace and number < TRACED_IMAGES)
         for method in config.methods
-        for image in data.images
+        for number, image in enumerate(data.images)
     ]
 
 
@@ -125,12 +162,17 @@ def _write_tables(config: EvaluateConfig, keys: list[str]) -> None:
     metrics = [name for name in config.metrics if name != "fid"]
     rows, images = [], []
     for method in config.methods:
+        traces = {}
         for key in keys:
             record = json.loads(read_bytes(record_uri(config.output, method.name, key)))
             images.append(record["image"])
+            if record["trace"]:
+                traces[key] = record["trace"]
             for run in range(record["image"]["num_runs"]):
                 values: dict[str, Any] = {name: record["scores"][name][run] for name in metrics}
                 rows.append({"method": method.name, "key": key, "run": run, "seed": config.seed, **values})
+        if traces:
+            write_bytes(join(config.output, "images", method.name, TRACE), json.dumps(traces).encode())
     for name, table in (
         ("results", pa.Table.from_pylist(rows, schema=results_schema(metrics))),
         ("images", pa.Table.from_pylist(images, schema=images_schema(metrics))),
@@ -142,12 +184,16 @@ def _write_tables(config: EvaluateConfig, keys: list[str]) -> None:
 
 def _score_sets(config: EvaluateConfig, data: EvaluationSet, available: bool) -> None:
     """FID of every run of every method against all HR images; a method's number is the mean over its runs."""
-    computable = available and len(data.images) > 1 and all(image.hr for image in data.images)
+    place = join(config.output, SET_METRICS)
+    found: dict[str, dict[str, float | None]] = read_json(place) if exists(place) else {}
     result = load_result(config.output)
-    found: dict[str, dict[str, float | None]] = {name: {"fid": None} for name in result.methods}
-    if computable:
+    missing = {name: method for name, method in result.methods.items() if name not in found}
+    if not missing:
+        return
+    found |= {name: {"fid": None} for name in missing}
+    if available and len(data.images) > 1 and all(image.hr for image in data.images):
         keys = [image.key for image in data.images]
-        runs = [(name, run) for name, method in result.methods.items() for run in range(method.num_runs)]
+        runs = [(name, run) for name, method in missing.items() for run in range(method.num_runs)]
         references = [result.picture("hr", key) for key in keys]
 
         def score(one: tuple[str, int]) -> tuple[str, float]:
@@ -165,5 +211,5 @@ def _score_sets(config: EvaluateConfig, data: EvaluationSet, available: bool) ->
             output=config.output,
         ):
             scores[name].append(value)
-        found = {name: {"fid": math.fsum(values) / len(values)} for name, values in scores.items()}
-    write_bytes(join(config.output, SET_METRICS), json.dumps(found, sort_keys=True).encode())
+        found |= {name: {"fid": math.fsum(values) / len(values)} for name, values in scores.items()}
+    write_bytes(place, json.dumps(found, sort_keys=True).encode())

@@ -7,11 +7,11 @@ from typing import Any
 
 from evaluation.compare import Comparison
 from evaluation.config import EvaluateConfig, ModelMethod
-from evaluation.results import EvaluationResult
+from evaluation.results import TRACE, EvaluationResult, method_file
 from infra.config import fingerprint_of
 from infra.errors import ClusterError, line_of
 from infra.storage import exists, join, list_files, read_bytes, read_json
-from infra.tracking import PARENT_TAG, Tracker, TrackingConfig, find_run, track, tracking_uri
+from infra.tracking import PARENT_TAG, Tracker, TrackingConfig, find_run, mlflow_errors, track, tracking_uri
 from training.run.driver import git_commit
 
 MAX_LOGGED_IMAGES = 8
@@ -23,9 +23,10 @@ def log_result(config: EvaluateConfig, result: EvaluationResult) -> None:
     Raises ClusterError where the server is away, saying how to send the result later.
     """
     tags = {"git.commit": git_commit(), "dataset_id": result.run["dataset_id"]}
-    tags |= {f"model.{name}": model for name, model in result.run["inputs"]["models"].items()}
+    ids = result.run["inputs"]["methods"]
+    tags |= {f"model.{method.name}": ids[method.name] for method in config.methods if isinstance(method, ModelMethod)}
     try:
-        with track(config.tracking, result.run, tags) as tracker:
+        with track(config.tracking, {**result.run, "fingerprint": _identity(result)}, tags) as tracker:
             tracker.tag(**_training_runs(config))
             tracker.metrics(flat_summary(result.summary))
             _log_artifacts(tracker, config, result)
@@ -38,12 +39,12 @@ def log_result(config: EvaluateConfig, result: EvaluationResult) -> None:
 
 
 def log_comparison(comparison: Comparison, results: Sequence[str], tracking: TrackingConfig) -> str:
-    """Log a comparison as an MLflow run of its own: every row as CSV, the tables as text. Returns the run's id.
-
-    Raises ClusterError where the server is away.
+    """Log a comparison as its own MLflow run, in the first compared run's experiment: every row as CSV, the tables as
+    text. Returns the run's id. Raises ClusterError where the server is away.
     """
     from rich.console import Console
 
+    tracking = tracking.model_copy(update={"experiment": _experiment(comparison, tracking)})
     config = {"results": list(results), "baseline": comparison.baseline}
     rows = [[row.candidate, row.metric, row.mean, row.low, row.high] for row in comparison.differences]
     fingerprint = fingerprint_of({"config": config, "rows": rows})
@@ -59,13 +60,36 @@ def log_comparison(comparison: Comparison, results: Sequence[str], tracking: Tra
         return tracker.run_id
 
 
+def _identity(result: EvaluationResult) -> str:
+    """What its MLflow run is found by. The folder takes part: folders with other methods have equal fingerprints."""
+    return fingerprint_of({"result": result.run["fingerprint"], "output": result.folder})
+
+
+def _experiment(comparison: Comparison, tracking: TrackingConfig) -> str:
+    from mlflow.tracking import MlflowClient
+
+    uri = tracking_uri(tracking)
+    with mlflow_errors(uri):
+        client = MlflowClient(uri)
+        for result in comparison.results:
+            number = result.run.get("mlflow_experiment")
+            run_id = None if number else find_run(client, _identity(result))
+            number = client.get_run(run_id).info.experiment_id if run_id else number
+            if number:
+                return client.get_experiment(number).name
+    return tracking.experiment
+
+
 def flat_summary(summary: dict[str, Any]) -> dict[str, float]:
     """METHOD/METRIC -> number; what is unavailable is left out."""
     flat: dict[str, float | None] = {}
     for name, method in summary.items():
-        flat |= {f"{name}/l_std": method["l_std"], f"{name}/sharpness": method["sharpness"]}
+        for own in ("l_std", "l_std_equal_sharpness", "num_blurrier", "p_std", "sharpness"):
+            flat[f"{name}/{own}"] = method[own]
         for metric, numbers in method["metrics"].items():
-            flat |= {f"{name}/{metric}": numbers["mean"], f"{name}/g_std_{metric}": numbers["g_std"]}
+            label = metric.replace("+", "_plus")  # MLflow takes no plus sign
+            flat |= {f"{name}/{label}": numbers["mean"], f"{name}/g_std_{label}": numbers["g_std"]}
+            flat[f"{name}/p_g_std_{label}"] = numbers.get("p_g_std")
     return {key: value for key, value in flat.items() if value is not None}
 
 
@@ -92,8 +116,9 @@ def _log_artifacts(tracker: Tracker, config: EvaluateConfig, result: EvaluationR
     keys = next(iter(result.methods.values())).keys[:MAX_LOGGED_IMAGES]
     names = ("run.json", "results.parquet", "images.parquet", "report.html", "set_metrics.json", "orderings.json")
     wanted = [place for name in names if exists(place := join(config.output, name))]
+    wanted += [method_file(config.output, name) for name in result.methods]
     for place in list_files(join(config.output, "images")):
-        if place.rsplit("/", 1)[-1].removesuffix(".png") in keys:
+        if place.rsplit("/", 1)[-1].removesuffix(".png") in {*keys, TRACE}:
             wanted.append(place)
     with tempfile.TemporaryDirectory(prefix="ccsr-artifacts-") as folder:
         for place in wanted:

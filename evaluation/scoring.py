@@ -1,23 +1,29 @@
-"""The Ray actor of an evaluation: restores one image by one method, scores it, and commits the record last."""
+"""The Ray actor of an evaluation: restores one image by one method, scores it, and commits the record last; GANs."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from evaluation.config import BicubicMethod, EvaluateConfig, Method, ModelMethod
+from evaluation.config import BicubicMethod, EvaluateConfig, GanMethod, Method, ModelMethod
+from evaluation.inputs import EvaluationImage, OutputFiles
 from evaluation.metrics.image import sharpness
+from evaluation.metrics.perturbations import perturb, perturbation_border, undo
 from evaluation.metrics.registry import Quality
+from evaluation.metrics.stability import l_std_equal_sharpness
 from evaluation.results import image_row
-from evaluation.sets import EvaluationImage
+from infra.errors import CcsrError, DataError, ModelError, line_of
 from infra.images import encode_png, read_image, resize_bicubic
-from infra.pixels import StabilityAccumulator
-from infra.publish import put_if_absent, write_bytes
+from infra.pixels import StabilityAccumulator, l_std, psnr_y
+from infra.publish import download, put_if_absent, write_bytes
 from infra.storage import join
 from training.models import fetch_model
 from training.restore.restore import restore_runs
+from training.restore.trace import trace_runs
 
 
 def record_uri(output: str, method: str, key: str) -> str:
@@ -26,11 +32,12 @@ def record_uri(output: str, method: str, key: str) -> str:
 
 @dataclass(frozen=True)
 class ScoreTask:
-    """An image, the method to score on it, and that method's output files where it is `outputs`."""
+    """An image, a method to score on it, that method's output files where it is `outputs`; `trace`: timesteps too."""
 
     method: Method
     image: EvaluationImage
-    outputs: list[str]
+    outputs: OutputFiles | None
+    trace: bool
 
 
 class Scorer:
@@ -38,61 +45,170 @@ class Scorer:
 
     def __init__(self, config: EvaluateConfig, available: Sequence[str]) -> None:
         self._config = config
+        self._metrics = [name for name in config.metrics if name != "fid"]
         self._loaded: tuple[str, Any] = ("", None)
         self._device = config.runtime.device
         self._quality = Quality(available, crop_border=config.crop_border, device=self._device)
 
     def __call__(self, task: ScoreTask) -> str:
         """Score one image's outputs by one method and commit the record; returns which, for people."""
-        config, method, image = self._config, task.method, task.image
+        config, method, image, files = self._config, task.method, task.image, task.outputs
+        border = config.crop_border
         lr, hr, size = image.read()
-        reference = resize_bicubic(lr, size[1], size[0]) if hr is None else hr
-        folder = join(config.output, "images")
-        put_if_absent(join(folder, "lr", f"{image.key}.png"), encode_png(lr))
-        if hr is not None:
-            put_if_absent(join(folder, "hr", f"{image.key}.png"), encode_png(hr))
-        stability = StabilityAccumulator(crop_border=config.crop_border)
-        scores: dict[str, list[float | None]] = {name: [] for name in config.metrics if name != "fid"}
-        sharp: list[float] = []
-        outputs: Iterable[np.ndarray] = (
-            map(read_image, task.outputs) if task.outputs else self._restored(method, lr, size, image.key)
-        )
-        for run, output in enumerate(outputs):
-            write_bytes(join(folder, method.name, f"{run:02d}", f"{image.key}.png"), encode_png(output))
-            stability.add(output)
-            sharp.append(sharpness(output, reference, crop_border=config.crop_border))
-            found = self._quality(output, hr)
-            for name, values_so_far in scores.items():
-                values_so_far.append(found.get(name))
-        l_std = 0.0
-        if len(sharp) > 1:
-            l_std = stability.l_std()
+        bicubic = resize_bicubic(lr, size[1], size[0])
+        self._write_inputs(image.key, lr, hr)
+        runs: Iterable[np.ndarray]
+        trace: list[dict[str, Any]] = []
+        if task.trace and isinstance(method, ModelMethod):
+            trace, runs = self._traced(method, lr, hr, bicubic, image.key)
+        else:
+            runs = map(read_image, files.runs) if files else self._restored(method, lr, size, image.key)
+        kept: list[np.ndarray] = []
+        scores: dict[str, list[float | None]] = {name: [] for name in self._metrics}
+        for run, output in enumerate(runs):
+            write_bytes(self._place(method.name, f"{run:02d}", image.key), encode_png(output))
+            kept.append(output)
+            self._score(scores, output, hr, border)
+        numbers: dict[str, Any] = {
+            "sharpness": np.mean([sharpness(o, bicubic if hr is None else hr, crop_border=border) for o in kept]),
+            "l_std": 0.0,
+        }
+        if len(kept) > 1:
+            stability = StabilityAccumulator(crop_border=border)
+            for output in kept:
+                stability.add(output)
             levels = np.rint(np.clip(stability.map(), 0, 1) * 65535).astype(np.uint16)
-            write_bytes(join(folder, method.name, "l_std", f"{image.key}.png"), encode_png(levels))
-        row = image_row(method.name, image.key, size, scores, l_std=l_std, sharpness=float(np.mean(sharp)))
-        record = json.dumps({"scores": scores, "image": row}, sort_keys=True).encode()
+            write_bytes(self._place(method.name, "l_std", image.key), encode_png(levels))
+            numbers["l_std"] = stability.l_std()
+            numbers["l_std_equal_sharpness"] = l_std_equal_sharpness(kept, bicubic, crop_border=border)
+        numbers |= self._against_perturbations(method, files, lr, hr, kept[0], image.key)
+        row = image_row(method.name, image.key, size, scores, **numbers)
+        record = json.dumps({"scores": scores, "image": row, "trace": trace}, sort_keys=True).encode()
         put_if_absent(record_uri(config.output, method.name, image.key), record)
         return f"{method.name}: {image.key}"
 
-    def _restored(self, method: Method, lr: np.ndarray, size: tuple[int, int], key: str) -> Iterator[np.ndarray]:
+    def _against_perturbations(
+        self,
+        method: Method,
+        files: OutputFiles | None,
+        lr: np.ndarray,
+        hr: np.ndarray | None,
+        first: np.ndarray,
+        key: str,
+    ) -> dict[str, Any]:
+        """`p_std` and `perturbed`, the scores of `first` (run 0) and of the undone outputs for perturbed LR images.
+
+        Empty without perturbations, for outputs that have none, and for an image that is too small.
+        """
+        height, width = first.shape[:2]
+        scale = height // lr.shape[0]
+        border = perturbation_border(self._config.crop_border, scale)
+        names = self._config.perturbations
+        if not names or (files and not files.perturbed) or min(height, width) <= 2 * border:
+            return {}
+        outputs = [first]
+        for name in names:
+            if files:
+                output = read_image(files.perturbed[name])
+            else:
+                (output,) = self._restored(method, perturb(lr, name, key), (height, width), key, num_runs=1)
+            outputs.append(undo(output, name, scale))
+        scores: dict[str, list[float | None]] = {name: [] for name in self._metrics}
+        for output in outputs:
+            self._score(scores, output, hr, border)
+        return {"p_std": l_std(outputs, crop_border=border), "perturbed": scores}
+
+    def _traced(
+        self, method: ModelMethod, lr: np.ndarray, hr: np.ndarray | None, bicubic: np.ndarray, key: str
+    ) -> tuple[list[dict[str, Any]], list[np.ndarray]]:
+        """Per visited timestep `t`: `psnr_y` (None without HR) and `sharpness`, means over the runs, and `l_std`; and
+        the last one's images, which are the outputs."""
+        found, border, outputs = [], self._config.crop_border, []
+        reference = bicubic if hr is None else hr
+        model = self._model(method.model)
+        for t, outputs in trace_runs(model, lr, bicubic.shape[:2], method.sampling, **self._seeds(key)):
+            psnr = None if hr is None else float(np.mean([psnr_y(o, hr, crop_border=border) for o in outputs]))
+            sharp = float(np.mean([sharpness(o, reference, crop_border=border) for o in outputs]))
+            found.append({"t": t, "psnr_y": psnr, "sharpness": sharp, "l_std": l_std(outputs, crop_border=border)})
+        return found, outputs
+
+    def _seeds(self, key: str, num_runs: int | None = None) -> dict[str, Any]:
+        runs = range(num_runs or self._config.num_runs)
+        at_once = self._config.runtime.rows_at_once
+        return {"seed": self._config.seed, "key": key, "runs": runs, "rows_at_once": at_once}
+
+    def _write_inputs(self, key: str, lr: np.ndarray, hr: np.ndarray | None) -> None:
+        pictures: dict[tuple[str, ...], np.ndarray] = {("lr",): lr} | ({} if hr is None else {("hr",): hr})
+        pictures |= {("lr_perturbed", name): perturb(lr, name, key) for name in self._config.perturbations}
+        for parts, picture in pictures.items():
+            put_if_absent(self._place(*parts, key), encode_png(picture))
+
+    def _score(
+        self, scores: dict[str, list[float | None]], output: np.ndarray, hr: np.ndarray | None, border: int
+    ) -> None:
+        found = self._quality(output, hr, crop_border=border)
+        for name, values in scores.items():
+            values.append(found.get(name))
+
+    def _place(self, *parts: str) -> str:
+        return join(self._config.output, "images", *parts) + ".png"
+
+    def _restored(
+        self, method: Method, lr: np.ndarray, size: tuple[int, int], key: str, num_runs: int | None = None
+    ) -> Iterator[np.ndarray]:
+        """The first `num_runs` runs, all by default; a deterministic method has one."""
         if isinstance(method, BicubicMethod):
             yield resize_bicubic(lr, size[1], size[0])
         elif isinstance(method, ModelMethod):
-            yield from restore_runs(
-                self._model(method.model),
-                lr,
-                size,
-                method.sampling,
-                seed=self._config.seed,
-                key=key,
-                runs=range(self._config.num_runs),
-                rows_at_once=self._config.runtime.rows_at_once,
-            )
+            model = self._model(method.model)
+            yield from restore_runs(model, lr, size, method.sampling, **self._seeds(key, num_runs))
+        elif isinstance(method, GanMethod):
+            yield run_gan(self._model(method.model, load_gan), lr, size, where=f"{method.model}, image {key}")
 
-    def _model(self, uri: str) -> Any:
+    def _model(self, uri: str, load: Callable[[str, str], Any] = fetch_model) -> Any:
         import torch
 
         if self._loaded[0] != uri:
             torch.set_num_threads(self._config.runtime.threads)
-            self._loaded = (uri, fetch_model(uri, self._device))
+            self._loaded = (uri, load(uri, self._device))
         return self._loaded[1]
+
+
+def load_gan(uri: str, device: str = "cpu") -> Any:
+    """The network in a published file, float32, in eval mode. ModelError without spandrel, and for a file of no
+    architecture that it knows."""
+    try:
+        from spandrel import ImageModelDescriptor, ModelLoader
+    except ImportError as error:
+        raise ModelError(
+            f"kind: gan cannot be loaded here ({error})", where=uri, todo="pip install 'ccsr-cluster[gan]'"
+        ) from error
+    try:
+        with tempfile.TemporaryDirectory(prefix="ccsr-gan-") as scratch:
+            found = ModelLoader(device).load_from_file(download(uri, Path(scratch)))
+    except CcsrError:
+        raise
+    except Exception as error:  # unpickling raises whatever a file makes it raise
+        raise ModelError(
+            f"this file holds no network that spandrel knows ({type(error).__name__}: {line_of(error)})",
+            where=uri,
+            todo="give a published .pth or .safetensors file, or the method's outputs with kind: outputs",
+        ) from error
+    if not isinstance(found, ImageModelDescriptor) or found.input_channels != 3 or found.output_channels != 3:
+        raise ModelError("this network does not enlarge RGB images", where=uri, todo="give one that does")
+    return found.eval()
+
+
+def run_gan(network: Any, lr: np.ndarray, size: tuple[int, int], *, where: str) -> np.ndarray:
+    """uint8 RGB of `size` = (H, W) from `lr`, uint8 RGB (h, w, 3). DataError where the network has another scale."""
+    import torch
+
+    if (lr.shape[0] * network.scale, lr.shape[1] * network.scale) != tuple(size):
+        raise DataError(
+            f"this network enlarges {network.scale} times, to another size than {size[0]} x {size[1]} px",
+            where=where,
+            todo="use a network of the test set's scale",
+        )
+    with torch.inference_mode():
+        x = torch.from_numpy(lr.copy()).to(network.device).permute(2, 0, 1)[None] / 255
+        return network(x)[0].clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()

@@ -26,8 +26,11 @@ METRICS = {
     "lpips": Metric("LPIPS", -1, 4),
     "dists": Metric("DISTS", -1, 4),
     "l_std": Metric("L-STD", -1, 4),
+    "l_std_equal_sharpness": Metric("L-STD at equal sharpness", -1, 4),
+    "p_std": Metric("P-STD", -1, 4),
     "fid": Metric("FID", -1, 2),
     "niqe": Metric("NIQE", -1, 2),
+    "niqe_bt601": Metric("NIQE (BT.601)", -1, 2),
     "clipiqa": Metric("CLIPIQA", 1, 4),
     "musiq": Metric("MUSIQ", 1, 2),
     "sharpness": Metric("sharpness", 0, 3),
@@ -35,6 +38,9 @@ METRICS = {
 
 _SSIM_KERNEL = cv2.getGaussianKernel(11, 1.5, cv2.CV_64F)
 _SSIM_C1, _SSIM_C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+# Luma of integer RGB as an exact fraction (numerators, denominator, offset): halves round as the recipes say.
+_YIQ = np.array([[299.0, 587.0, 114.0]]), 1000, 0  # full swing, 0..255
+_BT601 = np.array([[65481.0, 128553.0, 24966.0]]), 255_000, 16  # studio swing, 16..235
 _NIQE_BLOCK = 96
 # Mean and covariance of pristine photographs as BasicSR 1.4.2 publishes them (Apache-2.0), unchanged; estimated by
 # the authors of NIQE (Mittal, Soundararajan, Bovik 2013).
@@ -55,7 +61,10 @@ def ssim_y(sr: np.ndarray, gt: np.ndarray, *, crop_border: int = CROP_BORDER) ->
             where=f"image after a crop of {crop_border} px",
             todo="use larger images or leave ssim_y out",
         )
-    x, y = _rounded_luma(sr), _rounded_luma(gt)
+    return _ssim(_rounded_luma(sr, *_BT601), _rounded_luma(gt, *_BT601))
+
+
+def _ssim(x: np.ndarray, y: np.ndarray) -> float:
     mean_x, mean_y, mean_xy = _window_mean(x), _window_mean(y), _window_mean(x * y)
     squares = _window_mean(x * x + y * y)  # only the sum of the two variances is needed
     product, mean_squares = mean_x * mean_y, mean_x * mean_x + mean_y * mean_y
@@ -72,26 +81,36 @@ def sharpness(sr: np.ndarray, reference: np.ndarray, *, crop_border: int = CROP_
     (the reference is the ground truth, or the bicubic image where there is none). NaN if the reference is flat.
     """
     sr, reference = cropped_pair(sr, reference, crop_border)
-    of_reference = _gradient_energy(reference)
-    return _gradient_energy(sr) / of_reference if of_reference > 0 else math.nan
+    of_reference = gradient_energy(luma(reference))
+    return gradient_energy(luma(sr)) / of_reference if of_reference > 0 else math.nan
 
 
 def niqe(sr: np.ndarray, *, crop_border: int = CROP_BORDER) -> float:
     """Natural image quality evaluator (Mittal et al. 2013, doi:10.1109/LSP.2012.2227726); lower is better.
 
-    `sr`: uint8 RGB (H, W, 3). Rounded BT.601 luma, 96 px blocks at two scales, the published pristine parameters.
+    `sr`: uint8 RGB (H, W, 3). Rounded full-swing luma (YIQ: 0.299 R + 0.587 G + 0.114 B), as in the CCSR paper's tables
+    and pyiqa; 96 px blocks at two scales, the published pristine parameters.
     Raises DataError where no two blocks can be described: a side under 96 px, none of 192 px, or flat blocks.
     """
-    luma = _rounded_luma(cropped(sr, crop_border, "image"))
-    rows, columns = (side // _NIQE_BLOCK for side in luma.shape)
+    return _niqe(sr, crop_border, _YIQ)
+
+
+def niqe_bt601(sr: np.ndarray, *, crop_border: int = CROP_BORDER) -> float:
+    """`niqe` on rounded BT.601 luma (BasicSR, MATLAB): 0.12 to 0.36 higher, not the published tables' number."""
+    return _niqe(sr, crop_border, _BT601)
+
+
+def _niqe(sr: np.ndarray, crop_border: int, weights: tuple[np.ndarray, int, int]) -> float:
+    plane = _rounded_luma(cropped(sr, crop_border, "image"), *weights)
+    rows, columns = (side // _NIQE_BLOCK for side in plane.shape)
     if rows * columns < 2:
         raise DataError(
-            f"NIQE needs two blocks of 96 px, but {luma.shape[0]} x {luma.shape[1]} px are left",
+            f"NIQE needs two blocks of 96 px, but {plane.shape[0]} x {plane.shape[1]} px are left",
             where=f"image after a crop of {crop_border} px",
             todo="use larger images or leave niqe out",
         )
-    luma = luma[: rows * _NIQE_BLOCK, : columns * _NIQE_BLOCK]
-    features = np.hstack([_niqe_features(luma, _NIQE_BLOCK), _niqe_features(_halved(luma), _NIQE_BLOCK // 2)])
+    plane = plane[: rows * _NIQE_BLOCK, : columns * _NIQE_BLOCK]
+    features = np.hstack([_niqe_features(plane, _NIQE_BLOCK), _niqe_features(_halved(plane), _NIQE_BLOCK // 2)])
     described = features[~np.isnan(features).any(axis=1)]
     if len(described) < 2:
         raise DataError(
@@ -105,18 +124,26 @@ def niqe(sr: np.ndarray, *, crop_border: int = CROP_BORDER) -> float:
     return math.sqrt(distance @ np.linalg.pinv(covariance) @ distance)
 
 
-def _rounded_luma(image: np.ndarray) -> np.ndarray:
-    """Luma on the 16..235 scale, rounded, float64 (H, W)."""
-    return np.rint(cv2.transform(image.astype(np.float64), LUMA / 255) + 16)
+def _rounded_luma(image: np.ndarray, weights: np.ndarray, divisor: int, offset: int) -> np.ndarray:
+    """Luma levels, rounded half to even, float64 (H, W). Products and sums are exact integers in float64."""
+    return np.rint(cv2.transform(image.astype(np.float64), weights) / divisor + offset)
 
 
 def _window_mean(plane: np.ndarray) -> np.ndarray:
     return cv2.sepFilter2D(plane, -1, _SSIM_KERNEL, _SSIM_KERNEL)[5:-5, 5:-5]
 
 
-def _gradient_energy(image: np.ndarray) -> float:
-    luma = cv2.transform(image.astype(np.float64), LUMA / 255)
-    return sum(float(np.mean(np.square(d))) for d in (np.diff(luma, axis=0), np.diff(luma, axis=1)) if d.size)
+def luma(image: np.ndarray) -> np.ndarray:
+    """Unrounded BT.601 luma of uint8 RGB (H, W, 3) without its offset: float64 (H, W), 0..219."""
+    return cv2.transform(image.astype(np.float64), LUMA / 255)
+
+
+def gradient_energy(plane: np.ndarray, crop_border: int = 0) -> float:
+    """Mean squared difference of horizontal neighbours plus that of vertical ones, of a float (H, W) plane."""
+    height, width = plane.shape
+    inside = plane[crop_border : height - crop_border, crop_border : width - crop_border]
+    pairs = (inside[1:], inside[:-1]), (inside[:, 1:], inside[:, :-1])
+    return sum(cv2.norm(a, b, cv2.NORM_L2SQR) / a.size for a, b in pairs if a.size)
 
 
 @cache
@@ -152,15 +179,15 @@ def _asymmetric_gaussian(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np
     return shapes[nearest], (right - left) * mean[nearest], left, right
 
 
-def _niqe_features(luma: np.ndarray, block: int) -> np.ndarray:
-    """The 18 features of every `block` x `block` part of `luma`, whose sides are multiples of it: (num_blocks, 18)."""
+def _niqe_features(plane: np.ndarray, block: int) -> np.ndarray:
+    """The 18 features of every `block` x `block` part of `plane`, whose sides are multiples of it: (num_blocks, 18)."""
     kernel = cv2.getGaussianKernel(7, 7 / 6, cv2.CV_64F)
     mean, mean_square = (
-        cv2.sepFilter2D(plane, -1, kernel, kernel, borderType=cv2.BORDER_REPLICATE) for plane in (luma, luma * luma)
+        cv2.sepFilter2D(plane, -1, kernel, kernel, borderType=cv2.BORDER_REPLICATE) for plane in (plane, plane * plane)
     )
-    contrast = (luma - mean) / (np.sqrt(np.abs(mean_square - mean * mean)) + 1)
+    contrast = (plane - mean) / (np.sqrt(np.abs(mean_square - mean * mean)) + 1)
     contrast[np.abs(contrast) < 1e-9] = 0  # rounding noise of flat areas has no sign to count
-    rows, columns = luma.shape[0] // block, luma.shape[1] // block
+    rows, columns = plane.shape[0] // block, plane.shape[1] // block
     blocks = contrast.reshape(rows, block, columns, block).swapaxes(1, 2).reshape(-1, block, block)
     shape, _, left, right = _asymmetric_gaussian(blocks.reshape(len(blocks), -1))
     features = [shape, (left + right) / 2]

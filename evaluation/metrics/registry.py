@@ -1,40 +1,46 @@
 """Every metric of a single output by its name, from arrays here, published weights or the optional extra."""
 
+import difflib
 import math
+import os
+import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
 
-from evaluation.metrics.image import niqe, ssim_y
-from infra.errors import DataError, ModelError
+from evaluation.metrics.image import METRICS, niqe, niqe_bt601, ssim_y
+from infra.errors import ConfigError, DataError, ModelError, line_of
 from infra.images import read_image
 from infra.pixels import CROP_BORDER, psnr_y
 from infra.storage import sha256_file
 from infra.weights import find_weights, list_weights
 
 UNAVAILABLE = "unavailable"
+PYIQA = "pyiqa:"  # any metric of that package: pyiqa:maniqa-pipal
 _WEIGHTS = {"lpips": ("alexnet", "lpips-alex"), "dists": ("vgg16", "dists"), "fid": ("inception",)}
-_PACKAGES = {"musiq": "pyiqa", "clipiqa": "pyiqa", "fid": "torchmetrics"}
-_NO_REFERENCE = ("niqe", "musiq", "clipiqa")
+_OURS = {"psnr_y": psnr_y, "ssim_y": ssim_y}
+_NIQE = {"niqe": niqe, "niqe_bt601": niqe_bt601}
+_NO_REFERENCE = (*_NIQE, "musiq", "clipiqa")
 
 
 def metric_origins(metrics: Sequence[str]) -> dict[str, str]:
     """Metric -> what its numbers depend on (sha256 of weights, a package's version), or "unavailable".
 
-    Metrics that need neither are left out; those of pyiqa are available where they load. Raises ModelError for a weight
-    file that is there but another.
+    Metrics that need neither are left out. Unavailable: the package or weights are not here. Raises ModelError for a
+    weight file with a wrong sha256 and for a metric of pyiqa that does not load although both are here, ConfigError
+    for a name that pyiqa does not know.
     """
     present = {row["name"] for row in list_weights() if row["state"] == "present"}
     origins = {}
     for metric in metrics:
-        if metric not in _WEIGHTS and metric not in _PACKAGES:
+        weights, package = _WEIGHTS.get(metric, ()), _package(metric)
+        if not weights and not package:
             continue
-        weights, package = _WEIGHTS.get(metric, ()), _PACKAGES.get(metric)
         release = _release(package) if package else ""
-        loads = package != "pyiqa" or (release is not None and _pyiqa_metric(metric, "cpu") is not None)
-        if release is None or not present.issuperset(weights) or not loads:
+        here = release is not None and present.issuperset(weights)
+        if not here or (package == "pyiqa" and _pyiqa_metric(metric, "cpu") is None):
             origins[metric] = UNAVAILABLE
         else:
             parts = [f"{name} {sha256_file(find_weights(name))}" for name in weights]
@@ -42,10 +48,34 @@ def metric_origins(metrics: Sequence[str]) -> dict[str, str]:
     return origins
 
 
+def metric_directions(metrics: Sequence[str]) -> dict[str, int]:
+    """Of pyiqa's metrics, as that package states them: +1 where higher is better, -1 where lower is."""
+    ours = [metric for metric in metrics if metric.startswith(PYIQA) and _release("pyiqa")]
+    return {metric: -1 if _pyiqa_config(metric).get("lower_better", False) else 1 for metric in ours}
+
+
+def fetch_pyiqa(metric: str) -> None:
+    """Have pyiqa download the weights of `metric` (`pyiqa:NAME`) to its own caches: TORCH_HOME and HF_HOME.
+
+    Raises ConfigError for an unknown name, ModelError where the package or the weights cannot be had.
+    """
+    os.environ["HF_HUB_OFFLINE"] = "0"  # this command is the one that may fetch
+    if "huggingface_hub" in sys.modules:
+        sys.modules["huggingface_hub"].constants.HF_HUB_OFFLINE = False
+    if _release("pyiqa") is None or _pyiqa_metric(metric, "cpu") is None:
+        raise ModelError(
+            f"the weights of {metric} could not be fetched" if _release("pyiqa") else "pyiqa is not installed",
+            where=metric,
+            todo="check the network" if _release("pyiqa") else "pip install 'ccsr-cluster[metrics]'",
+        )
+
+
 def how_to_get(metric: str) -> str:
-    """What makes an unavailable metric available; pyiqa fetches its weights itself, when it can reach the hub."""
-    fetches = [f"ccsr weights fetch {name}" for name in _WEIGHTS.get(metric, ())]
-    return " and ".join([*fetches, *(["pip install 'ccsr-cluster[metrics]'"] if metric in _PACKAGES else [])])
+    """What makes an unavailable metric available."""
+    package = _package(metric)
+    names = [f"{PYIQA}{metric.removeprefix(PYIQA)}"] if package == "pyiqa" else _WEIGHTS.get(metric, ())
+    installs = ["pip install 'ccsr-cluster[metrics]'"] if package and _release(package) is None else []
+    return " and ".join([*installs, *(f"ccsr weights fetch {name}" for name in names)])
 
 
 class Quality:
@@ -55,32 +85,33 @@ class Quality:
         self._crop_border, self._device = crop_border, device
         self._metrics = {name: self._make(name) for name in metrics if name != "fid"}
 
-    def __call__(self, sr: np.ndarray, hr: np.ndarray | None) -> dict[str, float | None]:
+    def __call__(
+        self, sr: np.ndarray, hr: np.ndarray | None, *, crop_border: int | None = None
+    ) -> dict[str, float | None]:
         """Metric -> score of uint8 RGB (H, W, 3) images; None where it needs an HR and there is none, or where the
-        image is too small or too flat for NIQE."""
-        known = hr is not None
+        image is too small or too flat for NIQE. `crop_border`: another one for this call."""
+        known, border = hr is not None, self._crop_border if crop_border is None else crop_border
         return {
-            name: metric(sr, hr) if known or name in _NO_REFERENCE else None for name, metric in self._metrics.items()
+            name: metric(sr, hr, border) if known or not _needs_reference(name) else None
+            for name, metric in self._metrics.items()
         }
 
-    def _make(self, name: str) -> Callable[[np.ndarray, Any], float | None]:
-        border = self._crop_border
-        if name == "niqe":
-            return lambda sr, _: _niqe_or_none(sr, border)
-        if name in ("psnr_y", "ssim_y"):
-            function = {"psnr_y": psnr_y, "ssim_y": ssim_y}[name]
-            return lambda sr, hr: function(sr, hr, crop_border=border)
+    def _make(self, name: str) -> Callable[[np.ndarray, Any, int], float | None]:
+        if name in _NIQE:
+            return lambda sr, _, border: _niqe_or_none(_NIQE[name], sr, border)
+        if name in _OURS:
+            return lambda sr, hr, border: _OURS[name](sr, hr, crop_border=border)
         network, low = self._network(name), -1.0 if name == "lpips" else 0.0
-        if name in _NO_REFERENCE:
-            return lambda sr, _: _score(network, self._tensor(sr, low))
-        return lambda sr, hr: _score(network, self._tensor(sr, low), self._tensor(hr, low))
+        if not _needs_reference(name):
+            return lambda sr, _, border: _score(network, self._tensor(sr, low, border))
+        return lambda sr, hr, border: _score(network, self._tensor(sr, low, border), self._tensor(hr, low, border))
 
     def _network(self, name: str) -> Any:
-        if name in _PACKAGES:
+        if _package(name) == "pyiqa":
             network = _pyiqa_metric(name, self._device)
             if network is None:
                 raise ModelError(
-                    f"pyiqa cannot load {name} here, though it could where the job began",
+                    f"pyiqa has no weights for {name} here, though it had where the job began",
                     where=f"{name}, on {self._device}",
                     todo="give every node the same packages and weights, or leave the metric out",
                 )
@@ -90,12 +121,11 @@ class Quality:
         network = load_lpips(trunk="alexnet") if name == "lpips" else load_dists()
         return network.to(self._device)
 
-    def _tensor(self, image: np.ndarray, low: float) -> Any:
+    def _tensor(self, image: np.ndarray, low: float, border: int) -> Any:
         """float32 (1, 3, H, W) in [low, 1], without the border."""
         import torch
 
         height, width = image.shape[:2]
-        border = self._crop_border
         inside = np.ascontiguousarray(image[border : height - border, border : width - border])
         tensor = torch.from_numpy(inside).to(self._device).permute(2, 0, 1)[None] / 255
         return tensor * (1 - low) + low
@@ -129,21 +159,62 @@ def _score(network: Any, *images: Any) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _niqe_or_none(sr: np.ndarray, crop_border: int) -> float | None:
+def _niqe_or_none(metric: Callable[..., float], sr: np.ndarray, crop_border: int) -> float | None:
     try:
-        return niqe(sr, crop_border=crop_border)
+        return metric(sr, crop_border=crop_border)
     except DataError:  # too small or too flat for this metric: unavailable, not a number
         return None
 
 
-def _pyiqa_metric(name: str, device: str) -> Any:
-    """The metric, or None where pyiqa or its weights are missing; it fetches those itself."""
+def _package(metric: str) -> str | None:
+    if metric in ("musiq", "clipiqa") or metric.startswith(PYIQA):
+        return "pyiqa"
+    return "torchmetrics" if metric == "fid" else None
+
+
+def _needs_reference(metric: str) -> bool:
+    if metric.startswith(PYIQA):
+        return _pyiqa_config(metric).get("metric_mode") == "FR"
+    return metric in METRICS and metric not in _NO_REFERENCE
+
+
+def _pyiqa_config(metric: str) -> dict[str, Any]:
+    """pyiqa's entry of one of its metrics. ConfigError for a name it does not know, or of a whole set's metric."""
+    from pyiqa.default_model_configs import DEFAULT_CONFIGS
+
+    name = metric.removeprefix(PYIQA)
+    if name not in DEFAULT_CONFIGS or name.startswith(("fid", "inception_score")):
+        near = difflib.get_close_matches(name, DEFAULT_CONFIGS, n=3)
+        raise ConfigError(
+            f"pyiqa has no metric of single images called {name!r}",
+            where=f"metrics: {metric}",
+            todo=f"did you mean {' or '.join(near)}?"
+            if near
+            else "python -c 'import pyiqa; print(pyiqa.list_models())'",
+        )
+    return DEFAULT_CONFIGS[name]
+
+
+def _pyiqa_metric(metric: str, device: str) -> Any:
+    """The metric's network; None where its weights are missing and cannot be fetched. ModelError for another reason."""
     try:
         import pyiqa
 
-        return pyiqa.create_metric(name, device=device)
-    except (ImportError, OSError, RuntimeError, ValueError):
+        if metric.startswith(PYIQA):
+            _pyiqa_config(metric)
+        return pyiqa.create_metric(metric.removeprefix(PYIQA), device=device)
+    except OSError:  # urllib's, requests' and the hub's errors are OSErrors, a missing file is one too
         return None
+    except ConfigError:
+        raise
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "pyiqa":
+            return None
+        raise ModelError(
+            f"pyiqa is here but {metric} does not load ({type(error).__name__}: {line_of(error)})",
+            where=f"{metric}, on {device}",
+            todo="mend what it names (often a package that the metric needs), or leave the metric out",
+        ) from error
 
 
 def _release(package: str) -> str | None:

@@ -3,6 +3,8 @@
 import base64
 import json
 import math
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,11 @@ from typing import Any
 import cv2
 import numpy as np
 
-from evaluation.metrics.image import METRICS, Metric
+from evaluation.compare import Comparison
+from evaluation.config import CONVENTIONS
+from evaluation.find import find_result, merge_results
 from evaluation.report.orderings import load_orderings, orderings_table
+from evaluation.report.plots import distribution, trace_plots
 from evaluation.report.tables import interval_table, published_summary, score_table
 from evaluation.results import EvaluationResult, MethodScores, load_result
 from infra.display.table import Table
@@ -19,7 +24,8 @@ from infra.display.templating import render
 from infra.errors import DataError
 from infra.images import read_image
 from infra.publish import write_bytes
-from infra.storage import exists, join, read_bytes
+from infra.storage import exists, join, list_files, read_bytes
+from infra.tracking import TrackingConfig
 
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
 _SIDE_PX = 400  # of the shown centre crop, in native pixels
@@ -50,13 +56,14 @@ class _Picture:
     uri: str
 
 
-def write_report(folder: str | Path, *, num_images: int = 8) -> str:
-    """Write FOLDER/report.html and return its path or URI.
+def write_report(result: str | Path | EvaluationResult, target: str | None = None, *, num_images: int = 8) -> str:
+    """Write the report of a result (or of its folder) to `target`, by default FOLDER/report.html; return where it is.
 
     The pictures are of at most `num_images` images, evenly spaced over the images ordered by the first stochastic
     method's L-STD, from the most stable to the least. Raises DataError or StorageError for an incomplete folder.
     """
-    result = load_result(folder)
+    if not isinstance(result, EvaluationResult):
+        result = load_result(result)
     keys = _chosen_keys(result, num_images)
     maps = {
         (name, key): _read_map(result.picture(name, key))
@@ -74,7 +81,8 @@ def write_report(folder: str | Path, *, num_images: int = 8) -> str:
         title=f"Evaluation: {result.name}",
         facts=_facts(result),
         tables=_tables(result),
-        distribution=_distribution(result, metric) if metric else None,
+        distribution=distribution(result, metric) if metric else None,
+        trace=trace_plots(result),
         images=[_image(result, key, maps, top) for key in keys],
         num_images=len(next(iter(result.methods.values())).keys),
         side_px=_SIDE_PX,
@@ -82,9 +90,27 @@ def write_report(folder: str | Path, *, num_images: int = 8) -> str:
         top=top,
         config=json.dumps(result.run, indent=2, sort_keys=True),
     )
-    target = join(str(folder), "report.html")
+    target = target or join(result.folder, "report.html")
     write_bytes(target, page.encode())
     return target
+
+
+def report_results(places: Sequence[str], target: str | None, tracking: TrackingConfig) -> tuple[EvaluationResult, str]:
+    """The report of one result, or of several merged: folders, or MLflow runs by id or name. Returns both."""
+    with tempfile.TemporaryDirectory(prefix="ccsr-report-") as scratch:
+        found = [find_result(place, tracking, Path(scratch), pictures=True) for place in places]
+        result = merge_results(found) if len(found) > 1 else found[0]
+        of_folder = len(found) == 1 and "mlflow_experiment" not in result.run
+        return result, write_report(result, target or (None if of_folder else "report.html"))
+
+
+def comparison_page(comparison: Comparison) -> str:
+    """The tables of `compare` as one self-contained HTML page."""
+    facts = [f"baseline {comparison.baseline}", *_facts(comparison.results[0])[2:4]]
+    config = json.dumps({result.name: result.run for result in comparison.results}, indent=2, sort_keys=True)
+    drawn: dict[str, Any] = {"distribution": None, "trace": None, "images": []}
+    tables = comparison.tables()
+    return render(_TEMPLATE, title="Comparison", facts=facts, tables=tables, config=config, **drawn)
 
 
 def _metrics(result: EvaluationResult) -> list[str]:
@@ -97,17 +123,22 @@ def _metrics(result: EvaluationResult) -> list[str]:
 def _chosen_keys(result: EvaluationResult, num_images: int) -> list[str]:
     methods = list(result.methods.values())
     leader = next((method for method in methods if method.num_runs > 1), methods[0])
-    order = [leader.keys[i] for i in np.argsort(leader.l_std, kind="stable")]
+    folders = {method.pictures for method in methods}  # an MLflow run has the pictures of its first images alone
+    present = [{place.rsplit("/", 1)[-1] for place in list_files(join(folder, "00"))} for folder in folders]
+    here = {key for key in leader.keys if all(f"{key}.png" in names for names in present)}
+    order = [leader.keys[i] for i in np.argsort(leader.l_std, kind="stable") if leader.keys[i] in here]
+    if not order:
+        return []
     return [order[i] for i in sorted({round(i) for i in np.linspace(0, len(order) - 1, num_images)})]
 
 
 def _facts(result: EvaluationResult) -> list[str]:
     first = next(iter(result.methods.values()))
     facts = [f"{len(first.keys)} images", f"{len(result.methods)} methods"]
-    for name, label in (("crop_border", "crop"), ("seed", "seed"), ("dataset_id", "dataset"), ("fingerprint", "run")):
-        if name in result.run:
-            facts.append(f"{label} {str(result.run[name])[:24]}" + (" px" if name == "crop_border" else ""))
-    return facts
+    convention = result.run["convention"]
+    facts.append(f"convention {convention} ({CONVENTIONS[convention]} px cut from each side)")
+    names = (("dataset_id", "dataset"), ("seed", "seed"), ("fingerprint", "result"))
+    return facts + [f"{label} {str(result.run[name])[:24]}" for name, label in names if name in result.run]
 
 
 def _tables(result: EvaluationResult) -> list[Table]:
@@ -119,42 +150,6 @@ def _tables(result: EvaluationResult) -> list[Table]:
         orderings = load_orderings(result.folder)
         tables += [orderings_table(orderings, group)] if orderings else []
     return tables
-
-
-def _distribution(result: EvaluationResult, metric: str) -> dict[str, Any]:
-    """Coordinates of a drawing: per method a box (quartiles, median) and a dot per image, its mean over the runs."""
-    values = {
-        name: np.sort(method.scores[metric].mean(axis=1)[np.isfinite(method.scores[metric]).all(axis=1)])
-        for name, method in result.methods.items()
-        if metric in method.scores
-    }
-    values = {name: numbers for name, numbers in values.items() if len(numbers)}
-    low, high = min(v[0] for v in values.values()), max(v[-1] for v in values.values())
-    step = 10 ** math.floor(math.log10(max(high - low, 1e-6)))
-    step = next(s for s in (step / 5, step / 2, step, 2 * step) if (high - low) / s <= 8 or s == 2 * step)
-    first, last = math.floor(low / step), max(math.ceil(high / step), math.floor(low / step) + 1)
-    left, width, row = 170, 900, 44
-
-    def x(value: float) -> float:
-        return round(float(left + (value / step - first) / (last - first) * (width - left - 20)), 1)
-
-    digits = max(0, -math.floor(math.log10(step)))
-    rows = []
-    for i, (name, numbers) in enumerate(values.items()):
-        y = row * i + row / 2 + 6
-        lower, median, upper = map(x, np.percentile(numbers, [25, 50, 75]))
-        # The golden ratio spreads the dots without chance.
-        dots = [(x(v), round(y - 9 + 18 * (j * 0.618 % 1), 1)) for j, v in enumerate(numbers)]
-        rows.append({"name": name, "y": y, "lower": lower, "median": median, "upper": upper, "dots": dots})
-    return {
-        "metric": METRICS.get(metric, Metric(metric, 0, 4)).label,
-        "unit": " (dB)" if metric == "psnr_y" else "",
-        "left": left,
-        "width": width,
-        "bottom": row * len(values) + 12,
-        "ticks": [(x(i * step), f"{i * step:.{digits}f}") for i in range(first, last + 1)],
-        "rows": rows,
-    }
 
 
 def _image(result: EvaluationResult, key: str, maps: dict[tuple[str, str], np.ndarray], top: float) -> dict[str, Any]:
@@ -206,8 +201,12 @@ def _method_pictures(
     levels = np.rint(np.clip(window.cut(maps[method.name, key]) / top, 0, 1) * 255).astype(np.uint8)
     coloured = np.ascontiguousarray(cv2.applyColorMap(levels, _COLORMAP)[..., ::-1])
     caption = f"L-STD {method.l_std[index]:.4f}"
-    if np.isfinite(method.sharpness[index]):
-        caption += f" · sharpness {method.sharpness[index]:.2f}"
+    for label, values, form in (
+        ("equal sharpness", method.l_std_equal_sharpness, ".4f"),
+        ("sharpness", method.sharpness, ".2f"),
+    ):
+        if np.isfinite(values[index]):
+            caption += f" · {label} {values[index]:{form}}"
     return [*pictures, _Picture(f"{method.name} stability map", caption, _jpeg(coloured))]
 
 

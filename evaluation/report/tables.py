@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.compare import bootstrap_interval, per_image_values
+from evaluation.compare import bootstrap_interval, needs_runs, per_image_values
 from evaluation.metrics.image import METRICS, Metric
 from evaluation.results import MethodScores
 from infra.display.table import Cell, Table
@@ -16,6 +16,7 @@ from infra.errors import ConfigError
 
 # Tables 1, 3, 4 and 5 of arXiv 2401.00877v1: group -> method -> metric -> mean or [mean, G-STD].
 _PUBLISHED = Path(__file__).with_name("published.json")
+_OF_METHODS = ("l_std", "l_std_equal_sharpness", "p_std")  # numbers of a method, not of one of its metrics
 _ARROWS = {1: "↑ ", -1: "↓ ", 0: ""}
 _STYLES = ("", "best", "second")  # by rank
 UNAVAILABLE = "unavailable"
@@ -36,24 +37,30 @@ def table_rows(summary: Mapping[str, Any]) -> list[tuple[str, list[list[Number]]
     `summary` is `evaluation.results.summarise`'s. The first number is the mean, the second the G-STD; L-STD stands
     beside sharpness. Stability is ranked among methods with two or more runs only.
     """
-    present = {metric for method in summary.values() for metric in method["metrics"]}
+    methods = summary.values()
+    found = {name: numbers for method in methods for name, numbers in method["metrics"].items()}
+    whole = {name for name in _OF_METHODS if any(method.get(name) is not None for method in methods)} | {"l_std"}
     rows = []
-    for metric in [*(m for m in METRICS if m in present or m == "l_std"), *sorted(present - set(METRICS))]:
+    for metric in [*(m for m in METRICS if m in found or m in whole), *sorted(found.keys() - METRICS.keys())]:
         label, direction, digits = METRICS.get(metric, Metric(metric, 0, 4))
-        if metric == "l_std":
-            first = [method["l_std"] for method in summary.values()]
-            second = [method["sharpness"] for method in summary.values()]
-            has_second = any(value is not None for value in second)
-            label = "↓ L-STD / sharpness" if has_second else "↓ L-STD"
-            numbers = [_ranked(_stochastic(first, summary), first, -1, digits)]
-            numbers += [_ranked(second, second, 0, METRICS["sharpness"].digits)] if has_second else []
+        direction = found.get(metric, {}).get("direction", direction)
+        second: list[float | None]
+        if metric in whole:
+            first = [method.get(metric) for method in methods]
+            second = [method["sharpness"] if metric == "l_std" else None for method in methods]
+            ranked = first if metric == "p_std" else _over_runs(first, summary)
+            if metric == "l_std_equal_sharpness":
+                ranked = [None if m.get("num_blurrier") else n for m, n in zip(methods, ranked, strict=True)]
+            both, second_direction, second_digits = "sharpness", 0, METRICS["sharpness"].digits
         else:
-            cells = [method["metrics"].get(metric, {"mean": None, "g_std": None}) for method in summary.values()]
+            cells = [method["metrics"].get(metric, {"mean": None, "g_std": None}) for method in methods]
             first, second = [cell["mean"] for cell in cells], [cell["g_std"] for cell in cells]
-            has_second = any(value is not None for value in second)
-            label = _ARROWS[direction] + label + (" / G-STD ↓" if has_second else "")
-            numbers = [_ranked(first, first, direction, digits)]
-            numbers += [_ranked(_stochastic(second, summary), second, -1, 4)] if has_second else []
+            ranked, both, second_direction, second_digits = first, "G-STD ↓", -1, 4
+        numbers = [_ranked(ranked, first, direction, digits)]
+        label = _ARROWS[direction] + label
+        if any(value is not None for value in second):
+            label += f" / {both}"
+            numbers.append(_ranked(_over_runs(second, summary), second, second_direction, second_digits))
         columns = [[number for number in column if number.text] for column in zip(*numbers, strict=True)]
         rows.append((label, [column or [Number(UNAVAILABLE)] for column in columns]))
     return rows
@@ -64,9 +71,16 @@ def table_notes(summary: Mapping[str, Any]) -> list[str]:
     runs = sorted({method["num_runs"] for method in summary.values() if method["num_runs"] > 1})
     notes = [f"Mean over {' or '.join(map(str, runs))} runs. Best bold, second best underlined."] if runs else []
     single = [name for name, method in summary.items() if method["num_runs"] == 1]
+    if len(runs) > 1:
+        notes.append("Stability over unlike numbers of runs is not ranked: it grows with the number.")
     if single:
         notes.append(f"Deterministic, so exactly 0 stability, which is not ranked: {', '.join(single)}.")
     for name, method in summary.items():
+        if method.get("num_blurrier"):
+            notes.append(
+                f"{name} is blurrier than bicubic on {method['num_blurrier']} of {method['num_images']} images: it has "
+                "no L-STD at equal sharpness there and is not ranked in it."
+            )
         for metric, numbers in method["metrics"].items():
             if 0 < numbers["num_images"] < method["num_images"]:
                 label = METRICS.get(metric, Metric(metric, 0, 4)).label
@@ -106,17 +120,22 @@ def interval_table(methods: Mapping[str, MethodScores]) -> Table:
     rows = list(dict.fromkeys(metric for row in values.values() for metric in row if metric != "sharpness"))
     table = Table(["metric", *methods], "95 % intervals over the images")
     for metric in rows:
-        stability = metric == "l_std" or metric.startswith("g_std_")
         cells = [
             _interval(values[name].get(metric, np.array([])))
-            if method.num_runs > 1 or not stability
+            if method.num_runs > 1 or not needs_runs(metric)
             else Cell(None, ())
             for name, method in methods.items()
         ]
         if any(cell.parts for cell in cells):
-            label = f"G-STD of {metric.removeprefix('g_std_')}" if metric.startswith("g_std_") else metric
-            table.add("L-STD" if label == "l_std" else label, *cells)
+            table.add(_long_label(metric), *cells)
     return table
+
+
+def _long_label(metric: str) -> str:
+    for start, label in (("g_std_", "G-STD of "), ("p_g_std_", "G-STD over perturbations of ")):
+        if metric.startswith(start):
+            return label + metric.removeprefix(start)
+    return METRICS[metric].label if metric in _OF_METHODS else metric
 
 
 def _interval(values: np.ndarray) -> Cell:
@@ -151,8 +170,11 @@ def published_summary(group: str) -> dict[str, Any]:
     return summary
 
 
-def _stochastic(values: list[float | None], summary: Mapping[str, Any]) -> list[float | None]:
-    return [value if method["num_runs"] > 1 else None for value, method in zip(values, summary.values(), strict=True)]
+def _over_runs(values: list[float | None], summary: Mapping[str, Any]) -> list[float | None]:
+    """Those that can be ranked: of methods with runs, if all these have equally many."""
+    runs = [method["num_runs"] for method in summary.values()]
+    alike = len({number for number in runs if number > 1}) == 1
+    return [value if alike and number > 1 else None for value, number in zip(values, runs, strict=True)]
 
 
 def _ranked(ranked: list[float | None], shown: list[float | None], direction: int, digits: int) -> list[Number]:

@@ -124,6 +124,7 @@ def compare(
         list[str], typer.Argument(help="Result folders, MLflow run ids or names, each with an optional :METHOD.")
     ],
     csv: Annotated[Path | None, typer.Option(help="Also write the differences to this file.")] = None,
+    html: Annotated[str | None, typer.Option(help="Also write the tables to this HTML file.")] = None,
     mlflow: Annotated[str | None, typer.Option(help="MLflow's address; default as for the other commands.")] = None,
     log: Annotated[bool, typer.Option("--log", help="Also log the comparison as a run in MLflow.")] = False,
     as_json: AsJson = False,
@@ -139,8 +140,33 @@ def compare(
     print_report(comparison.tables(), as_json=as_json)
     if csv is not None:
         comparison.write_csv(csv)
+    if html is not None:
+        from evaluation.report.page import comparison_page
+        from infra.publish import write_bytes
+
+        write_bytes(html, comparison_page(comparison).encode())
     if log:
         typer.echo(f"MLflow run: {log_comparison(comparison, runs, tracking)}", err=as_json)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(help="Result folders, MLflow run ids or names, of one test set.")],
+    out: Annotated[
+        str | None, typer.Option(help="HTML file; default: the folder's report.html, or ./report.html.")
+    ] = None,
+    mlflow: Annotated[str | None, typer.Option(help="MLflow's address; default as for the other commands.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the report of a result, or of the methods of several results in one table."""
+    from evaluation.report.page import report_results
+    from evaluation.report.tables import score_table
+    from infra.display.table import print_report
+    from infra.tracking import TrackingConfig
+
+    result, target = report_results(runs, out, TrackingConfig(uri=mlflow))
+    print_report([score_table(result.summary)], as_json=as_json)
+    typer.echo(f"report: {target}", err=as_json)
 
 
 @app.command()

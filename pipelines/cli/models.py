@@ -89,7 +89,7 @@ def weights_list(folder: Folder = None, as_json: AsJson = False) -> None:
 
 @weights_app.command("fetch")
 def weights_fetch(
-    names: Annotated[list[str], typer.Argument(help="Names of `ccsr weights list`, or a hub id.")],
+    names: Annotated[list[str], typer.Argument(help="Names of `ccsr weights list`, a hub id, or pyiqa:METRIC.")],
     folder: Folder = None,
     mirror: Annotated[str | None, typer.Option(help="http(s) or s3:// prefix, or a folder, with the files.")] = None,
 ) -> None:
@@ -97,7 +97,13 @@ def weights_fetch(
     from infra.weights import fetch_weights
 
     for name in names:
-        typer.echo(f"{name}: {fetch_weights(name, folder, mirror)}")
+        if name.startswith("pyiqa:"):
+            from evaluation.metrics.registry import fetch_pyiqa
+
+            fetch_pyiqa(name)
+            typer.echo(f"{name}: in pyiqa's own caches (TORCH_HOME, HF_HOME)")
+        else:
+            typer.echo(f"{name}: {fetch_weights(name, folder, mirror)}")
 
 
 @weights_app.command("check")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from recordings import recordings
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -461,13 +462,9 @@ def test_open_clip_tower_matches_its_definition() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    "CCSR_GOLDEN" not in os.environ,
-    reason="the complete recording (14 MB) is not in the repository; CCSR_GOLDEN names the folder that holds it",
-)
 @torch.no_grad()
 def test_complete_recorded_checkpoint(base: Path, tmp_path: Path) -> None:
-    folder = Path(os.environ["CCSR_GOLDEN"])
+    folder = recordings("ccsr")
     with np.load(folder / "v1_tiny_ckpt.npz") as arrays:
         state = {key.removeprefix("sd/"): torch.from_numpy(arrays[key]) for key in arrays.files}
     with np.load(folder / "v1_tiny_io.npz") as arrays:

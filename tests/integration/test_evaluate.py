@@ -13,10 +13,12 @@ from evaluation.compare import compare
 from evaluation.config import EvaluateConfig
 from evaluation.job import run_evaluate
 from evaluation.mlflow_log import log_comparison
+from evaluation.report.page import report_results
+from evaluation.report.tables import table_rows
 from evaluation.results import load_result
 from infra.config import apply_overrides, load_yaml, parse_config
 from infra.errors import ClusterError, ConfigError, DataError
-from infra.images import encode_png
+from infra.images import encode_png, read_image, resize_bicubic
 from infra.tracking import TrackingConfig
 from tests.integration.conftest import REPOSITORY
 from training.config import ModelConfig
@@ -51,11 +53,12 @@ def config(place: Path, output: str, **changes) -> EvaluateConfig:
         "data": [{"hr": f"{place}/hr", "lr": f"{place}/lr"}],
         "num_runs": 3,
         "metrics": ["psnr_y", "ssim_y", "lpips", "fid"],
+        "perturbations": ["shift", "jpeg"],
         "methods": [
             {"kind": "bicubic"},
             {"kind": "model", "name": "v2", "model": f"{place}/training/v2", "sampling": {"num_steps": 6}},
         ],
-        "tracking": {"uri": f"sqlite:///{place}/mlflow.db", "run_name": output},
+        "tracking": {"uri": f"sqlite:///{place}/mlflow.db", "experiment": "study", "run_name": output},
     }
     return parse_config(values | changes, EvaluateConfig, where="test")
 
@@ -79,7 +82,8 @@ def first(place: Path, ray_session: None, without_weights: None) -> Path:
 def by_image(folder: Path, method: str) -> dict[str, dict[str, float]]:
     found = load_result(folder).methods[method]
     return {
-        key: {"l_std": found.l_std[i], "sharpness": found.sharpness[i]}
+        key: {name: getattr(found, name)[i] for name in ("l_std", "l_std_equal_sharpness", "p_std", "sharpness")}
+        | {f"p_g_std {name}": found.p_g_std[name][i] for name in ("psnr_y", "ssim_y")}
         | {f"{name} {run}": value for name in ("psnr_y", "ssim_y") for run, value in enumerate(found.scores[name][i])}
         for i, key in enumerate(found.keys)
     }
@@ -97,24 +101,59 @@ def test_a_metric_without_weights_is_null_and_bicubic_is_exactly_stable(first: P
     assert "unavailable" in (first / "report.html").read_text()
 
 
-def test_outputs_of_another_method_get_the_same_numbers(place: Path, first: Path) -> None:
-    shutil.copytree(first / "images" / "v2", place / "theirs" / "runs")
-    shutil.rmtree(place / "theirs" / "runs" / "l_std")
-    methods = [
-        {"kind": "outputs", "name": "v2", "outputs": f"{place}/theirs"},
-        {"kind": "outputs", "name": "bicubic", "outputs": f"{first}/images/bicubic/00"},
-    ]
-    result = run_evaluate(config(place, "second", methods=methods))
+def test_a_result_grows_by_other_methods_outputs_and_computes_nothing_else(place: Path, first: Path) -> None:
+    """The outputs are what the result's own methods wrote, so they get the same numbers, perturbed LR images too."""
+    grown = place / "grown"
+    shutil.copytree(first, grown)
+    shutil.copytree(first / "images" / "v2", place / "theirs" / "runs", ignore=shutil.ignore_patterns("l_std"))
+    for name in ("shift", "jpeg"):
+        for key in KEYS:
+            lr = read_image(str(first / "images" / "lr_perturbed" / name / f"{key}.png"))
+            output = place / "bicubic" / "perturbed" / name / f"{key}_OUT.png"
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_bytes(encode_png(resize_bicubic(lr, 4 * lr.shape[1], 4 * lr.shape[0])))
+            shutil.copy(first / "images" / "bicubic" / "00" / f"{key}.png", place / "bicubic" / f"{key}_OUT.png")
+    theirs = {"kind": "outputs", "name": "theirs", "outputs": f"{place}/theirs"}
+    bicubics = {"kind": "outputs", "name": "bicubics", "outputs": f"{place}/bicubic", "pattern": "{key}_out"}
+    before = {path: path.stat().st_mtime_ns for path in (grown / "images").rglob("*.png")}
+    ours = config(place, "grown").model_dump(mode="json")["methods"][::-1]
+    result = run_evaluate(config(place, "grown", methods=[theirs, *ours, bicubics]))
+    assert list(result.methods) == ["theirs", "v2", "bicubic", "bicubics"]
+    assert {path: path.stat().st_mtime_ns for path in before} == before
     for method in ("bicubic", "v2"):
-        assert by_image(Path(result.folder), method) == by_image(first, method)
-    assert (result.summary["bicubic"]["num_runs"], result.summary["bicubic"]["l_std"]) == (1, 0)
+        assert by_image(grown, method) == by_image(first, method)
+    assert by_image(grown, "bicubics") == by_image(first, "bicubic")
+    without_p = {"p_std", "p_g_std psnr_y", "p_g_std ssim_y"}
+    for key, numbers in by_image(grown, "theirs").items():
+        assert {name for name, value in numbers.items() if np.isnan(value)} == without_p
+        expected = by_image(first, "v2")[key]
+        assert {name: expected[name] for name in numbers.keys() - without_p} == pytest.approx(
+            {name: numbers[name] for name in numbers.keys() - without_p}, abs=0
+        )
+    assert (result.summary["bicubics"]["num_runs"], result.summary["bicubics"]["l_std"]) == (1, 0)
+    fewer = run_evaluate(config(place, "grown", methods=ours[1:]))
+    assert list(fewer.methods) == ["bicubic"]
+    with pytest.raises(ConfigError, match=r"the method .theirs. of this output was another one: config\.kind"):
+        run_evaluate(config(place, "grown", methods=[{"kind": "bicubic", "name": "theirs"}]))
+    merged, target = report_results([str(first), str(grown)], f"{place}/merged.html", TrackingConfig())
+    assert list(merged.methods) == ["bicubic", "v2"]
+    assert "P-STD" in Path(target).read_text()
     changed = place / "theirs" / "runs" / "01" / "bird.png"
     good = changed.read_bytes()
     changed.write_bytes(good[:-40])
     with pytest.raises(DataError, match="the picture data is damaged"):
-        run_evaluate(config(place, "third", methods=methods))
+        run_evaluate(config(place, "third", methods=[theirs]))
     assert not (place / "third").exists()
     changed.write_bytes(good)
+
+
+def test_stability_against_the_input_ranks_the_deterministic_too(first: Path) -> None:
+    summary = load_result(first).summary
+    assert 0 < summary["bicubic"]["p_std"] < summary["v2"]["p_std"]
+    for metric in ("psnr_y", "ssim_y"):
+        assert (load_result(first).methods["bicubic"].p_g_std[metric] > 0).all()
+    label, cells = next(row for row in table_rows(summary) if row[0] == "↓ P-STD")
+    assert [cell[0].rank for cell in cells] == [1, 2], label
 
 
 def test_other_images_order_and_workers_change_no_number(place: Path, first: Path) -> None:
@@ -146,7 +185,7 @@ def test_an_error_in_a_worker_reaches_the_user_and_what_is_done_stays(place: Pat
 
 
 def test_images_without_hr_have_sharpness_against_bicubic(place: Path, without_weights: None) -> None:
-    changes = {"data": [{"lr": f"{place}/lr"}], "metrics": ["psnr_y", "niqe"]}
+    changes = {"data": [{"lr": f"{place}/lr"}], "metrics": ["psnr_y", "niqe"], "perturbations": []}
     result = run_evaluate(config(place, "lr_only", **changes))
     assert result.summary["bicubic"]["sharpness"] == 1
     assert result.summary["v2"]["l_std"] > 0
@@ -160,9 +199,11 @@ def test_mlflow_knows_model_and_parent_and_a_result_can_be_sent_later(place: Pat
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     (training,) = client.search_runs(experiments, "run_name = 'training'")
     (logged,) = client.search_runs(experiments, "run_name = 'first'")
-    run = json.loads((first / "run.json").read_text())
+    run = load_result(first).run
     assert logged.data.tags["mlflow.parentRunId"] == logged.data.tags["trained_by.v2"] == training.info.run_id
-    assert logged.data.tags["model.v2"] == run["inputs"]["models"]["v2"]
+    assert logged.data.tags["model.v2"] == run["inputs"]["methods"]["v2"]
+    for name in ("l_std_equal_sharpness", "p_std", "p_g_std_psnr_y"):
+        assert logged.data.metrics[f"v2/{name}"] > 0
     assert logged.data.tags["dataset_id"] == run["dataset_id"]
     shutil.copytree(first, place / "away")
     away = {"uri": "http://127.0.0.1:9", "run_name": "away"}
@@ -184,14 +225,16 @@ def test_mlflow_knows_model_and_parent_and_a_result_can_be_sent_later(place: Pat
 def test_mlflow_runs_are_compared_by_name_and_id(place: Path, first: Path) -> None:
     tracking = TrackingConfig(uri=f"sqlite:///{place}/mlflow.db")
     client = MlflowClient(tracking.uri)
-    (run,) = client.search_runs([client.get_experiment_by_name("ccsr").experiment_id], "run_name = 'first'")
+    (run,) = client.search_runs([client.get_experiment_by_name("study").experiment_id], "run_name = 'first'")
     by_name = compare(["first:bicubic", f"{run.info.run_id}:v2"], tracking=tracking)
     by_folder = compare([f"{first}:bicubic", f"{first}:v2"])
     assert [(d.metric, d.mean, d.low) for d in by_name.differences] == [
         (d.metric, d.mean, d.low) for d in by_folder.differences
     ]
     assert by_name.baseline == "first:bicubic"
-    logged = log_comparison(by_name, ["first:bicubic", "first:v2"], tracking)
+    for comparison in (by_name, by_folder):
+        logged = log_comparison(comparison, ["first:bicubic", "first:v2"], tracking)
+        assert client.get_run(logged).info.experiment_id == run.info.experiment_id
     assert {item.path for item in client.list_artifacts(logged)} >= {"differences.csv", "comparison.txt"}
     with pytest.raises(DataError, match="no MLflow runs are called so"):
         compare(["frist", "first"], tracking=tracking)
@@ -210,6 +253,7 @@ def test_the_papers_ablations_run_on_a_tiny_base(
         f"data=[{{hr: {place}/hr, lr: {place}/lr}}]",
         f"tracking={{uri: 'sqlite:///{place}/mlflow.db'}}",
         "num_runs=2",
+        "perturbations=[]",
         *(f"methods.{i}.model={place}/training/v1" for i in range(len(values["methods"]))),
         *(f"methods.{i}.sampling.num_steps=9" for i in range(len(values["methods"]))),
     ]
@@ -223,3 +267,11 @@ def test_the_papers_ablations_run_on_a_tiny_base(
             assert ordering["low"] <= ordering["mean"] <= ordering["high"]
     report = (place / f"table{table}" / "report.html").read_text()
     assert f"{num_orderings} orderings of the paper" in report
+    assert ("What each timestep brings" in report) == (table == 4)
+    if table == 4:
+        trace = json.loads((place / "table4" / "images" / "CCSR" / "trace.json").read_text())
+        scores = load_result(place / "table4").methods["CCSR"]
+        for number, key in enumerate(KEYS):
+            last = trace[key][-1]
+            assert last["psnr_y"] == pytest.approx(scores.scores["psnr_y"][number].mean(), abs=1e-12)
+            assert last["l_std"] == scores.l_std[number]

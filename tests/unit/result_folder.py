@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from evaluation import StabilityAccumulator, psnr_y, sharpness, ssim_y
+from evaluation import StabilityAccumulator, l_std_equal_sharpness, psnr_y, sharpness, ssim_y
 from evaluation.results import image_row, images_schema, results_schema
 from infra import rng_for
 from infra.images import encode_png
@@ -44,6 +44,7 @@ def write_result(
     *,
     seed: int = 0,
     run: dict | None = None,
+    method_config: dict | None = None,
     keys: Sequence[str] | None = None,
 ) -> Path:
     """`methods`: name -> (num_runs, restore); one run means deterministic."""
@@ -79,10 +80,18 @@ def write_result(
             sharp = float(np.mean([sharpness(output, hr[key]) for output in outputs]))
             if num_runs > 1:
                 save(name, "l_std", key, picture=np.rint(stability.map() * 65535).astype(np.uint16))
-            l_std = stability.l_std() if num_runs > 1 else 0.0
-            images.append(image_row(name, key, (height, width), scores, l_std=l_std, sharpness=sharp))
+            numbers = {"l_std": 0.0, "sharpness": sharp}
+            if num_runs > 1:
+                smooth = np.clip(np.rint(bicubic), 0, 255).astype(np.uint8)
+                numbers["l_std"] = stability.l_std()
+                numbers["l_std_equal_sharpness"] = l_std_equal_sharpness(outputs, smooth)
+            images.append(image_row(name, key, (height, width), scores, **numbers))
     pq.write_table(pa.Table.from_pylist(results, schema=results_schema(METRICS)), folder / "results.parquet")
     pq.write_table(pa.Table.from_pylist(images, schema=images_schema(METRICS)), folder / "images.parquet")
+    (folder / "methods").mkdir(exist_ok=True)
+    for name in methods:
+        identity = {"config": {"name": name, **(method_config or {})}, "input": None}
+        (folder / "methods" / f"{name}.json").write_text(json.dumps(identity))
     about = {"job": "evaluate", "config": {"seed": seed}, "fingerprint": "f00d", "dataset_id": "set-1", "seed": seed}
-    (folder / "run.json").write_text(json.dumps(about | {"crop_border": 4} | (run or {})))
+    (folder / "run.json").write_text(json.dumps(about | {"convention": "ccsr"} | (run or {})))
     return folder

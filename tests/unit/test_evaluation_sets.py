@@ -1,29 +1,37 @@
 """Test sets in folders, other methods' outputs, and which metrics can be had: what is found and what is refused."""
 
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+import evaluation.config
 import infra.weights
-from evaluation.config import EvaluateConfig, FolderSet
+from evaluation.config import EvaluateConfig, FolderSet, NamedSet, OutputsMethod
+from evaluation.inputs import EvaluationSet, OutputFiles, find_outputs, load_sets, outputs_id
 from evaluation.job import run_evaluate
-from evaluation.metrics.registry import UNAVAILABLE, Quality, metric_origins
-from evaluation.outputs import find_outputs, outputs_id
-from evaluation.sets import load_sets
+from evaluation.metrics.registry import UNAVAILABLE, Quality, how_to_get, metric_directions, metric_origins
 from infra import ConfigError, DataError, ModelError
 from infra.config import parse_config
 from infra.images import encode_png, read_image
 from infra.publish import write_bytes
+from pipelines.cli.main import app
 
 
 def write(path: Path, height: int, width: int, seed: int = 0) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(encode_png(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)))
+
+
+def outputs_of(folder: str, pattern: str = "{key}") -> OutputsMethod:
+    return OutputsMethod(kind="outputs", name="m", outputs=folder, pattern=pattern)
 
 
 @pytest.fixture
@@ -91,14 +99,63 @@ def test_outputs_of_other_methods_are_found(tmp_path: Path, layout: str) -> None
     for run in range(11):
         for key in ("a", "b"):
             write(tmp_path / layout.format(run) / f"{key}.png", 4, 4, run)
-    found = find_outputs(str(tmp_path), ["a", "b"], 10)
-    assert found["b"] == [str(tmp_path / layout.format(run) / "b.png") for run in range(10)]
-    Path(found["b"][7]).unlink()
+    found = find_outputs(outputs_of(str(tmp_path)), ["a", "b"], 10)
+    assert found["b"].runs == [str(tmp_path / layout.format(run) / "b.png") for run in range(10)]
+    Path(found["b"].runs[7]).unlink()
     with pytest.raises(DataError, match="1 of 2 images have no output; the first is 'b'") as caught:
-        find_outputs(str(tmp_path), ["a", "b"], 10)
+        find_outputs(outputs_of(str(tmp_path)), ["a", "b"], 10)
     assert caught.value.where == f"{tmp_path}, run 7"
     with pytest.raises(DataError, match="these outputs have 11 runs, 12 are asked for"):
-        find_outputs(str(tmp_path), ["a", "b"], 12)
+        find_outputs(outputs_of(str(tmp_path)), ["a", "b"], 12)
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern"), [("{}_out", "{key}_out"), ("SR_{}_x4", "SR_{key}_x4"), ("{}_OUT", "{key}_OUT")]
+)
+def test_outputs_with_a_suffix_are_suggested_and_found(tmp_path: Path, name: str, pattern: str) -> None:
+    for key in ("a", "B1"):
+        write(tmp_path / f"{name.format(key)}.png", 4, 4)
+    with pytest.raises(DataError, match="2 of 2 images have no output; the first is 'a'") as caught:
+        find_outputs(outputs_of(str(tmp_path)), ["a", "b1"], 2)
+    assert caught.value.todo == f'set pattern: "{pattern}" for this method'
+    found = find_outputs(outputs_of(str(tmp_path), pattern.lower()), ["a", "b1"], 2)
+    assert found["b1"].runs == [str(tmp_path / f"{name.format('B1')}.png")]
+    with pytest.raises(ValueError, match=r"write \{key\} once"):
+        outputs_of(str(tmp_path), "out")
+
+
+def test_perturbed_outputs_are_complete_or_absent(tmp_path: Path) -> None:
+    for key in ("a", "b"):
+        write(tmp_path / f"{key}.png", 4, 4)
+    write(tmp_path / "perturbed" / "shift" / "a.png", 4, 4)
+    assert find_outputs(outputs_of(str(tmp_path)), ["a", "b"], 2)["a"].perturbed == {}
+    with pytest.raises(DataError, match="1 of 2 images have no output; the first is 'b'") as caught:
+        find_outputs(outputs_of(str(tmp_path)), ["a", "b"], 2, ["shift"])
+    assert caught.value.where == f"{tmp_path}, perturbed/shift"
+    assert find_outputs(outputs_of(str(tmp_path)), ["a"], 2, ["shift"])["a"].perturbed.keys() == {"shift"}
+
+
+def test_named_sets_are_complete_and_of_their_scale(pairs: FolderSet, tmp_path: Path, monkeypatch: Any) -> None:
+    layout = {"lr": "lr", "hr": "hr", "num_images": 3, "scale": 4, "licence": "ours"}
+    monkeypatch.setattr(evaluation.config, "_test_sets", lambda: {"Three": layout})
+    named = NamedSet(set="Three", path=str(tmp_path))
+    assert load_sets([named]) == EvaluationSet(load_sets([pairs]).dataset_id, load_sets([named]).images)
+    layout["scale"] = 2
+    with pytest.raises(DataError, match="is not 2 times its LR image"):
+        load_sets([named])
+    layout |= {"scale": 4, "num_images": 4}
+    with pytest.raises(DataError, match="Three has 3 images here, 4 as published"):
+        load_sets([named])
+    with pytest.raises(ValueError, match="unknown test set; choose from Three"):
+        NamedSet(set="Four", path=str(tmp_path))
+
+
+def test_the_published_sets() -> None:
+    numbers = {"DIV2K": 3000, "RealSR": 100, "DRealSR": 93, "RealSet80": 80, "RealLR200": 200, "RealLQ250": 250}
+    for name, number in numbers.items():
+        layout = NamedSet(set=name, path="somewhere").layout
+        assert (layout["num_images"], layout["scale"], "hr" in layout) == (number, 4, number in (3000, 100, 93))
+        assert layout["licence"]
 
 
 def test_outputs_are_checked_and_named_by_their_pixels(pairs: FolderSet, tmp_path: Path) -> None:
@@ -107,10 +164,10 @@ def test_outputs_are_checked_and_named_by_their_pixels(pairs: FolderSet, tmp_pat
     for run in range(2):
         for key in keys:
             write(tmp_path / "out" / f"sample{run}" / f"{key}.png", 32, 48, run)
-    outputs = find_outputs(f"{tmp_path}/out", keys, 2)
+    outputs = find_outputs(outputs_of(f"{tmp_path}/out"), keys, 2)
     first = outputs_id(outputs, images)
     assert outputs_id(outputs, images[::-1]) == first
-    changed = Path(outputs["b"][1])
+    changed = Path(outputs["b"].runs[1])
     write(changed, 32, 48, 99)
     assert outputs_id(outputs, images) != first
     write(changed, 32, 44)
@@ -125,14 +182,16 @@ def test_outputs_are_checked_and_named_by_their_pixels(pairs: FolderSet, tmp_pat
 def test_one_run_folder_is_refused_and_no_run_folder_is_deterministic(tmp_path: Path) -> None:
     write(tmp_path / "one" / "sample00" / "a.png", 4, 4)
     with pytest.raises(DataError, match="1 runs, 2 are asked for") as caught:
-        find_outputs(f"{tmp_path}/one", ["a"], 2)
-    assert "deterministic method's outputs lie in the folder itself" in caught.value.todo
+        find_outputs(outputs_of(f"{tmp_path}/one"), ["a"], 2)
+    assert "deterministic method's outputs are in the folder itself" in caught.value.todo
     write(tmp_path / "plain" / "a.png", 4, 4)
-    assert find_outputs(f"{tmp_path}/plain", ["a"], 10) == {"a": [f"{tmp_path}/plain/a.png"]}
+    assert find_outputs(outputs_of(f"{tmp_path}/plain"), ["a"], 10) == {
+        "a": OutputFiles([f"{tmp_path}/plain/a.png"], {})
+    }
     with pytest.raises(DataError, match="the first is 'b'"):
-        find_outputs(f"{tmp_path}/plain", ["a", "b"], 10)
+        find_outputs(outputs_of(f"{tmp_path}/plain"), ["a", "b"], 10)
     with pytest.raises(DataError, match="no images"):
-        find_outputs(f"{tmp_path}/nowhere", ["a"], 10)
+        find_outputs(outputs_of(f"{tmp_path}/nowhere"), ["a"], 10)
 
 
 def test_one_run_is_refused_by_the_config() -> None:
@@ -152,19 +211,64 @@ def test_a_metric_without_weights_is_unavailable(tmp_path: Path, monkeypatch: py
     assert metric_origins(["fid", "musiq"]) == {"fid": UNAVAILABLE, "musiq": UNAVAILABLE}
 
 
-def test_a_metric_of_pyiqa_is_available_once_its_weights_load(monkeypatch: pytest.MonkeyPatch) -> None:
-    """pyiqa is no dependency of the tests (its licence is non-commercial): a module with its one function stands in."""
+@pytest.fixture
+def pyiqa(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pyiqa is no dependency of the tests (its licence is non-commercial): a module with its one function and table."""
 
-    def create_metric(name: str, *, device: str) -> str:
-        if name == "musiq":
+    def create_metric(name: str, *, device: str) -> Any:
+        if name == "musiq" and os.environ["HF_HUB_OFFLINE"] == "1":
             raise URLError("Name or service not known")  # what it raises where the hub cannot be reached
-        return f"{name} on {device}"
+        if name == "broken":
+            raise RuntimeError("Error(s) in loading state_dict\nmore")
+        return lambda *images: torch.tensor(float(len(images)))
 
+    table = {
+        "musiq": {"metric_mode": "NR"},
+        "brisque": {"metric_mode": "NR", "lower_better": True},
+        "ckdn": {"metric_mode": "FR"},
+        "broken": {"metric_mode": "NR"},
+    }
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # as the command sets it
     monkeypatch.setattr("evaluation.metrics.registry._release", lambda package: "1.2")
     monkeypatch.setitem(sys.modules, "pyiqa", SimpleNamespace(create_metric=create_metric))
+    monkeypatch.setitem(sys.modules, "pyiqa.default_model_configs", SimpleNamespace(DEFAULT_CONFIGS=table))
+
+
+def test_a_metric_of_pyiqa_is_available_once_its_weights_load(pyiqa: None) -> None:
     assert metric_origins(["musiq", "clipiqa"]) == {"musiq": UNAVAILABLE, "clipiqa": "pyiqa 1.2"}
-    with pytest.raises(ModelError, match="pyiqa cannot load musiq here"):
+    with pytest.raises(ModelError, match="pyiqa has no weights for musiq here"):
         Quality(["musiq"])
+    assert how_to_get("musiq") == "ccsr weights fetch pyiqa:musiq"
+    assert CliRunner().invoke(app, ["weights", "fetch", "pyiqa:musiq"]).exit_code == 0
+    assert metric_origins(["musiq"]) == {"musiq": "pyiqa 1.2"}
+
+
+def test_any_metric_of_pyiqa_has_its_direction_and_origin(pyiqa: None) -> None:
+    names = ["psnr_y", "pyiqa:brisque", "pyiqa:ckdn"]
+    assert metric_origins(names) == dict.fromkeys(names[1:], "pyiqa 1.2")
+    assert metric_directions(names) == {"pyiqa:brisque": -1, "pyiqa:ckdn": 1}
+    images = [np.random.default_rng(i).integers(0, 256, (24, 24, 3), dtype=np.uint8) for i in (0, 1)]
+    assert Quality(names[1:])(*images) == {"pyiqa:brisque": 1.0, "pyiqa:ckdn": 2.0}  # images it was given
+    assert Quality(names[1:])(images[0], None) == {"pyiqa:brisque": 1.0, "pyiqa:ckdn": None}
+    with pytest.raises(ConfigError, match="no metric of single images called 'brisk'") as caught:
+        metric_origins(["pyiqa:brisk"])
+    assert caught.value.todo == "did you mean brisque?"
+
+
+def test_a_metric_that_is_here_but_does_not_load_is_no_absence(pyiqa: None) -> None:
+    with pytest.raises(
+        ModelError, match=r"pyiqa:broken does not load \(RuntimeError: Error\(s\) in loading state_dict\)"
+    ):
+        metric_origins(["psnr_y", "pyiqa:broken"])
+
+
+@pytest.mark.parametrize("name", ["psnr", "pyiqa:", "maniqa"])
+def test_unknown_metrics_and_conventions_are_refused_by_the_config(name: str) -> None:
+    values = {"job": "evaluate", "output": "o", "data": ["d"], "methods": [{"kind": "bicubic"}]}
+    with pytest.raises(ConfigError, match="unknown metric; choose from psnr_y"):
+        parse_config(values | {"metrics": [name]}, EvaluateConfig, where="test")
+    with pytest.raises(ConfigError, match="'ccsr' or 'pyiqa'"):
+        parse_config(values | {"convention": "stablesr"}, EvaluateConfig, where="test")
 
 
 def test_weights_with_a_wrong_hash_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

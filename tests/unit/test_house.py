@@ -1,6 +1,7 @@
 """The house's own rules: layers, configs and the README's examples."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,19 @@ def test_each_floor_imports_only_those_below():
 def test_shipped_configs_are_valid(path):
     job = yaml.safe_load(path.read_text())["job"]
     assert load_config(path, CONFIG_CLASSES[job]).job == job
+
+
+def test_the_commands_in_the_papers_configs_are_valid():
+    """`ccsr JOB -c FILE --set ...` lines of their comments."""
+    texts = [path.read_text() for path in (ROOT / "configs" / "paper").glob("*.yaml")]
+    commands = [
+        line for text in texts for line in re.findall(r"^#\s+ccsr (\w+) -c (\S+)(.*)$", text, flags=re.MULTILINE)
+    ]
+    assert len(commands) >= 5
+    for job, file, rest in commands:
+        overrides = [word for word in shlex.split(rest) if word != "--set"]
+        if "..." not in overrides:
+            load_config(ROOT / file, CONFIG_CLASSES[job], overrides)
 
 
 def sources_with(pattern: str) -> dict[str, str]:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from result_folder import photographs
 
-from evaluation import niqe, psnr_y, sharpness, ssim_y
+from evaluation import niqe, niqe_bt601, psnr_y, sharpness, ssim_y
+from evaluation.metrics.image import _BT601, _YIQ, _rounded_luma
 from infra import DataError, rng_for
 
 
@@ -78,6 +79,28 @@ def test_niqe_prefers_the_undistorted_picture() -> None:
     texture = cv2.resize(photographs(1, side=110)["img0"], (220, 220), interpolation=cv2.INTER_CUBIC)
     noisy = np.clip(texture + rng_for(2, "noise").normal(0, 40, texture.shape), 0, 255).astype(np.uint8)
     assert niqe(noisy) > niqe(texture) > 0
+
+
+@pytest.mark.parametrize(("weights", "num_ties"), [(_YIQ, 16_782), (_BT601, 194)])
+def test_rounded_luma_is_exact_where_it_is_a_half(weights: tuple[np.ndarray, int, int], num_ties: int) -> None:
+    """Of all colours with a tie and of random ones: rounded half to even, as integers say."""
+    factors, divisor, offset = weights
+    red, green, blue = (int(factor) * np.arange(256, dtype=np.int32) for factor in factors[0])
+    numerators = red[:, None, None] + green[:, None] + blue
+    ties = np.argwhere(numerators % divisor == divisor // 2)
+    assert len(ties) == num_ties
+    colours = np.concatenate([ties, rng_for(0, "colours").integers(0, 256, (50_000, 3))])
+    whole, rest = np.divmod(numerators[tuple(colours.T)], divisor)
+    expected = whole + offset + np.where(2 * rest == divisor, (whole + offset) % 2, 2 * rest > divisor)
+    np.testing.assert_array_equal(_rounded_luma(colours.astype(np.uint8)[None], *weights)[0], expected)
+
+
+def test_niqe_is_on_full_swing_luma() -> None:
+    """Grey levels are their own full-swing luma; BT.601's is what a grey picture with those levels has."""
+    grey = cv2.resize(photographs(1, side=110)["img0"], (220, 220), interpolation=cv2.INTER_CUBIC)[..., :1]
+    studio = np.rint(16 + grey.astype(np.float64) * 219 / 255).astype(np.uint8)
+    assert niqe_bt601(np.repeat(grey, 3, axis=2)) == niqe(np.repeat(studio, 3, axis=2))
+    assert niqe(np.repeat(grey, 3, axis=2)) != niqe_bt601(np.repeat(grey, 3, axis=2))
 
 
 def test_views_and_contiguous_copies_score_alike(pair: tuple[np.ndarray, np.ndarray]) -> None:

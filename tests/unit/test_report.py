@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,13 +16,17 @@ import pyarrow.parquet as pq
 import pytest
 from result_folder import noisy, photographs, write_result
 from rich.console import Console
+from typer.testing import CliRunner
 
 from evaluation import l_std, psnr_y
+from evaluation.find import merge_results
 from evaluation.report.page import write_report
+from evaluation.report.plots import trace_plots
 from evaluation.report.tables import interval_table, published_summary, score_table, table_rows
 from evaluation.results import image_row, load_result, summarise
 from infra import ConfigError, DataError, StorageError
 from infra.images import read_image
+from pipelines.cli.main import app
 
 METHODS = {"bicubic": (1, lambda bicubic, rng: bicubic), "ccsr": (3, noisy(4)), "<other>": (3, noisy(15, 1.5))}
 
@@ -46,8 +51,8 @@ def test_intervals_are_of_the_images_and_only_of_what_varies(folder: Path) -> No
     result = load_result(folder)
     table = interval_table({name: result.methods[name] for name in ("bicubic", "ccsr")}).html()
     rows = dict(re.findall(r"<tr><th>([^<]+)</th>(.*?)</tr>", table))
-    assert list(rows) == ["psnr_y", "G-STD of psnr_y", "ssim_y", "G-STD of ssim_y", "L-STD"]
-    assert [rows[name].startswith("<td></td><td>") for name in rows] == [False, True, False, True, True]
+    assert list(rows) == ["psnr_y", "G-STD of psnr_y", "ssim_y", "G-STD of ssim_y", "L-STD", "L-STD at equal sharpness"]
+    assert [rows[name].startswith("<td></td><td>") for name in rows] == [False, True, False, True, True, True]
     *_, mean, low, high = (float(text) for text in re.findall(r"\d+\.\d+", rows["psnr_y"]))
     scores = result.methods["ccsr"].scores["psnr_y"].mean(axis=1)
     assert mean == pytest.approx(scores.mean(), abs=1e-4)
@@ -201,9 +206,8 @@ def test_terminal_table_shows_every_method_and_unavailable(folder: Path) -> None
 
 
 def test_numbers_of_whole_sets_join_the_summary(folder: Path, tmp_path: Path) -> None:
-    for name in ("results.parquet", "images.parquet"):
-        (tmp_path / name).write_bytes((folder / name).read_bytes())
-    (tmp_path / "run.json").write_text(json.dumps({"set_metrics": {"ccsr": {"fid": 31.5}, "bicubic": {"fid": None}}}))
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "set_metrics.json").write_text(json.dumps({"ccsr": {"fid": 31.5}, "removed": {"fid": 3.0}}))
     rows = dict(table_rows(load_result(tmp_path).summary))
     assert [cell[0].text for cell in rows["↓ FID"]] == ["unavailable", "31.50", "unavailable"]
 
@@ -330,3 +334,70 @@ def test_a_missing_picture_or_map_is_named(tmp_path: Path) -> None:
     with pytest.raises(StorageError) as caught:
         write_report(tmp_path)
     assert caught.value.where == str(stability_map)
+
+
+def test_results_of_one_set_merge_into_one_report(folder: Path, tmp_path: Path) -> None:
+    """The same method of both is kept once; another one of that name gets its result's name; pictures stay where they
+    are."""
+    other = write_result(tmp_path / "other", photographs(3), {"bicubic": METHODS["bicubic"], "gan": (1, noisy(2))})
+    third = write_result(tmp_path / "third", photographs(3), {"ccsr": (2, noisy(9))}, method_config={"steps": 4})
+    done = CliRunner().invoke(app, ["report", str(folder), str(other), str(third), "--out", f"{tmp_path}/all.html"])
+    assert done.exit_code == 0, done.output
+    assert "Stability over unlike numbers of runs is not ranked" in " ".join(done.output.split())
+    merged = merge_results([load_result(place) for place in (folder, other, third)])
+    assert list(merged.methods) == ["bicubic", "ccsr", "<other>", "gan", "ccsr (third)"]
+    assert merged.picture("ccsr (third)", "img0", 1) == f"{third}/images/ccsr/01/img0.png"
+    page = Page()
+    page.feed((tmp_path / "all.html").read_text())
+    assert {name for name, _ in page.images} >= {"gan only run", "ccsr (third) stability map"}
+    for run, what in (({"convention": "pyiqa"}, "convention"), ({"dataset_id": "set-2"}, "dataset_id")):
+        unlike = write_result(tmp_path / what, photographs(3), {"m": (1, noisy(2))}, run=run)
+        with pytest.raises(DataError, match=f"their {what} differs"):
+            merge_results([load_result(folder), load_result(unlike)])
+
+
+def test_a_comparison_as_html(folder: Path, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["compare", str(folder), "--html", f"{tmp_path}/c.html"])
+    assert done.exit_code == 0, done.output
+    page = Page()
+    page.feed((tmp_path / "c.html").read_text())
+    assert "&lt;other&gt; against" in (tmp_path / "c.html").read_text()
+    assert not page.images
+
+
+def test_an_earlier_versions_result_is_refused(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    run = json.loads((tmp_path / "run.json").read_text())
+    del run["convention"]
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    with pytest.raises(DataError, match="an earlier version made this result"):
+        load_result(tmp_path)
+
+
+def test_a_method_blurrier_than_bicubic_is_flagged_and_not_ranked(tmp_path: Path) -> None:
+    methods = {
+        "sharp": (3, noisy(9, 1.5)),
+        "blurred": (3, lambda b, rng: cv2.GaussianBlur(noisy(9)(b, rng), (0, 0), 3)),
+    }
+    summary = load_result(write_result(tmp_path, photographs(3), {**methods, "sharper": (3, noisy(20, 2.5))})).summary
+    rows = dict(table_rows(summary))
+    assert [cell[0].rank for cell in rows["↓ L-STD / sharpness"]] == [2, 1, 0]
+    assert [cell[0].rank for cell in rows["↓ L-STD at equal sharpness"]] == [1, 0, 2]
+    assert rows["↓ L-STD at equal sharpness"][1][0].text == "unavailable"
+    assert "blurred is blurrier than bicubic on 3 of 3 images" in score_table(summary).html()
+
+
+def test_a_trace_is_drawn(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    for method, psnr in (("ccsr", [18.0, 21.0]), ("<other>", [17.0, 20.0])):
+        steps = [{"t": t, "psnr_y": p, "sharpness": 0.5, "l_std": 0.01} for t, p in zip((999, 333), psnr, strict=True)]
+        (tmp_path / "images" / method / "trace.json").write_text(json.dumps({"img0": steps, "img1": steps}))
+    plots = trace_plots(load_result(tmp_path))
+    assert [panel["label"] for panel in plots["panels"]] == ["PSNR", "sharpness", "L-STD"]
+    ccsr, other = plots["panels"][0]["lines"]
+    assert [point.split(",")[0] for point in ccsr["points"]] == ["50.0", "210.0"]
+    assert float(ccsr["points"][1].split(",")[1]) < float(other["points"][1].split(",")[1])  # better is higher up
+    assert plots["num_images"] == 2
+    page = Path(write_report(tmp_path)).read_text()
+    assert page.count("<polyline") == 6
+    assert trace_plots(load_result(folder)) is None

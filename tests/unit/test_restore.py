@@ -28,6 +28,8 @@ from training.models import CcsrModel, build_model, save_model
 from training.restore import restore
 from training.restore.banded_vae import VAE_BYTES, WHOLE_PLANES, plane_bytes
 from training.restore.restore import prepare_image, restore_batch, restore_runs
+from training.restore.trace import trace_runs
+from training.sampling import ccsr_v1_timesteps, ccsr_v2_timesteps
 
 FAST = SamplingConfig(num_steps=4)
 
@@ -95,6 +97,20 @@ def test_runs_seeds_and_keys_give_other_pictures(model: CcsrModel) -> None:
         *restored(model, [0], config=SamplingConfig(num_steps=4, color_fix="none")),
     ]
     assert len({picture.tobytes() for picture in pictures}) == len(pictures)
+
+
+@pytest.mark.parametrize("sampler", ["ccsr", "uniform"])
+def test_a_trace_ends_with_the_output(model: CcsrModel, sampler: Any) -> None:
+    """Every visited timestep has an image per run, and the last one's are the restorations, bit by bit."""
+    config = SamplingConfig(num_steps=6, sampler=sampler)
+    trace = list(trace_runs(model, photo(8, 12), (32, 48), config, seed=0, key="image", runs=range(3), rows_at_once=2))
+    timesteps = {"v1": ccsr_v1_timesteps, "v2": ccsr_v2_timesteps}[model.config.family]
+    visited = timesteps(6, config.t_max, config.t_min) if sampler == "ccsr" else [999, 799, 599, 400, 200, 0]
+    assert [t for t, _ in trace] == visited
+    assert all(len(images) == 3 for _, images in trace)
+    outputs = restored(model, range(3), config=config, rows_at_once=2)
+    np.testing.assert_array_equal(trace[-1][1], outputs)
+    assert not np.array_equal(trace[0][1], outputs)
 
 
 def test_the_global_generator_is_neither_used_nor_moved(model: CcsrModel) -> None:

@@ -1,12 +1,17 @@
-"""G-STD and L-STD against their formulas; order, grouping and identical runs; every refusal."""
+"""G-STD and L-STD against their formulas; what blur and determinism cannot fake; every refusal."""
 
+import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from result_folder import photographs
 
-from evaluation import StabilityAccumulator, g_std, l_std
+from evaluation import StabilityAccumulator, g_std, l_std, l_std_equal_sharpness, sharpness
+from evaluation.config import Perturbation
+from evaluation.metrics.perturbations import perturb, perturbation_border, undo
 from infra import DataError, rng_for
+from infra.images import resize_bicubic
 
 
 def random_runs(num_runs: int, height: int = 14, width: int = 17) -> np.ndarray:
@@ -140,3 +145,58 @@ def test_missing_scores_are_refused(bad: float) -> None:
 def test_scores_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(DataError, match="num_images, num_runs"):
         g_std(np.zeros(shape))
+
+
+def method_and_bicubic(seed: int, noise: float, size: float) -> tuple[list[np.ndarray], np.ndarray]:
+    """Four runs of a method that sharpens and adds noise blurred to `size` px, and the bicubic image."""
+    hr = photographs(1, side=96)["img0"]
+    bicubic = resize_bicubic(resize_bicubic(hr, 24, 24), 96, 96)
+    runs = []
+    for run in range(4):
+        grain = cv2.GaussianBlur(rng_for(seed, run).normal(0, noise * (1 + 3 * size), hr.shape), (0, 0), size)
+        runs.append(np.clip(np.rint(hr + grain), 0, 255).astype(np.uint8))
+    return runs, bicubic
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 99), st.floats(3, 12), st.floats(0.4, 1.5), st.floats(0.3, 4))
+def test_blur_buys_no_stability_at_equal_sharpness(seed: int, noise: float, size: float, blur: float) -> None:
+    """A blurred copy has a far lower L-STD; at equal sharpness it is no better than its 8-bit rounding makes it, or it
+    is blurrier than bicubic and has none."""
+    runs, bicubic = method_and_bicubic(seed, noise, size)
+    blurred = [cv2.GaussianBlur(run, (0, 0), blur, borderType=cv2.BORDER_REFLECT) for run in runs]
+    ours, copys = (l_std_equal_sharpness(images, bicubic) for images in (runs, blurred))
+    assert 0 < ours < l_std(runs)
+    assert l_std(blurred) < l_std(runs)
+    if np.mean([sharpness(image, bicubic) for image in blurred]) < 0.995:
+        assert np.isnan(copys)
+    else:
+        assert copys > 0.98 * ours
+
+
+def test_at_equal_sharpness_it_is_l_std_and_of_identical_runs_exactly_0() -> None:
+    runs, bicubic = method_and_bicubic(0, 8, 0.7)
+    as_sharp = [bicubic, np.ascontiguousarray(bicubic[::-1]), np.ascontiguousarray(bicubic[:, ::-1])]
+    assert l_std_equal_sharpness(as_sharp, bicubic, crop_border=0) == l_std(as_sharp, crop_border=0) > 0
+    assert l_std_equal_sharpness([runs[0]] * 3, bicubic) == 0.0
+    with pytest.raises(DataError, match="at least 2 runs"):
+        l_std_equal_sharpness(runs[:1], bicubic)
+    with pytest.raises(DataError, match="differ in size"):
+        l_std_equal_sharpness(runs, bicubic[1:])
+
+
+@pytest.mark.parametrize("name", Perturbation.__args__)
+def test_perturbations_are_tiny_and_bicubic_undoes_them(name: str) -> None:
+    """Bicubic moves with its input, so that only the noise and JPEG's own levels are left in the undone output."""
+    lr = resize_bicubic(photographs(1, side=96)["img0"], 32, 32)
+    changed = perturb(lr, name, "key")
+    assert changed.shape == lr.shape
+    assert changed.dtype == np.uint8
+    assert not np.array_equal(changed, lr)
+    np.testing.assert_array_equal(changed, perturb(lr, name, "key"))
+    original = lr[:-1, :-1] if name == "shift" else lr
+    moved = changed[1:, 1:] if name == "shift" else changed
+    assert np.abs(moved.astype(int) - original).mean() < 3
+    outputs = [resize_bicubic(lr, 96, 96), undo(resize_bicubic(changed, 96, 96), name, 3)]
+    left = l_std(outputs, crop_border=perturbation_border(4, 3))
+    assert left == 0 if name in ("shift", "brightness") else 0 < left < 0.01

@@ -1,6 +1,6 @@
 """Restore LR images with recorded seeds: plain PyTorch, runs and images of one size together in a batch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 
@@ -28,7 +28,7 @@ from training.restore.banded_vae import (
     rows_at_once,
 )
 from training.restore.published_sizes import published_input, published_output
-from training.sampling import Denoise, color_fix, guided, tiled
+from training.sampling import Denoise, color_fix, guided, predict_x0, tiled
 
 IMAGE_BYTES = 60  # per pixel: five float32 RGB images live at once
 UNET_MAPS = 32  # activations of the first level's size live at once in ControlNet and UNet
@@ -131,10 +131,32 @@ def restore_batch(
 
     The latents of all rows are computed together; they are decoded as many at a time as fit `vae_bytes`.
     """
+    latents = sample_rows(model, rows, config, seed)
+    yield from decode_images(model, latents, [image for image, _ in rows], config, vae_bytes)
+
+
+def sample_rows(
+    model: CcsrModel,
+    rows: Sequence[tuple[PreparedImage, int]],
+    config: SamplingConfig,
+    seed: int,
+    watch: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """The latents of rows = (image, run), as in `restore_batch`; `watch` as in `sample_latents`."""
     images = [image for image, _ in rows]
     noise = noise_for(seed, [(image.key, run) for image, run in rows], images[0].mean.device, torch.float32)
     mean, std = (torch.cat(moments) for moments in zip(*((image.mean, image.std) for image in images), strict=True))
-    latents = sample_latents(model, mean, std, config, noise)
+    return sample_latents(model, mean, std, config, noise, watch)
+
+
+def decode_images(
+    model: CcsrModel,
+    latents: Tensor,
+    images: Sequence[PreparedImage],
+    config: SamplingConfig,
+    vae_bytes: int | None = None,
+) -> Iterator[np.ndarray]:
+    """The images, uint8 (H, W, 3) RGB, of one latent each."""
     padded = torch.cat([_padded(model, image) for image in images]) if _wrapped(model, config) else None
     for image, pixels in zip(images, decode_rows(model, latents, vae_bytes, padded, config.wrapping), strict=True):
         height, width = image.enlarged.shape[-2:]
@@ -204,13 +226,35 @@ def _wrapped(model: CcsrModel, config: SamplingConfig) -> bool:
     return "wrapping" in model.networks and config.wrapping > 0
 
 
-def sample_latents(model: CcsrModel, mean: Tensor, std: Tensor, config: SamplingConfig, noise: Noise) -> Tensor:
-    """Scaled latents (B, 4, h, w), float32, that `model` makes of the LR's moments; all randomness is in `noise`."""
+def sample_latents(
+    model: CcsrModel,
+    mean: Tensor,
+    std: Tensor,
+    config: SamplingConfig,
+    noise: Noise,
+    watch: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """Scaled latents (B, 4, h, w), float32, that `model` makes of the LR's moments; all randomness is in `noise`.
+
+    `watch` receives each visited timestep and the x0 (B, 4, h, w) predicted there.
+    """
     method = METHODS[model.config.family]
     z_lr = method.condition(mean, std, noise)  # where it is a sample, a fresh one per run: part of the randomness
     cond = _denoiser(model, z_lr, config, config.prompt)
     uncond = _denoiser(model, z_lr, config, config.negative_prompt) if config.guidance > 1 else cond
-    return method.sample(guided(cond, uncond, config.guidance), uncond, z_lr, noise, config)
+    denoise, first = guided(cond, uncond, config.guidance), uncond
+    if watch is not None:
+        denoise, first = _watched(denoise, watch), _watched(first, watch)
+    return method.sample(denoise, first, z_lr, noise, config)
+
+
+def _watched(denoise: Denoise, watch: Callable[[int, Tensor], None]) -> Denoise:
+    def watched(x_t: Tensor, t: Tensor) -> Tensor:
+        eps = denoise(x_t, t)
+        watch(int(t[0]), predict_x0(x_t, eps, t))
+        return eps
+
+    return watched
 
 
 def _denoiser(model: CcsrModel, z_lr: Tensor, config: SamplingConfig, text: str) -> Denoise:

@@ -1,0 +1,34 @@
+"""What each timestep of a restoration brings: the predictions of x0 on the way, decoded (CCSR paper, section 3.1)."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from training.config import SamplingConfig
+from training.models import CcsrModel
+from training.restore.restore import decode_images, prepare_image, sample_rows
+
+
+@torch.inference_mode()
+def trace_runs(
+    model: CcsrModel,
+    lr: np.ndarray,
+    size: tuple[int, int],
+    config: SamplingConfig,
+    *,
+    seed: int,
+    key: str,
+    runs: Sequence[int],
+    rows_at_once: int = 8,
+) -> Iterator[tuple[int, list[np.ndarray]]]:
+    """Yield each visited timestep, the first first, and the runs' predictions of x0 there, decoded as `restore_runs`
+    decodes the last of them. Arguments and errors as there."""
+    image = prepare_image(model, lr, size, config, key=key, num_runs=min(rows_at_once, len(runs)))
+    visited: dict[int, list[Tensor]] = {}
+    for first in range(0, len(runs), rows_at_once):
+        rows = [(image, run) for run in runs[first : first + rows_at_once]]
+        sample_rows(model, rows, config, seed, lambda t, x0: visited.setdefault(t, []).append(x0))
+    for t, parts in visited.items():
+        yield t, list(decode_images(model, torch.cat(parts), [image] * len(runs), config))
