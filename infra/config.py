@@ -48,7 +48,12 @@ so it stays out of the fingerprint."""
 EXTENDABLE = "extendable"
 """Marks a field that says where a result ends, not what it is: it stays out of the fingerprint, so a run can go on."""
 
-RENAMED = {"use_gpu": "device", "threads_per_worker": "threads", "threads_per_actor": "threads"}
+RENAMED = {
+    "use_gpu": "device",
+    "threads_per_worker": "threads",
+    "threads_per_actor": "threads",
+    "runs_at_once": "rows_at_once",
+}
 """Keys of earlier versions and today's, for the error that refuses them."""
 
 ConfigT = TypeVar("ConfigT", bound=Config)
@@ -118,7 +123,8 @@ def parse_config(values: Mapping[str, Any], config_class: type[ConfigT], *, wher
         if first["type"] == "extra_forbidden":
             name = str(first["loc"][-1])
             known = sorted(_keys_at(config_class, first["loc"][:-1]))
-            near = [RENAMED[name]] if RENAMED.get(name) in known else difflib.get_close_matches(name, known, n=1)
+            new = RENAMED.get(name)
+            near = [new] if new in known else difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             todo = f"did you mean `{near[0]}`?" if near else f"the keys here are: {', '.join(known)}"
             raise ConfigError(f"unknown key `{name}`{others}", where=place, todo=todo) from error
         if first["type"] == "missing":

@@ -68,6 +68,12 @@ def refused(values: dict[str, Any], config_class: type[Config], *overrides: str)
         (TRAIN, TrainConfig, "optimizer.learning_rat=1", "optimizer.learning_rat", "learning_rate"),
         (TRAIN, TrainConfig, "tracking.experment=x", "tracking.experment", "experiment"),
         (EVALUATE, EvaluateConfig, "methods.0.nam=x", "methods.0.nam", "name"),
+        # keys of earlier versions
+        (TRAIN, TrainConfig, "runtime.use_gpu=true", "runtime.use_gpu", "device"),
+        (TRAIN, TrainConfig, "runtime.threads_per_worker=2", "runtime.threads_per_worker", "threads"),
+        (EVALUATE, EvaluateConfig, "runtime.threads_per_actor=2", "runtime.threads_per_actor", "threads"),
+        (EVALUATE, EvaluateConfig, "runtime.runs_at_once=2", "runtime.runs_at_once", "rows_at_once"),
+        (SHARD, ShardConfig, "runtime.num_workers=2", "runtime.num_workers", "num_actors"),
     ],
 )
 def test_an_unknown_key_is_named_with_its_nearest_right_one(
