@@ -1,6 +1,5 @@
 """Image sets: from a config's sources to the sorted list of files that they name."""
 
-import hashlib
 import importlib.util
 import re
 from collections import Counter
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 from infra.config import load_yaml
 from infra.errors import ConfigError, DataError
 from infra.images import IMAGE_SUFFIXES, list_images
+from infra.keys import bounded, tell_apart, with_digest
 from infra.manifest import Manifest
 from infra.shards import Entry
 from pipelines.sharding.config import FolderSource, PackageSource, PairsSource, ShardsSource, Source
@@ -22,6 +22,7 @@ from pipelines.sharding.zips import list_members, split_zip
 PAIR_MARK = re.compile(r"(_HR|_LR\d?|x[2348])$", re.IGNORECASE)
 WILDCARDS = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
 NUM_LISTED = 5
+MAX_KEY_BYTES = 48
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,11 @@ def list_sources(sources: Sequence[Source]) -> list[SourceFile]:
             todo="give the sources different names",
         )
     found = [(source, one) for source in sources for one in _list_source(source)]
-    plain = [_plain_key(source.name, one.name) for source, one in found]
-    clashes = {key for key, count in Counter(plain).items() if count > 1}
+    names = [(source.name, one.name) for source, one in found]
+    keys = tell_apart(names, _key, lambda name: with_digest(_key(name), "/".join(name)))
     files = [
         SourceFile(
-            key if key not in clashes else f"{key}-{_digest(source.name, one.name)}",
+            key,
             source.name,
             one.name,
             one.uri,
@@ -79,7 +80,7 @@ def list_sources(sources: Sequence[Source]) -> list[SourceFile]:
             one.entry,
             one.identity,
         )
-        for key, (source, one) in zip(plain, found, strict=True)
+        for key, (source, one) in zip(keys, found, strict=True)
     ]
     by_key = {file.key: file for file in files}
     for file in files:
@@ -248,11 +249,8 @@ def _package_file(source: PackageSource, name: str) -> Found:
     return Found(name, str(path), path.stat().st_size)
 
 
-def _plain_key(source: str, name: str) -> str:
-    stem = name.rsplit(".", 1)[0]
-    plain = re.sub(r"[^A-Za-z0-9_-]", "-", f"{source}-{stem.rsplit('/', 1)[-1]}")
-    return plain if len(plain) <= 48 else f"{plain[:39]}-{_digest(source, name)}"
-
-
-def _digest(source: str, name: str) -> str:
-    return hashlib.sha256(f"{source}/{name}".encode()).hexdigest()[:8]
+def _key(names: tuple[str, str]) -> str:
+    """ASCII without dots, which end a key in a WebDataset tar."""
+    source, name = names
+    stem = name.rsplit(".", 1)[0].rsplit("/", 1)[-1]
+    return bounded(re.sub(r"[^A-Za-z0-9_-]", "-", f"{source}-{stem}"), f"{source}/{name}", MAX_KEY_BYTES)
