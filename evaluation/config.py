@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from infra.config import Config, Location
+from infra.config import Config, Location, ModelLocation
 from infra.process.numerics import NumericsConfig
 from infra.ray_runtime import RayConfig
 from infra.tracking import TrackingConfig
@@ -34,7 +34,7 @@ class ModelMethod(Config):
 
     kind: Literal["model"]
     name: MethodName
-    model: Location
+    model: ModelLocation
     sampling: SamplingConfig = SamplingConfig()
 
 

@@ -14,6 +14,7 @@ import yaml
 
 from infra.display.progress import progress
 from infra.errors import ConfigError, ModelError, StorageError
+from infra.locations import address_or_location, location
 from infra.storage import download, exists, is_s3, join, read_json, sha256_file, upload, write_bytes
 
 ENVIRONMENT = "CCSR_WEIGHTS"
@@ -155,7 +156,7 @@ def _fetch(file: WeightFile, root: Path, mirror: str | None) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial")
     try:
-        source = join(mirror, file.path) if mirror else file.url
+        source = join(address_or_location(mirror), file.path) if mirror else file.url
         if source is None:
             raise ModelError(f"{file.name} cannot be downloaded by a program", where=file.source, todo=_how(file))
         _copy(source.replace(HUB, os.environ.get("HF_ENDPOINT", HUB).rstrip("/"), 1), partial)
@@ -216,7 +217,7 @@ def _from_hub(file: WeightFile, hub_id: str) -> WeightFile:
 
 
 def _place(folder: str | None) -> str:
-    return folder or os.environ.get(ENVIRONMENT) or str(_cache())
+    return location(folder or os.environ.get(ENVIRONMENT) or str(_cache()))
 
 
 def _cache() -> Path:

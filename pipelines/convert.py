@@ -1,11 +1,15 @@
 """`ccsr convert`: published weights to a model directory."""
 
+import re
 import tempfile
 from pathlib import Path
 
 from infra.errors import ConfigError, StorageError
+from infra.locations import location
 from infra.storage import download, download_folder, exists, is_s3, join, list_files, remove, upload_folder
 from infra.weights import BASE_HUB_ID, fetch_weights, find_weights
+
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def run_convert(
@@ -72,6 +76,6 @@ def run_convert(
 
 def _base(base: str, folder: Path, *, fetch: bool) -> Path:
     """A local folder of Stable Diffusion 2.1-base's files."""
-    if is_s3(base) or Path(base).is_dir():
-        return download_folder(base, folder)
+    if not HUB_ID.fullmatch(base) or Path(base).is_dir():
+        return download_folder(location(base), folder)
     return fetch_weights(base) if fetch else find_weights(base)

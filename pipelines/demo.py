@@ -40,11 +40,11 @@ def _moved(value: Any, out: str) -> Any:
     return value.replace(PREFIX, out).replace(BASE, str(REPOSITORY / BASE)) if isinstance(value, str) else value
 
 
-def run_demo(out: str) -> None:
+def run_demo(folder: Path) -> None:
     """Shard, train, evaluate; print the table, the report's path and the command that opens MLflow."""
     console = Console()
     began = time.monotonic()
-    out = str(Path(out).absolute())
+    out = str(folder.absolute())
     with ray_cluster(RayConfig()):
         console.print("[bold]1/5[/] shard: photographs -> degraded WebDataset tars (Ray Data)")
         for name in ("shard_train", "shard_heldout"):

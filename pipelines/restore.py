@@ -15,10 +15,11 @@ from infra.config import Config
 from infra.display.progress import progress
 from infra.errors import CcsrError, ConfigError, DataError, PartialResultError
 from infra.images import decode_image, encode_png, icc_profile, list_images
+from infra.locations import location
 from infra.process.numerics import NumericsConfig, set_numerics
 from infra.ray_runtime import RayConfig, on_actors
 from infra.run import claim_output
-from infra.storage import absolute, exists, join, list_files, put_if_absent, read_bytes
+from infra.storage import exists, join, list_files, put_if_absent, read_bytes
 from training.config import SamplingConfig
 from training.models import CcsrModel
 from training.restore.restore import PreparedImage, fetch_model, prepare_image, restore_batch
@@ -86,7 +87,7 @@ def restore(source: str, output: str, model_uri: str, config: RestoreConfig) -> 
     cannot be used is passed over; PartialResultError names them at the end.
     """
     config = _resolved(config)
-    source, output, model_uri = map(absolute, (source, output, model_uri))
+    source, output, model_uri = map(location, (source, output, model_uri))
     names = {source: Path(source).stem} if exists(source) else _names(source)
     inputs = {"model": model_id(model_uri)}
     claim_output(output, config, job="restore", inputs=inputs, libraries=("torch", "diffusers", "numpy", "pillow"))

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 from pydantic import Field, model_validator
 
 from degradation.config import DegradationConfig
-from infra.config import EXTENDABLE, Config, Location
+from infra.config import EXTENDABLE, Config, Location, ModelLocation
 from infra.process.numerics import NumericsConfig
 from infra.ray_runtime import RayConfig
 from infra.tracking import TrackingConfig
@@ -190,7 +190,7 @@ class TrainConfig(Config):
     stage: Literal[0, 1, 2]
     data: Annotated[tuple[TrainingSet, ...], Field(min_length=1, description="shard sets, or {path, weight}")]
     inputs: Literal["pixels", "latents"] = Field("pixels", description="latents: those that the shards store")
-    init_from: Location | None = Field(None, description="a model directory to start from; none: random weights")
+    init_from: ModelLocation | None = Field(None, description="a model directory to start from; none: random weights")
     model: ModelConfig = ModelConfig()
     crop_px: int = Field(512, ge=32)
     degradation: str | DegradationConfig | None = Field(None, description="none: the LR that the shards store")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from infra.locations import local_path, location, tracking_location
 from pipelines.cli.models import AsJson, Overrides
 
 if TYPE_CHECKING:
@@ -100,8 +101,12 @@ def jobs_stop(job: JobId, address: Address = None) -> None:
 @app.command()
 def doctor(
     address: Annotated[str | None, typer.Option(help="A cluster's job server to look at too.")] = None,
-    storage: Annotated[str | None, typer.Option(help="A folder or s3:// prefix to write a small file to.")] = None,
-    mlflow: Annotated[str | None, typer.Option(help="MLflow's address; default: MLFLOW_TRACKING_URI.")] = None,
+    storage: Annotated[
+        str | None, typer.Option(parser=location, help="A folder or s3:// prefix to write a small file to.")
+    ] = None,
+    mlflow: Annotated[
+        str | None, typer.Option(parser=tracking_location, help="MLflow's address; default: MLFLOW_TRACKING_URI.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Look whether this machine, storage, MLflow and a cluster are fit; `ccsr submit -- doctor` looks from inside."""
@@ -122,9 +127,11 @@ def doctor(
 
 @cluster_app.command()
 def render(
-    config: Annotated[Path, typer.Option("-c", "--config", help="A cluster's YAML; see configs/cluster.yaml.")],
+    config: Annotated[
+        str, typer.Option("-c", "--config", parser=location, help="A cluster's YAML; see configs/cluster.yaml.")
+    ],
     kind: Annotated[str, typer.Option(help="kuberay or slurm.")],
-    out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("cluster"),
+    out: Annotated[Path, typer.Option(parser=local_path, help="The folder to write to.")] = Path("cluster"),
     set_: Overrides = None,
 ) -> None:
     """Write KubeRay manifests and an MLflow server, or a Slurm script, from one config."""

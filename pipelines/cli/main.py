@@ -9,9 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from infra.errors import CcsrError, StoppedError
+from infra.locations import local_path, location, tracking_location
 from pipelines.cli import cluster as cluster_commands
 from pipelines.cli import models as model_commands
-from pipelines.cli.models import AsJson, Overrides
+from pipelines.cli.models import AsJson, ConfigFile, Overrides
 
 app = typer.Typer(
     name="ccsr",
@@ -25,8 +26,6 @@ app.add_typer(config_app, name="config")
 app.add_typer(model_commands.app)
 app.add_typer(cluster_commands.app)
 
-ConfigFile = Annotated[Path, typer.Option("-c", "--config", help="The run's YAML file.")]
-
 
 @app.callback()
 def _options(
@@ -37,7 +36,9 @@ def _options(
 
 @app.command()
 def demo(
-    out: Annotated[str, typer.Option(help="Output folder; what is complete there is reused.")] = "runs/demo",
+    out: Annotated[
+        Path, typer.Option(parser=local_path, help="Output folder; what is complete there is reused.")
+    ] = Path("runs/demo"),
 ) -> None:
     """Run the whole job on bundled photographs: shard, train both stages, evaluate, compare."""
     from pipelines.demo import run_demo
@@ -67,8 +68,10 @@ def shard(
 
 @app.command()
 def verify(
-    uri: Annotated[str, typer.Argument(help="A shard set's folder or s3:// URI.")],
-    against: Annotated[str | None, typer.Option(help="List instead the samples that this other set has too.")] = None,
+    uri: Annotated[str, typer.Argument(parser=location, help="A shard set's folder or s3:// URI.")],
+    against: Annotated[
+        str | None, typer.Option(parser=location, help="List instead the samples that this other set has too.")
+    ] = None,
     distance: Annotated[int, typer.Option(min=0, max=64, help="With --against: bits of 64 that may differ.")] = 6,
     clean: Annotated[bool, typer.Option("--clean", help="Instead name strays; remove stopped writers'.")] = False,
 ) -> None:
@@ -137,8 +140,12 @@ def compare(
     runs: Annotated[
         list[str], typer.Argument(help="Result folders, MLflow run ids or names, each with an optional :METHOD.")
     ],
-    csv: Annotated[Path | None, typer.Option(help="Also write the differences to this file.")] = None,
-    mlflow: Annotated[str | None, typer.Option(help="MLflow's address; default as for the other commands.")] = None,
+    csv: Annotated[
+        Path | None, typer.Option(parser=local_path, help="Also write the differences to this file.")
+    ] = None,
+    mlflow: Annotated[
+        str | None, typer.Option(parser=tracking_location, help="MLflow's address; default as for the other commands.")
+    ] = None,
     log: Annotated[bool, typer.Option("--log", help="Also log the comparison as a run in MLflow.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -201,7 +208,7 @@ def config_show(config: ConfigFile, set_: Overrides = None) -> None:
     from infra.config import apply_overrides, load_yaml, parse_config
 
     values = apply_overrides(load_yaml(config), set_ or [])
-    effective = parse_config(values, _config_class(values, str(config)), where=str(config))
+    effective = parse_config(values, _config_class(values, config), where=config)
     typer.echo(yaml.safe_dump(effective.model_dump(mode="json"), sort_keys=False), nl=False)
 
 

@@ -1,5 +1,6 @@
 """What a command that is to be submitted needs, told by reading it here as the cluster will read it."""
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +10,7 @@ import typer
 from infra.cluster.jobs import Need
 from infra.config import ConfigT, apply_overrides, load_yaml, parse_config
 from infra.errors import ConfigError
-from infra.storage import is_s3
+from infra.locations import is_relative, location
 
 
 def needs_of(arguments: Sequence[str]) -> Need:
@@ -23,13 +24,13 @@ def needs_of(arguments: Sequence[str]) -> Need:
         return Need()  # `submit` says what can be submitted
     need = READERS[name](command.make_context(name, rest).params)
     for output in need.outputs:
-        if not is_s3(output) and not os.path.isabs(output):
+        if is_relative(output):
             raise ConfigError(
                 "a relative output would be lost with the job's temporary folder",
                 where=output,
                 todo="give an s3:// URI, or an absolute path that all nodes share",
             )
-    return need
+    return dataclasses.replace(need, outputs=tuple(map(location, need.outputs)))
 
 
 def _load(options: dict[str, Any], config_class: type[ConfigT]) -> tuple[ConfigT, tuple[str]]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from infra.config import load_yaml
 from infra.errors import ConfigError, DataError
-from infra.images import IMAGE_SUFFIXES, list_images
+from infra.images import below, choose_images, list_images
 from infra.keys import bounded, tell_apart, with_digest
 from infra.manifest import Manifest
 from infra.shards import Entry
@@ -66,8 +66,8 @@ def list_sources(sources: Sequence[Source]) -> list[SourceFile]:
             todo="give the sources different names",
         )
     found = [(source, one) for source in sources for one in _list_source(source)]
-    names = [(source.name, one.name) for source, one in found]
-    keys = tell_apart(names, _key, lambda name: with_digest(_key(name), "/".join(name)))
+    paths = [(source.name, one.name) for source, one in found]
+    keys = tell_apart(paths, _key, lambda name: with_digest(_key(name), "/".join(name)))
     files = [
         SourceFile(
             key,
@@ -192,14 +192,12 @@ def _list_place(path: str) -> list[Found]:
     zipped = split_zip(path)
     root, pattern = _split_pattern(zipped[1].strip("/") if zipped else path.rstrip("/"))
     if zipped:
-        archive, below = zipped[0], "" if root in ("", ".") else f"{root}/"
-        images = {
-            f"{archive}!{name}": (name.removeprefix(below), size)
-            for name, size in list_members(archive).items()
-            if name.startswith(below) and Path(name).suffix.lower() in IMAGE_SUFFIXES
-        }
+        archive, folder = zipped[0], "" if root in ("", ".") else f"{root}/"
+        sizes = list_members(archive)
+        names = (name.removeprefix(folder) for name in sizes if name.startswith(folder))
+        images = {f"{archive}!{folder}{name}": (name, sizes[f"{folder}{name}"]) for name in choose_images(names, path)}
     else:
-        images = {uri: (uri.removeprefix(root).lstrip("/"), size) for uri, size in list_images(root).items()}
+        images = {uri: (below(uri, root), size) for uri, size in list_images(root).items()}
     found = [Found(name, uri, size) for uri, (name, size) in images.items() if not pattern or pattern.fullmatch(name)]
     if not found:
         raise DataError("no images here", where=path, todo="check the path, and the pattern if it has one")

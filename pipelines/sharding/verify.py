@@ -13,6 +13,7 @@ import numpy as np
 
 from infra.display.progress import progress
 from infra.errors import CcsrError, DataError
+from infra.images import below, skip_system_files
 from infra.manifest import Manifest, ShardRecord, dataset_id_of, index_table, record_uri, set_aside
 from infra.shards import Entry, read_index
 from infra.storage import download, is_s3, join, list_files, sha256_file
@@ -31,7 +32,7 @@ def verify(uri: str) -> Manifest:
     manifest = Manifest.load(uri)
     shards = manifest.facts["shards"]
     index = manifest.index
-    present = {place.removeprefix(uri.rstrip("/") + "/") for place in list_files(uri)}
+    present = set(skip_system_files((below(place, uri) for place in list_files(uri)), uri))
     starts = [0, *accumulate(shard["num_samples"] for shard in shards)]
 
     def check(number: int) -> tuple[list[str], ShardRecord | None]:

@@ -261,3 +261,20 @@ def test_sets_without_hashes_still_verify_but_cannot_be_compared(photos: Path, t
     with pytest.raises(DataError, match="holds no hashes to compare by") as caught:
         list(find_duplicates(old.uri, old.uri))
     assert "ccsr shard" in caught.value.todo
+
+
+def test_folder_markers_and_system_files_are_no_fault(
+    photos: Path, output: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Markers are empty objects that S3 consoles and Hadoop create; a local folder has none."""
+    manifest = make_shard_set(shard_config(photos, output, degradation="bicubic"))
+    if output.startswith("s3://"):
+        bucket, _, prefix = output.removeprefix("s3://").partition("/")
+        for name in ("/", "/shards/", "/records/", "/shards_$folder$"):
+            _s3().call_s3("put_object", Bucket=bucket, Key=prefix + name, Body=b"")
+    for name in (".DS_Store", "shards/._000000.tar", "Thumbs.db"):
+        write_bytes(join(output, name), b"x")
+    assert verify(output) == manifest
+    assert "3 system files left out" in capsys.readouterr().err
+    assert clean(output) == []
+    assert list_files(output).keys() >= {join(output, name) for name in (".DS_Store", "manifest.json")}
