@@ -58,7 +58,9 @@ class EvaluateRuntime(Config):
     num_actors: int = Field(1, ge=1)
     use_gpu: bool = False
     threads_per_actor: int = Field(1, ge=1, description="torch threads of a CPU actor")
-    runs_at_once: int = Field(8, ge=1, description="runs of one image in one batch")
+    runs_at_once: int | None = Field(
+        None, ge=1, description="runs of one image in one batch; none: 1 on a CPU, 8 on a GPU"
+    )
 
 
 class EvaluateConfig(Config):

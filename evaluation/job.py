@@ -21,6 +21,7 @@ from evaluation.scoring import Scorer, record_uri
 from evaluation.sets import EvaluationSet, load_sets
 from infra.display.progress import progress
 from infra.errors import DataError
+from infra.locations import check_output
 from infra.process.numerics import set_numerics
 from infra.ray_runtime import cpu_work, lost_worker, on_actors, ray_cluster, user_error
 from infra.run import claim_output
@@ -52,6 +53,9 @@ def run_evaluate(config: EvaluateConfig, *, log_only: bool = False) -> Evaluatio
         for method in config.methods
     ]
     config = config.model_copy(update={"methods": tuple(methods)})
+    folders = (path for part in config.data for path in ([part] if isinstance(part, str) else [part.lr, part.hr]))
+    others = (method.outputs for method in config.methods if isinstance(method, OutputsMethod))
+    check_output(config.output, [*filter(None, folders), *others])
     data = load_sets(config.data)
     keys = [image.key for image in data.images]
     outputs = {

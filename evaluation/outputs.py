@@ -5,10 +5,12 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from evaluation.sets import EvaluationImage, add_by_key
+from evaluation.sets import EvaluationImage
 from infra.display.progress import progress
 from infra.errors import DataError
-from infra.images import list_images, read_image
+from infra.images import below, list_images, read_image
+from infra.keys import keys_of
+from infra.pairing import by_pair_name
 
 _OF_A_RUN = re.compile(r"(?:sample|runs/)(\d+)/(.+)")
 
@@ -19,15 +21,15 @@ def find_outputs(folder: str, keys: Sequence[str], num_runs: int) -> dict[str, l
     Of more runs the first `num_runs` in order of their numbers are taken. Raises DataError where a run or an image of
     a run is missing, and for a single run folder, which says nothing about stability.
     """
-    runs: dict[int, dict[str, str]] = {}
-    only: dict[str, str] = {}
+    files: dict[int, dict[str, str]] = {}
+    plain: dict[str, str] = {}
     for uri in list_images(folder):
-        name = uri.removeprefix(folder.rstrip("/")).lstrip("/")
-        match = _OF_A_RUN.fullmatch(name)
+        match = _OF_A_RUN.fullmatch(below(uri, folder))
         if match:
-            add_by_key(runs.setdefault(int(match[1]), {}), match[2], uri)
+            files.setdefault(int(match[1]), {})[match[2]] = uri
         else:
-            add_by_key(only, name, uri)
+            plain[below(uri, folder)] = uri
+    only, runs = _by_key(plain, keys), {run: _by_key(found, keys) for run, found in files.items()}
     if not runs:
         _require_all(only, keys, folder)
         return {key: [only[key]] for key in keys}
@@ -70,6 +72,14 @@ def outputs_id(outputs: dict[str, list[str]], images: Sequence[EvaluationImage])
 
         found = sorted(line for lines_of_image in pool.map(lines, images) for line in lines_of_image)
     return hashlib.sha256("\n".join(found).encode()).hexdigest()[:16]
+
+
+def _by_key(files: dict[str, str], keys: Sequence[str]) -> dict[str, str]:
+    """The files by the image keys that their names stand for; others are left out."""
+    found, images = by_pair_name(
+        dict(zip(keys_of(list(files)), files.values(), strict=True)), dict(zip(keys, keys, strict=True))
+    )
+    return {images[name]: uri for name, uri in found.items() if name in images}
 
 
 def _require_all(found: dict[str, str], keys: Sequence[str], where: str) -> None:

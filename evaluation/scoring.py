@@ -45,7 +45,7 @@ class Scorer:
         scores: dict[str, list[float | None]] = {name: [] for name in config.metrics if name != "fid"}
         sharp: list[float] = []
         outputs: Iterable[np.ndarray] = (
-            map(read_image, files) if files else self._restored(task["method"], lr, size, image.key)
+            map(read_image, files) if files else self._restored(task["method"], lr, size, image.noise_key or image.key)
         )
         for run, output in enumerate(outputs):
             write_bytes(join(folder, method.name, f"{run:02d}", f"{image.key}.png"), encode_png(output))
@@ -77,7 +77,7 @@ class Scorer:
                 seed=self._config.seed,
                 key=key,
                 runs=range(self._config.num_runs),
-                runs_at_once=self._config.runtime.runs_at_once,
+                runs_at_once=self._config.runtime.runs_at_once or (8 if self._config.runtime.use_gpu else 1),
             )
 
     def _model(self, uri: str) -> Any:

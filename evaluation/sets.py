@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,8 +11,10 @@ import numpy as np
 
 from evaluation.config import FolderSet
 from infra.errors import DataError
-from infra.images import decode_image, list_images
+from infra.images import below, decode_image, list_images
+from infra.keys import key_of, keys_of
 from infra.manifest import Manifest
+from infra.pairing import by_pair_name
 from infra.shards import Entry, read_sample
 from infra.storage import read_bytes
 
@@ -30,6 +31,7 @@ class EvaluationImage:
     hr: str | None
     scale: int = 0
     entry: Entry | None = None
+    noise_key: str = ""  # where it is not the key: an image's noise depends on its own path alone
 
     def read(self) -> tuple[np.ndarray, np.ndarray | None, tuple[int, int]]:
         """uint8 RGB LR, HR or None, and the HR's (height, width) in px. DataError where the sizes do not fit."""
@@ -91,32 +93,23 @@ def _from_folders(folders: FolderSet) -> EvaluationSet:
     if folders.hr is None:
         images = [EvaluationImage(key, uri, None, folders.scale) for key, uri in lr.items()]
     else:
-        hr = images_by_key(folders.hr)
+        lr, hr = by_pair_name(lr, images_by_key(folders.hr))
         if lr.keys() != hr.keys():
             key = min(lr.keys() ^ hr.keys())
             raise DataError(
                 f"{len(lr.keys() ^ hr.keys())} images have no partner; the first is {key!r}",
                 where=folders.hr if key in lr else folders.lr,
-                todo="give folders in which an HR image and its LR image have the same name",
+                todo="give folders in which an HR image and its LR image have the same name, or one with _HR, _LR4, x4",
             )
         images = [EvaluationImage(key, lr[key], hr[key]) for key in lr]
+    images = [dataclasses.replace(one, noise_key=key_of(below(one.lr, folders.lr))) for one in images]
     return EvaluationSet(content_id(images), images)
 
 
 def images_by_key(folder: str) -> dict[str, str]:
-    """Key -> URI of the images below a folder; a key is the path below it without suffix, in harmless characters."""
-    found: dict[str, str] = {}
-    for uri in list_images(folder):
-        add_by_key(found, uri.removeprefix(folder.rstrip("/")).lstrip("/"), uri)
-    return found
-
-
-def add_by_key(found: dict[str, str], name: str, uri: str) -> None:
-    """Put the image called `name` into `found` by its key. DataError where the key is taken."""
-    key = re.sub(r"[^A-Za-z0-9_.-]+", "-", name.rsplit(".", 1)[0])
-    if key in found:
-        raise DataError(f"two images have the key {key}", where=f"{found[key]}, {uri}", todo="rename one of them")
-    found[key] = uri
+    """Key -> URI of the images below a folder; see `infra.keys`."""
+    uris = list(list_images(folder))
+    return dict(zip(keys_of([below(uri, folder) for uri in uris]), uris, strict=True))
 
 
 def content_id(images: Sequence[EvaluationImage]) -> str:

@@ -120,7 +120,7 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
             for part in parents:
                 node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
             node[int(last) if isinstance(node, list) else last] = _parse_yaml(text)
-        except (TypeError, ValueError, IndexError, AttributeError, yaml.YAMLError) as error:
+        except (TypeError, ValueError, IndexError, AttributeError, RecursionError, yaml.YAMLError) as error:
             raise ConfigError(
                 f"--set {override} does not fit the config", where=path, todo="see `ccsr config show` for the keys"
             ) from error

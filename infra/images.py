@@ -149,12 +149,15 @@ def skip_system_files(names: Iterable[str], where: str, *, hidden: bool = False)
     """Paths below `where` without what operating systems leave there (.DS_Store, ._NAME, Thumbs.db, __MACOSX/ and the
     like), where `hidden` also without hidden files and folders; a note gives the number of those left out."""
 
-    def skipped(name: str) -> bool:
-        return any(part.lower() in SYSTEM_NAMES or part.startswith("." if hidden else "._") for part in name.split("/"))
+    marks = "." if hidden else "._"
 
-    kept, left_out = [], []
+    def skipped(part: str) -> bool:
+        return part.lower() in SYSTEM_NAMES or (part.startswith(marks) and part not in (".", ".."))
+
+    kept: list[str] = []
+    left_out: list[str] = []
     for name in names:
-        (left_out if skipped(name) else kept).append(name)
+        (left_out if any(map(skipped, name.split("/"))) else kept).append(name)
     if left_out:
         kinds = "hidden or system files" if hidden else "system files"
         print(f"note: {len(left_out)} {kinds} left out, for one {printable(left_out[0])}: {where}", file=sys.stderr)
@@ -163,16 +166,18 @@ def skip_system_files(names: Iterable[str], where: str, *, hidden: bool = False)
 
 def list_images(folder: str) -> dict[str, int]:
     """URI -> size in bytes of all image files below a folder or s3:// prefix, sorted. DataError if there are none."""
+    if exists(folder):
+        raise DataError("this is a file; a folder is expected", where=folder, todo="check the path")
     files = list_files(folder)
     names = {below(uri, folder): uri for uri in files}
     found = {names[name]: files[names[name]] for name in choose_images(names, folder)}
     if not found:
-        if exists(folder):
-            what = "this is a file; a folder is expected"
-        elif files or os.path.isdir(folder):
-            what = f"no images ({', '.join(IMAGE_SUFFIXES)}) here"
-        else:
-            what = "there is no such file or folder"
+        there = files or os.path.isdir(folder)
+        what = (
+            f"no images ({', '.join(IMAGE_SUFFIXES)}) here"
+            if there
+            else "no images: this file or folder does not exist"
+        )
         raise DataError(what, where=folder, todo="check the path")
     return found
 

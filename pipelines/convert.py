@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 from infra.errors import ConfigError, StorageError
-from infra.locations import location
+from infra.locations import check_output, location
 from infra.storage import download, download_folder, exists, is_s3, join, list_files, remove, upload_folder
 from infra.weights import BASE_HUB_ID, fetch_weights, find_weights
 
@@ -41,6 +41,7 @@ def run_convert(
         )
     if family not in (None, "v1", "v2", "stablesr"):
         raise ConfigError(f"no family is called {family!r}", where="--family", todo="choose v1, v2 or stablesr")
+    check_output(out, filter(None, (controlnet, vae)))
     with tempfile.TemporaryDirectory(prefix="ccsr-convert-") as scratch:
         folder = Path(scratch)
         target = folder / "model" if is_s3(out) else Path(out)

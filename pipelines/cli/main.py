@@ -1,5 +1,6 @@
 """The `ccsr` command. Nothing heavy is imported before a command needs it: `ccsr --help` answers at once."""
 
+import io
 import os
 import signal
 import sys
@@ -250,6 +251,8 @@ def main() -> None:
         terminated = True
         raise KeyboardInterrupt
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be in the terminal's encoding
     signal.signal(signal.SIGTERM, terminate)  # ends as Ctrl-C does, so that what is open is closed
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched behind the user's back
     try:

@@ -13,16 +13,18 @@ from infra.config import load_yaml
 from infra.errors import ConfigError, DataError
 from infra.images import below, choose_images, list_images
 from infra.keys import bounded, tell_apart, with_digest
+from infra.locations import check_output
 from infra.manifest import Manifest
+from infra.pairing import by_pair_name
 from infra.shards import Entry
+from infra.storage import join
 from pipelines.sharding.config import FolderSource, PackageSource, PairsSource, ShardsSource, Source
 from pipelines.sharding.zips import list_members, split_zip
 
-# What tells HR from LR in the names of published pairs: 0001x4.png, Canon_001_HR.png, Canon_001_LR4.png.
-PAIR_MARK = re.compile(r"(_HR|_LR\d?|x[2348])$", re.IGNORECASE)
 WILDCARDS = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
 NUM_LISTED = 5
 MAX_KEY_BYTES = 48
+CONTACT_SHEET = "contact_sheet.jpg"
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,17 @@ def list_sources(sources: Sequence[Source]) -> list[SourceFile]:
     return files
 
 
+def check_apart(output: str, sources: Sequence[Source]) -> None:
+    """ConfigError where a source would list what sharding into `output` writes, of which one file is an image."""
+    for source in sources:
+        for path in (getattr(source, field, None) for field in ("path", "hr", "lr")):
+            if path is None or split_zip(path):
+                continue
+            root, pattern = _split_pattern(path)
+            if pattern is None or pattern.fullmatch(below(join(output, CONTACT_SHEET), root)):
+                check_output(output, [root])
+
+
 def source_facts(sources: Sequence[Source], files: Sequence[SourceFile]) -> list[dict[str, Any]]:
     """What the manifest says of each source: name, kind, dataset, num_files, expected_files, licence."""
     counts = Counter(file.source for file in files)
@@ -159,14 +172,14 @@ def _list_pairs(source: PairsSource) -> list[Found]:
     for place in (source.hr, source.lr):
         files: dict[str, Found] = {}
         for one in _list_place(place):
-            name = PAIR_MARK.sub("", one.name.rsplit(".", 1)[0])
+            name = one.name.rsplit(".", 1)[0]
             if name in files:
                 raise DataError(
                     f"two files are the image {name}", where=f"{one.uri} and {files[name].uri}", todo="remove one"
                 )
             files[name] = one
         sides.append(files)
-    hr, lr = sides
+    hr, lr = by_pair_name(*sides)
     alone = [
         f"{len(names)} {have} images have no {lack}: {', '.join(names[:NUM_LISTED])}"
         for have, lack, names in (
@@ -179,7 +192,7 @@ def _list_pairs(source: PairsSource) -> list[Found]:
         raise DataError(
             "; ".join(alone),
             where=f"{source.hr} and {source.lr}",
-            todo="complete the pairs; a pair has one name, apart from _HR, _LR4, x4 at its end and the suffix",
+            todo="complete the pairs; a pair has one name, apart from _HR, _LR4, x4, _x1 at its end and the suffix",
         )
     return [
         Found(one.name, one.uri, one.num_bytes, lr[name].uri, None, f"{lr[name].name} {lr[name].num_bytes}")

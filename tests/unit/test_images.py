@@ -277,8 +277,8 @@ def test_what_is_no_folder_of_images_is_told_apart(tmp_path: Path, s3: str) -> N
     (tmp_path / "notes" / "a.txt").write_bytes(b"1")
     write_bytes(f"{s3}/file.png", b"1")
     places = {
-        f"{tmp_path}/absent": "there is no such file or folder",
-        f"{s3}/absent": "there is no such file or folder",
+        f"{tmp_path}/absent": "no images: this file or folder does not exist",
+        f"{s3}/absent": "no images: this file or folder does not exist",
         f"{tmp_path}/file.png": "this is a file; a folder is expected",
         f"{s3}/file.png": "this is a file; a folder is expected",
         f"{tmp_path}/empty": "no images",
