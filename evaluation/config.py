@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 
-from infra.config import EXTENDABLE, Config, Location
+from infra.config import EXTENDABLE, Config, Location, ModelLocation
 from infra.process.numerics import NumericsConfig
 from infra.ray_runtime import RayConfig
 from infra.tracking import TrackingConfig
@@ -61,6 +61,19 @@ def _test_sets() -> dict[str, dict[str, Any]]:
     return yaml.safe_load(Path(__file__).with_name("test_sets.yaml").read_text(encoding="utf-8"))
 
 
+def _kind_of_set(value: Any) -> str:
+    if isinstance(value, str):
+        return "shards"
+    return "named" if isinstance(value, NamedSet) or (isinstance(value, dict) and "set" in value) else "folders"
+
+
+# By kind, so that an error is about the kind that was meant.
+TestSet = Annotated[
+    Annotated[Location, Tag("shards")] | Annotated[FolderSet, Tag("folders")] | Annotated[NamedSet, Tag("named")],
+    Discriminator(_kind_of_set),
+]
+
+
 class BicubicMethod(Config):
     """The LR enlarged by PIL's bicubic: deterministic, run once."""
 
@@ -73,7 +86,7 @@ class ModelMethod(Config):
 
     kind: Literal["model"]
     name: MethodName
-    model: Location
+    model: ModelLocation
     sampling: SamplingConfig = SamplingConfig()
 
 
@@ -115,7 +128,9 @@ class EvaluateRuntime(Config):
     num_actors: int = Field(1, ge=1)
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int = Field(1, ge=1, description="torch threads of a CPU actor")
-    rows_at_once: int = Field(8, ge=1, description="runs of one image in one batch")
+    rows_at_once: int | None = Field(
+        None, ge=1, description="runs of one image in one batch; none: 1 on a CPU, 8 on a GPU"
+    )
 
 
 class EvaluateConfig(Config):
@@ -123,7 +138,7 @@ class EvaluateConfig(Config):
 
     job: Literal["evaluate"]
     output: Location
-    data: Annotated[tuple[Location | FolderSet | NamedSet, ...], Field(min_length=1)]
+    data: Annotated[tuple[TestSet, ...], Field(min_length=1)]
     methods: Annotated[tuple[Method, ...], EXTENDABLE, Field(min_length=1)]
     num_runs: int = Field(10, ge=2, description="the paper's N; one run says nothing about stability")
     seed: int = 0

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from evaluation.results import EvaluationResult, MethodScores, load_result
 from infra.errors import DataError
-from infra.storage import exists, is_s3, join
+from infra.locations import location
+from infra.storage import exists, join
 from infra.tracking import TrackingConfig, mlflow_errors, tracking_uri
 
 _NEEDED = ("run.json", "results.parquet", "images.parquet")
@@ -20,8 +21,8 @@ def find_result(place: str, tracking: TrackingConfig, scratch: Path, *, pictures
     Raises StorageError for a folder without a result, DataError for a name that no run or several have, ClusterError
     where MLflow does not answer.
     """
-    if is_s3(place) or "/" in place or exists(join(place, "run.json")):
-        return load_result(place)
+    if "/" in place or place.startswith("~") or exists(join(place, "run.json")):
+        return load_result(location(place))
     uri = tracking_uri(tracking)
     if uri.startswith("sqlite:///") and not exists(uri.removeprefix("sqlite:///")):  # asking MLflow would make one
         raise DataError(

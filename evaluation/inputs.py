@@ -5,15 +5,17 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from evaluation.config import FolderSet, NamedSet, OutputsMethod
 from infra.display.progress import progress
 from infra.errors import DataError
-from infra.images import decode_image, list_images, read_image
+from infra.images import below, decode_image, list_images, read_image
+from infra.keys import key_of, keys_of
 from infra.manifest import Manifest
+from infra.pairing import by_pair_name
 from infra.shards import Entry, read_sample
 from infra.storage import join, read_bytes
 
@@ -32,6 +34,7 @@ class EvaluationImage:
     hr: str | None
     scale: int = 0
     entry: Entry | None = None
+    noise_key: str = ""  # where it is not the key: an image's noise depends on its own path alone
 
     def read(self) -> tuple[np.ndarray, np.ndarray | None, tuple[int, int]]:
         """uint8 RGB LR, HR or None, and the HR's (height, width) in px. DataError where the sizes do not fit."""
@@ -75,6 +78,13 @@ def load_sets(data: Sequence[str | FolderSet | NamedSet]) -> EvaluationSet:
     return EvaluationSet("+".join(part.dataset_id for part in parts), images)
 
 
+def folders_of(part: str | FolderSet | NamedSet) -> list[str]:
+    """What a test set is read from."""
+    if isinstance(part, str):
+        return [part]
+    return [part.path] if isinstance(part, NamedSet) else [part.lr, *([part.hr] if part.hr else [])]
+
+
 def _from_shards(uri: str) -> EvaluationSet:
     manifest = Manifest.load(uri)
     if not manifest.facts["has_lr"]:
@@ -89,20 +99,21 @@ def _from_folders(folders: FolderSet | NamedSet) -> EvaluationSet:
         expected, hr = layout["num_images"], layout.get("hr")
         lr = join(folders.path, layout["lr"])
         folders = FolderSet(lr=lr, hr=hr and join(folders.path, hr), scale=layout["scale"])
-    lr_files = images_by_key(folders.lr)
+    lr_files = _by_key(_below(folders.lr))
     if folders.hr is None:
         images = [EvaluationImage(key, uri, None, folders.scale) for key, uri in lr_files.items()]
     else:
-        hr_files = images_by_key(folders.hr)
+        lr_files, hr_files = by_pair_name(lr_files, _by_key(_below(folders.hr)))
         alone = sorted(lr_files.keys() ^ hr_files.keys())
         if alone:
             raise DataError(
                 f"{len(alone)} images have no partner; the first is {alone[0]!r}",
                 where=folders.hr if alone[0] in lr_files else folders.lr,
-                todo="give folders in which an HR image and its LR image have the same name",
+                todo="give folders in which an HR image and its LR image have the same name, or one with _HR, _LR4, x4",
             )
         scale = folders.scale if name else 0
         images = [EvaluationImage(key, uri, hr_files[key], scale) for key, uri in lr_files.items()]
+    images = [replace(one, noise_key=key_of(below(one.lr, folders.lr))) for one in images]
     if expected is not None and len(images) != expected:
         raise DataError(
             f"{name} has {len(images)} images here, {expected} as published",
@@ -112,20 +123,13 @@ def _from_folders(folders: FolderSet | NamedSet) -> EvaluationSet:
     return EvaluationSet(content_id(images), images)
 
 
-def images_by_key(folder: str) -> dict[str, str]:
-    """Key -> URI of the images below a folder; a key is the path below it without suffix, in harmless characters."""
-    found: dict[str, str] = {}
-    for uri in list_images(folder):
-        add_by_key(found, uri.removeprefix(folder.rstrip("/")).lstrip("/"), uri)
-    return found
+def _below(folder: str) -> dict[str, str]:
+    """Path below the folder -> URI, of its images."""
+    return {below(uri, folder): uri for uri in list_images(folder)}
 
 
-def add_by_key(found: dict[str, str], name: str, uri: str) -> None:
-    """Put the image called `name` into `found` by its key. DataError where the key is taken."""
-    key = re.sub(r"[^A-Za-z0-9_.-]+", "-", name.rsplit(".", 1)[0])
-    if key in found:
-        raise DataError(f"two images have the key {key}", where=f"{found[key]}, {uri}", todo="rename one of them")
-    found[key] = uri
+def _by_key(paths: Mapping[str, str]) -> dict[str, str]:
+    return dict(zip(keys_of(list(paths)), paths.values(), strict=True))
 
 
 def content_id(images: Sequence[EvaluationImage]) -> str:
@@ -165,15 +169,14 @@ def find_outputs(
     runs: dict[int, dict[str, str]] = {}
     only: dict[str, str] = {}
     perturbed: dict[str, dict[str, str]] = {}
-    for uri in list_images(folder):
-        name = uri.removeprefix(folder.rstrip("/")).lstrip("/")
-        first, _, rest = name.partition("/")
-        if match := _OF_A_RUN.fullmatch(name):
-            add_by_key(runs.setdefault(int(match[1]), {}), match[2], uri)
+    for path, uri in _below(folder).items():
+        first, _, rest = path.partition("/")
+        if match := _OF_A_RUN.fullmatch(path):
+            runs.setdefault(int(match[1]), {})[match[2]] = uri
         elif first == "perturbed":
-            add_by_key(perturbed.setdefault(rest.partition("/")[0], {}), rest.partition("/")[2], uri)
+            perturbed.setdefault(rest.partition("/")[0], {})[rest.partition("/")[2]] = uri
         else:
-            add_by_key(only, name, uri)
+            only[path] = uri
     if runs and len(runs) < num_runs:
         single = "; a deterministic method's outputs are in the folder itself" if len(runs) == 1 else ""
         raise DataError(
@@ -193,8 +196,12 @@ def find_outputs(
     }
 
 
-def _of_keys(files: Mapping[str, str], keys: Sequence[str], pattern: str, folder: str, part: str) -> dict[str, str]:
-    """Key -> its file, of files by their names; upper and lower case may differ where that leaves one file."""
+def _of_keys(paths: Mapping[str, str], keys: Sequence[str], pattern: str, folder: str, part: str) -> dict[str, str]:
+    """Key -> its file, of files by their paths below the folder of a run. Names may have the marks of pairs, or the
+    other case where that leaves one file."""
+    files = _by_key(paths)
+    paired, images = by_pair_name(files, {key: key for key in keys})
+    files = {images[name]: uri for name, uri in paired.items() if name in images} | files
     folded = {} if len({name.lower() for name in files}) < len(files) else {name.lower(): files[name] for name in files}
     found = {}
     for key in keys:

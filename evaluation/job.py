@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from evaluation.config import EvaluateConfig, GanMethod, Method, ModelMethod, OutputsMethod
-from evaluation.inputs import EvaluationSet, Outputs, find_outputs, load_sets, outputs_id
+from evaluation.inputs import EvaluationSet, Outputs, find_outputs, folders_of, load_sets, outputs_id
 from evaluation.metrics.registry import UNAVAILABLE, fid, how_to_get, metric_directions, metric_origins
 from evaluation.mlflow_log import log_result
 from evaluation.report.orderings import ORDERINGS, published_orderings
@@ -33,6 +33,7 @@ from evaluation.scoring import Scorer, ScoreTask, load_gan, record_uri
 from infra.config import difference, result_part
 from infra.display.progress import progress
 from infra.errors import ConfigError, DataError
+from infra.locations import check_output
 from infra.publish import download, put_if_absent, write_bytes
 from infra.ray_runtime import on_ray
 from infra.run import claim_output
@@ -66,6 +67,9 @@ def run_evaluate(config: EvaluateConfig, *, log_only: bool = False) -> Evaluatio
         for method in config.methods
     ]
     config = config.model_copy(update={"methods": tuple(methods)})
+    folders = [folder for part in config.data for folder in folders_of(part)]
+    others = (method.outputs for method in config.methods if isinstance(method, OutputsMethod))
+    check_output(config.output, [*folders, *others])
     data = load_sets(config.data)
     keys = [image.key for image in data.images]
     outputs = {

@@ -55,14 +55,15 @@ class Scorer:
         config, method, image, files = self._config, task.method, task.image, task.outputs
         border = config.crop_border
         lr, hr, size = image.read()
+        seeds_of = image.noise_key or image.key
         bicubic = resize_bicubic(lr, size[1], size[0])
-        self._write_inputs(image.key, lr, hr)
+        self._write_inputs(image.key, lr, hr, seeds_of)
         runs: Iterable[np.ndarray]
         trace: list[dict[str, Any]] = []
         if task.trace and isinstance(method, ModelMethod):
-            trace, runs = self._traced(method, lr, hr, bicubic, image.key)
+            trace, runs = self._traced(method, lr, hr, bicubic, seeds_of)
         else:
-            runs = map(read_image, files.runs) if files else self._restored(method, lr, size, image.key)
+            runs = map(read_image, files.runs) if files else self._restored(method, lr, size, seeds_of)
         kept: list[np.ndarray] = []
         scores: dict[str, list[float | None]] = {name: [] for name in self._metrics}
         for run, output in enumerate(runs):
@@ -81,7 +82,7 @@ class Scorer:
             write_bytes(self._place(method.name, "l_std", image.key), encode_png(levels))
             numbers["l_std"] = stability.l_std()
             numbers["l_std_equal_sharpness"] = l_std_equal_sharpness(kept, bicubic, crop_border=border)
-        numbers |= self._against_perturbations(method, files, lr, hr, kept[0], image.key)
+        numbers |= self._against_perturbations(method, files, lr, hr, kept[0], seeds_of)
         row = image_row(method.name, image.key, size, scores, **numbers)
         record = json.dumps({"scores": scores, "image": row, "trace": trace}, sort_keys=True).encode()
         put_if_absent(record_uri(config.output, method.name, image.key), record)
@@ -134,12 +135,12 @@ class Scorer:
 
     def _seeds(self, key: str, num_runs: int | None = None) -> dict[str, Any]:
         runs = range(num_runs or self._config.num_runs)
-        at_once = self._config.runtime.rows_at_once
+        at_once = self._config.runtime.rows_at_once or (8 if self._device == "cuda" else 1)
         return {"seed": self._config.seed, "key": key, "runs": runs, "rows_at_once": at_once}
 
-    def _write_inputs(self, key: str, lr: np.ndarray, hr: np.ndarray | None) -> None:
+    def _write_inputs(self, key: str, lr: np.ndarray, hr: np.ndarray | None, seeds_of: str) -> None:
         pictures: dict[tuple[str, ...], np.ndarray] = {("lr",): lr} | ({} if hr is None else {("hr",): hr})
-        pictures |= {("lr_perturbed", name): perturb(lr, name, key) for name in self._config.perturbations}
+        pictures |= {("lr_perturbed", name): perturb(lr, name, seeds_of) for name in self._config.perturbations}
         for parts, picture in pictures.items():
             put_if_absent(self._place(*parts, key), encode_png(picture))
 

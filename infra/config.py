@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar, get_args
@@ -13,8 +14,9 @@ from typing import Annotated, Any, Self, TypeVar, get_args
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
-from infra.errors import ConfigError
-from infra.storage import absolute
+from infra.errors import ConfigError, StorageError
+from infra.locations import parse_location, parse_model, parse_tracking
+from infra.storage import read_bytes
 
 
 class Config(BaseModel):
@@ -41,9 +43,11 @@ class Config(BaseModel):
         return {}
 
 
-Location = Annotated[str, "location", AfterValidator(absolute)]
-"""A path, made absolute since workers have folders of their own, or a URI. It says where something is, not what it is,
-so it stays out of the fingerprint."""
+Location = Annotated[str, "location", AfterValidator(parse_location)]
+"""A path, made absolute since workers have other working folders, or an s3:// URI. It says where something is, not what
+it is, so it stays out of the fingerprint."""
+ModelLocation = Annotated[str, "location", AfterValidator(parse_model)]
+TrackingLocation = Annotated[str, "location", AfterValidator(parse_tracking)]
 
 EXTENDABLE = "extendable"
 """Marks a field that says where a result ends, not what it is: it stays out of the fingerprint, so a run can go on."""
@@ -57,6 +61,36 @@ RENAMED = {
 """Keys of earlier versions and today's, for the error that refuses them."""
 
 ConfigT = TypeVar("ConfigT", bound=Config)
+MERGE_TAG = "tag:yaml.org,2002:merge"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without two surprises that PyYAML accepts: a key that is there twice, and 010 for 8 or 1:30 for 90."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if str(key.value) in lines and key.tag != MERGE_TAG:
+                problem = f"the key `{key.value}` is there twice, in lines {lines[str(key.value)]} and {line}"
+                raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key.start_mark)
+            lines[str(key.value)] = line
+        return node
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        value, digits = super().construct_yaml_int(node), node.value.lstrip("+-")
+        if ":" in digits or (digits[0] == "0" and digits.isdigit() and len(digits) > 1):
+            problem = f"YAML reads {node.value} as {value}: write {value}, or put it in quotes"
+            raise yaml.constructor.ConstructorError(problem=problem, problem_mark=node.start_mark)
+        return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
+def _parse_yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)  # a SafeLoader
 
 
 class FieldError(ValueError):
@@ -70,12 +104,14 @@ class FieldError(ValueError):
 def load_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML mapping. Raises ConfigError for a missing file, a syntax error or anything but a mapping."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
+        values = _parse_yaml(read_bytes(str(path)).decode())
+    except StorageError as error:
         raise ConfigError(
-            f"the config cannot be read ({error.strerror})", where=str(path), todo="check the path given to -c"
+            f"the config cannot be read ({error.what.removeprefix('cannot read: ')})",
+            where=str(path),
+            todo="check the path given to -c",
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         place = getattr(error, "problem_mark", None)
         raise ConfigError(
             f"the config is not valid YAML ({getattr(error, 'problem', error)})",
@@ -99,8 +135,8 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
         try:
             for part in parents:
                 node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
-            node[int(last) if isinstance(node, list) else last] = yaml.safe_load(text)
-        except (TypeError, ValueError, IndexError, AttributeError, yaml.YAMLError) as error:
+            node[int(last) if isinstance(node, list) else last] = _parse_yaml(text)
+        except (TypeError, ValueError, IndexError, AttributeError, RecursionError, yaml.YAMLError) as error:
             raise ConfigError(
                 f"--set {override} does not fit the config", where=path, todo="see `ccsr config show` for the keys"
             ) from error
@@ -130,14 +166,29 @@ def parse_config(values: Mapping[str, Any], config_class: type[ConfigT], *, wher
         if first["type"] == "missing":
             about = _description(config_class, first["loc"])
             raise ConfigError(f"`{key}` is missing{others}", where=place, todo=f"add it{about}") from error
-        message = first["msg"].removeprefix("Value error, ")
+        message, todo = first["msg"].removeprefix("Value error, "), _meant(first) or "correct the value"
         cause = first.get("ctx", {}).get("error")
         if isinstance(cause, FieldError):
             raise ConfigError(f"{message}{others}", where=f"{place}: {cause.field}", todo=cause.todo) from error
         if not isinstance(first.get("input"), Mapping):
             value = repr(first.get("input"))
             message += f", not {value if len(value) < 80 else value[:77] + '...'}"
-        raise ConfigError(f"{message}{others}", where=place, todo="correct the value") from error
+        raise ConfigError(f"{message}{others}", where=place, todo=todo) from error
+
+
+def _meant(error: Any) -> str:
+    """How to write what an error's value probably meant, where YAML reads it as another type."""
+    value, kind = error.get("input"), error["type"]
+    if kind in ("int_parsing", "float_parsing", "int_type", "float_type") and isinstance(value, str):
+        with suppress(ValueError, OverflowError):
+            number = int(value, 0) if value[:2].lower() in ("0o", "0x", "0b") else float(value.replace(",", ""))
+            number = int(number) if kind.startswith("int") and number == int(number) else number
+            return f"write {number}: YAML reads {value} as text"
+    if kind in ("string_type", "literal_error") and isinstance(value, bool):
+        return "put the word in quotes: YAML reads no, off, yes and on as false and true"
+    if kind == "string_type" and isinstance(value, int | float | date):
+        return f'put it in quotes: "{value}"'
+    return ""
 
 
 def _written_place(values: Any, path: Sequence[str | int], *, missing: bool) -> str:

@@ -10,6 +10,11 @@ def without_passwords(text: str) -> str:
     return PASSWORD.sub("://***@", text)
 
 
+def printable(text: str) -> str:
+    """The text with what is not UTF-8 in it (parts of file names) escaped."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def line_of(error: BaseException, number: int = 0) -> str:
     """One line of an error's message (0: the first, -1: the last), at most 300 characters; its kind where the message
     is empty."""
@@ -31,7 +36,7 @@ class CcsrError(Exception):
 
     def __str__(self) -> str:
         what, where, todo = (" ".join(part.splitlines()) for part in (self.what, self.where, self.todo))
-        return without_passwords(f"{what}\n  where: {where}\n  to do: {todo}")
+        return printable(without_passwords(f"{what}\n  where: {where}\n  to do: {todo}"))
 
     def __reduce__(self) -> tuple:
         return _rebuild, (type(self), self.what, self.where, self.todo), self.__dict__

@@ -1,21 +1,24 @@
 """Image files in and out: 8-bit RGB arrays, with a clear reason for every file that is refused."""
 
 import io
+import os
 import struct
+import sys
 import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
-from infra.errors import DataError
-from infra.storage import list_files, read_bytes
+from infra.errors import DataError, line_of, printable
+from infra.storage import exists, join, list_files, read_bytes
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # Pillow's other readers stay shut: one runs Ghostscript
-# What Pillow's readers raise on damaged files, found by flipping bytes of each format.
-_DAMAGE = (OSError, ValueError, SyntaxError, TypeError, EOFError, struct.error)
+SYSTEM_NAMES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", ".ds_store"}
 MAX_PIXELS = 256_000_000
 Image.MAX_IMAGE_PIXELS = None  # our own limit below applies before any pixel is decoded
 
@@ -28,8 +31,30 @@ class UnusableImageError(DataError):
         self.reason = reason
 
 
+# What is not damaged but of another kind; ImageMagick's commands, for one tool that converts it.
+CONVERSIONS = {
+    "transparent": "flatten it onto a background: magick IN -background white -alpha remove -alpha off OUT.png",
+    "cmyk": "convert it to RGB: magick IN -colorspace sRGB OUT.png",
+    "sixteen_bit": "convert it to 8 bits a channel: magick IN -depth 8 OUT.png",
+    "animated": "take a frame or page of it: magick 'IN[0]' OUT.png",
+    "too_large": "cut it into parts: magick IN -crop 8192x8192 OUT_%d.png",
+}
+
+
 def _refuse(reason: str, what: str, where: str) -> UnusableImageError:
-    return UnusableImageError(what, where=where, todo="replace, convert or remove the file", reason=reason)
+    todo = CONVERSIONS.get(reason, "replace or remove the file")
+    return UnusableImageError(what, where=where, todo=todo, reason=reason)
+
+
+@contextmanager
+def refusing(reason: str, what: str, where: str) -> Iterator[None]:
+    """Raise whatever a decoder raises in the block as UnusableImageError; memory errors and interrupts pass."""
+    try:
+        yield
+    except (UnusableImageError, MemoryError):
+        raise
+    except Exception as error:
+        raise _refuse(reason, f"{what} ({type(error).__name__}: {line_of(error)})", where) from error
 
 
 def decode_image(data: bytes, *, where: str) -> np.ndarray:
@@ -42,12 +67,9 @@ def decode_image(data: bytes, *, where: str) -> np.ndarray:
     """
     if not data:
         raise _refuse("empty", "the file is empty", where)
-    try:
+    with refusing("unreadable", f"the file is not a readable {', '.join(FORMATS[:-1])} or {FORMATS[-1]}", where):
         image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
         num_frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-    except _DAMAGE as error:
-        what = f"the file is not an image that can be read ({', '.join(FORMATS)})"
-        raise _refuse("unreadable", what, where) from error
     if image.width * image.height > MAX_PIXELS:
         raise _refuse("too_large", f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels", where)
     if num_frames > 1:
@@ -57,15 +79,13 @@ def decode_image(data: bytes, *, where: str) -> np.ndarray:
         raise _refuse("sixteen_bit", f"mode {image.mode} is stored with more than 8 bits a channel", where)
     if image.mode not in ("RGB", "L", "P", "RGBA", "LA", "1"):
         raise _refuse("cmyk", f"colour mode {image.mode} is not RGB", where)
-    try:
+    with refusing("truncated", "the picture data is damaged", where):
         image = ImageOps.exif_transpose(image)
         if image.mode in ("RGBA", "LA") or "transparency" in image.info:
             image = image.convert("RGBA")
             if np.asarray(image)[..., 3].min() < 255:
                 raise _refuse("transparent", "the picture has transparent pixels", where)
         return np.asarray(image.convert("RGB"))
-    except _DAMAGE as error:
-        raise _refuse("truncated", f"the picture data is damaged ({error})", where) from error
 
 
 def read_image(uri: str) -> np.ndarray:
@@ -79,7 +99,7 @@ def icc_profile(data: bytes) -> bytes | None:
     `data`: a file that `decode_image` takes; that function's pixels stay in the profile's colours.
     """
     profile = Image.open(io.BytesIO(data), formats=FORMATS).info.get("icc_profile")
-    return profile if profile and profile[16:20] == b"RGB " else None
+    return profile if isinstance(profile, bytes) and profile[16:20] == b"RGB " else None
 
 
 def encode_png(image: np.ndarray, profile: bytes | None = None) -> bytes:
@@ -125,14 +145,52 @@ def gradient_energy(image: np.ndarray) -> float:
     return float(sum(np.mean(np.square(np.diff(grey, axis=axis)), dtype=np.float64) for axis in (0, 1)))
 
 
+def skip_system_files(names: Iterable[str], where: str, *, hidden: bool = False) -> list[str]:
+    """Paths below `where` without what operating systems leave there (.DS_Store, ._NAME, Thumbs.db, __MACOSX/ and the
+    like), where `hidden` also without hidden files and folders; a note gives the number of those left out."""
+
+    marks = "." if hidden else "._"
+
+    def skipped(part: str) -> bool:
+        return part.lower() in SYSTEM_NAMES or (part.startswith(marks) and part not in (".", ".."))
+
+    kept: list[str] = []
+    left_out: list[str] = []
+    for name in names:
+        (left_out if any(map(skipped, name.split("/"))) else kept).append(name)
+    if left_out:
+        kinds = "hidden or system files" if hidden else "system files"
+        print(f"note: {len(left_out)} {kinds} left out, for one {printable(left_out[0])}: {where}", file=sys.stderr)
+    return kept
+
+
 def list_images(folder: str) -> dict[str, int]:
     """URI -> size in bytes of all image files below a folder or s3:// prefix, sorted. DataError if there are none."""
-    found = {uri: size for uri, size in list_files(folder).items() if Path(uri).suffix.lower() in IMAGE_SUFFIXES}
+    if exists(folder):
+        raise DataError("this is a file; a folder is expected", where=folder, todo="check the path")
+    files = list_files(folder)
+    names = {below(uri, folder): uri for uri in files}
+    found = {names[name]: files[names[name]] for name in choose_images(names, folder)}
     if not found:
-        raise DataError(
-            f"no images ({', '.join(IMAGE_SUFFIXES)}) here", where=folder, todo="check the path of the image folder"
+        there = files or os.path.isdir(folder)
+        what = (
+            f"no images ({', '.join(IMAGE_SUFFIXES)}) here"
+            if there
+            else "no images: this file or folder does not exist"
         )
+        raise DataError(what, where=folder, todo="check the path")
     return found
+
+
+def choose_images(names: Iterable[str], where: str) -> list[str]:
+    """The image files among paths below `where`, without hidden and system files."""
+    shown = skip_system_files(names, where, hidden=True)
+    return [name for name in shown if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+
+
+def below(uri: str, folder: str) -> str:
+    """The path of a file below a folder that `list_images` gave it for."""
+    return uri.removeprefix(join(folder, ""))
 
 
 def resize_bicubic(image: np.ndarray, width: int, height: int) -> np.ndarray:

@@ -37,7 +37,8 @@ class Quarantined:
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What one shard holds; written after the shard's tar is in its place, and only once."""
+    """What one shard holds; written after the shard's tar is in its place, and only once. `min_side_px`: the shortest
+    side of its HR images; None for no image, and in sets of an earlier version."""
 
     index: int
     shard: str
@@ -46,6 +47,7 @@ class ShardRecord:
     entries: list[IndexedEntry]
     quarantined: list[Quarantined] = field(default_factory=list)
     dropped: dict[str, int] = field(default_factory=dict)
+    min_side_px: int | None = None
 
     def to_bytes(self) -> bytes:
         return json.dumps(dataclasses.asdict(self), sort_keys=True).encode()
@@ -133,6 +135,7 @@ def write_manifest(output: str, num_shards: int, **facts: Any) -> "Manifest":
         {"shard": r.shard, "sha256": r.sha256, "num_bytes": r.num_bytes, "num_samples": table.num_rows}
         for r, table in zip(records, tables, strict=True)
     ]
+    sides = [record.min_side_px for record, table in zip(records, tables, strict=True) if table.num_rows]
     manifest = {
         "format": FORMAT,
         "dataset_id": dataset_id_of(shards),
@@ -141,6 +144,7 @@ def write_manifest(output: str, num_shards: int, **facts: Any) -> "Manifest":
         "index_sha256": hashlib.sha256(index).hexdigest(),
         **set_aside(records),
         "shards": shards,
+        "min_side_px": None if None in sides else min(filter(None, sides)),
         **facts,
     }
     data = json.dumps(manifest, indent=1, sort_keys=True).encode()

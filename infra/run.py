@@ -27,8 +27,9 @@ def claim_output(
     inputs: Mapping[str, Any],
     libraries: Sequence[str],
     facts: Mapping[str, Any] | None = None,
+    name: str = "run.json",
 ) -> dict[str, Any]:
-    """Write OUT/run.json, or check that the one there describes the same result; returns its content.
+    """Write OUT/`name`, or check that the one there describes the same result; returns its content.
 
     `inputs` identifies what the job reads (dataset ids, a hash of the source list or checkpoint); `facts` are further
     top-level entries that depend on the same.
@@ -42,7 +43,7 @@ def claim_output(
     }
     depends_on = json.loads(json.dumps(depends_on))
     run = {"job": job, "fingerprint": fingerprint_of(depends_on), **depends_on}
-    place = join(output, "run.json")
+    place = join(output, name)
     if not exists(place):
         ensure_writable(output)
         put_if_absent(place, json.dumps(run, indent=2, sort_keys=True).encode())

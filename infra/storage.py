@@ -4,7 +4,6 @@ import errno
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -24,11 +23,6 @@ def is_s3(uri: str) -> bool:
 def join(uri: str, *parts: str) -> str:
     """`uri` and `parts` joined by slashes."""
     return "/".join([uri.rstrip("/"), *parts])
-
-
-def absolute(uri: str) -> str:
-    """The same place named from anywhere on this machine; a URI (s3://, runs:/, sqlite:///) stays as it is."""
-    return uri if re.match(r"[a-z0-9+]+:/", uri) else os.path.abspath(uri)
 
 
 @cache
@@ -161,7 +155,8 @@ def list_files(uri: str) -> dict[str, int]:
         if is_s3(uri):
             root = uri.removeprefix("s3://").rstrip("/") + "/"
             for name, facts in on_s3(lambda s3: s3.find(uri, detail=True)).items():
-                if name.startswith(root):
+                marker = facts["size"] == 0 and name.endswith(("/", "_$folder$"))  # a folder's, of consoles and Hadoop
+                if name.startswith(root) and not marker:
                     found[name.removeprefix(root)] = facts["size"]
         else:
             for folder, _, names in os.walk(uri, onerror=_unless_absent):

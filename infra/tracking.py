@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from infra.config import Config, Location
+from infra.config import Config, TrackingLocation
 from infra.errors import ClusterError, ConfigError, StoppedError, StorageError, line_of
+from infra.locations import tracking_location
 from infra.storage import exists, join
 
 RUN_TAG = "ccsr.fingerprint"
@@ -27,14 +28,14 @@ BAD_NAMES = {errno.EINVAL, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTDIR}
 class TrackingConfig(Config):
     """Where results are logged. Without `uri`: MLFLOW_TRACKING_URI, or `mlflow.db` in the working folder."""
 
-    uri: Location | None = None
+    uri: TrackingLocation | None = None
     experiment: str = "ccsr"
     run_name: str | None = None
 
 
 def tracking_uri(config: TrackingConfig) -> str:
     """The effective MLflow address; the folder of a sqlite file is made."""
-    uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    uri = tracking_location(config.uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db")
     if uri.startswith("sqlite:///"):
         folder = Path(uri.removeprefix("sqlite:///")).absolute().parent
         try:

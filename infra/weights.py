@@ -12,6 +12,7 @@ import yaml
 
 from infra.display.progress import progress
 from infra.errors import ConfigError, ModelError, StorageError
+from infra.locations import address_or_location, location
 from infra.publish import download, download_file, make_once, temporary_folder, upload, write_bytes
 from infra.storage import disk_error, exists, is_s3, join, read_json, sha256_file
 
@@ -149,7 +150,7 @@ def fetch_weights(name: str, folder: str | None = None, mirror: str | None = Non
 
 
 def _fetch(file: WeightFile, root: Path, mirror: str | None, target: Path) -> None:
-    source = join(mirror, file.path) if mirror else file.url
+    source = join(address_or_location(mirror), file.path) if mirror else file.url
     if source is None:
         raise ModelError(f"{file.name} cannot be downloaded by a program", where=file.source, todo=_how(file))
     _copy(source.replace(HUB, os.environ.get("HF_ENDPOINT", HUB).rstrip("/"), 1), target)
@@ -206,7 +207,7 @@ def _from_hub(file: WeightFile, hub_id: str) -> WeightFile:
 
 
 def _place(folder: str | None) -> str:
-    return folder or os.environ.get(ENVIRONMENT) or str(_cache())
+    return location(folder or os.environ.get(ENVIRONMENT) or str(_cache()))
 
 
 def _cache() -> Path:

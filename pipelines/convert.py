@@ -1,12 +1,16 @@
 """`ccsr convert`: published weights to a model directory."""
 
+import re
 import tempfile
 from pathlib import Path
 
 from infra.errors import ConfigError, StorageError
+from infra.locations import check_output, location
 from infra.publish import download, download_folder
 from infra.storage import exists, is_s3, join, list_files
 from infra.weights import BASE_HUB_ID, fetch_weights, find_weights
+
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def run_convert(
@@ -38,6 +42,7 @@ def run_convert(
         )
     if family not in (None, "v1", "v2", "stablesr"):
         raise ConfigError(f"no family is called {family!r}", where="--family", todo="choose v1, v2 or stablesr")
+    check_output(out, filter(None, (controlnet, vae)))
     with tempfile.TemporaryDirectory(prefix="ccsr-convert-") as scratch:
         folder = Path(scratch)
         target = folder / "model" if is_s3(out) else Path(out)
@@ -71,6 +76,6 @@ def run_convert(
 
 def _base(base: str, folder: Path, *, fetch: bool) -> Path:
     """A local folder of Stable Diffusion 2.1-base's files."""
-    if is_s3(base) or Path(base).is_dir():
-        return download_folder(base, folder)
+    if not HUB_ID.fullmatch(base) or Path(base).is_dir():
+        return download_folder(location(base), folder)
     return fetch_weights(base) if fetch else find_weights(base)

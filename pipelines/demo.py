@@ -42,11 +42,11 @@ def _moved(value: Any, out: str) -> Any:
     return value.replace(PREFIX, out).replace(BASE, str(REPOSITORY / BASE)) if isinstance(value, str) else value
 
 
-def run_demo(out: str) -> None:
+def run_demo(folder: Path) -> None:
     """Shard, train, evaluate; print the table, the report's path and the command that opens MLflow."""
     console = Console()
     began = time.monotonic()
-    out = str(Path(out).absolute())
+    out = str(folder.absolute())
     # One Ray for all steps; none where an earlier run left nothing to do.
     done = exists(join(out, "evaluation", "report.html"))
     with nullcontext() if done else ray_cluster(RayConfig()):

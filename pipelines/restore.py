@@ -1,10 +1,7 @@
 """`ccsr restore`: enlarge photographs with a trained model, every output from a recorded seed."""
 
-import hashlib
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -12,27 +9,31 @@ from pydantic import Field
 
 from infra.config import Config
 from infra.display.progress import progress
-from infra.errors import CcsrError, ConfigError, DataError, PartialResultError
-from infra.images import decode_image, encode_png, icc_profile, list_images
+from infra.errors import CcsrError, ConfigError, printable
+from infra.images import UnusableImageError, decode_image, encode_png, icc_profile
+from infra.locations import location
 from infra.process.numerics import NumericsConfig, set_numerics
 from infra.publish import put_if_absent
 from infra.ray_runtime import RayConfig, on_ray
 from infra.run import claim_output
-from infra.storage import absolute, exists, join, list_files, read_bytes
+from infra.storage import exists, join, list_files, read_bytes
+from pipelines.restore_plan import Failures, failure_of, identity, pending, place_of, plan, record_source
 from training.config import SamplingConfig
 from training.models import CcsrModel, fetch_model, model_id
 from training.restore.restore import PreparedImage, check_sampling, prepare_image, restore_batch
 
 MIN_SIDE = 16
 IMAGES_PER_TASK = 8
-BATCH_PIXELS = {"cpu": 8 * 512**2, "cuda": 16 * 512**2}
+BATCH_PIXELS = 16 * 512**2
 
 
 class RestoreRuntime(Config):
-    """How the job runs; of the pictures it moves single levels by float rounding."""
+    """How the job runs; with other `rows_at_once` single levels of the pictures move by float rounding."""
 
     device: Literal["auto", "cpu", "cuda"] = "cpu"
-    rows_at_once: int | None = Field(None, ge=1, description="(image, run) pairs in a batch; none: by their size")
+    rows_at_once: int | None = Field(
+        None, ge=1, description="(image, run) pairs in a batch; none: 1 on a CPU, by their size on a GPU"
+    )
     use_ray: bool = False
     num_actors: int = Field(1, ge=1, description="with use_ray")
     ray: RayConfig = RayConfig()
@@ -81,40 +82,37 @@ def _resolved(config: RestoreConfig) -> RestoreConfig:
 def restore(source: str, output: str, model_uri: str, config: RestoreConfig) -> int:
     """Restore one file, or all images below a folder or s3:// prefix; returns how many images there are.
 
-    Writes OUT/NAME.png, or OUT/runs/NN/NAME.png for several runs, and OUT/run.json. What is there is kept. A file that
-    cannot be used is passed over; PartialResultError names them at the end.
+    Writes OUT/NAME.png, or OUT/runs/NN/NAME.png for several runs, OUT/run.json, and per image OUT/records/KEY.json with
+    the size and hash of its file. OUT may be a file, NAME.png, if INPUT is one; NAME.png.run.json is beside it. What is
+    there is kept if it was made from the same content. A file that cannot be used, or that has changed since, is
+    passed over; PartialResultError names them at the end.
     """
     config = _resolved(config)
-    source, output, model_uri = map(absolute, (source, output, model_uri))
-    inputs = {"model": model_id(model_uri)}
+    source, output, model_uri = map(location, (source, output, model_uri))
+    folder, tasks = plan(source, output, config.num_runs)
+    inputs: dict[str, Any] = {"model": model_id(model_uri)}
     check_sampling(model_uri, config.sampling)
-    names = {source: Path(source).stem} if exists(source) else _names(source)
-    claim_output(output, config, job="restore", inputs=inputs, libraries=("torch", "diffusers", "numpy", "pillow"))
-    done = set(list_files(output))
-    images = []
-    for uri, name in names.items():
-        runs = [run for run in range(config.num_runs) if _place(output, name, run, config.num_runs) not in done]
-        if runs:
-            images.append({"uri": uri, "name": name, "runs": runs})
-    failures: dict[str, str] = {}
-    with progress("restoring", len(names), done=len(names) - len(images)) as advance:
-        for name, failure in _outcomes(images, output, model_uri, config):
-            if failure:
-                failures[name] = failure
-            advance(1, name)
-    if failures:
-        raise PartialResultError(
-            f"{len(failures)} of {len(names)} images could not be restored: {'; '.join(list(failures.values())[:5])}"
-            + ("; ..." if len(failures) > 5 else ""),
-            where=source,
-            todo="repair or remove these files and run the same command again; the others are done",
-        )
-    return len(names)
+    name = "run.json"
+    if folder != output:
+        inputs["source"] = identity(read_bytes(source))
+        name = f"{output.removeprefix(join(folder, ''))}.run.json"
+    libraries = ("torch", "diffusers", "numpy", "pillow")
+    claim_output(folder, config, job="restore", inputs=inputs, libraries=libraries, name=name)
+    failures = Failures()
+    done = set(list_files(output)) if folder == output else {output} if exists(output) else set()
+    images = pending(tasks, folder, config.num_runs, done, failures)
+    with progress("restoring", len(tasks), done=len(tasks) - len(images)) as advance:
+        for uri, kind, message in _outcomes(images, folder, model_uri, config):
+            if kind:
+                failures.add(uri, kind, message)
+            advance(1, printable(uri.rpartition("/")[2]))
+    failures.report(len(tasks), source)
+    return len(tasks)
 
 
 def _outcomes(
     images: list[dict[str, Any]], output: str, model_uri: str, config: RestoreConfig
-) -> Iterator[tuple[str, str]]:
+) -> Iterator[tuple[str, str, str]]:
     if not images:
         return
     runtime = config.runtime
@@ -123,7 +121,7 @@ def _outcomes(
         yield from Restorer(config, model_uri, output).restore(images)
         return
 
-    def make() -> Callable[[list[dict[str, Any]]], list[tuple[str, str]]]:
+    def make() -> Callable[[list[dict[str, Any]]], list[tuple[str, str, str]]]:
         restorer = Restorer(config, model_uri, output)
         return lambda group: list(restorer.restore(group))
 
@@ -143,8 +141,7 @@ class _Row(NamedTuple):
     image: PreparedImage
     run: int
     profile: bytes | None
-    uri: str
-    last: bool
+    task: dict[str, Any]
 
 
 class Restorer:
@@ -154,8 +151,8 @@ class Restorer:
         self._config, self._output = config, output
         self._model: CcsrModel = fetch_model(model_uri, config.runtime.device, getattr(torch, config.dtype))
 
-    def restore(self, images: Iterable[dict[str, Any]]) -> Iterator[tuple[str, str]]:
-        """Per image {"uri", "name", "runs"} its (name, failure), "" where all its runs were written.
+    def restore(self, images: Iterable[dict[str, Any]]) -> Iterator[tuple[str, str, str]]:
+        """Per task of `pending` its (uri, kind of failure, message), both "" where all its runs were written.
 
         Neighbouring images whose latents have one shape share batches.
         """
@@ -164,37 +161,36 @@ class Restorer:
             try:
                 image, profile = self._prepare(task)
             except (CcsrError, MemoryError, RuntimeError) as error:
-                yield task["name"], f"{task['uri']}: {_reason(error)}"
+                yield task["uri"], *_failure(error)
                 continue
             for run in task["runs"]:
                 full = len(rows) >= self._rows_at_once(image)
                 if rows and (full or rows[0].image.mean.shape != image.mean.shape):
                     yield from self._write(rows)
                     rows = []
-                rows.append(_Row(image, run, profile, task["uri"], run == task["runs"][-1]))
+                rows.append(_Row(image, run, profile, task))
         yield from self._write(rows)
 
     def _prepare(self, task: dict[str, Any]) -> tuple[PreparedImage, bytes | None]:
         data = read_bytes(task["uri"])
         lr = decode_image(data, where=task["uri"])
         if min(lr.shape[:2]) < MIN_SIDE:
-            raise DataError(
-                f"{lr.shape[1]}x{lr.shape[0]} px is too small, a side needs {MIN_SIDE}",
-                where=task["uri"],
-                todo="use a larger image",
-            )
+            what = f"{lr.shape[1]}x{lr.shape[0]} px is too small, a side needs {MIN_SIDE}"
+            raise UnusableImageError(what, where=task["uri"], todo="use a larger image", reason="too_small")
         height, width = (math.ceil(round(side * self._config.scale, 6)) for side in lr.shape[:2])
-        image = prepare_image(self._model, lr, (height, width), self._config.sampling, key=task["name"])
+        image = prepare_image(self._model, lr, (height, width), self._config.sampling, key=task["key"])
+        record_source(task, data)
         return image, icc_profile(data)
 
     def _rows_at_once(self, image: PreparedImage) -> int:
         runtime, tile = self._config.runtime, self._config.sampling.tile
         sides = image.enlarged.shape[-2:]
         in_networks = math.prod(side if tile is None else min(side, tile) for side in sides)
-        pixels = BATCH_PIXELS[runtime.device]
-        return runtime.rows_at_once or max(1, min(64, pixels // in_networks, 4 * pixels // math.prod(sides)))
+        fitting = max(1, min(64, BATCH_PIXELS // in_networks, 4 * BATCH_PIXELS // math.prod(sides)))
+        # A CPU gains nothing from batches, and alone a row has the same bytes whatever else is restored.
+        return runtime.rows_at_once or (1 if runtime.device == "cpu" else fitting)
 
-    def _write(self, rows: list[_Row]) -> Iterator[tuple[str, str]]:
+    def _write(self, rows: list[_Row]) -> Iterator[tuple[str, str, str]]:
         config = self._config
         if not rows:
             return
@@ -204,37 +200,20 @@ class Restorer:
             for row, picture in zip(
                 rows, restore_batch(self._model, pairs, config.sampling, seed=config.seed), strict=True
             ):
-                place = _place(self._output, row.image.key, row.run, config.num_runs)
+                place = place_of(self._output, row.task["name"], row.run, config.num_runs)
                 put_if_absent(place, encode_png(picture, row.profile))
                 written += 1
-                if row.last:
-                    yield row.image.key, ""
+                if row.run == row.task["runs"][-1]:
+                    yield row.task["uri"], "", ""
         except (MemoryError, RuntimeError) as error:
-            failed = {row.uri: row.image.key for row in rows[written:]}
-            for uri, name in failed.items():
-                yield name, f"{uri}: {_reason(error)}"
+            for uri in dict.fromkeys(row.task["uri"] for row in rows[written:]):
+                yield uri, *_failure(error)
 
 
-def _reason(error: Exception) -> str:
-    """What to tell of an image that failed; an error that is neither the user's nor a lack of memory is raised."""
+def _failure(error: Exception) -> tuple[str, str]:
+    """`failure_of` an image; an error that is neither the user's nor a lack of memory is raised."""
     if isinstance(error, CcsrError):
-        return error.what
+        return failure_of(error)
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
-        return "the memory was used up; use a smaller scale or tile, or fewer rows at once"
+        return "memory", "the memory was used up; use a smaller scale or tile, or fewer rows at once"
     raise error
-
-
-def _names(source: str) -> dict[str, str]:
-    """URI -> output name (without suffix): the path below `source`, told apart where only the suffix differs."""
-    root = source.rstrip("/")
-    below = {uri: uri.removeprefix(root).lstrip("/") for uri in list_images(source)}
-    taken = Counter(path.rsplit(".", 1)[0] for path in below.values())
-    names = {}
-    for uri, path in below.items():
-        name = path.rsplit(".", 1)[0]
-        names[uri] = name if taken[name] == 1 else f"{name}-{hashlib.sha256(path.encode()).hexdigest()[:8]}"
-    return names
-
-
-def _place(output: str, name: str, run: int, num_runs: int) -> str:
-    return join(output, f"{name}.png") if num_runs == 1 else join(output, "runs", f"{run:02d}", f"{name}.png")

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from degradation.config import DegradationConfig
-from infra.config import EXTENDABLE, Config, FieldError, Location
+from infra.config import EXTENDABLE, Config, FieldError, Location, ModelLocation
 from infra.process.numerics import NumericsConfig
 from infra.ray_runtime import RayConfig
 from infra.tracking import TrackingConfig
@@ -206,8 +206,8 @@ class TrainConfig(Config):
     stage: Literal[0, 1, 2]
     data: Annotated[tuple[TrainingSet, ...], Field(min_length=1, description="shard sets, or {path, weight}")]
     inputs: Literal["pixels", "latents"] = Field("pixels", description="latents: those that the shards store")
-    init_from: Annotated[Location | None, BeforeValidator(lambda place: None if place == "random" else place)] = Field(
-        description="a model directory, a run's folder, runs:/ID, or `random` for random weights"
+    init_from: Annotated[ModelLocation | None, BeforeValidator(lambda place: None if place == "random" else place)] = (
+        Field(description="a model directory, a run's folder, runs:/ID, or `random` for random weights")
     )
     model: ModelConfig = ModelConfig()
     crop_px: int = Field(512, ge=32)

@@ -15,6 +15,7 @@ from typing import Any
 
 from infra.cluster.server import check_version, cluster_facts, connect
 from infra.errors import PASSWORD, ClusterError, ConfigError, StorageError, line_of
+from infra.locations import local_path
 from infra.publish import ensure_writable
 from infra.ray_runtime import check_gpus
 from infra.run import COMMIT, PACKAGES, ROOT, git_commit
@@ -109,10 +110,10 @@ def _ship_configs(arguments: Sequence[str], folder: Path) -> list[str]:
         prefix = next((text for text in ("--config=", "-c") if argument.startswith(text) and argument != text), "")
         if prefix or before in ("-c", "--config"):
             path = argument.removeprefix(prefix)
-            if not Path(path).is_file():
+            if not local_path(path).is_file():
                 raise ConfigError("there is no such config file", where=path, todo="check the path given to -c")
             shipped[index] = prefix + Path(path).name
-            shutil.copyfile(path, folder / Path(path).name)
+            shutil.copyfile(local_path(path), folder / Path(path).name)
     return shipped
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from infra.locations import local_path, location, tracking_location
 from pipelines.cli.options import AsJson, ConfigFile, Overrides
 from pipelines.cli.registry import JOBS
 
@@ -105,8 +106,12 @@ def jobs_stop(job: JobId, address: Address = None) -> None:
 @app.command()
 def doctor(
     address: Annotated[str | None, typer.Option(help="A cluster's job server to look at too.")] = None,
-    storage: Annotated[str | None, typer.Option(help="A folder or s3:// prefix to write a small file to.")] = None,
-    mlflow: Annotated[str | None, typer.Option(help="MLflow's address; default: MLFLOW_TRACKING_URI.")] = None,
+    storage: Annotated[
+        str | None, typer.Option(parser=location, help="A folder or s3:// prefix to write a small file to.")
+    ] = None,
+    mlflow: Annotated[
+        str | None, typer.Option(parser=tracking_location, help="MLflow's address; default: MLFLOW_TRACKING_URI.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Look whether this machine, storage, MLflow and a cluster are fit; `ccsr submit -- doctor` looks from inside."""
@@ -129,7 +134,7 @@ def doctor(
 def render(
     config: ConfigFile,
     kind: Annotated[str, typer.Option(help="kuberay or slurm.")],
-    out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("cluster"),
+    out: Annotated[Path, typer.Option(parser=local_path, help="The folder to write to.")] = Path("cluster"),
     set_: Overrides = None,
 ) -> None:
     """Write KubeRay manifests and an MLflow server, or a Slurm script, from one config."""

@@ -1,5 +1,6 @@
 """The `ccsr` command. Nothing heavy is imported before a command needs it: `ccsr --help` answers at once."""
 
+import io
 import os
 import signal
 import sys
@@ -9,6 +10,7 @@ from typing import Annotated
 import typer
 
 from infra.errors import CcsrError, StoppedError
+from infra.locations import local_path, location, tracking_location
 from pipelines.cli import cluster as cluster_commands
 from pipelines.cli import models as model_commands
 from pipelines.cli.options import AsJson, ConfigFile, Overrides
@@ -36,7 +38,9 @@ def _options(
 
 @app.command()
 def demo(
-    out: Annotated[str, typer.Option(help="Output folder; what is complete there is reused.")] = "runs/demo",
+    out: Annotated[
+        Path, typer.Option(parser=local_path, help="Output folder; what is complete there is reused.")
+    ] = Path("runs/demo"),
 ) -> None:
     """Run the whole job on bundled photographs: shard, train both stages, evaluate, compare."""
     from pipelines.demo import run_demo
@@ -61,8 +65,10 @@ def shard(
 
 @app.command()
 def verify(
-    uri: Annotated[str, typer.Argument(help="A shard set's folder or s3:// URI.")],
-    against: Annotated[str | None, typer.Option(help="List instead the samples that this other set has too.")] = None,
+    uri: Annotated[str, typer.Argument(parser=location, help="A shard set's folder or s3:// URI.")],
+    against: Annotated[
+        str | None, typer.Option(parser=location, help="List instead the samples that this other set has too.")
+    ] = None,
     distance: Annotated[int, typer.Option(min=0, max=64, help="With --against: bits of 64 that may differ.")] = 6,
     clean: Annotated[bool, typer.Option("--clean", help="Instead name strays; remove stopped writers'.")] = False,
 ) -> None:
@@ -123,9 +129,13 @@ def compare(
     runs: Annotated[
         list[str], typer.Argument(help="Result folders, MLflow run ids or names, each with an optional :METHOD.")
     ],
-    csv: Annotated[Path | None, typer.Option(help="Also write the differences to this file.")] = None,
-    html: Annotated[str | None, typer.Option(help="Also write the tables to this HTML file.")] = None,
-    mlflow: Annotated[str | None, typer.Option(help="MLflow's address; default as for the other commands.")] = None,
+    csv: Annotated[
+        Path | None, typer.Option(parser=local_path, help="Also write the differences to this file.")
+    ] = None,
+    html: Annotated[str | None, typer.Option(parser=location, help="Also write the tables to this HTML file.")] = None,
+    mlflow: Annotated[
+        str | None, typer.Option(parser=tracking_location, help="MLflow's address; default as for the other commands.")
+    ] = None,
     log: Annotated[bool, typer.Option("--log", help="Also log the comparison as a run in MLflow.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -227,6 +237,8 @@ def main() -> None:
         terminated = True
         raise KeyboardInterrupt
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be in the terminal's encoding
     signal.signal(signal.SIGTERM, terminate)  # ends as Ctrl-C does, so that what is open is closed
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched behind the user's back
     try:

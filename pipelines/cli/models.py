@@ -1,10 +1,10 @@
 """The `ccsr` commands about models: convert, estimate, weights."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from infra.locations import location
 from pipelines.cli.options import AsJson, Overrides
 from pipelines.cli.registry import load_any
 
@@ -15,12 +15,14 @@ app.add_typer(weights_app, name="weights")
 
 @app.command()
 def convert(
-    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="The model directory to write.")],
-    v1: Annotated[str | None, typer.Option(help="CCSR v1's published checkpoint.")] = None,
-    stablesr: Annotated[str | None, typer.Option(help="StableSR's published checkpoint.")] = None,
-    wrapping: Annotated[str | None, typer.Option(help="With --stablesr: that of its feature wrapping (CFW).")] = None,
-    controlnet: Annotated[str | None, typer.Option(help="CCSR v2's controlnet directory.")] = None,
-    vae: Annotated[str | None, typer.Option(help="CCSR v2's vae directory.")] = None,
+    output: Annotated[str, typer.Argument(metavar="OUTPUT", parser=location, help="The model directory to write.")],
+    v1: Annotated[str | None, typer.Option(parser=location, help="CCSR v1's published checkpoint.")] = None,
+    stablesr: Annotated[str | None, typer.Option(parser=location, help="StableSR's published checkpoint.")] = None,
+    wrapping: Annotated[
+        str | None, typer.Option(parser=location, help="With --stablesr: that of its feature wrapping (CFW).")
+    ] = None,
+    controlnet: Annotated[str | None, typer.Option(parser=location, help="CCSR v2's controlnet directory.")] = None,
+    vae: Annotated[str | None, typer.Option(parser=location, help="CCSR v2's vae directory.")] = None,
     base: Annotated[
         str | None,
         typer.Option(
@@ -41,7 +43,9 @@ def convert(
 
 @app.command()
 def estimate(
-    config: Annotated[Path | None, typer.Option("-c", "--config", help="A config of shard or train.")] = None,
+    config: Annotated[
+        str | None, typer.Option("-c", "--config", parser=location, help="A config of shard or train.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Instead of a config: sd21 or tiny.")] = None,
     set_: Overrides = None,
     gpus: Annotated[list[int] | None, typer.Option(help="Numbers of GPUs beside the config's; default 8, 32.")] = None,

@@ -1,5 +1,6 @@
 """Resource requirements of a command, parsed locally before submission."""
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from infra.cluster.jobs import Need
 from infra.config import apply_overrides, load_yaml, parse_config
 from infra.errors import ConfigError
-from infra.storage import is_s3
+from infra.locations import is_relative, location
 from pipelines.cli.registry import JOBS
 
 
@@ -21,13 +22,13 @@ def needs_of(ccsr: Any, arguments: Sequence[str]) -> Need:
     options = command.make_context(name, rest).params
     need = _restore(options) if name == "restore" else _job(name, options)
     for output in need.outputs:
-        if not is_s3(output) and not os.path.isabs(output):
+        if is_relative(output):
             raise ConfigError(
                 "a relative output would be lost with the job's temporary folder",
                 where=output,
                 todo="give an s3:// URI, or an absolute path that all nodes share",
             )
-    return need
+    return dataclasses.replace(need, outputs=tuple(map(location, need.outputs)))
 
 
 def _job(name: str, options: dict[str, Any]) -> Need:

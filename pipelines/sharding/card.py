@@ -12,12 +12,14 @@ import numpy as np
 import yaml
 
 from infra.display.templating import render
+from infra.errors import printable
 from infra.images import decode_image, gradient_energy
 from infra.manifest import Manifest
 from infra.publish import put_if_absent
 from infra.run import read_run
 from infra.shards import Entry, read_sample
 from infra.storage import join
+from pipelines.sharding.sources import CONTACT_SHEET
 
 NUM_SAMPLES = 128
 NUM_COLUMNS, NUM_CELLS = 6, 36
@@ -46,8 +48,10 @@ def write_card(manifest: Manifest) -> None:
     """
     with ThreadPoolExecutor(8) as pool:
         looks = list(pool.map(lambda entry: _look(manifest.uri, entry), evenly(manifest.entries, NUM_SAMPLES)))
-    put_if_absent(join(manifest.uri, "contact_sheet.jpg"), contact_sheet([look.cell for look in looks]))
-    put_if_absent(join(manifest.uri, "DATA_CARD.md"), card_text(manifest, read_run(manifest.uri), looks).encode())
+    put_if_absent(join(manifest.uri, CONTACT_SHEET), contact_sheet([look.cell for look in looks]))
+    put_if_absent(
+        join(manifest.uri, "DATA_CARD.md"), printable(card_text(manifest, read_run(manifest.uri), looks)).encode()
+    )
 
 
 def evenly(items: Sequence[ItemT], count: int) -> list[ItemT]:

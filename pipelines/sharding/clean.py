@@ -5,6 +5,7 @@ import time
 from dataclasses import dataclass
 
 from infra.errors import DataError
+from infra.images import below, skip_system_files
 from infra.manifest import Manifest
 from infra.storage import abort_upload, exists, is_s3, join, list_files, modified_seconds, remove, unfinished_uploads
 from pipelines.sharding.verify import FILES
@@ -35,7 +36,7 @@ def clean(uri: str) -> list[Stray]:
     finished = exists(join(uri, "manifest.json"))
     if not finished and not exists(join(uri, "run.json")):
         raise DataError("no shard set was begun here", where=uri, todo="check the path")
-    names = [place.removeprefix(uri.rstrip("/") + "/") for place in list_files(uri)]
+    names = skip_system_files((below(place, uri) for place in list_files(uri)), uri)
     records = {name for name in names if name.startswith("records/") and OURS.fullmatch(name)}
     shards = {name.replace("records", "shards").replace(".json", ".tar") for name in records}
     if finished:

@@ -31,7 +31,7 @@ from pipelines.sharding.sample import (
     read_source,
     variant_size,
 )
-from pipelines.sharding.sources import SourceFile, list_sources, source_facts
+from pipelines.sharding.sources import SourceFile, check_apart, list_sources, source_facts
 
 if TYPE_CHECKING:
     from pipelines.sharding.latents import LatentEncoder
@@ -46,6 +46,7 @@ def run_shard(config: ShardConfig) -> Manifest:
     samples were quarantined.
     """
     recipe = resolve_degradation(config)
+    check_apart(config.output, config.sources)
     files = list_sources(config.sources)
     shards = plan_shards(files, config)
     inputs = {"source_id": source_id(files), **_latents_inputs(config)}
@@ -190,10 +191,12 @@ def write_shard(
     place = join(config.output, shard.name)
     with staging(place) as tar:
         hashes: list[tuple[int, str]] = []
+        sides: list[int] = []
 
         def members(samples: Iterable[Sample]) -> Iterator[tuple[str, dict[str, bytes]]]:
             for sample in samples:
                 hashes.append((sample.phash, sample.digest))
+                sides.append(min(sample.hr.shape[:2]))
                 yield sample.key, sample.members
                 give_back_memory()
 
@@ -208,6 +211,7 @@ def write_shard(
             entries,
             quarantined,
             dict(sorted(dropped.items())),
+            min(sides, default=None),
         )
         if not publish_if_absent(tar, place):
             with tempfile.TemporaryDirectory(prefix="ccsr-shard-") as folder:

@@ -1,6 +1,5 @@
 """Image sets: from a config's sources to the sorted list of files that they name."""
 
-import hashlib
 import importlib.util
 import re
 from collections import Counter
@@ -12,16 +11,20 @@ from typing import Any, NamedTuple
 
 from infra.config import load_yaml
 from infra.errors import ConfigError, DataError
-from infra.images import IMAGE_SUFFIXES, list_images
+from infra.images import below, choose_images, list_images
+from infra.keys import bounded, tell_apart, with_digest
+from infra.locations import check_output
 from infra.manifest import Manifest
+from infra.pairing import by_pair_name
 from infra.shards import Entry
+from infra.storage import join
 from pipelines.sharding.config import FolderSource, PackageSource, PairsSource, ShardsSource, Source
 from pipelines.sharding.zips import list_members, split_zip
 
-# What tells HR from LR in the names of published pairs: 0001x4.png, Canon_001_HR.png, Canon_001_LR4.png.
-PAIR_MARK = re.compile(r"(_HR|_LR\d?|x[2348])$", re.IGNORECASE)
 WILDCARDS = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
 NUM_LISTED = 5
+MAX_KEY_BYTES = 48
+CONTACT_SHEET = "contact_sheet.jpg"
 
 
 @dataclass(frozen=True)
@@ -65,11 +68,11 @@ def list_sources(sources: Sequence[Source]) -> list[SourceFile]:
             todo="give the sources different names",
         )
     found = [(source, one) for source in sources for one in _list_source(source)]
-    plain = [_plain_key(source.name, one.name) for source, one in found]
-    clashes = {key for key, count in Counter(plain).items() if count > 1}
+    paths = [(source.name, one.name) for source, one in found]
+    keys = tell_apart(paths, _key, lambda name: with_digest(_key(name), "/".join(name)))
     files = [
         SourceFile(
-            key if key not in clashes else f"{key}-{_digest(source.name, one.name)}",
+            key,
             source.name,
             one.name,
             one.uri,
@@ -79,7 +82,7 @@ def list_sources(sources: Sequence[Source]) -> list[SourceFile]:
             one.entry,
             one.identity,
         )
-        for key, (source, one) in zip(plain, found, strict=True)
+        for key, (source, one) in zip(keys, found, strict=True)
     ]
     by_key = {file.key: file for file in files}
     for file in files:
@@ -90,6 +93,17 @@ def list_sources(sources: Sequence[Source]) -> list[SourceFile]:
                 todo="give the sources different names, and name no file twice",
             )
     return files
+
+
+def check_apart(output: str, sources: Sequence[Source]) -> None:
+    """ConfigError where a source would list what sharding into `output` writes, of which one file is an image."""
+    for source in sources:
+        for path in (getattr(source, field, None) for field in ("path", "hr", "lr")):
+            if path is None or split_zip(path):
+                continue
+            root, pattern = _split_pattern(path)
+            if pattern is None or pattern.fullmatch(below(join(output, CONTACT_SHEET), root)):
+                check_output(output, [root])
 
 
 def source_facts(sources: Sequence[Source], files: Sequence[SourceFile]) -> list[dict[str, Any]]:
@@ -158,14 +172,14 @@ def _list_pairs(source: PairsSource) -> list[Found]:
     for place in (source.hr, source.lr):
         files: dict[str, Found] = {}
         for one in _list_place(place):
-            name = PAIR_MARK.sub("", one.name.rsplit(".", 1)[0])
+            name = one.name.rsplit(".", 1)[0]
             if name in files:
                 raise DataError(
                     f"two files are the image {name}", where=f"{one.uri} and {files[name].uri}", todo="remove one"
                 )
             files[name] = one
         sides.append(files)
-    hr, lr = sides
+    hr, lr = by_pair_name(*sides)
     alone = [
         f"{len(names)} {have} images have no {lack}: {', '.join(names[:NUM_LISTED])}"
         for have, lack, names in (
@@ -178,7 +192,7 @@ def _list_pairs(source: PairsSource) -> list[Found]:
         raise DataError(
             "; ".join(alone),
             where=f"{source.hr} and {source.lr}",
-            todo="complete the pairs; a pair has one name, apart from _HR, _LR4, x4 at its end and the suffix",
+            todo="complete the pairs; a pair has one name, apart from _HR, _LR4, x4, _x1 at its end and the suffix",
         )
     return [
         Found(one.name, one.uri, one.num_bytes, lr[name].uri, None, f"{lr[name].name} {lr[name].num_bytes}")
@@ -191,14 +205,12 @@ def _list_place(path: str) -> list[Found]:
     zipped = split_zip(path)
     root, pattern = _split_pattern(zipped[1].strip("/") if zipped else path.rstrip("/"))
     if zipped:
-        archive, below = zipped[0], "" if root in ("", ".") else f"{root}/"
-        images = {
-            f"{archive}!{name}": (name.removeprefix(below), size)
-            for name, size in list_members(archive).items()
-            if name.startswith(below) and Path(name).suffix.lower() in IMAGE_SUFFIXES
-        }
+        archive, folder = zipped[0], "" if root in ("", ".") else f"{root}/"
+        sizes = list_members(archive)
+        names = (name.removeprefix(folder) for name in sizes if name.startswith(folder))
+        images = {f"{archive}!{folder}{name}": (name, sizes[f"{folder}{name}"]) for name in choose_images(names, path)}
     else:
-        images = {uri: (uri.removeprefix(root).lstrip("/"), size) for uri, size in list_images(root).items()}
+        images = {uri: (below(uri, root), size) for uri, size in list_images(root).items()}
     found = [Found(name, uri, size) for uri, (name, size) in images.items() if not pattern or pattern.fullmatch(name)]
     if not found:
         raise DataError("no images here", where=path, todo="check the path, and the pattern if it has one")
@@ -248,11 +260,8 @@ def _package_file(source: PackageSource, name: str) -> Found:
     return Found(name, str(path), path.stat().st_size)
 
 
-def _plain_key(source: str, name: str) -> str:
-    stem = name.rsplit(".", 1)[0]
-    plain = re.sub(r"[^A-Za-z0-9_-]", "-", f"{source}-{stem.rsplit('/', 1)[-1]}")
-    return plain if len(plain) <= 48 else f"{plain[:39]}-{_digest(source, name)}"
-
-
-def _digest(source: str, name: str) -> str:
-    return hashlib.sha256(f"{source}/{name}".encode()).hexdigest()[:8]
+def _key(names: tuple[str, str]) -> str:
+    """ASCII without dots, which end a key in a WebDataset tar."""
+    source, name = names
+    stem = name.rsplit(".", 1)[0].rsplit("/", 1)[-1]
+    return bounded(re.sub(r"[^A-Za-z0-9_-]", "-", f"{source}-{stem}"), f"{source}/{name}", MAX_KEY_BYTES)

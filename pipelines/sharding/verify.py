@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from infra.display.progress import progress
 from infra.errors import CcsrError, DataError
+from infra.images import below, skip_system_files
 from infra.manifest import Manifest, ShardRecord, dataset_id_of, index_table, record_uri, set_aside
 from infra.publish import download
 from infra.shards import Entry, read_index
@@ -32,7 +33,7 @@ def verify(uri: str) -> Manifest:
     manifest = Manifest.load(uri)
     shards = manifest.facts["shards"]
     index = manifest.index
-    present = {place.removeprefix(uri.rstrip("/") + "/") for place in list_files(uri)}
+    present = set(skip_system_files((below(place, uri) for place in list_files(uri)), uri))
     starts = [0, *accumulate(shard["num_samples"] for shard in shards)]
 
     def check(number: int) -> tuple[list[str], ShardRecord | None]:
@@ -97,36 +98,67 @@ def _check_tar(uri: str, shard: dict[str, Any], entries: list[Entry], folder: Pa
             local.unlink()
 
 
+class Duplicate(NamedTuple):
+    """Samples of one file in a set and of one in another that show the same: how many of each, one of each, and the
+    bits in which their hashes differ (None: it is the same file)."""
+
+    key: str
+    other: str
+    bits: int | None
+    num_samples: int
+    num_others: int
+    num_pairs: int
+
+
 def find_duplicates(uri: str, against: str, *, max_bits: int = NEAR_BITS) -> Iterator[tuple[str, str, int | None]]:
-    """Pairs (key, key in `against`, differing bits; None: the same source file) of samples that two sets share.
+    """Pairs (key, key in `against`, differing bits; None: the same source file) of files that two sets share, each by
+    one sample.
 
     Only the byte indexes are read. Crops of one file are found however they lie; another file's only where both show
     nearly the same window (phash.py), turned and mirrored copies not at all. DataError for a set without hashes.
     """
+    return ((found.key, found.other, found.bits) for found in _duplicates(uri, against, max_bits))
+
+
+def _duplicates(uri: str, against: str, max_bits: int) -> Iterator[Duplicate]:
     (keys, hashes, sources), (other_keys, other_hashes, other_sources) = map(_hashes, (uri, against))
-    order = np.argsort(other_sources, kind="stable")
-    ranges = [np.searchsorted(other_sources[order], sources, side=side) for side in ("left", "right")]
-    for i, (first, last) in enumerate(zip(*ranges, strict=True)):
-        for j in order[first:last]:
-            yield keys[i].as_py(), other_keys[j].as_py(), None
+    shared = np.intersect1d(sources, other_sources)
+    same = zip(_rows_of(shared, sources), _rows_of(shared, other_sources), strict=True)
+    for rows, others in sorted(same, key=lambda pair: int(pair[0][0])):
+        key, other = keys[int(rows[0])].as_py(), other_keys[int(others[0])].as_py()
+        yield Duplicate(key, other, None, len(rows), len(others), len(rows) * len(others))
+    near: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
     for i, j, bits in near_pairs(hashes, other_hashes, max_bits=max_bits):
         if sources[i] != other_sources[j]:
-            yield keys[i].as_py(), other_keys[j].as_py(), bits
+            near.setdefault((sources[i], other_sources[j]), []).append((bits, i, j))
+    for pairs in near.values():
+        bits, i, j = min(pairs)
+        num_samples, num_others = (len({pair[place] for pair in pairs}) for place in (1, 2))
+        yield Duplicate(keys[i].as_py(), other_keys[j].as_py(), bits, num_samples, num_others, len(pairs))
+
+
+def _rows_of(values: np.ndarray, column: np.ndarray) -> list[np.ndarray]:
+    """The rows of `column` that hold each of `values`, in order."""
+    order = np.argsort(column, kind="stable")
+    first, last = (np.searchsorted(column[order], values, side=side) for side in ("left", "right"))
+    return [order[start:end] for start, end in zip(first, last, strict=True)]
 
 
 def print_duplicates(uri: str, against: str, max_bits: int) -> None:
-    """Print the pairs of `find_duplicates`, one a line. DataError if there are any."""
+    """Print a line for each pair of files that two sets share, with the number of samples. DataError if there are
+    any."""
     counts = Counter[str]()
-    for key, other, bits in find_duplicates(uri, against, max_bits=max_bits):
-        how = "same source file" if bits is None else f"{bits} bits"
-        counts["of the same source file" if bits is None else "alike"] += 1
-        print(key, other, how, sep="\t")
+    for found in _duplicates(uri, against, max_bits):
+        how = "same source file" if found.bits is None else f"{found.bits} bits"
+        crops = [f"{found.num_samples} and {found.num_others} crops"] if found.num_pairs > 1 else []
+        counts["of the same source file" if found.bits is None else "alike"] += found.num_pairs
+        print(found.key, found.other, how, *crops, sep="\t")
     if counts:
         raise DataError(
             f"{counts.total()} pairs of samples are in both sets: "
             + ", ".join(f"{count} {what}" for what, count in sorted(counts.items())),
             where=f"{uri} and {against}",
-            todo="look at the pairs above; leave these files out of one of the sets",
+            todo="look at the files above; leave them out of one of the sets",
         )
     print("no picture is in both sets")
 

@@ -2,11 +2,10 @@
 
 import os
 import zipfile
-import zlib
 from functools import lru_cache
 
-from infra.errors import DataError
-from infra.images import UnusableImageError
+from infra.errors import DataError, line_of
+from infra.images import UnusableImageError, refusing
 from infra.storage import explained, open_file
 
 MAX_MEMBER_BYTES = 2**30
@@ -22,11 +21,11 @@ def split_zip(uri: str) -> tuple[str, str] | None:
 
 
 def list_members(archive: str) -> dict[str, int]:
-    """Member -> size in bytes of all files of an archive, sorted by name. macOS's resource forks are left out.
+    """Member -> size in bytes of all files of an archive, sorted by name.
 
     DataError for a damaged archive and for a name that stands twice in it.
     """
-    members = [info for info in _open(archive).infolist() if not info.is_dir() and "__MACOSX/" not in info.filename]
+    members = [info for info in _open(archive).infolist() if not info.is_dir()]
     sizes = {info.filename: info.file_size for info in members}
     if len(sizes) < len(members):
         raise DataError("two members have the same name", where=archive, todo="repack the archive")
@@ -45,9 +44,11 @@ def read_member(archive: str, name: str) -> bytes:
             )
         try:
             return file.read(name)
-        except (RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-            what, todo = f"the archive's member is damaged ({error})", "fetch the archive again"
-            raise UnusableImageError(what, where=where, todo=todo, reason="truncated") from error
+        except Exception as error:
+            if getattr(error, "errno", None) is not None:  # of the storage, not of a decompressor
+                raise
+            with refusing("truncated", "the archive's member is damaged", where):
+                raise
 
 
 def _open(archive: str) -> zipfile.ZipFile:
@@ -60,5 +61,7 @@ def _opened(archive: str, _: int) -> zipfile.ZipFile:
     with explained("cannot read", archive):
         try:
             return zipfile.ZipFile(open_file(archive))
-        except zipfile.BadZipFile as error:
-            raise DataError(f"the zip is damaged ({error})", where=archive, todo="fetch it again") from error
+        except Exception as error:
+            if getattr(error, "errno", None) is not None or isinstance(error, MemoryError):
+                raise
+            raise DataError(f"the zip is damaged ({line_of(error)})", where=archive, todo="fetch it again") from error

@@ -354,3 +354,59 @@ def test_a_path_means_the_same_to_a_worker_in_another_folder(tmp_path: Path, mon
     assert places == [str(tmp_path / "set"), str(tmp_path.parent / "other"), "s3://bucket/set"]
     assert (config.output, config.init_from) == (str(tmp_path / "out"), "runs:/abc")
     assert config.tracking.uri == "sqlite:///m.db"
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("seed: 1\nstage: 1\nseed: 2\n", (1, 3)),
+        ("runtime:\n  use_gpu: true\n  num_workers: 1\n  use_gpu: false\n", (2, 4)),
+        ("data:\n- {path: a, weight: 1,\n   path: b}\n", (2, 3)),
+        ("on: 1\n'on': 2\n", (1, 2)),
+    ],
+)
+def test_a_key_that_is_there_twice_is_refused_with_both_lines(
+    text: str, lines: tuple[int, int], tmp_path: Path
+) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=rf"is there twice, in lines {lines[0]} and {lines[1]}\)") as caught:
+        load_yaml(tmp_path / "run.yaml")
+    assert caught.value.where == f"{tmp_path}/run.yaml, line {lines[1]}"
+
+
+def test_keys_of_a_merged_mapping_may_be_written_again(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("a: &a {x: 1, y: 1}\nb: &b {<<: *a, x: 2}\nc: {<<: *a, <<: *b, z: 3}\n")
+    assert load_yaml(tmp_path / "run.yaml")["b"] == {"x": 2, "y": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("seed: 1e3", "write 1000"),
+        ("seed: 0o10", "write 8"),
+        ("seed: '1,000'", "write 1000"),
+        ("seed: 010", "write 8, or put it in quotes"),
+        ("tracking: {run_name: 007}", "write 7, or put it in quotes"),
+        ("seed: 1:30", "write 90, or put it in quotes"),
+        ("tracking: {experiment: no}", "quotes"),
+        ("precision: off", "quotes"),
+        ("output: yes", "quotes"),
+        ("tracking: {experiment: 2024}", '"2024"'),
+        ("tracking: {run_name: 2024-01-01}", '"2024-01-01"'),
+    ],
+)
+def test_what_yaml_reads_otherwise_is_shown_as_it_must_be_written(text: str, meant: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        parse_config(TRAIN | load_yaml(tmp_path / "run.yaml"), TrainConfig, where="run.yaml")
+    assert meant in str(caught.value)
+    assert str(caught.value).count("\n") == 2
+
+
+@pytest.mark.parametrize("text", ["d: 2024-13-45", "[a]: 1", "a: " + "[" * 3000, "a: !!python/name:os.system"])
+def test_what_yaml_cannot_read_is_an_error_of_three_lines(text: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_yaml(tmp_path / "run.yaml")
+    with pytest.raises(ConfigError, match="--set"):
+        apply_overrides({}, [f"a={text}"])

@@ -8,8 +8,6 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from infra import DataError, rng_for
@@ -17,10 +15,13 @@ from infra.images import (
     UnusableImageError,
     decode_image,
     encode_png,
+    icc_profile,
+    is_plain_png,
     list_images,
     read_image,
     resize_bicubic,
 )
+from infra.publish import write_bytes
 
 
 def photo(height: int = 40, width: int = 56, seed: int = 0) -> np.ndarray:
@@ -162,21 +163,85 @@ FILES = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
-@settings(derandomize=True)
-@given(st.sampled_from(FILES), st.data())
-def test_damage_anywhere_gives_a_picture_or_a_reason(data: bytes, draw: st.DataObject) -> None:
-    damaged = bytearray(data)
-    reach = draw.draw(st.sampled_from([64, 300, len(data)]))
-    for place in draw.draw(st.lists(st.integers(0, min(reach, len(data)) - 1), max_size=5)):
-        damaged[place] = draw.draw(st.integers(0, 255))
-    end = draw.draw(st.integers(0, len(data)) | st.just(len(data)))
+def tags(tiff: bytes) -> list[int]:
+    """The places of all 12-byte tags in a little-endian TIFF."""
+    places, at = [], int.from_bytes(tiff[4:8], "little")
+    while at:
+        count = int.from_bytes(tiff[at : at + 2], "little")
+        places += range(at + 2, at + 2 + 12 * count, 12)
+        at = int.from_bytes(tiff[at + 2 + 12 * count :][:4], "little")
+    return places
+
+
+def compressed_as(tiff: bytes, kind: int, frame: int) -> bytes:
+    """`tiff` with another compression (tag 259) in one of its frames."""
+    place = [at for at in tags(tiff) if tiff[at : at + 2] == (259).to_bytes(2, "little")][frame]
+    return tiff[: place + 8] + kind.to_bytes(2, "little") + tiff[place + 10 :]
+
+
+TWO_FRAMES = saved(picture(), "TIFF", save_all=True, append_images=[picture()])
+FILES = [
+    saved(picture(), "PNG", icc_profile=b"\0" * 16 + b"RGB " + b"\0" * 200),
+    saved(picture(), "JPEG", progressive=True),
+    saved(picture(), "WEBP"),
+    saved(picture(), "BMP"),
+    saved(picture(), "TIFF", compression="tiff_lzw", icc_profile=b"\0" * 16 + b"RGB " + b"\0" * 200),
+    TWO_FRAMES,
+    palette(transparency=3),
+]
+
+
+def looked_at(data: bytes) -> str:
+    """The reason for which a file is refused, or "" for a picture."""
     try:
-        image = decode_image(bytes(damaged[:end]), where="x")
-    except UnusableImageError:
-        return
-    assert image.dtype == np.uint8
-    assert image.shape[2] == 3
+        image = decode_image(data, where="x")
+    except UnusableImageError as error:
+        return error.reason
+    assert (image.dtype, image.shape[2]) == (np.uint8, 3)
+    icc_profile(data)
+    is_plain_png(data)
+    return ""
+
+
+@pytest.mark.parametrize("frame", [0, 1])
+def test_an_unknown_compression_in_any_frame_is_a_reason(frame: int) -> None:
+    """Of a second frame Pillow's reader raises KeyError."""
+    assert looked_at(compressed_as(TWO_FRAMES, 60_000, frame)) == "unreadable"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::DeprecationWarning:PIL")
+def test_damage_anywhere_gives_a_picture_or_a_reason() -> None:
+    """7000 damaged files from one seed: bytes anywhere and in headers, values of TIFF tags, cut ends."""
+    rng = rng_for(0, "damage")
+    found = set()
+    for number in range(7000):
+        data = bytearray(FILES[number % len(FILES)])
+        reach = (64, 300, len(data))[number // len(FILES) % 3]
+        for place in rng.integers(0, min(reach, len(data)), rng.integers(1, 6)):
+            data[place] = rng.integers(256)
+        if data[:4] == b"II*\0" and number % 2:
+            data = bytearray(FILES[number % len(FILES)])
+            place = rng.choice(tags(bytes(data)))
+            data[place + rng.integers(2, 12)] = rng.integers(256)
+        if number % 5 == 0:
+            del data[rng.integers(len(data)) :]
+        found.add(looked_at(bytes(data)))
+    assert found >= {"", "unreadable", "truncated"}
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), ZeroDivisionError(), RecursionError(), OSError(5, "")])
+def test_whatever_a_decoder_raises_is_a_reason(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise error
+
+    data = saved(picture(), "PNG")
+    for place, reason in (("Image.open", "unreadable"), ("ImageOps.exif_transpose", "truncated")):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"infra.images.{place}", broken)
+            assert looked_at(data) == reason
+            patched.setattr(f"infra.images.{place}", lambda *_, **__: (_ for _ in ()).throw(MemoryError))
+            with pytest.raises(MemoryError):
+                decode_image(data, where="x")
 
 
 def test_png_is_exact_and_the_same_each_time(tmp_path: Path) -> None:
@@ -188,18 +253,41 @@ def test_png_is_exact_and_the_same_each_time(tmp_path: Path) -> None:
     assert (cv2.imdecode(np.frombuffer(encode_png(grey), np.uint8), cv2.IMREAD_UNCHANGED) == grey).all()
 
 
-def test_a_folder_is_listed_without_other_files(tmp_path: Path) -> None:
-    for name in ("b/x.PNG", "a.jpg", "notes.txt", "b/.hidden"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(b"12")
-    assert list_images(str(tmp_path)) == {f"{tmp_path}/a.jpg": 2, f"{tmp_path}/b/x.PNG": 2}
+def test_a_folder_is_listed_without_other_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = ["a.jpg", "b/x.PNG"]
+    other = ["notes.txt"]
+    hidden = [
+        *("._a.jpg", ".DS_Store", "Thumbs.db", "b/.hidden.png", ".thumbnails/a.png", "__MACOSX/b/._x.PNG"),
+        *("__MACOSX/b/x.PNG", "b/@eaDir/x.PNG/SYNOPHOTO.jpg", "b/desktop.ini"),
+    ]
+    root = tmp_path / ".data"  # the folder itself may be hidden
+    for name in (*shown, *other, *hidden):
+        (root / name).parent.mkdir(exist_ok=True, parents=True)
+        (root / name).write_bytes(b"12")
+    for folder in (str(root), f"{root}/"):
+        assert [Path(uri).relative_to(root).as_posix() for uri in list_images(folder)] == shown
+    assert list_images(str(root)) == {f"{root}/{name}": 2 for name in shown}
+    assert f"{len(hidden)} hidden or system files left out" in capsys.readouterr().err
 
 
-def test_a_missing_or_empty_folder_is_told(tmp_path: Path) -> None:
-    for folder in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(DataError, match="no images") as caught:
-            list_images(str(folder))
-        assert caught.value.where == str(folder)
+def test_what_is_no_folder_of_images_is_told_apart(tmp_path: Path, s3: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "file.png").write_bytes(b"1")
+    (tmp_path / "notes" / "a.txt").write_bytes(b"1")
+    write_bytes(f"{s3}/file.png", b"1")
+    places = {
+        f"{tmp_path}/absent": "no images: this file or folder does not exist",
+        f"{s3}/absent": "no images: this file or folder does not exist",
+        f"{tmp_path}/file.png": "this is a file; a folder is expected",
+        f"{s3}/file.png": "this is a file; a folder is expected",
+        f"{tmp_path}/empty": "no images",
+        f"{tmp_path}/notes": "no images",
+    }
+    for folder, what in places.items():
+        with pytest.raises(DataError, match=what) as caught:
+            list_images(folder)
+        assert caught.value.where == folder
 
 
 def test_resizing_follows_pil_and_keeps_what_has_the_size() -> None:

@@ -262,3 +262,44 @@ def test_sets_without_hashes_still_verify_but_cannot_be_compared(photos: Path, t
     with pytest.raises(DataError, match="holds no hashes to compare by") as caught:
         list(find_duplicates(old.uri, old.uri))
     assert "ccsr shard" in caught.value.todo
+
+
+def test_folder_markers_and_system_files_are_no_fault(
+    photos: Path, output: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Markers are empty objects that S3 consoles and Hadoop create; a local folder has none."""
+    manifest = make_shard_set(shard_config(photos, output, degradation="bicubic"))
+    if output.startswith("s3://"):
+        bucket, _, prefix = output.removeprefix("s3://").partition("/")
+        for name in ("/", "/shards/", "/records/", "/shards_$folder$"):
+            _s3().call_s3("put_object", Bucket=bucket, Key=prefix + name, Body=b"")
+    for name in (".DS_Store", "shards/._000000.tar", "Thumbs.db"):
+        write_bytes(join(output, name), b"x")
+    assert verify(output) == manifest
+    assert "3 system files left out" in capsys.readouterr().err
+    assert clean(output) == []
+    assert list_files(output).keys() >= {join(output, name) for name in (".DS_Store", "manifest.json")}
+
+
+def test_a_file_in_both_sets_is_one_line_however_many_crops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where the file was encoded again: its crops are then found by their hashes."""
+    for number in range(2):
+        for name in ("same", "other"):
+            (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / "same" / f"{number}.png").write_bytes(encode_png(other(number)))
+        cv2.imwrite(str(tmp_path / "other" / f"{number}.jpg"), other(number)[..., ::-1])
+    grid = {"kind": "grid", "size_px": 96, "step_px": 32}
+    values = {"crop": grid, "degradation": None}
+    one, two, again = (
+        make_shard_set(shard_config(tmp_path / source, tmp_path / name, name=name, **values))
+        for source, name in (("same", "one"), ("same", "two"), ("other", "again"))
+    )
+    assert one.num_samples == 32
+    with pytest.raises(DataError, match="512 pairs of samples are in both sets: 512 of the same source file"):
+        print_duplicates(one.uri, two.uri, 6)
+    assert capsys.readouterr().out.splitlines() == [
+        f"one-{number}-000-0\ttwo-{number}-000-0\tsame source file\t16 and 16 crops" for number in range(2)
+    ]
+    with pytest.raises(DataError, match=r"\d+ alike"):
+        print_duplicates(one.uri, again.uri, 6)
+    assert len(capsys.readouterr().out.splitlines()) == 2

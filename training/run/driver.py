@@ -11,6 +11,7 @@ from typing import Any
 
 from infra.display.progress import progress
 from infra.errors import CcsrError, ClusterError, ConfigError, ModelError, StoppedError, line_of
+from infra.locations import check_output
 from infra.manifest import Manifest
 from infra.publish import shared_copy, temporary_folder, write_bytes
 from infra.ray_runtime import check_gpus_here, cpu_work, cpus_here, lost_worker, ray_cluster, user_error
@@ -47,6 +48,8 @@ def run_train(config: TrainConfig) -> str:
     config = config.model_copy(update={"init_from": find_model(config.init_from, config.tracking)})
     manifests = [Manifest.load(part.path) for part in config.data]
     _check_crop(config, manifests)
+    validation = config.validation.data if config.validation else ()
+    check_output(config.output, [*(part.path for part in config.data), *validation])
     model_uri = join(config.output, "model")
     inputs = {"dataset_ids": [manifest.dataset_id for manifest in manifests], "init_from": model_id(config.init_from)}
     run = claim_output(config.output, config, job="train", inputs=inputs, libraries=LIBRARIES)
@@ -100,6 +103,13 @@ def _check_crop(config: TrainConfig, manifests: list[Manifest]) -> None:
                 f"crop_px = {config.crop_px} is no multiple of these shards' scale, {manifest.facts['scale']}",
                 where=manifest.uri,
                 todo="choose a multiple of it",
+            )
+        side = manifest.facts.get("min_side_px") or config.crop_px  # not known of sets of an earlier version
+        if side < config.crop_px or (config.inputs == "latents" and side != config.crop_px):
+            raise ConfigError(
+                f"crop_px = {config.crop_px} does not fit these shards, whose smallest image has a side of {side} px",
+                where=manifest.uri,
+                todo=f"write crop_px: {side - side % (manifest.facts['scale'] or 1)}, or shard with larger crops",
             )
 
 

@@ -1,0 +1,156 @@
+"""Which file becomes which output of `ccsr restore`, from which content, and what was passed over."""
+
+import hashlib
+import json
+import sys
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from infra.errors import CcsrError, ConfigError, DataError, PartialResultError, printable
+from infra.images import IMAGE_SUFFIXES, UnusableImageError, below, list_images
+from infra.keys import key_of, keys_of, output_name
+from infra.locations import check_output, is_inside
+from infra.publish import put_if_absent, write_bytes
+from infra.storage import exists, is_s3, join, read_bytes, read_json
+
+PNG = ".png"
+RECORDS = "records"
+
+
+def plan(source: str, output: str, num_runs: int) -> tuple[str, list[dict[str, Any]]]:
+    """The folder to write to and a task per image: `uri`, `key` (seeds its noise), `name` (of its outputs, without
+    suffix), `record` ("" for the single file of an OUTPUT that is one).
+
+    ConfigError for an output that is the input, or that a later run would take as its input.
+    """
+    is_file = exists(source)
+    if Path(output).suffix.lower() in IMAGE_SUFFIXES and (is_s3(output) or not Path(output).is_dir()):
+        _check_file_output(source, output, num_runs, is_file=is_file)
+        folder, _, name = output.rpartition("/")
+        return folder, [_task(source, key_of(Path(source).name), name.removesuffix(PNG), "")]
+    if is_file:
+        files = {Path(source).name: source}
+    else:
+        files = {below(uri, source): uri for uri in list_images(source)}
+        check_output(output, [source])
+    tasks = [
+        _task(uri, key_of(path), output_name(path, key), join(output, RECORDS, f"{key}.json"))
+        for (path, uri), key in zip(files.items(), keys_of(list(files)), strict=True)
+    ]
+    if is_file or is_inside(source, output):
+        for task in tasks:
+            check_output(place_of(output, task["name"], 0, num_runs), [source])
+    return output, tasks
+
+
+def _task(uri: str, key: str, name: str, record: str) -> dict[str, Any]:
+    return {"uri": uri, "key": key, "name": name, "record": record}
+
+
+def _check_file_output(source: str, output: str, num_runs: int, *, is_file: bool) -> None:
+    problems = {
+        "INPUT is no file, OUTPUT is one": not is_file,
+        "results are PNG files": not output.endswith(PNG),
+        "several runs of an image need several files": num_runs > 1,
+        "OUTPUT is INPUT": is_inside(output, source),
+    }
+    for what, wrong in problems.items():
+        if wrong:
+            raise ConfigError(what, where=output, todo="give a folder as OUTPUT, or NAME.png for one run of one file")
+
+
+def place_of(output: str, name: str, run: int, num_runs: int) -> str:
+    """Where run `run` of an image goes."""
+    return join(output, f"{name}{PNG}") if num_runs == 1 else join(output, "runs", f"{run:02d}", f"{name}{PNG}")
+
+
+def identity(data: bytes) -> dict[str, Any]:
+    """What a record says of a source file."""
+    return {"num_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+class ChangedSourceError(DataError):
+    """The outputs in place were made from other content than the source has now."""
+
+    def __init__(self, where: str) -> None:
+        todo = "remove its outputs and record, or give another OUTPUT"
+        super().__init__("its outputs were made from another file or from an earlier one", where=where, todo=todo)
+
+
+def pending(
+    tasks: list[dict[str, Any]], output: str, num_runs: int, done: Collection[str], failures: "Failures"
+) -> list[dict[str, Any]]:
+    """The tasks with `runs` to make, and `stale` where the record is of other content but no output exists.
+
+    Files whose outputs exist are read: an output made from other content is a failure.
+    """
+
+    def check(task: dict[str, Any]) -> dict[str, Any]:
+        runs = [run for run in range(num_runs) if place_of(output, task["name"], run, num_runs) not in done]
+        known, some = task["record"] in done, len(runs) < num_runs
+        try:
+            stale = known and not _is_of(task["record"], identity(read_bytes(task["uri"])))
+            if some and task["record"] and (stale or not known):
+                raise ChangedSourceError(task["uri"])
+        except CcsrError as error:
+            return task | {"runs": [], "failure": failure_of(error)}
+        return task | {"runs": runs, "stale": stale, "failure": None}
+
+    with ThreadPoolExecutor(8) as pool:
+        checked = list(pool.map(check, tasks))
+    for task in checked:
+        if failure := task.pop("failure"):
+            failures.add(task["uri"], *failure)
+    return [task for task in checked if task["runs"]]
+
+
+def record_source(task: dict[str, Any], data: bytes) -> None:
+    """Commit what a task's outputs are made from, before the first is written. ChangedSourceError where another run
+    began them from other content."""
+    if not task["record"]:
+        return
+    found = identity(data)
+    record = json.dumps(found | {"source": task["uri"].rpartition("/")[2]}).encode()
+    if task["stale"]:
+        write_bytes(task["record"], record)
+    elif not put_if_absent(task["record"], record) and not _is_of(task["record"], found):
+        raise ChangedSourceError(task["uri"])
+
+
+def _is_of(record: str, found: dict[str, Any]) -> bool:
+    return {**read_json(record), **found} == read_json(record)
+
+
+def failure_of(error: CcsrError) -> tuple[str, str]:
+    """The kind of failure to count by, and what to say of it."""
+    if isinstance(error, UnusableImageError):
+        kind = error.reason
+    else:
+        kind = "changed" if isinstance(error, ChangedSourceError) else "failed"
+    return kind, printable(f"{error.what}; {error.todo}")
+
+
+class Failures:
+    """Images that were passed over, by kind."""
+
+    def __init__(self) -> None:
+        self._by_kind: dict[str, list[tuple[str, str]]] = {}
+
+    def add(self, uri: str, kind: str, message: str) -> None:
+        self._by_kind.setdefault(kind, []).append((uri.rpartition("/")[2], message))
+
+    def report(self, total: int, where: str) -> None:
+        """Print a line per kind; PartialResultError if there is any."""
+        counts = []
+        for kind, found in sorted(self._by_kind.items()):
+            names = ", ".join(name for name, _ in found[:5]) + (", ..." if len(found) > 5 else "")
+            counts.append(f"{len(found)} {kind} ({names})")
+            print(printable(f"not restored: {counts[-1]}: {found[0][1]}"), file=sys.stderr)
+        if counts:
+            raise PartialResultError(
+                f"{sum(map(len, self._by_kind.values()))} of {total} images were not restored: {'; '.join(counts)}",
+                where=where,
+                todo="see the line of each kind above, then run the same command again; the others are done",
+            )
