@@ -25,6 +25,8 @@ from training.models import fetch_model
 from training.restore.restore import restore_runs
 from training.restore.trace import trace_runs
 
+TRACED_RUNS = 4
+
 
 def record_uri(output: str, method: str, key: str) -> str:
     return join(output, "records", method, f"{key}.json")
@@ -122,15 +124,17 @@ class Scorer:
     def _traced(
         self, method: ModelMethod, lr: np.ndarray, hr: np.ndarray | None, bicubic: np.ndarray, key: str
     ) -> tuple[list[dict[str, Any]], list[np.ndarray]]:
-        """Per visited timestep `t`: `psnr_y` (None without HR) and `sharpness`, means over the runs, and `l_std`; and
-        the last one's images, which are the outputs."""
+        """Per visited timestep `t`: `psnr_y` (None without HR) and `sharpness`, means over the first runs, and their
+        `l_std`; and all runs' images at the last one, which are the outputs."""
         found, border, outputs = [], self._config.crop_border, []
         reference = bicubic if hr is None else hr
         model = self._model(method.model)
-        for t, outputs in trace_runs(model, lr, bicubic.shape[:2], method.sampling, **self._seeds(key)):
-            psnr = None if hr is None else float(np.mean([psnr_y(o, hr, crop_border=border) for o in outputs]))
-            sharp = float(np.mean([sharpness(o, reference, crop_border=border) for o in outputs]))
-            found.append({"t": t, "psnr_y": psnr, "sharpness": sharp, "l_std": l_std(outputs, crop_border=border)})
+        seeds = {**self._seeds(key), "num_traced": TRACED_RUNS}
+        for t, outputs in trace_runs(model, lr, bicubic.shape[:2], method.sampling, **seeds):
+            first = outputs[:TRACED_RUNS]
+            psnr = None if hr is None else float(np.mean([psnr_y(o, hr, crop_border=border) for o in first]))
+            sharp = float(np.mean([sharpness(o, reference, crop_border=border) for o in first]))
+            found.append({"t": t, "psnr_y": psnr, "sharpness": sharp, "l_std": l_std(first, crop_border=border)})
         return found, outputs
 
     def _seeds(self, key: str, num_runs: int | None = None) -> dict[str, Any]:

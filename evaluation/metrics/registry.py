@@ -183,8 +183,9 @@ def _pyiqa_config(metric: str) -> dict[str, Any]:
     from pyiqa.default_model_configs import DEFAULT_CONFIGS
 
     name = metric.removeprefix(PYIQA)
-    if name not in DEFAULT_CONFIGS or name.startswith(("fid", "inception_score")):
-        near = difflib.get_close_matches(name, DEFAULT_CONFIGS, n=3)
+    singles = DEFAULT_CONFIGS.keys() - {"fid", "sfid", "fid_dinov2", "inception_score"}
+    if name not in singles:
+        near = difflib.get_close_matches(name, sorted(singles), n=3)
         raise ConfigError(
             f"pyiqa has no metric of single images called {name!r}",
             where=f"metrics: {metric}",

@@ -22,13 +22,15 @@ def trace_runs(
     key: str,
     runs: Sequence[int],
     rows_at_once: int = 8,
+    num_traced: int = 4,
 ) -> Iterator[tuple[int, list[np.ndarray]]]:
-    """Yield each visited timestep, the first first, and the runs' predictions of x0 there, decoded as `restore_runs`
-    decodes the last of them. Arguments and errors as there."""
+    """Yield each visited timestep, the first first, and the predictions of x0 there of the first `num_traced` runs,
+    decoded; at the last one those of all runs, which are what `restore_runs` yields. Arguments and errors as there."""
     image = prepare_image(model, lr, size, config, key=key, num_runs=min(rows_at_once, len(runs)))
     visited: dict[int, list[Tensor]] = {}
     for first in range(0, len(runs), rows_at_once):
         rows = [(image, run) for run in runs[first : first + rows_at_once]]
         sample_rows(model, rows, config, seed, lambda t, x0: visited.setdefault(t, []).append(x0))
     for t, parts in visited.items():
-        yield t, list(decode_images(model, torch.cat(parts), [image] * len(runs), config))
+        latents = torch.cat(parts)[: None if t == min(visited) else num_traced]
+        yield t, list(decode_images(model, latents, [image] * len(latents), config))
