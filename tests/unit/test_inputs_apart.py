@@ -85,7 +85,7 @@ def test_a_crop_larger_than_the_shards_images_is_refused_at_once(tmp_path: Path)
     made = make_shard_set(shard_config(tmp_path / "in", tmp_path / "set", degradation="bicubic", samples_per_shard=1))
     assert made.facts["min_side_px"] == 52
     values = {**TRAIN, "data": [str(tmp_path / "set")], "output": str(tmp_path / "out")}
-    with pytest.raises(ConfigError, match="crop_px = 64 does not fit these shards, .* a side of 52 px") as caught:
+    with pytest.raises(ConfigError, match=r"crop_px = 64 does not fit these shards, .* a side of 52 px") as caught:
         run(values | {"crop_px": 64})
     assert "crop_px: 52" in caught.value.todo
     with pytest.raises(ConfigError, match="crop_px = 48 does not fit"):
