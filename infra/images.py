@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import struct
 import sys
 import zlib
@@ -18,6 +19,7 @@ from infra.storage import exists, join, list_files, read_bytes
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # Pillow's other readers stay shut: one runs Ghostscript
+OBJECT = re.compile(r" ?<[^>]* at 0x[0-9a-f]+>")
 SYSTEM_NAMES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", ".ds_store"}
 MAX_PIXELS = 256_000_000
 Image.MAX_IMAGE_PIXELS = None  # our own limit below applies before any pixel is decoded
@@ -54,7 +56,8 @@ def refusing(reason: str, what: str, where: str) -> Iterator[None]:
     except (UnusableImageError, MemoryError):
         raise
     except Exception as error:
-        raise _refuse(reason, f"{what} ({type(error).__name__}: {line_of(error)})", where) from error
+        detail = OBJECT.sub("", line_of(error))  # a reason is part of a shard's record: the same in each process
+        raise _refuse(reason, f"{what} ({type(error).__name__}: {detail})", where) from error
 
 
 def decode_image(data: bytes, *, where: str) -> np.ndarray:

@@ -5,8 +5,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from infra.config import Config
+from infra.config import Config, Location
 from infra.ray_runtime import GPU_KIND, KIND
+from infra.storage import is_s3
 
 KubernetesName = Annotated[str, Field(pattern=r"^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$")]
 SlurmName = Annotated[str, Field(pattern=r"^[\w.,@+-]+$")]  # of a #SBATCH line, which no shell quoting protects
@@ -53,9 +54,16 @@ class S3Config(Config):
 class MlflowConfig(Config):
     """An MLflow server in the cluster. `database_secret`: a Secret whose `uri` is a Postgres URI; none: sqlite."""
 
-    artifacts: str = Field(pattern="^s3://")
+    artifacts: Location
     database_secret: str | None = None
     disk_gib: int = Field(10, ge=1, description="for sqlite")
+
+    @field_validator("artifacts")
+    @classmethod
+    def _on_s3(cls, artifacts: str) -> str:
+        if not is_s3(artifacts):
+            raise ValueError("artifacts are on S3, which all pods reach: s3://BUCKET/PATH")
+        return artifacts
 
 
 class SlurmConfig(Config):

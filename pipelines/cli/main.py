@@ -182,7 +182,9 @@ def report(
 @app.command()
 def restore(
     source: Annotated[str, typer.Argument(metavar="INPUT", help="An image, a folder or an s3:// prefix.")],
-    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder or s3:// prefix for the results.")],
+    output: Annotated[
+        str, typer.Argument(metavar="OUTPUT", help="Folder or s3:// prefix for the results; NAME.png for one.")
+    ],
     model: Annotated[str, typer.Option(help="A model directory.")],
     runs: Annotated[int, typer.Option(help="Seeded runs per image.")] = 1,
     seed: Annotated[int, typer.Option(help="Run r of an image depends on this, the image's name and r alone.")] = 0,

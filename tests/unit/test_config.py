@@ -403,7 +403,7 @@ def test_what_yaml_reads_otherwise_is_shown_as_it_must_be_written(text: str, mea
     assert str(caught.value).count("\n") == 2
 
 
-@pytest.mark.parametrize("text", ["d: 2024-13-45", "[a]: 1", "a: " + "[" * 3000, "a: !!python/name:os.system"])
+@pytest.mark.parametrize("text", ["d: 2024-13-45", "[a]: 1", "a: " + "[" * 600, "a: !!python/name:os.system"])
 def test_what_yaml_cannot_read_is_an_error_of_three_lines(text: str, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(ConfigError, match="not valid YAML"):

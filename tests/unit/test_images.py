@@ -92,6 +92,7 @@ def test_what_is_no_photograph_is_refused_with_its_reason(data: bytes, reason: s
         decode_image(data, where="set/x.png")
     assert caught.value.reason == reason
     assert caught.value.where == "set/x.png"
+    assert "0x" not in caught.value.what, "a reason is the same in each process"
     assert str(caught.value).count("\n") == 2
 
 
@@ -211,10 +212,10 @@ def test_an_unknown_compression_in_any_frame_is_a_reason(frame: int) -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::DeprecationWarning:PIL")
 def test_damage_anywhere_gives_a_picture_or_a_reason() -> None:
-    """7000 damaged files from one seed: bytes anywhere and in headers, values of TIFF tags, cut ends."""
+    """4200 damaged files from one seed: bytes anywhere and in headers, values of TIFF tags, cut ends."""
     rng = rng_for(0, "damage")
     found = set()
-    for number in range(7000):
+    for number in range(4200):
         data = bytearray(FILES[number % len(FILES)])
         reach = (64, 300, len(data))[number // len(FILES) % 3]
         for place in rng.integers(0, min(reach, len(data)), rng.integers(1, 6)):

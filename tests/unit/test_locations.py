@@ -40,8 +40,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "methods": [{"kind": "model", "name": "a", "model": "m"}, {"kind": "outputs", "name": "b", "outputs": "o"}],
         "tracking": {"uri": "sqlite:///m.db"},
     },
+    "cluster": {"job": "cluster", "mlflow": {"artifacts": "S3://b/m"}},
 }
 FIELDS = {
+    "cluster": ["mlflow.artifacts"],
     "shard": ["output", "sources.0.path", "sources.1.hr", "sources.1.lr", "latents.model"],
     "train": ["output", "init_from", "data.0", "data.1.path", "validation.data.0", "tracking.uri"],
     "evaluate": ["output", "data.0", "data.1.lr", "data.1.hr", "methods.0.model", "methods.1.outputs", "tracking.uri"],
