@@ -3,14 +3,14 @@
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 
-from infra.config import Config
+from infra.config import Config, apply_overrides, parse_config
 from infra.display.progress import progress
 from infra.errors import CcsrError, ConfigError, DataError, PartialResultError
 from infra.images import decode_image, encode_png, icc_profile, list_images
@@ -48,6 +48,22 @@ class RestoreConfig(Config):
     sampling: SamplingConfig = SamplingConfig()
     numerics: NumericsConfig = NumericsConfig()
     runtime: RestoreRuntime = RestoreRuntime()
+
+
+def restore_config(options: Mapping[str, Any]) -> RestoreConfig:
+    """The config that the options of `ccsr restore` make. Raises ConfigError."""
+    sampling = {name: options[name] for name in ("t_max", "t_min")}
+    sampling |= {
+        "num_steps": options["steps"],
+        "tile": options["tile"] or None,
+        "color_fix": options["color"],
+    }
+    values = {name: options[name] for name in ("seed", "scale", "dtype")} | {
+        "num_runs": options["runs"],
+        "sampling": sampling,
+        "runtime": {"device": options["device"], "use_ray": options["ray"]},
+    }
+    return parse_config(apply_overrides(values, options["set_"] or []), RestoreConfig, where="command line")
 
 
 def pick_device(runtime: RestoreRuntime) -> Literal["cpu", "cuda"]:

@@ -145,6 +145,7 @@ def compare(
 
 @app.command()
 def restore(
+    context: typer.Context,
     source: Annotated[str, typer.Argument(metavar="INPUT", help="An image, a folder or an s3:// prefix.")],
     output: Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder or s3:// prefix for the results.")],
     model: Annotated[str, typer.Option(help="A model directory.")],
@@ -162,20 +163,10 @@ def restore(
     set_: Overrides = None,
 ) -> None:
     """Enlarge photographs with a trained model."""
-    from infra.config import apply_overrides, parse_config
-    from pipelines.restore import RestoreConfig
     from pipelines.restore import restore as run_restore
+    from pipelines.restore import restore_config
 
-    sampling = {"num_steps": steps, "t_max": t_max, "t_min": t_min, "tile": tile or None, "color_fix": color}
-    values = {
-        "num_runs": runs,
-        "seed": seed,
-        "scale": scale,
-        "dtype": dtype,
-        "sampling": sampling,
-        "runtime": {"device": device, "use_ray": ray},
-    }
-    config = parse_config(apply_overrides(values, set_ or []), RestoreConfig, where="command line")
+    config = restore_config(context.params)
     typer.echo(f"{run_restore(source, output, model, config)} images: {output}")
 
 

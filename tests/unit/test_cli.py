@@ -84,7 +84,7 @@ def write(tmp_path: Path) -> Callable[..., str]:
 
 def refused(ended: Ended, code: int, *messages: str) -> None:
     """The run ended with `code` and three lines on stderr in which `messages` stand in this order."""
-    lines = ended.err.rstrip("\n").split("\n")
+    lines = [line for line in ended.err.rstrip("\n").split("\n") if not line.startswith("    ")]  # items of a list
     assert len(lines) == 3, ended.err
     assert lines[0].startswith("error: ")
     assert lines[1].startswith("  where: ")
@@ -172,6 +172,7 @@ def test_an_output_made_from_something_else_is_refused_with_the_difference(
     config = shard_config(tmp_path / "photos", tmp_path / "out", degradation="bicubic")
     inputs = {"source_id": source_id(list_sources(config.sources))}
     claim_output(config.output, config, job="shard", inputs=inputs, libraries=LIBRARIES)
+    write_bytes(f"{config.output}/records/000000.json", b"{}")
     before = list_files(config.output)
     refused(
         ccsr("shard", "-c", write(SHARD), "--set", "seed=5"), 2, "something else", "config.seed: 0 -> 5", "run.json"

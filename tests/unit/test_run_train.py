@@ -27,6 +27,7 @@ def test_stage_2_does_not_resume_with_another_micro_batch(tmp_path: Path) -> Non
 
     for stage in (0, 1, 2):
         claim(stage, 2)
+        write_bytes(str(tmp_path / str(stage) / "checkpoints" / "000000000002" / "state.json"), b"{}")
         claim(stage, 2, num_workers=2)
     claim(0, 1)
     claim(1, 1)

@@ -12,6 +12,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from infra.errors import CcsrError, DataError, ModelError, line_of
+from infra.run import check_claim
 from infra.storage import join
 from training.config import TrainConfig
 from training.run.agreement import WorkerContext, agree, attempt, from_rank_0
@@ -149,6 +150,8 @@ class Checkpoints:
 
     def _write(self, state: TrainingState) -> None:
         runtime = self._config.runtime
+        if "fingerprint" in state.facts:
+            check_claim(self._config.output, state.facts["fingerprint"])
         save_checkpoint(self._config.output, state, keep=runtime.keep_checkpoints, damaged=self._damaged)
         every = runtime.export_every * runtime.checkpoint_every
         if self._context.export and every and state.facts["num_updates"] % every == 0:
