@@ -18,6 +18,16 @@ def line_of(error: BaseException, number: int = 0) -> str:
     return lines[number][:300] if lines else type(error).__name__
 
 
+def all_of(error: BaseException) -> str:
+    """An error's whole message on one line, with those of its causes."""
+    texts: list[str] = []
+    current: BaseException | None = error
+    while current is not None:
+        texts.append(" ".join(str(current).split()) or type(current).__name__)
+        current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
+    return "; because: ".join(dict.fromkeys(texts))
+
+
 class CcsrError(Exception):
     """A mistake or mishap that a user can act on; shown as three lines, without a traceback.
 

@@ -13,7 +13,7 @@ from infra.display.progress import progress
 from infra.errors import CcsrError, ClusterError, ConfigError, ModelError, StoppedError, line_of
 from infra.manifest import Manifest
 from infra.publish import shared_copy, temporary_folder, write_bytes
-from infra.ray_runtime import check_gpus_here, cpu_work, cpus_here, lost_worker, ray_cluster, user_error
+from infra.ray_runtime import cpu_work, cpus_here, lost_worker, ray_cluster, user_error
 from infra.run import claim_output, git_commit
 from infra.storage import exists, join, read_json
 from infra.tracking import MODEL_TAG, Tracker, find_model, track, tracking_uri
@@ -57,9 +57,10 @@ def run_train(config: TrainConfig) -> str:
     last = _last(config) if done == config.num_updates else None  # None where it is damaged: it is made again
     if last is None:
         _check_start(config, manifests)
+    num_gpus = config.runtime.num_workers if config.runtime.device == "cuda" else 0
     tags = {"ccsr.stage": str(config.stage), "git.commit": facts["git_commit"]}
     with (
-        ray_cluster(config.runtime.ray) if last is None else nullcontext(),
+        ray_cluster(config.runtime.ray, num_gpus=num_gpus) if last is None else nullcontext(),
         track(config.tracking, run, tags) as tracker,
         sigterm_noted() as sigterm,  # after Ray's start, which sets its own handler
     ):
@@ -142,7 +143,6 @@ def _fit(
                 """Leave Ctrl-C to Python: Ray's own handler ends this process with exit code 1 before anything is
                 closed."""
 
-        check_gpus_here(runtime.num_workers if runtime.device == "cuda" else 0)
         check_cpus(config, {"CPU": cpus_here()})
         tracker.tag(**{MODEL_TAG: join(config.output, "model"), "ccsr.num_updates": str(config.num_updates)})
         _log_inputs(tracker, config, manifests)
