@@ -3,10 +3,10 @@
 import os
 import secrets
 import socket
+import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 
 from infra.errors import ClusterError, all_of
@@ -65,17 +65,23 @@ def only_on_loopback(address: str) -> bool:
 
 @contextmanager
 def without_log_level() -> Iterator[None]:
-    """Hold back what the block writes to stderr, then pass it on without the lines that name Ray's log level."""
+    """Keep the lines that name Ray's log level out of what the block writes to stderr. The filter is another process,
+    so that the last words of a Ray that aborts this one are seen."""
     sys.stderr.flush()
-    with tempfile.TemporaryFile() as held, os.fdopen(os.dup(2), "wb") as stderr:
-        os.dup2(held.fileno(), 2)
-        try:
-            yield
-        finally:
-            sys.stderr.flush()
-            os.dup2(stderr.fileno(), 2)
-            held.seek(0)
-            stderr.writelines(line for line in held if b"Set ray log level from environment" not in line)
+    stderr = os.dup(2)
+    command = ["grep", "--line-buffered", "-v", "Set ray log level from environment"]
+    filtering = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stderr, start_new_session=True)
+    assert filtering.stdin is not None
+    os.dup2(filtering.stdin.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        filtering.stdin.close()
+        with suppress(subprocess.TimeoutExpired):  # one of Ray's processes may keep it open
+            filtering.wait(1)
 
 
 def not_started(error: Exception, address: str | None) -> ClusterError:

@@ -436,3 +436,31 @@ def test_a_refused_conditional_put_is_told_from_a_failed_one(
         else:
             assert call() is outcome
         assert client.calls == 1, "such an answer is final"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "cause"),
+    [
+        ("AWS_ENDPOINT_URL", "localhost:9000", "Invalid endpoint: localhost:9000"),
+        ("AWS_ENDPOINT_URL", "http://[localhost", "Invalid"),
+        ("AWS_PROFILE", "absent", "absent"),
+        ("AWS_DEFAULT_REGION", "eu west", "eu west"),
+        ("AWS_REQUEST_CHECKSUM_CALCULATION", "sometimes", "sometimes"),
+        ("AWS_MAX_ATTEMPTS", "many", "many"),
+    ],
+)
+def test_a_setting_that_the_s3_client_refuses_is_named(
+    name: str, value: str, cause: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for setting in ("AWS_DEFAULT_REGION", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(setting, "us-east-1" if "REGION" in setting else "test")
+    monkeypatch.setenv(name, value)
+    monkeypatch.setattr(storage, "_s3", storage._s3.__wrapped__)
+    monkeypatch.setattr("s3fs.S3FileSystem.cachable", False)
+    started = time.monotonic()
+    with pytest.raises(StorageError) as caught:
+        read_bytes("s3://bucket/file")
+    assert time.monotonic() - started < 5, "it is not tried again"
+    assert cause in caught.value.what
+    assert f"{name}={value}" in caught.value.where
+    assert "SECRET" not in caught.value.where
