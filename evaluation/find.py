@@ -5,8 +5,8 @@ from pathlib import Path
 
 from evaluation.results import EvaluationResult, load_result
 from infra.errors import DataError
+from infra.mlflow_server import TrackingConfig, mlflow_errors, tracking_uri
 from infra.storage import exists, is_s3, join
-from infra.tracking import TrackingConfig, mlflow_errors, tracking_uri
 
 _NEEDED = ("run.json", "results.parquet", "images.parquet")
 

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from evaluation.config import EvaluateConfig, ModelMethod, OutputsMethod
+from evaluation.config import BicubicMethod, EvaluateConfig, Method, ModelMethod, OutputsMethod
 from evaluation.metrics.registry import UNAVAILABLE, fid, how_to_get, metric_origins
 from evaluation.mlflow_log import log_result
 from evaluation.outputs import find_outputs, outputs_id
@@ -23,9 +23,10 @@ from evaluation.scoring import Scorer, ScoreTask, record_uri
 from evaluation.sets import EvaluationSet, load_sets
 from infra.display.progress import progress
 from infra.errors import DataError
+from infra.mlflow_server import check_tracking
 from infra.publish import write_bytes
 from infra.ray_runtime import on_ray
-from infra.run import claim_output
+from infra.run import Progress, claim_output
 from infra.storage import exists, join, list_files, read_bytes
 from infra.tracking import find_model
 from training.models import model_id
@@ -46,6 +47,49 @@ def run_evaluate(config: EvaluateConfig, *, log_only: bool = False) -> Evaluatio
         result = load_result(config.output)
         log_result(config, result)
         return result
+    config, data, outputs, origins = _claimed(config)
+    keys = [image.key for image in data.images]
+    for metric in (name for name, origin in origins.items() if origin == UNAVAILABLE):
+        print(f"{metric} is unavailable here; to have it: {how_to_get(metric)}", file=sys.stderr)
+    if not exists(join(config.output, "report.html")):
+        check_tracking(config.tracking)
+    available = [name for name in config.metrics if origins.get(name) != UNAVAILABLE]
+    if not exists(join(config.output, "images.parquet")):
+        _score(config, _tasks(config, data, outputs), available)
+        _write_tables(config, keys)
+    if "fid" in config.metrics and not exists(join(config.output, SET_METRICS)):
+        _score_sets(config, data, "fid" in available)
+    result = load_result(config.output)
+    if config.published:
+        orderings = [ordering.to_dict() for ordering in published_orderings(result, config.published)]
+        write_bytes(join(config.output, ORDERINGS), json.dumps(orderings, indent=1).encode())
+    write_report(config.output)
+    log_result(config, result)
+    return result
+
+
+def preview_evaluate(config: EvaluateConfig) -> Progress:
+    """What `run_evaluate` would do; raises what it would before it starts. Nothing is written."""
+    config, data, *_ = _claimed(config, write=False)
+    total, runs = len(config.methods) * len(data.images), sum(_num_runs(method, config) for method in config.methods)
+    done = total
+    if not exists(join(config.output, "report.html")):
+        check_tracking(config.tracking)
+        done = len(list_files(join(config.output, "records")))
+    what = (
+        f"{len(config.methods)} methods, {runs * len(data.images):,} restorations scored by {', '.join(config.metrics)}"
+    )
+    return Progress(done, total, "records", f"{len(data.images):,} images", what)
+
+
+def _num_runs(method: Method, config: EvaluateConfig) -> int:
+    return 1 if isinstance(method, BicubicMethod) else config.num_runs
+
+
+def _claimed(
+    config: EvaluateConfig, *, write: bool = True
+) -> tuple[EvaluateConfig, EvaluationSet, dict[str, dict[str, list[str]]], dict[str, str]]:
+    """The config with its models found, the test set, the outputs by method, and each metric's origin."""
     if config.published:
         published_summary(config.published)
     methods = [
@@ -75,22 +119,8 @@ def run_evaluate(config: EvaluateConfig, *, log_only: bool = False) -> Evaluatio
     }
     facts = {name: getattr(config, name) for name in ("seed", "num_runs", "crop_border", "published")}
     facts["dataset_id"] = data.dataset_id
-    claim_output(config.output, config, job="evaluate", inputs=inputs, libraries=LIBRARIES, facts=facts)
-    for metric in (name for name, origin in origins.items() if origin == UNAVAILABLE):
-        print(f"{metric} is unavailable here; to have it: {how_to_get(metric)}", file=sys.stderr)
-    available = [name for name in config.metrics if origins.get(name) != UNAVAILABLE]
-    if not exists(join(config.output, "images.parquet")):
-        _score(config, _tasks(config, data, outputs), available)
-        _write_tables(config, keys)
-    if "fid" in config.metrics and not exists(join(config.output, SET_METRICS)):
-        _score_sets(config, data, "fid" in available)
-    result = load_result(config.output)
-    if config.published:
-        orderings = [ordering.to_dict() for ordering in published_orderings(result, config.published)]
-        write_bytes(join(config.output, ORDERINGS), json.dumps(orderings, indent=1).encode())
-    write_report(config.output)
-    log_result(config, result)
-    return result
+    claim_output(config.output, config, job="evaluate", inputs=inputs, libraries=LIBRARIES, facts=facts, write=write)
+    return config, data, outputs, origins
 
 
 def _tasks(

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
+from typing import IO, cast
 
 from infra.errors import ClusterError, all_of
 
@@ -71,15 +72,15 @@ def without_log_level() -> Iterator[None]:
     stderr = os.dup(2)
     command = ["grep", "--line-buffered", "-v", "Set ray log level from environment"]
     filtering = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stderr, start_new_session=True)
-    assert filtering.stdin is not None
-    os.dup2(filtering.stdin.fileno(), 2)
+    ours = cast(IO[bytes], filtering.stdin)
+    os.dup2(ours.fileno(), 2)
     try:
         yield
     finally:
         sys.stderr.flush()
         os.dup2(stderr, 2)
         os.close(stderr)
-        filtering.stdin.close()
+        ours.close()
         with suppress(subprocess.TimeoutExpired):  # one of Ray's processes may keep it open
             filtering.wait(1)
 

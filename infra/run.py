@@ -5,7 +5,7 @@ import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from infra.config import Config, difference, fingerprint_of, library_versions, result_part
 from infra.errors import ConfigError
@@ -28,12 +28,13 @@ def claim_output(
     inputs: Mapping[str, Any],
     libraries: Sequence[str],
     facts: Mapping[str, Any] | None = None,
+    write: bool = True,
 ) -> dict[str, Any]:
     """Write OUT/run.json, or check that the one there describes the same result; returns its content. One that nothing
     was made from yet is replaced.
 
     `inputs` identifies what the job reads (dataset ids, a hash of the source list or checkpoint); `facts` are further
-    top-level entries that depend on the same.
+    top-level entries that depend on the same. Without `write` it only checks.
     Raises ConfigError with the differing keys, StorageError if nothing can be written there.
     """
     depends_on = {
@@ -46,14 +47,27 @@ def claim_output(
     run = {"job": job, "fingerprint": fingerprint_of(depends_on), **depends_on}
     place, content = join(output, "run.json"), json.dumps(run, indent=2, sort_keys=True).encode()
     if not exists(place):
+        if not write:
+            return run
         ensure_writable(output)
         put_if_absent(place, content)
     present = read_json(place)
     if present.get("fingerprint") == run["fingerprint"]:
         return present
     _refuse_other(output, present, {**run, "fingerprint": present.get("fingerprint")})
-    write_bytes(place, content)
+    if write:
+        write_bytes(place, content)
     return run
+
+
+class Progress(NamedTuple):
+    """What a job would do: `done` of `total` are in its output; `reads` and `what` are for people."""
+
+    done: int
+    total: int
+    unit: str
+    reads: str
+    what: str
 
 
 def check_config(output: str, result: Mapping[str, Any], *, job: str) -> None:

@@ -6,9 +6,9 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from degradation.config import DegradationConfig
 from infra.config import EXTENDABLE, Config, FieldError, Location
+from infra.mlflow_server import TrackingConfig
 from infra.process.numerics import NumericsConfig
 from infra.ray_runtime import RayConfig
-from infra.tracking import TrackingConfig
 
 SizeRule = Literal["pad", "v1", "v1_tiled", "v2"]
 

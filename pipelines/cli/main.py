@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from infra.config import parse_config
 from infra.errors import CcsrError, StoppedError
 from pipelines.cli import cluster as cluster_commands
 from pipelines.cli import models as model_commands
@@ -132,9 +133,11 @@ def compare(
     from evaluation.compare import compare as compare_results
     from evaluation.mlflow_log import log_comparison
     from infra.display.table import print_report
-    from infra.tracking import TrackingConfig
+    from infra.mlflow_server import TrackingConfig, check_tracking
 
-    tracking = TrackingConfig(uri=mlflow)
+    tracking = parse_config({"uri": mlflow}, TrackingConfig, where="--mlflow")
+    if log:
+        check_tracking(tracking)
     comparison = compare_results(runs, tracking=tracking)
     print_report(comparison.tables(), as_json=as_json)
     if csv is not None:

@@ -26,6 +26,10 @@ class Job:
         """Run the job; returns what its runner returns."""
         return _imported(self.runner)(config, **options)
 
+    def preview(self, config: Config) -> Any:
+        """What `run` would do, as `infra.run.Progress`; raises what it would before it starts, writes nothing."""
+        return _imported(self.runner.replace(":run_", ":preview_"))(config)
+
 
 def _shard_gpus(config: Any) -> int:
     return (config.runtime.num_actors or 1) if config.latents and config.runtime.device == "cuda" else 0

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from infra import ClusterError, ConfigError
+from infra.mlflow_server import TrackingConfig
 from infra.publish import write_bytes
 from infra.storage import join
-from infra.tracking import MODEL_TAG, TrackingConfig, find_model, track
+from infra.tracking import MODEL_TAG, find_model, track
 
 
 def test_a_model_directory_a_runs_folder_and_nothing(s3: str, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""How Ray is started: the whole cause of a failure, no need of HOME, a quiet stderr, and GPUs that are counted first."""
+"""How Ray is started: a failure's whole cause, no need of HOME, a quiet stderr, and GPUs that are counted first."""
 
 import os
 

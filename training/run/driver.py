@@ -12,11 +12,12 @@ from typing import Any
 from infra.display.progress import progress
 from infra.errors import CcsrError, ClusterError, ConfigError, ModelError, StoppedError, line_of
 from infra.manifest import Manifest
+from infra.mlflow_server import check_tracking, tracking_uri
 from infra.publish import shared_copy, temporary_folder, write_bytes
 from infra.ray_runtime import cpu_work, cpus_here, lost_worker, ray_cluster, user_error
-from infra.run import claim_output, git_commit
+from infra.run import Progress, claim_output, git_commit
 from infra.storage import exists, join, read_json
-from infra.tracking import MODEL_TAG, Tracker, find_model, track, tracking_uri
+from infra.tracking import MODEL_TAG, Tracker, find_model, track
 from training.config import TrainConfig, TrainRuntime
 from training.data.batches import check_cpus
 from training.data.samples import check_latents
@@ -44,15 +45,12 @@ def run_train(config: TrainConfig) -> str:
     What an earlier run of the same config left is continued, to more updates too. Raises before anything starts where
     the data, the starting model or the output cannot be used; StoppedError after SIGTERM.
     """
-    config = config.model_copy(update={"init_from": find_model(config.init_from, config.tracking)})
-    manifests = [Manifest.load(part.path) for part in config.data]
-    _check_crop(config, manifests)
+    config, manifests, inputs, run = _claimed(config)
     model_uri = join(config.output, "model")
-    inputs = {"dataset_ids": [manifest.dataset_id for manifest in manifests], "init_from": model_id(config.init_from)}
-    run = claim_output(config.output, config, job="train", inputs=inputs, libraries=LIBRARIES)
     exported, done = _updates_done(config)
     if exported == config.num_updates:
         return model_uri
+    check_tracking(config.tracking)
     facts = {"fingerprint": run["fingerprint"], "config": run["config"], **inputs, "git_commit": git_commit()}
     last = _last(config) if done == config.num_updates else None  # None where it is damaged: it is made again
     if last is None:
@@ -69,6 +67,30 @@ def run_train(config: TrainConfig) -> str:
             last = _last(config)
         _export(config, last, model_uri)  # after SIGTERM too: what was finished counts
     return model_uri
+
+
+def preview_train(config: TrainConfig) -> Progress:
+    """What `run_train` would do; raises what it would before it starts. Nothing is written."""
+    config, manifests, *_ = _claimed(config, write=False)
+    exported, done = _updates_done(config)
+    if exported < config.num_updates:
+        check_tracking(config.tracking)
+        _check_start(config, manifests)
+    samples = sum(manifest.num_samples for manifest in manifests)
+    what = f"stage {config.stage} from {config.init_from or 'random weights'}"
+    return Progress(max(exported, done), config.num_updates, "updates", f"{samples:,} samples", what)
+
+
+def _claimed(
+    config: TrainConfig, *, write: bool = True
+) -> tuple[TrainConfig, list[Manifest], dict[str, Any], dict[str, Any]]:
+    """The config with the places that it names found, what it reads and its identity, and run.json."""
+    config = config.model_copy(update={"init_from": find_model(config.init_from, config.tracking)})
+    manifests = [Manifest.load(part.path) for part in config.data]
+    _check_crop(config, manifests)
+    inputs = {"dataset_ids": [manifest.dataset_id for manifest in manifests], "init_from": model_id(config.init_from)}
+    run = claim_output(config.output, config, job="train", inputs=inputs, libraries=LIBRARIES, write=write)
+    return config, manifests, inputs, run
 
 
 def _updates_done(config: TrainConfig) -> tuple[int, int]:
