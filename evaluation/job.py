@@ -76,9 +76,7 @@ def preview_evaluate(config: EvaluateConfig) -> Progress:
     if not exists(join(config.output, "report.html")):
         check_tracking(config.tracking)
         done = len(list_files(join(config.output, "records")))
-    what = (
-        f"{len(config.methods)} methods, {runs * len(data.images):,} restorations scored by {', '.join(config.metrics)}"
-    )
+    what = f"{', '.join(config.metrics)} of {len(config.methods)} methods, {runs * len(data.images):,} pictures"
     return Progress(done, total, "records", f"{len(data.images):,} images", what)
 
 

@@ -40,9 +40,8 @@ def _time(config: Any, share: float) -> str:
     if config.job == "shard":
         estimate = estimate_shards(config)
         workers = min(estimate.num_workers, estimate.num_shards)
-        return (
-            f"about {share * estimate.seconds.value / workers / 3600:.2g} hours with {workers} workers, measured here"
-        )
+        hours = share * estimate.seconds.value / workers / 3600
+        return f"about {hours:.2g} hours with {workers} workers as fast as this machine"
     if config.job == "train" and config.runtime.device == "cuda":
         assumed = Assumed()
         hours = share * estimate_training(config, assumed, [])[0].hours

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipelines.cli.options import AsJson, ConfigFile, Overrides
+from pipelines.cli.options import AsJson, ConfigFile, DryRun, Overrides
 from pipelines.cli.registry import JOBS
 
 if TYPE_CHECKING:
@@ -33,15 +33,18 @@ def submit(
     address: Address = None,
     key: Annotated[str | None, typer.Option(help="Name of the job; default: from command, config and code.")] = None,
     image: Annotated[bool, typer.Option("--image", help="Use the packages of the nodes' image, ship none.")] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Run a command as a job on a Ray cluster, once, and follow its log; Ctrl-C leaves the job running."""
     from infra.cluster.jobs import submit as submit_job
-    from pipelines.cli.needs import needs_of
+    from pipelines.cli.needs import needs_of, preview_command
 
     words = [word for word in command if word != "--debug"]  # of `main`, which also runs there
     shipped = [words[0], "--debug", *words[1:]] if words and words != command else command
     need = needs_of(context.find_root().command, words)
-    client, job = submit_job(address, shipped, _echo, need=need, key=key, image=image)
+    client, job = submit_job(address, shipped, _echo, need=need, key=key, image=image, dry_run=dry_run)
+    if dry_run:
+        return preview_command(context.find_root().command, words, client.get_address())
     if job is not None:
         _follow(client, job)
 

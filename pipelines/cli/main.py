@@ -12,7 +12,7 @@ from infra.config import parse_config
 from infra.errors import CcsrError, StoppedError
 from pipelines.cli import cluster as cluster_commands
 from pipelines.cli import models as model_commands
-from pipelines.cli.options import AsJson, ConfigFile, Overrides
+from pipelines.cli.options import AsJson, ConfigFile, DryRun, Overrides
 from pipelines.cli.registry import JOBS, load_any
 
 app = typer.Typer(
@@ -52,11 +52,15 @@ def shard(
     max_failed_fraction: Annotated[
         float | None, typer.Option(help="More quarantined samples than this: exit code 1. Default: the config's, 0.")
     ] = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Turn image sets into degraded WebDataset shards."""
     allowed = [] if max_failed_fraction is None else [f"runtime.max_failed_fraction={max_failed_fraction}"]
     job = JOBS["shard"]
-    manifest = job.run(job.load(config, [*(set_ or []), *allowed]))
+    values = job.load(config, [*(set_ or []), *allowed])
+    if dry_run:
+        return job.print_preview(values)
+    manifest = job.run(values)
     typer.echo(f"{manifest.num_samples} samples, dataset {manifest.dataset_id}: {manifest.uri}")
 
 
@@ -88,12 +92,15 @@ def train(
     config: ConfigFile,
     set_: Overrides = None,
     profile: Annotated[bool, typer.Option("--profile", help="Profile a few updates into OUT/profile.")] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Train one stage; the same command resumes."""
     from infra.storage import exists, join, read_bytes
 
     job = JOBS["train"]
     values = job.load(config, [*(set_ or []), *(["runtime.profile=true"] if profile else [])])
+    if dry_run:
+        return job.print_preview(values)
     model = job.run(values)
     if profile and exists(place := join(values.output, "profile", "top_ops.txt")):
         typer.echo(read_bytes(place).decode())
@@ -105,10 +112,14 @@ def evaluate(
     config: ConfigFile,
     set_: Overrides = None,
     log_only: Annotated[bool, typer.Option("--log-only", help="Only send a finished result to MLflow.")] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Measure quality and stability of one or several methods."""
     job = JOBS["evaluate"]
-    result = job.run(job.load(config, set_), log_only=log_only)
+    values = job.load(config, set_)
+    if dry_run:
+        return job.print_preview(values)
+    result = job.run(values, log_only=log_only)
     from evaluation.report.orderings import load_orderings, orderings_table
     from evaluation.report.tables import score_table
     from infra.display.table import print_report

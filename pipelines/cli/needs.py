@@ -6,7 +6,7 @@ from typing import Any
 
 from infra.cluster.jobs import Need
 from infra.config import apply_overrides, load_yaml, result_part
-from infra.errors import ConfigError, StorageError
+from infra.errors import CcsrError, ConfigError, StorageError
 from infra.run import check_config
 from infra.storage import absolute, is_s3
 from pipelines.cli.registry import JOBS
@@ -30,6 +30,17 @@ def needs_of(ccsr: Any, arguments: Sequence[str]) -> Need:
                 todo="give an s3:// URI, or an absolute path that all nodes share",
             )
     return need
+
+
+def preview_command(ccsr: Any, arguments: Sequence[str], where: str) -> None:
+    """Print what the job of `ccsr ARGUMENTS` would do on the cluster `where`, as far as this machine can read it."""
+    name, *rest = arguments
+    if name in JOBS:
+        options = ccsr.commands[name].make_context(name, rest).params
+        try:
+            JOBS[name].print_preview(JOBS[name].load(options["config"], options["set_"]), where)
+        except CcsrError as error:
+            print(f"note: seen from this machine, {error.what} ({error.where})")
 
 
 def _job(name: str, options: dict[str, Any]) -> Need:

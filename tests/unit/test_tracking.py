@@ -367,7 +367,7 @@ def test_a_server_that_is_no_mlflow_is_quoted_and_a_path_prefix_advised(port: in
     proxy = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     threading.Thread(target=proxy.serve_forever, daemon=True).start()
     try:
-        with pytest.raises(ClusterError, match="MLflow refused the request .*Nothing under this path") as caught:
+        with pytest.raises(ClusterError, match=r"MLflow refused the request .*Nothing under this path") as caught:
             check_tracking(TrackingConfig(uri=f"http://127.0.0.1:{port}"))
     finally:
         proxy.shutdown()
