@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from infra.errors import ConfigError, StoppedError, line_of
 from infra.mlflow_server import (
@@ -121,6 +121,10 @@ def find_run(client: Any, fingerprint: str) -> str | None:
     return found[0].info.run_id if found else None
 
 
+@overload
+def find_model(place: str, config: TrackingConfig) -> str: ...
+@overload
+def find_model(place: str | None, config: TrackingConfig) -> str | None: ...
 def find_model(place: str | None, config: TrackingConfig) -> str | None:
     """The model directory that `place` names: itself, the `model` folder of a run's output, or that of MLflow's run
     `runs:/ID`. ConfigError for a run that trained none, ClusterError where MLflow does not answer."""

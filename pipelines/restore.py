@@ -14,11 +14,13 @@ from infra.config import Config, apply_overrides, parse_config
 from infra.display.progress import progress
 from infra.errors import CcsrError, ConfigError, DataError, PartialResultError
 from infra.images import decode_image, encode_png, icc_profile, list_images
+from infra.mlflow_server import TrackingConfig
 from infra.process.numerics import NumericsConfig, set_numerics
 from infra.publish import put_if_absent
 from infra.ray_runtime import RayConfig, on_ray
 from infra.run import claim_output
 from infra.storage import absolute, exists, join, list_files, read_bytes
+from infra.tracking import find_model
 from training.config import SamplingConfig
 from training.models import CcsrModel, fetch_model, model_id
 from training.restore.restore import PreparedImage, check_sampling, prepare_image, restore_batch
@@ -97,11 +99,13 @@ def _resolved(config: RestoreConfig) -> RestoreConfig:
 def restore(source: str, output: str, model_uri: str, config: RestoreConfig) -> int:
     """Restore one file, or all images below a folder or s3:// prefix; returns how many images there are.
 
+    `model_uri`: a model directory, the folder of the run that trained one, or runs:/ID.
     Writes OUT/NAME.png, or OUT/runs/NN/NAME.png for several runs, and OUT/run.json. What is there is kept. A file that
     cannot be used is passed over; PartialResultError names them at the end.
     """
     config = _resolved(config)
     source, output, model_uri = map(absolute, (source, output, model_uri))
+    model_uri = find_model(model_uri, TrackingConfig())
     inputs = {"model": model_id(model_uri)}
     check_sampling(model_uri, config.sampling)
     names = {source: Path(source).stem} if exists(source) else _names(source)

@@ -12,7 +12,7 @@ from infra.config import parse_config
 from infra.errors import CcsrError, StoppedError
 from pipelines.cli import cluster as cluster_commands
 from pipelines.cli import models as model_commands
-from pipelines.cli.options import AsJson, ConfigFile, DryRun, Overrides
+from pipelines.cli.options import AsJson, ConfigCommand, ConfigFile, DryRun, Overrides
 from pipelines.cli.registry import JOBS, load_any
 
 app = typer.Typer(
@@ -45,7 +45,7 @@ def demo(
     run_demo(out)
 
 
-@app.command()
+@app.command(cls=ConfigCommand)
 def shard(
     config: ConfigFile,
     set_: Overrides = None,
@@ -59,7 +59,8 @@ def shard(
     job = JOBS["shard"]
     values = job.load(config, [*(set_ or []), *allowed])
     if dry_run:
-        return job.print_preview(values)
+        job.print_preview(values)
+        return
     manifest = job.run(values)
     typer.echo(f"{manifest.num_samples} samples, dataset {manifest.dataset_id}: {manifest.uri}")
 
@@ -87,7 +88,7 @@ def verify(
         typer.echo(f"{manifest.num_samples} samples, dataset {manifest.dataset_id}: every byte as recorded")
 
 
-@app.command()
+@app.command(cls=ConfigCommand)
 def train(
     config: ConfigFile,
     set_: Overrides = None,
@@ -100,14 +101,15 @@ def train(
     job = JOBS["train"]
     values = job.load(config, [*(set_ or []), *(["runtime.profile=true"] if profile else [])])
     if dry_run:
-        return job.print_preview(values)
+        job.print_preview(values)
+        return
     model = job.run(values)
     if profile and exists(place := join(values.output, "profile", "top_ops.txt")):
         typer.echo(read_bytes(place).decode())
     typer.echo(f"model: {model}")
 
 
-@app.command()
+@app.command(cls=ConfigCommand)
 def evaluate(
     config: ConfigFile,
     set_: Overrides = None,
@@ -118,7 +120,8 @@ def evaluate(
     job = JOBS["evaluate"]
     values = job.load(config, set_)
     if dry_run:
-        return job.print_preview(values)
+        job.print_preview(values)
+        return
     result = job.run(values, log_only=log_only)
     from evaluation.report.orderings import load_orderings, orderings_table
     from evaluation.report.tables import score_table
@@ -162,7 +165,7 @@ def restore(
     context: typer.Context,
     source: Annotated[str, typer.Argument(metavar="INPUT", help="An image, a folder or an s3:// prefix.")],
     output: Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder or s3:// prefix for the results.")],
-    model: Annotated[str, typer.Option(help="A model directory.")],
+    model: Annotated[str, typer.Option(help="A model directory, a run's folder, or runs:/ID.")],
     runs: Annotated[int, typer.Option(help="Seeded runs per image.")] = 1,
     seed: Annotated[int, typer.Option(help="Run r of an image depends on this, the image's name and r alone.")] = 0,
     scale: Annotated[float, typer.Option(help="Enlargement, 1 to 8, fractions too.")] = 4,
@@ -184,7 +187,7 @@ def restore(
     typer.echo(f"{run_restore(source, output, model, config)} images: {output}")
 
 
-@config_app.command("show")
+@config_app.command("show", cls=ConfigCommand)
 def config_show(config: ConfigFile, set_: Overrides = None) -> None:
     """Print a config's effective values."""
     import yaml

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.cli.options import AsJson, Overrides
+from pipelines.cli.options import AsJson, ConfigCommand, Overrides
 from pipelines.cli.registry import load_any
 
 app = typer.Typer()
@@ -39,7 +39,7 @@ def convert(
     typer.echo(f"model: {place}")
 
 
-@app.command()
+@app.command(cls=ConfigCommand)
 def estimate(
     config: Annotated[Path | None, typer.Option("-c", "--config", help="A config of shard or train.")] = None,
     model: Annotated[str | None, typer.Option(help="Instead of a config: sd21 or tiny.")] = None,

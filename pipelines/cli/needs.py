@@ -9,6 +9,7 @@ from infra.config import apply_overrides, load_yaml, result_part
 from infra.errors import CcsrError, ConfigError, StorageError
 from infra.run import check_config
 from infra.storage import absolute, is_s3
+from pipelines.cli.options import ConfigCommand
 from pipelines.cli.registry import JOBS
 
 
@@ -30,6 +31,12 @@ def needs_of(ccsr: Any, arguments: Sequence[str]) -> Need:
                 todo="give an s3:// URI, or an absolute path that all nodes share",
             )
     return need
+
+
+def with_option(arguments: list[str], ccsr: Any) -> list[str]:
+    """The arguments with -c before a config that is given without it: `submit` ships what follows -c."""
+    command = ccsr.commands.get(arguments[0]) if arguments else None
+    return [arguments[0], *command.with_option(arguments[1:])] if isinstance(command, ConfigCommand) else arguments
 
 
 def preview_command(ccsr: Any, arguments: Sequence[str], where: str) -> None:

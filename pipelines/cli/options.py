@@ -1,11 +1,35 @@
 """Options that several commands share."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
-ConfigFile = Annotated[Path, typer.Option("-c", "--config", help="The run's YAML file.")]
+
+class ConfigCommand(TyperCommand):
+    """A command of a config: `ccsr train CONFIG` means `ccsr train -c CONFIG`."""
+
+    def with_option(self, arguments: list[str]) -> list[str]:
+        """The arguments with -c before a config that is given without it."""
+        valued = {name for param in self.params if not getattr(param, "is_flag", True) for name in param.opts}
+        index = 0
+        while index < len(arguments) and arguments[index].startswith("-"):
+            index += 2 if arguments[index] in valued else 1
+        if index >= len(arguments):
+            return arguments
+        if any(argument.startswith(("-c", "--config")) for argument in arguments):
+            raise typer.BadParameter("two configs are given: with -c and without")
+        return [*arguments[:index], "-c", *arguments[index:]]
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, self.with_option(args))
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return [*super().collect_usage_pieces(ctx), "[CONFIG]"]
+
+
+ConfigFile = Annotated[Path, typer.Option("-c", "--config", help="The run's YAML file; -c may be left out.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a value: a.b=c. May be repeated.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would run, where and how long; write nothing.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
