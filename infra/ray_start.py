@@ -38,15 +38,14 @@ def _own_token() -> str:
 def local_token() -> Iterator[None]:
     """Guard a cluster that is started in the block by a token in the environment: Ray would write one below HOME, which
     may be absent or read-only."""
-    if "RAY_AUTH_MODE" in os.environ or _has_token():
+    if os.environ.get("RAY_AUTH_MODE", "token") != "token" or _has_token():
         yield
         return
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _own_token()}
+    os.environ["RAY_AUTH_TOKEN"] = _own_token()
     try:
         yield
     finally:
-        for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
-            os.environ.pop(name, None)
+        os.environ.pop("RAY_AUTH_TOKEN", None)
 
 
 def only_on_loopback(address: str) -> bool:

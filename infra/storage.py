@@ -38,7 +38,7 @@ def _s3() -> Any:
 
     try:
         # No listing cache: another process may have committed a shard a moment ago.
-        client = s3fs.S3FileSystem(use_listings_cache=False)
+        client = s3fs.S3FileSystem(use_listings_cache=False, skip_instance_cache=True)
         client.connect()  # reads every setting, asks no server
     except Exception as error:
         secret = re.compile("KEY|TOKEN")

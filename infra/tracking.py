@@ -97,6 +97,14 @@ class Tracker:
         if run_id:
             self.tag(**{PARENT_TAG: run_id})
 
+    def continued(self, fingerprint: str) -> None:
+        """Link this run and the one with that fingerprint, whose checkpoint it began with; both ways if MLflow knows
+        that one."""
+        before = find_run(self._client, fingerprint)
+        self.tag(**{"ccsr.continued_from": before or fingerprint})
+        if before:
+            self._client.set_tag(before, "ccsr.continued_by", self.run_id)
+
     def tag(self, **tags: str) -> None:
         for name, value in tags.items():
             self._client.set_tag(self.run_id, name, value)

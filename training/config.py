@@ -209,6 +209,9 @@ class TrainConfig(Config):
     init_from: Annotated[Location | None, BeforeValidator(lambda place: None if place == "random" else place)] = Field(
         description="a model directory, a run's folder, runs:/ID, or `random` for random weights"
     )
+    continue_from: Location | None = Field(
+        None, description="RUN[@POSITION]: begin with another run's checkpoint: weights, moments, position"
+    )
     model: ModelConfig = ModelConfig()
     crop_px: int = Field(512, ge=32)
     degradation: str | DegradationConfig | None = Field(None, description="none: the LR that the shards store")

@@ -33,6 +33,7 @@ from training.models import (
 from training.run.agreement import OtherRankError, WorkerContext, agree, attempt, sigterm_noted
 from training.run.board import Pulse, Watch, make_board
 from training.run.checkpoint import Newest, best_checkpoint, complete_checkpoints, load_checkpoint, load_newest
+from training.run.continued import check_continued, find_checkpoint
 from training.run.stages import build_stage
 from training.run.validation import Validation
 
@@ -89,6 +90,10 @@ def _claimed(
     manifests = [Manifest.load(part.path) for part in config.data]
     _check_crop(config, manifests)
     inputs = {"dataset_ids": [manifest.dataset_id for manifest in manifests], "init_from": model_id(config.init_from)}
+    if config.continue_from:
+        place = find_checkpoint(config.continue_from, config.tracking)
+        inputs["continue_from"] = check_continued(place, config, inputs["init_from"])
+        config = config.model_copy(update={"continue_from": place})
     run = claim_output(config.output, config, job="train", inputs=inputs, libraries=LIBRARIES, write=write)
     return config, manifests, inputs, run
 
@@ -247,6 +252,8 @@ def _lost(error: BaseException, config: TrainConfig, ranks: list[str]) -> Cluste
 
 def _log_inputs(tracker: Tracker, config: TrainConfig, manifests: list[Manifest]) -> None:
     """What the run reads, and the run that made what it starts from."""
+    if config.continue_from:
+        tracker.continued(read_json(join(config.continue_from, "state.json"))["fingerprint"])
     for manifest in manifests:
         tracker.dataset(manifest.uri.rstrip("/").rpartition("/")[2], manifest.dataset_id, manifest.uri, "training")
     validation = Validation.load(config)

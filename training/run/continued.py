@@ -1,0 +1,58 @@
+"""`continue_from`: a run that begins with another run's checkpoint, under a config that may differ."""
+
+import hashlib
+import re
+from typing import Any
+
+from infra.errors import ConfigError, ModelError
+from infra.mlflow_server import TrackingConfig
+from infra.storage import join, read_bytes, read_json
+from infra.tracking import find_model
+from training.config import TrainConfig
+from training.run.checkpoint import complete_checkpoints
+
+
+def find_checkpoint(place: str, tracking: TrackingConfig) -> str:
+    """The checkpoint that RUN[@POSITION] names: of a run's folder or runs:/ID, without position the newest complete
+    one. ModelError where there is none."""
+    found = re.fullmatch(r"(.+?)(?:@(\d+))?", place)
+    run, position = found.groups() if found else (place, None)
+    if run.startswith("runs:/"):
+        run = find_model(run, tracking).rstrip("/").removesuffix("/model")
+    present = complete_checkpoints(run)
+    wanted = present[-1:] if position is None else [join(run, "checkpoints", f"{int(position):012d}")]
+    if not wanted or wanted[0] not in present:
+        positions = ", ".join(str(int(one.rpartition("/")[2])) for one in present)
+        raise ModelError(
+            f"this run has no complete checkpoint{f' at position {position}' if position else ''}",
+            where=join(run, "checkpoints"),
+            todo=f"write `continue_from: RUN@POSITION` with one of: {positions}"
+            if present
+            else "check the run's folder",
+        )
+    return wanted[0]
+
+
+def check_continued(place: str, config: TrainConfig, init_from: str | None) -> dict[str, Any]:
+    """The identity of a checkpoint to continue from: its run's fingerprint, its position, its bytes' hash.
+
+    ConfigError where the config cannot continue it: another starting model, stage or networks, a global batch that its
+    position is no multiple of, or no update left to do.
+    """
+    facts = read_json(join(place, "state.json"))
+    before = {**facts["config"], "init_from": facts.get("init_from")}
+    now = {"stage": config.stage, "model": config.model.model_dump(mode="json"), "init_from": init_from}
+    wrong = [f"`{name}` is {now[name]}, was {before.get(name)}" for name in now if now[name] != before.get(name)]
+    position, batch = facts["position"], config.global_batch_size
+    if position % batch:
+        wrong.append(f"its position, {position}, is no multiple of global_batch_size, {batch}")
+    if position >= config.num_updates * batch:
+        wrong.append(f"it has done {position // batch} updates, num_updates is {config.num_updates}")
+    if wrong:
+        raise ConfigError(
+            f"this checkpoint cannot be continued: {'; '.join(wrong)}",
+            where=f"continue_from: {place}",
+            todo="keep its stage, model and init_from, and raise num_updates; or start anew with its model as init_from",
+        )
+    digest = hashlib.sha256(read_bytes(join(place, "complete.json"))).hexdigest()[:16]
+    return {"fingerprint": facts["fingerprint"], "position": position, "checkpoint": digest}
