@@ -78,10 +78,11 @@ class Checkpoints:
                 found, error = attempt(lambda: load_newest(config.output, context.warn, copies))
             agree(context, error)
             position = from_rank_0(context, found.state.facts["position"] if found else -1)
-            if position < 0 and config.continue_from is None:
+            own = join(config.output, "checkpoints", f"{position:012d}") if position >= 0 else None
+            place = own or config.continue_from
+            if place is None:
                 return 0
             self._damaged = found.damaged if found else []
-            place = join(config.output, "checkpoints", f"{position:012d}") if position >= 0 else config.continue_from
             state, error = attempt(
                 lambda: self._checked(found.state if found else load_checkpoint(place, copies), place)
             )

@@ -26,9 +26,7 @@ def find_checkpoint(place: str, tracking: TrackingConfig) -> str:
         raise ModelError(
             f"this run has no complete checkpoint{f' at position {position}' if position else ''}",
             where=join(run, "checkpoints"),
-            todo=f"write `continue_from: RUN@POSITION` with one of: {positions}"
-            if present
-            else "check the run's folder",
+            todo=f"write `continue_from: RUN@POSITION` with one of: {positions}" if present else "check its folder",
         )
     return wanted[0]
 
@@ -40,7 +38,7 @@ def check_continued(place: str, config: TrainConfig, init_from: str | None) -> d
     position is no multiple of, or no update left to do.
     """
     facts = read_json(join(place, "state.json"))
-    before = {**facts["config"], "init_from": facts.get("init_from")}
+    before = {**facts.get("config", {}), "init_from": facts.get("init_from")}
     now = {"stage": config.stage, "model": config.model.model_dump(mode="json"), "init_from": init_from}
     wrong = [f"`{name}` is {now[name]}, was {before.get(name)}" for name in now if now[name] != before.get(name)]
     position, batch = facts["position"], config.global_batch_size
@@ -52,7 +50,7 @@ def check_continued(place: str, config: TrainConfig, init_from: str | None) -> d
         raise ConfigError(
             f"this checkpoint cannot be continued: {'; '.join(wrong)}",
             where=f"continue_from: {place}",
-            todo="keep its stage, model and init_from, and raise num_updates; or start anew with its model as init_from",
+            todo="keep its stage, model and init_from, and raise num_updates; or give its model as init_from",
         )
     digest = hashlib.sha256(read_bytes(join(place, "complete.json"))).hexdigest()[:16]
-    return {"fingerprint": facts["fingerprint"], "position": position, "checkpoint": digest}
+    return {"fingerprint": facts.get("fingerprint"), "position": position, "checkpoint": digest}

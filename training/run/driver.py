@@ -89,7 +89,8 @@ def _claimed(
     config = config.model_copy(update={"init_from": find_model(config.init_from, config.tracking)})
     manifests = [Manifest.load(part.path) for part in config.data]
     _check_crop(config, manifests)
-    inputs = {"dataset_ids": [manifest.dataset_id for manifest in manifests], "init_from": model_id(config.init_from)}
+    dataset_ids = [manifest.dataset_id for manifest in manifests]
+    inputs: dict[str, Any] = {"dataset_ids": dataset_ids, "init_from": model_id(config.init_from)}
     if config.continue_from:
         place = find_checkpoint(config.continue_from, config.tracking)
         inputs["continue_from"] = check_continued(place, config, inputs["init_from"])
@@ -253,7 +254,7 @@ def _lost(error: BaseException, config: TrainConfig, ranks: list[str]) -> Cluste
 def _log_inputs(tracker: Tracker, config: TrainConfig, manifests: list[Manifest]) -> None:
     """What the run reads, and the run that made what it starts from."""
     if config.continue_from:
-        tracker.continued(read_json(join(config.continue_from, "state.json"))["fingerprint"])
+        tracker.continued(read_json(join(config.continue_from, "state.json")).get("fingerprint"))
     for manifest in manifests:
         tracker.dataset(manifest.uri.rstrip("/").rpartition("/")[2], manifest.dataset_id, manifest.uri, "training")
     validation = Validation.load(config)
