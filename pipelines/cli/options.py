@@ -12,15 +12,15 @@ class ConfigCommand(TyperCommand):
 
     def with_option(self, arguments: list[str]) -> list[str]:
         """The arguments with -c before a config that is given without it."""
-        valued = {name for param in self.params if not getattr(param, "is_flag", True) for name in param.opts}
+        if any(argument.startswith(("-c", "--config")) for argument in arguments):
+            return arguments
+        flags = {name: getattr(param, "is_flag", True) for param in self.params for name in param.opts}
         index = 0
         while index < len(arguments) and arguments[index].startswith("-"):
-            index += 2 if arguments[index] in valued else 1
-        if index >= len(arguments):
-            return arguments
-        if any(argument.startswith(("-c", "--config")) for argument in arguments):
-            raise typer.BadParameter("two configs are given: with -c and without")
-        return [*arguments[:index], "-c", *arguments[index:]]
+            if arguments[index].partition("=")[0] not in (*flags, "--help"):  # the parser will refuse it
+                return arguments
+            index += 1 if flags.get(arguments[index], True) else 2
+        return [*arguments[:index], *(["-c"] if index < len(arguments) else []), *arguments[index:]]
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         return super().parse_args(ctx, self.with_option(args))

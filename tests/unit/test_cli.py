@@ -411,7 +411,7 @@ def test_a_config_may_stand_without_its_option(ccsr: Callable[..., Ended], write
     refused(ccsr("shard", path), 2, "unknown key", path)
     both = ccsr("config", "show", path, "-c", path)
     assert (both.code, both.out) == (2, "")
-    assert "two configs" in both.err
+    assert "unexpected extra argument" in both.err
     none = ccsr("train")
     assert none.code == 2
     assert "--config" in none.err

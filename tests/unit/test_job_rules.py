@@ -206,5 +206,5 @@ def test_a_submits_dry_run_asks_the_cluster_and_sends_nothing(
     assert "0 of 2 updates runs on http://head:8265" in shown
     path.write_text(path.read_text().replace(str(tmp_path / "set"), str(tmp_path / "only_there")))
     preview_command(CCSR, words, "http://head:8265")
-    assert "seen from this machine, no complete shard set" in " ".join(capsys.readouterr().out.split())
+    assert "seen from this machine, there is no complete shard set" in " ".join(capsys.readouterr().out.split())
     assert list_files(s3) == {}

@@ -1,6 +1,7 @@
 """What `ccsr train` decides before anything starts: finished, longer, shorter, or with another dataset."""
 
 import os
+import shutil
 import signal
 import subprocess
 from contextlib import nullcontext
@@ -174,6 +175,11 @@ def test_a_checkpoint_to_continue_from_is_named_by_its_run_and_position(tmp_path
         "checkpoint": "",
     }
     assert claimed(optimizer={"learning_rate": 1e-5}, continue_from=before.output) == run
+    own = str(tmp_path / "after")
+    save_checkpoint(own, TrainingState({"position": 12, "num_updates": 3, **facts}, {}), keep=2)
+    shutil.move(before.output, tmp_path / "moved")
+    assert claimed(optimizer={"learning_rate": 1e-5}) == run, "a resume does not need the other run"
+    shutil.move(tmp_path / "moved", before.output)
     for changes, what in (
         ({"stage": 2}, "`stage` is 2, was 1"),
         ({"model": {"family": "v2"}}, "`model` is"),

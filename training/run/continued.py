@@ -6,10 +6,25 @@ from typing import Any
 
 from infra.errors import ConfigError, ModelError
 from infra.mlflow_server import TrackingConfig
+from infra.run import read_run
 from infra.storage import join, read_bytes, read_json
 from infra.tracking import find_model
 from training.config import TrainConfig
 from training.run.checkpoint import complete_checkpoints
+
+
+def continued(config: TrainConfig, init_from: str | None) -> tuple[str, dict[str, Any]]:
+    """The checkpoint that `continue_from` names, and its identity. Where it is gone, as run.json recorded it, once the
+    run has checkpoints of its own. Errors as of `find_checkpoint` and `check_continued`."""
+    named = str(config.continue_from)
+    try:
+        place = find_checkpoint(named, config.tracking)
+    except ModelError:
+        recorded = read_run(config.output)["inputs"] if complete_checkpoints(config.output) else {}
+        if "continue_from" not in recorded:
+            raise
+        return named, recorded["continue_from"]
+    return place, check_continued(place, config, init_from)
 
 
 def find_checkpoint(place: str, tracking: TrackingConfig) -> str:

@@ -33,7 +33,7 @@ from training.models import (
 from training.run.agreement import OtherRankError, WorkerContext, agree, attempt, sigterm_noted
 from training.run.board import Pulse, Watch, make_board
 from training.run.checkpoint import Newest, best_checkpoint, complete_checkpoints, load_checkpoint, load_newest
-from training.run.continued import check_continued, find_checkpoint
+from training.run.continued import continued
 from training.run.stages import build_stage
 from training.run.validation import Validation
 
@@ -92,8 +92,7 @@ def _claimed(
     dataset_ids = [manifest.dataset_id for manifest in manifests]
     inputs: dict[str, Any] = {"dataset_ids": dataset_ids, "init_from": model_id(config.init_from)}
     if config.continue_from:
-        place = find_checkpoint(config.continue_from, config.tracking)
-        inputs["continue_from"] = check_continued(place, config, inputs["init_from"])
+        place, inputs["continue_from"] = continued(config, inputs["init_from"])
         config = config.model_copy(update={"continue_from": place})
     run = claim_output(config.output, config, job="train", inputs=inputs, libraries=LIBRARIES, write=write)
     return config, manifests, inputs, run
@@ -174,6 +173,8 @@ def _fit(
         check_cpus(config, {"CPU": cpus_here()})
         tracker.tag(**{MODEL_TAG: join(config.output, "model"), "ccsr.num_updates": str(config.num_updates)})
         _log_inputs(tracker, config, manifests)
+        if "continue_from" in facts:
+            tracker.continued(facts["continue_from"]["fingerprint"])
         board = make_board()
         settings = {
             "config": config,
@@ -253,8 +254,6 @@ def _lost(error: BaseException, config: TrainConfig, ranks: list[str]) -> Cluste
 
 def _log_inputs(tracker: Tracker, config: TrainConfig, manifests: list[Manifest]) -> None:
     """What the run reads, and the run that made what it starts from."""
-    if config.continue_from:
-        tracker.continued(read_json(join(config.continue_from, "state.json")).get("fingerprint"))
     for manifest in manifests:
         tracker.dataset(manifest.uri.rstrip("/").rpartition("/")[2], manifest.dataset_id, manifest.uri, "training")
     validation = Validation.load(config)
