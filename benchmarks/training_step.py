@@ -28,8 +28,9 @@ import training.run.engine
 import training.run.worker
 from infra import rng_for
 from infra.config import parse_config
+from infra.mlflow_server import TrackingConfig
 from infra.process.background import BackgroundTracker
-from infra.tracking import TrackingConfig, track
+from infra.tracking import track
 from training.config import TrainConfig
 from training.data.batches import Batch, collate
 from training.data.samples import TrainingSample

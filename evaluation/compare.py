@@ -14,8 +14,8 @@ from evaluation.metrics.image import METRICS, Metric
 from evaluation.results import EvaluationResult, MethodScores
 from infra.display.table import Cell, Table, cell
 from infra.errors import ConfigError
+from infra.mlflow_server import TrackingConfig
 from infra.seeding import rng_for
-from infra.tracking import TrackingConfig
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from pathlib import Path
 from evaluation.results import EvaluationResult, MethodScores, load_result
 from infra.errors import DataError
 from infra.locations import location
+from infra.mlflow_server import TrackingConfig, mlflow_errors, tracking_uri
 from infra.storage import exists, join
-from infra.tracking import TrackingConfig, mlflow_errors, tracking_uri
 
 _NEEDED = ("run.json", "results.parquet", "images.parquet")
 

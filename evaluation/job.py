@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from evaluation.config import EvaluateConfig, GanMethod, Method, ModelMethod, OutputsMethod
+from evaluation.config import BicubicMethod, EvaluateConfig, GanMethod, Method, ModelMethod, OutputsMethod
 from evaluation.inputs import EvaluationSet, Outputs, find_outputs, folders_of, load_sets, outputs_id
 from evaluation.metrics.registry import UNAVAILABLE, fid, how_to_get, metric_directions, metric_origins
 from evaluation.mlflow_log import log_result
@@ -34,9 +34,10 @@ from infra.config import difference, result_part
 from infra.display.progress import progress
 from infra.errors import ConfigError, DataError
 from infra.locations import check_output
+from infra.mlflow_server import check_tracking
 from infra.publish import download, put_if_absent, write_bytes
 from infra.ray_runtime import on_ray
-from infra.run import claim_output
+from infra.run import Progress, claim_output
 from infra.storage import exists, join, list_files, read_bytes, read_json, sha256_file
 from infra.tracking import find_model
 from training.models import model_id
@@ -58,6 +59,50 @@ def run_evaluate(config: EvaluateConfig, *, log_only: bool = False) -> Evaluatio
         result = load_result(config.output)
         log_result(config, result)
         return result
+    config, data, outputs, origins, ids = _claimed(config)
+    keys = [image.key for image in data.images]
+    for metric in (name for name, origin in origins.items() if origin == UNAVAILABLE):
+        print(f"{metric} is unavailable here; to have it: {how_to_get(metric)}", file=sys.stderr)
+    if not exists(join(config.output, "report.html")):
+        check_tracking(config.tracking)
+    for method in config.methods:
+        _claim_method(config.output, method, ids.get(method.name))
+    available = [name for name in config.metrics if origins.get(name) != UNAVAILABLE]
+    if _tabled(config.output) != [method.name for method in config.methods]:
+        _score(config, _tasks(config, data, outputs), available)
+        _write_tables(config, keys)
+    if "fid" in config.metrics:
+        _score_sets(config, data, "fid" in available)
+    result = load_result(config.output)
+    if config.published:
+        orderings = [ordering.to_dict() for ordering in published_orderings(result, config.published)]
+        write_bytes(join(config.output, ORDERINGS), json.dumps(orderings, indent=1).encode())
+    write_report(config.output)
+    log_result(config, result)
+    return result
+
+
+def preview_evaluate(config: EvaluateConfig) -> Progress:
+    """What `run_evaluate` would do; raises what it would before it starts. Nothing is written."""
+    config, data, *_ = _claimed(config, write=False)
+    total, runs = len(config.methods) * len(data.images), sum(_num_runs(method, config) for method in config.methods)
+    done = total
+    if not exists(join(config.output, "report.html")):
+        check_tracking(config.tracking)
+        done = len(list_files(join(config.output, "records")))
+    what = f"{', '.join(config.metrics)} of {len(config.methods)} methods, {runs * len(data.images):,} pictures"
+    return Progress(done, total, "records", f"{len(data.images):,} images", what)
+
+
+def _num_runs(method: Method, config: EvaluateConfig) -> int:
+    return 1 if isinstance(method, BicubicMethod | GanMethod) else config.num_runs
+
+
+def _claimed(
+    config: EvaluateConfig, *, write: bool = True
+) -> tuple[EvaluateConfig, EvaluationSet, dict[str, Outputs], dict[str, str], dict[str, str]]:
+    """The config with its models found, the test set, the outputs by method, each metric's origin, and what identifies
+    each method's input."""
     if config.published:
         published_summary(config.published)
     methods = [
@@ -89,24 +134,10 @@ def run_evaluate(config: EvaluateConfig, *, log_only: bool = False) -> Evaluatio
     facts = {name: getattr(config, name) for name in ("seed", "num_runs", "convention", "published")}
     facts |= {"dataset_id": data.dataset_id, "directions": metric_directions(config.metrics)}
     inputs = {"metrics": origins}
-    claim_output(config.output, config, job="evaluate", inputs=inputs, libraries=LIBRARIES, facts=facts)
+    claim_output(config.output, config, job="evaluate", inputs=inputs, libraries=LIBRARIES, facts=facts, write=write)
     for method in config.methods:
-        _claim_method(config.output, method, ids.get(method.name))
-    for metric in (name for name, origin in origins.items() if origin == UNAVAILABLE):
-        print(f"{metric} is unavailable here; to have it: {how_to_get(metric)}", file=sys.stderr)
-    available = [name for name in config.metrics if origins.get(name) != UNAVAILABLE]
-    if _tabled(config.output) != [method.name for method in config.methods]:
-        _score(config, _tasks(config, data, outputs), available)
-        _write_tables(config, keys)
-    if "fid" in config.metrics:
-        _score_sets(config, data, "fid" in available)
-    result = load_result(config.output)
-    if config.published:
-        orderings = [ordering.to_dict() for ordering in published_orderings(result, config.published)]
-        write_bytes(join(config.output, ORDERINGS), json.dumps(orderings, indent=1).encode())
-    write_report(config.output)
-    log_result(config, result)
-    return result
+        _claim_method(config.output, method, ids.get(method.name), write=False)
+    return config, data, outputs, origins, ids
 
 
 def _gan_id(uri: str) -> str:
@@ -116,12 +147,13 @@ def _gan_id(uri: str) -> str:
         return sha256_file(download(uri, Path(scratch)))
 
 
-def _claim_method(output: str, method: Method, input_id: str | None) -> None:
+def _claim_method(output: str, method: Method, input_id: str | None, *, write: bool = True) -> None:
     """Write what the method's numbers depend on, or check it: ConfigError where OUT has another method of that name."""
     place = method_file(output, method.name)
     identity = json.loads(json.dumps({"config": result_part(method), "input": input_id}))
-    put_if_absent(place, json.dumps(identity, indent=2, sort_keys=True).encode())
-    changes = difference(read_json(place), identity)
+    if write:
+        put_if_absent(place, json.dumps(identity, indent=2, sort_keys=True).encode())
+    changes = difference(read_json(place), identity) if write or exists(place) else []
     if changes:
         raise ConfigError(
             f"the method {method.name!r} of this output was another one: {'; '.join(changes)}",

@@ -10,8 +10,9 @@ from evaluation.config import EvaluateConfig, ModelMethod
 from evaluation.results import TRACE, EvaluationResult, method_file
 from infra.config import fingerprint_of
 from infra.errors import ClusterError, line_of
+from infra.mlflow_server import TrackingConfig, mlflow_errors, tracking_uri
 from infra.storage import exists, join, list_files, read_bytes, read_json
-from infra.tracking import PARENT_TAG, Tracker, TrackingConfig, find_run, mlflow_errors, track, tracking_uri
+from infra.tracking import PARENT_TAG, Tracker, find_run, track
 from training.run.driver import git_commit
 
 MAX_LOGGED_IMAGES = 8

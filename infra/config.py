@@ -60,6 +60,8 @@ RENAMED = {
 }
 """Keys of earlier versions and today's, for the error that refuses them."""
 
+ABSENT = type("Absent", (), {"__str__": lambda self: "absent"})()
+
 ConfigT = TypeVar("ConfigT", bound=Config)
 MERGE_TAG = "tag:yaml.org,2002:merge"
 
@@ -282,18 +284,19 @@ def library_versions(*names: str) -> dict[str, str]:
 
 
 def difference(old: Any, new: Any, path: str = "") -> list[str]:
-    """Lines `a.b: old -> new` for every leaf in which two JSON-able values differ."""
+    """Lines `a.b: old -> new` for every leaf in which two JSON-able values differ; a long value is cut."""
+    if isinstance(old, list) and isinstance(new, list):
+        old, new = ({str(index): value for index, value in enumerate(values)} for values in (old, new))
     if isinstance(old, dict) and isinstance(new, dict):
-        missing = object()
-        lines: list[str] = []
-        for key in sorted(old.keys() | new.keys()):
-            before, after = old.get(key, missing), new.get(key, missing)
-            place = f"{path}.{key}" if path else str(key)
-            if before is missing or after is missing:
-                lines.append(
-                    f"{place}: {'absent' if before is missing else before} -> {'absent' if after is missing else after}"
-                )
-            else:
-                lines += difference(before, after, place)
-        return lines
-    return [] if old == new else [f"{path}: {old} -> {new}"]
+        keys = dict.fromkeys([*old, *new])
+        lines = (
+            difference(old.get(key, ABSENT), new.get(key, ABSENT), f"{path}.{key}" if path else str(key))
+            for key in keys
+        )
+        return [line for found in lines for line in found]
+    return [] if old == new else [f"{path}: {_short(old)} -> {_short(new)}"]
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

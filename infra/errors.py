@@ -1,6 +1,7 @@
 """User errors: three lines (what happened, where, what to do) and an exit code."""
 
 import re
+from collections.abc import Sequence
 
 PASSWORD = re.compile(r"://[^/@\s:]*:[^/@\s]+@")  # in an address
 
@@ -22,21 +23,33 @@ def line_of(error: BaseException, number: int = 0) -> str:
     return lines[number][:300] if lines else type(error).__name__
 
 
+def all_of(error: BaseException) -> str:
+    """An error's whole message on one line, with those of its causes."""
+    texts: list[str] = []
+    current: BaseException | None = error
+    while current is not None:
+        texts.append(" ".join(str(current).split()) or type(current).__name__)
+        current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
+    return "; because: ".join(dict.fromkeys(texts))
+
+
 class CcsrError(Exception):
     """A mistake or mishap that a user can act on; shown as three lines, without a traceback.
 
-    `what` happened, `where` (file, key, field), `todo`: what to do about it.
+    `what` happened, `where` (file, key, field), `todo`: what to do about it; `items`: a list below `what`.
     """
 
     exit_code = 1
 
-    def __init__(self, what: str, *, where: str, todo: str) -> None:
+    def __init__(self, what: str, *, where: str, todo: str, items: Sequence[str] = ()) -> None:
         super().__init__(what, where, todo)
-        self.what, self.where, self.todo = what, where, todo
+        self.what, self.where, self.todo, self.items = what, where, todo, tuple(items)
 
     def __str__(self) -> str:
-        what, where, todo = (" ".join(part.splitlines()) for part in (self.what, self.where, self.todo))
-        return printable(without_passwords(f"{what}\n  where: {where}\n  to do: {todo}"))
+        parts = (self.what, *self.items, f"where: {self.where}", f"to do: {self.todo}")
+        what, *items, where, todo = (" ".join(part.splitlines()) for part in parts)
+        text = "\n".join([what, *(f"    {item}" for item in items), f"  {where}", f"  {todo}"])
+        return printable(without_passwords(text))
 
     def __reduce__(self) -> tuple:
         return _rebuild, (type(self), self.what, self.where, self.todo), self.__dict__

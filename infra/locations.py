@@ -67,6 +67,11 @@ def location(text: str) -> str:
     return _checked(parse_location, text)
 
 
+def model_location(text: str) -> str:
+    """`parse_model` of an argument; ConfigError instead of ValueError."""
+    return _checked(parse_model, text)
+
+
 def tracking_location(text: str) -> str:
     """`parse_tracking` of an argument or setting; ConfigError instead of ValueError."""
     return _checked(parse_tracking, text)

@@ -1,5 +1,6 @@
 """Files that appear whole or not at all: written, published at most once, uploaded, downloaded."""
 
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -7,6 +8,7 @@ import os
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +17,9 @@ from typing import Any
 from infra.errors import StorageError
 from infra.storage import exists, explained, is_s3, join, list_files, on_s3, read_bytes, remove
 
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+AT_FDCWD, RENAME_NOREPLACE = -100, 1  # of Linux's renameat2
+LOCK_SECONDS = 60
 WHOLE = ".whole"  # present once a shared copy holds all its files
 
 
@@ -224,8 +229,48 @@ def _link(temporary: Path, uri: str) -> bool:
         os.link(temporary, uri)
     except FileExistsError:
         return False
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        if not _rename_if_absent(temporary, Path(uri)):
+            return False
     sync(temporary.parent)
     return True
+
+
+def _rename_if_absent(temporary: Path, target: Path) -> bool:
+    """`_link` on a file system without hard links (exFAT, many FUSE mounts): a rename that replaces nothing, and where
+    that is unknown too, a rename under a lock file."""
+    with suppress(AttributeError):  # a C library without it
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.renameat2(AT_FDCWD, os.fsencode(temporary), AT_FDCWD, os.fsencode(target), RENAME_NOREPLACE) == 0:
+            return True
+        number = ctypes.get_errno()
+        if number == errno.EEXIST:
+            return False
+        if number not in (errno.EINVAL, errno.ENOSYS, *NO_LINKS):
+            raise OSError(number, os.strerror(number), str(target))
+    lock = target.with_name(f".{target.name}.publishing")
+    deadline = time.monotonic() + LOCK_SECONDS
+    while not target.exists():
+        try:
+            os.close(os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        except FileExistsError:
+            if time.monotonic() > deadline:
+                raise StorageError(
+                    f"another writer has held this lock for {LOCK_SECONDS} seconds",
+                    where=str(lock),
+                    todo="remove it if no job runs, then run the same command again",
+                ) from None
+            time.sleep(0.05)
+            continue
+        try:
+            if not target.exists():
+                os.rename(temporary, target)
+                return True
+        finally:
+            lock.unlink()
+    return False
 
 
 def _create_s3(uri: str, put: Callable[[Any], Any]) -> bool:

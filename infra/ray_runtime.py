@@ -3,13 +3,11 @@
 import logging
 import os
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import Field
@@ -17,6 +15,7 @@ from pydantic import Field
 from infra.config import Config
 from infra.errors import CcsrError, ClusterError, line_of
 from infra.process.numerics import NumericsConfig, set_numerics
+from infra.ray_start import ONE_MACHINE, local_token, not_started, only_on_loopback, use_token, without_log_level
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
@@ -25,8 +24,6 @@ KIND = "ccsr.io/kind"
 GPU_KIND = "gpu"
 MAX_GPUS = "ccsr.io/max-gpus"
 MAX_CPUS = "ccsr.io/max-cpus"
-# Ray reads it when it is imported. At "0" a cluster listens on loopback alone, which is its default on macOS.
-ONE_MACHINE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 
 class RayConfig(Config):
@@ -40,29 +37,6 @@ class RayConfig(Config):
         ge=0,
         description="memory that a node must have free for each CPU task, actor or worker; 0: not reckoned with",
     )
-
-
-def use_token() -> None:
-    """Let Ray send the user's token where there is one: towards a cluster that runs it does not look for it unless
-    told. To be called before Ray is imported."""
-    token_file = os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token")
-    if "RAY_AUTH_TOKEN" in os.environ or Path(token_file).is_file():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-
-
-def _only_on_loopback(address: str) -> bool:
-    """Whether a cluster here listens on loopback alone, as those that `ray_cluster` starts do: Ray would look for it at
-    this machine's outer address."""
-    host, _, port = address.rpartition(":")
-    if host not in ("127.0.0.1", "localhost"):
-        return False
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # sends nothing: it asks for the route
-            socket.create_connection((probe.getsockname()[0], int(port)), 5).close()
-        except (OSError, ValueError):
-            return True
-    return False
 
 
 def cpu_work(config: RayConfig) -> dict[str, Any]:
@@ -103,10 +77,25 @@ def check_gpus(needed: int, gpus: GpuCount, where: str) -> None:
         )
 
 
-def check_gpus_here(needed: int) -> None:
+def _check_gpus_there(needed: int) -> None:
     """`check_gpus` of the cluster that this process is connected to."""
     if needed:
         check_gpus(needed, count_gpus(_nodes_here()), "the cluster")
+
+
+def _check_gpus_of_machine(needed: int) -> None:
+    """ClusterError where a cluster on this machine would have too few GPUs."""
+    if needed:
+        import torch
+
+        if needed > (present := torch.cuda.device_count()):
+            raise ClusterError(
+                f"this job needs {needed} GPUs, this machine has {present}",
+                where="this machine (neither runtime.ray.address nor RAY_ADDRESS names a cluster)",
+                todo="set runtime.device: cpu, or "
+                + (f"use {present} GPUs, or " if present else "")
+                + "name a cluster with GPUs by runtime.ray.address",
+            )
 
 
 def cpus_here() -> float:
@@ -123,8 +112,12 @@ def _nodes_here() -> list[tuple[Mapping[str, float], Mapping[str, str]]]:
 
 
 @contextmanager
-def ray_cluster(config: RayConfig) -> Iterator[None]:
-    """Be connected to Ray inside the block. A cluster that was connected to before the block is used and kept."""
+def ray_cluster(config: RayConfig, *, num_gpus: int = 0) -> Iterator[None]:
+    """Be connected to Ray inside the block. A cluster that was connected to before the block is used and kept.
+
+    ClusterError where Ray cannot be reached or has fewer than `num_gpus` GPUs and will not have more; a cluster that
+    this machine's GPUs do not suffice for is not started.
+    """
     # Set before ray is imported: no usage report leaves the machine, and uv does not wrap the workers.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
@@ -133,43 +126,43 @@ def ray_cluster(config: RayConfig) -> Iterator[None]:
     address = config.address or os.environ.get("RAY_ADDRESS")
     if address:
         use_token()
-    if not address or _only_on_loopback(address):
+    if not address or only_on_loopback(address):
         os.environ.setdefault(ONE_MACHINE, "0")
     import ray
 
     if ray.is_initialized():
         os.environ.pop(ONE_MACHINE, None)
+        _check_gpus_there(num_gpus)
         yield
         return
+    if not address:
+        _check_gpus_of_machine(num_gpus)
     handler = signal.getsignal(signal.SIGTERM)
-    try:
-        if address:
-            ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING)
-        else:
-            # Ray Data's own actors make Ray's core warn at every start; the workers' logs stay as they are.
-            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-            ray.init(
-                num_cpus=config.num_cpus,
-                object_store_memory=config.object_store_bytes,
-                include_dashboard=False,
-                log_to_driver=sys.flags.dev_mode,
-                logging_level=logging.ERROR,
-            )
-    except Exception as error:  # a node that starts too slowly is the bare class; a bad address has one of its own
-        raise ClusterError(
-            f"Ray cannot be reached ({line_of(error)})",
-            where=address or "this machine",
-            todo="check the address and that the cluster runs, or leave it empty for a local one"
-            + ("; RAY_AUTH_MODE=disabled for one without tokens" if os.environ.get("RAY_AUTH_MODE") == "token" else ""),
-        ) from error
-    finally:
-        os.environ.pop(ONE_MACHINE, None)  # a `ray start` below this process is not meant
-        if callable(handler) and threading.current_thread() is threading.main_thread():  # Ray's own aborts the process
-            signal.signal(signal.SIGTERM, handler)
-    try:
+    with ExitStack() as ends:
+        try:
+            if address:
+                ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING)
+            else:
+                # Ray Data's own actors make Ray's core warn at every start; the workers' logs stay as they are.
+                os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+                ends.enter_context(local_token())
+                with without_log_level():
+                    ray.init(
+                        num_cpus=config.num_cpus,
+                        object_store_memory=config.object_store_bytes,
+                        include_dashboard=False,
+                        log_to_driver=sys.flags.dev_mode,
+                        logging_level=logging.ERROR,
+                    )
+        except Exception as error:  # a slow node's is the bare class; a bad address has one of its own
+            raise not_started(error, address) from error
+        finally:
+            os.environ.pop(ONE_MACHINE, None)  # a `ray start` below this process is not meant
+            if callable(handler) and threading.current_thread() is threading.main_thread():  # Ray's own aborts
+                signal.signal(signal.SIGTERM, handler)
+        ends.callback(ray.shutdown)
+        _check_gpus_there(num_gpus)
         yield
-    finally:
-        ray.shutdown()
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,8 +192,7 @@ def on_ray(
     """
     if not items:
         return
-    with ray_cluster(config):
-        check_gpus_here(min(num_actors or 1, len(items)) if device == "cuda" else 0)
+    with ray_cluster(config, num_gpus=min(num_actors or 1, len(items)) if device == "cuda" else 0):
         import ray
         from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 

@@ -4,13 +4,14 @@ import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from infra.errors import StorageError
+from infra.errors import StorageError, line_of
 
 ResultT = TypeVar("ResultT")
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # of a local disk alone: no S3 error carries these numbers
@@ -27,10 +28,22 @@ def join(uri: str, *parts: str) -> str:
 
 @cache
 def _s3() -> Any:
+    """The S3 client. StorageError for settings that it does not take."""
     import s3fs
 
-    # No listing cache: another process may have committed a shard a moment ago.
-    return s3fs.S3FileSystem(use_listings_cache=False)
+    try:
+        # No listing cache: another process may have committed a shard a moment ago.
+        client = s3fs.S3FileSystem(use_listings_cache=False, skip_instance_cache=True)
+        client.connect()  # reads every setting, asks no server
+    except Exception as error:
+        secret = re.compile("KEY|TOKEN")
+        names = [name for name in sorted(os.environ) if name.startswith("AWS_") and not secret.search(name)]
+        raise StorageError(
+            f"the S3 client does not take its settings ({line_of(error)})",
+            where=", ".join(f"{name}={os.environ[name]}" for name in names) or "~/.aws",
+            todo="correct the setting that is named; an endpoint is written AWS_ENDPOINT_URL=http://HOST:PORT",
+        ) from error
+    return client
 
 
 def on_s3(call: Callable[[Any], ResultT]) -> ResultT:
@@ -46,6 +59,8 @@ def on_s3(call: Callable[[Any], ResultT]) -> ResultT:
             raise PermissionError(errno.EACCES, "no S3 credentials are configured") from error
         except ParamValidationError as error:
             raise OSError(errno.EINVAL, "no bucket or object can have this name") from error
+        except ValueError as error:  # of a proxy's address, for one
+            raise OSError(errno.EINVAL, line_of(error)) from error
         except (BotoCoreError, *S3_RETRYABLE_ERRORS) as error:
             raise OSError(errno.EIO, str(error) or type(error).__name__) from error
 

@@ -1,51 +1,29 @@
 """MLflow: one run per job, found again on a resume; only drivers and rank 0 import this."""
 
-import errno
 import json
-import os
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
-from infra.config import Config, TrackingLocation
-from infra.errors import ClusterError, ConfigError, StoppedError, StorageError, line_of
-from infra.locations import tracking_location
+from infra.errors import ConfigError, StoppedError, line_of
+from infra.mlflow_server import (
+    TrackingConfig,
+    deleted_experiment,
+    fail_soon,
+    mlflow_errors,
+    refused_for_good,
+    tracking_uri,
+)
 from infra.storage import exists, join
 
 RUN_TAG = "ccsr.fingerprint"
 PARENT_TAG = "mlflow.parentRunId"
 MODEL_TAG = "ccsr.model"
 MAX_PARAMETERS = 100  # in one request: MLflow's limit
-# HTTP statuses of requests that may be taken later: rights, a proxy whose server starts, too many at once.
-PASSING = {401, 403, 404, 407, 408, 409, 425, 429}
-BAD_NAMES = {errno.EINVAL, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTDIR}
-
-
-class TrackingConfig(Config):
-    """Where results are logged. Without `uri`: MLFLOW_TRACKING_URI, or `mlflow.db` in the working folder."""
-
-    uri: TrackingLocation | None = None
-    experiment: str = "ccsr"
-    run_name: str | None = None
-
-
-def tracking_uri(config: TrackingConfig) -> str:
-    """The effective MLflow address; the folder of a sqlite file is made."""
-    uri = tracking_location(config.uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db")
-    if uri.startswith("sqlite:///"):
-        folder = Path(uri.removeprefix("sqlite:///")).absolute().parent
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StorageError(
-                f"the MLflow database cannot be made ({error.strerror})", where=str(folder), todo="set tracking.uri"
-            ) from error
-        uri = f"sqlite:///{folder / uri.rsplit('/', 1)[-1]}"
-    return uri
 
 
 class Tracker:
@@ -60,7 +38,7 @@ class Tracker:
         """A run that another process began."""
         from mlflow.tracking import MlflowClient
 
-        _fail_soon()
+        fail_soon()
         return cls(MlflowClient(uri), run_id)
 
     def end(self, status: str, seconds: float = 30.0) -> None:
@@ -119,6 +97,14 @@ class Tracker:
         if run_id:
             self.tag(**{PARENT_TAG: run_id})
 
+    def continued(self, fingerprint: str) -> None:
+        """Link this run and the one with that fingerprint, whose checkpoint it began with; both ways if MLflow knows
+        that one."""
+        before = find_run(self._client, fingerprint)
+        self.tag(**{"ccsr.continued_from": before or fingerprint})
+        if before:
+            self._client.set_tag(before, "ccsr.continued_by", self.run_id)
+
     def tag(self, **tags: str) -> None:
         for name, value in tags.items():
             self._client.set_tag(self.run_id, name, value)
@@ -143,6 +129,10 @@ def find_run(client: Any, fingerprint: str) -> str | None:
     return found[0].info.run_id if found else None
 
 
+@overload
+def find_model(place: str, config: TrackingConfig) -> str: ...
+@overload
+def find_model(place: str | None, config: TrackingConfig) -> str | None: ...
 def find_model(place: str | None, config: TrackingConfig) -> str | None:
     """The model directory that `place` names: itself, the `model` folder of a run's output, or that of MLflow's run
     `runs:/ID`. ConfigError for a run that trained none, ClusterError where MLflow does not answer."""
@@ -159,49 +149,6 @@ def find_model(place: str | None, config: TrackingConfig) -> str | None:
         return tags[MODEL_TAG]
     inside = join(place, "model")
     return inside if not exists(join(place, "ccsr.json")) and exists(join(inside, "ccsr.json")) else place
-
-
-def _fail_soon() -> None:
-    """Fail within seconds if the server is unreachable; MLflow's own default is to try for many minutes."""
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-
-
-def _status(error: BaseException) -> int:
-    """The HTTP status of a server's answer, 500 where there was none."""
-    response = getattr(error, "response", None)  # of `requests`, for files
-    return response.status_code if response is not None else getattr(error, "get_http_status_code", lambda: 500)()
-
-
-def refused_for_good(error: BaseException) -> bool:
-    """Whether MLflow would refuse the same request again: its contents are at fault, not the server's state."""
-    if isinstance(error, OSError) and error.errno in BAD_NAMES:
-        return True
-    return 400 <= _status(error) < 500 and _status(error) not in PASSING
-
-
-@contextmanager
-def mlflow_errors(where: str) -> Iterator[None]:
-    """Raise MLflow's exceptions as ClusterError, with the server's own words if it answered."""
-    from mlflow.exceptions import MlflowException, RestException
-    from requests import RequestException
-
-    _fail_soon()
-    try:
-        yield
-    except (MlflowException, RequestException) as error:
-        if isinstance(error, RestException) or _status(error) != 500:
-            raise ClusterError(
-                f"MLflow refused the request ({line_of(error)})",
-                where=where,
-                todo="check tracking.uri, tracking.experiment and the id, then run the same command again",
-            ) from error
-        raise ClusterError(
-            f"MLflow does not answer ({line_of(error)})",
-            where=where,
-            todo="start the server, check tracking.uri, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or set "
-            "tracking.uri to a sqlite:/// file",
-        ) from error
 
 
 @contextmanager
@@ -258,27 +205,8 @@ def _experiment(client: Any, name: str, uri: str) -> str:
             found = client.get_experiment_by_name(name)  # another job has made it meanwhile
             if found is None or found.lifecycle_stage == "deleted":
                 number = found.experiment_id if found else "ID"
-                raise ClusterError(
-                    f"the MLflow experiment {name!r} is deleted ({line_of(error)})",
-                    where=f"{uri}: experiment {number}",
-                    todo=f"mlflow experiments restore --experiment-id {number}, or set tracking.experiment anew",
-                ) from error
+                raise deleted_experiment(name, number, uri, f" ({line_of(error)})") from error
     return found.experiment_id
-
-
-def ping(uri: str) -> str:
-    """The version of the MLflow server at an address, or of this machine's MLflow for a database; ClusterError where
-    none answers."""
-    import mlflow
-    import requests
-    from mlflow.tracking import MlflowClient
-
-    uri = tracking_uri(TrackingConfig(uri=uri))
-    with mlflow_errors(uri):
-        MlflowClient(uri).search_experiments(max_results=1)
-        if not uri.startswith(("http://", "https://")):
-            return mlflow.__version__
-        return requests.get(f"{uri.rstrip('/')}/version", timeout=30).text.strip()
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

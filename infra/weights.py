@@ -6,6 +6,7 @@ import shutil
 import urllib.request
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from http.client import HTTPException
 from pathlib import Path
 
 import yaml
@@ -179,8 +180,9 @@ def _copy(source: str, target: Path) -> None:
                     while chunk := reply.read(_CHUNK_BYTES):
                         out.write(chunk)
                         advance()
-        except OSError as error:
-            raise disk_error(error, target) or StorageError(
+        except (OSError, ValueError, HTTPException) as error:  # the last two: of a bad address
+            full = disk_error(error, target) if isinstance(error, OSError) else None
+            raise full or StorageError(
                 f"cannot download ({error})",
                 where=source,
                 todo="check the network, give --mirror or HF_ENDPOINT, or put the file there by hand",
@@ -211,7 +213,7 @@ def _place(folder: str | None) -> str:
 
 
 def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ccsr" / "weights"
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "ccsr" / "weights"
 
 
 def _local(place: str) -> Path:

@@ -1,22 +1,24 @@
 """`ccsr restore`: enlarge photographs with a trained model, every output from a recorded seed."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 
-from infra.config import Config
+from infra.config import Config, apply_overrides, parse_config
 from infra.display.progress import progress
 from infra.errors import CcsrError, ConfigError, printable
 from infra.images import UnusableImageError, decode_image, encode_png, icc_profile
-from infra.locations import location
+from infra.locations import location, model_location
+from infra.mlflow_server import TrackingConfig
 from infra.process.numerics import NumericsConfig, set_numerics
 from infra.publish import put_if_absent
 from infra.ray_runtime import RayConfig, on_ray
 from infra.run import claim_output
 from infra.storage import exists, join, list_files, read_bytes
+from infra.tracking import find_model
 from pipelines.restore_plan import Failures, failure_of, identity, pending, place_of, plan, record_source
 from training.config import SamplingConfig
 from training.models import CcsrModel, fetch_model, model_id
@@ -51,6 +53,22 @@ class RestoreConfig(Config):
     runtime: RestoreRuntime = RestoreRuntime()
 
 
+def restore_config(options: Mapping[str, Any]) -> RestoreConfig:
+    """The config that the options of `ccsr restore` make. Raises ConfigError."""
+    sampling = {name: options[name] for name in ("t_max", "t_min")}
+    sampling |= {
+        "num_steps": options["steps"],
+        "tile": options["tile"] or None,
+        "color_fix": options["color"],
+    }
+    values = {name: options[name] for name in ("seed", "scale", "dtype")} | {
+        "num_runs": options["runs"],
+        "sampling": sampling,
+        "runtime": {"device": options["device"], "use_ray": options["ray"]},
+    }
+    return parse_config(apply_overrides(values, options["set_"] or []), RestoreConfig, where="command line")
+
+
 def pick_device(runtime: RestoreRuntime) -> Literal["cpu", "cuda"]:
     """The device that `auto` chooses: a GPU where this machine has one.
 
@@ -82,13 +100,15 @@ def _resolved(config: RestoreConfig) -> RestoreConfig:
 def restore(source: str, output: str, model_uri: str, config: RestoreConfig) -> int:
     """Restore one file, or all images below a folder or s3:// prefix; returns how many images there are.
 
+    `model_uri`: a model directory, the folder of the run that trained one, or runs:/ID.
     Writes OUT/NAME.png, or OUT/runs/NN/NAME.png for several runs, OUT/run.json, and per image OUT/records/KEY.json with
     the size and hash of its file. OUT may be a file, NAME.png, if INPUT is one; NAME.png.run.json is beside it. What is
     there is kept if it was made from the same content. A file that cannot be used, or that has changed since, is
     passed over; PartialResultError names them at the end.
     """
     config = _resolved(config)
-    source, output, model_uri = map(location, (source, output, model_uri))
+    source, output = map(location, (source, output))
+    model_uri = find_model(model_location(model_uri), TrackingConfig())
     folder, tasks = plan(source, output, config.num_runs)
     inputs: dict[str, Any] = {"model": model_id(model_uri)}
     check_sampling(model_uri, config.sampling)

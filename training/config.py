@@ -6,9 +6,9 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from degradation.config import DegradationConfig
 from infra.config import EXTENDABLE, Config, FieldError, Location, ModelLocation
+from infra.mlflow_server import TrackingConfig
 from infra.process.numerics import NumericsConfig
 from infra.ray_runtime import RayConfig
-from infra.tracking import TrackingConfig
 
 SizeRule = Literal["pad", "v1", "v1_tiled", "v2"]
 
@@ -208,6 +208,9 @@ class TrainConfig(Config):
     inputs: Literal["pixels", "latents"] = Field("pixels", description="latents: those that the shards store")
     init_from: Annotated[ModelLocation | None, BeforeValidator(lambda place: None if place == "random" else place)] = (
         Field(description="a model directory, a run's folder, runs:/ID, or `random` for random weights")
+    )
+    continue_from: Location | None = Field(
+        None, description="RUN[@POSITION]: begin with another run's checkpoint: weights, moments, position"
     )
     model: ModelConfig = ModelConfig()
     crop_px: int = Field(512, ge=32)

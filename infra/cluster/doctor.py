@@ -199,7 +199,7 @@ def _storage(place: str) -> Iterator[Line]:
 
 
 def _mlflow(uri: str) -> Iterator[Line]:
-    from infra.tracking import ping
+    from infra.mlflow_server import ping
 
     shown = without_passwords(uri)
     if shown != uri:

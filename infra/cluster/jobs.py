@@ -54,12 +54,14 @@ def submit(
     need: Need = Need(),
     key: str | None = None,
     image: bool = False,
+    dry_run: bool = False,
 ) -> tuple[Any, str | None]:
     """Start `ccsr ARGUMENTS` as a job unless the same one runs or succeeded; returns the client and the job's id, None
     where it has succeeded before.
 
     The same: equal arguments, config and packages, or an equal `key`. After a failed or stopped attempt the next one
     is started. `image`: the packages that are installed on the nodes are used, nothing but the config travels.
+    `dry_run`: only the checks, and a line about the job; nothing is sent or written.
     Before anything starts: ConfigError for what cannot be submitted, ClusterError for a cluster that cannot be reached,
     runs another Ray or has too few GPUs, StorageError for an output that this machine may not write to.
     """
@@ -79,9 +81,14 @@ def submit(
         facts = cluster_facts(client)
         check_version(facts, where)
         check_gpus(need.num_gpus, facts.gpus, where)
-        for note in (*need.notes, *_unwritable(need.outputs)):
+        for note in (*need.notes, *_unwritable(() if dry_run else need.outputs)):
             on_log(f"note: {note}\n")
         name = f"ccsr-{arguments[0]}-{_identity(shipped, folder, key, image)}"
+        if dry_run:
+            last, newest = _last_attempt(client, name)
+            found = f"{last.id} is {last.status}" if last else f"{name}-{newest + 1} would be new"
+            on_log(f"dry run: `ccsr {shlex.join(shipped)}` on {where}, {need.num_gpus} GPUs; {found}\n")
+            return client, None
         if not image:
             environment[COMMIT] = git_commit()
             for package in PACKAGES:
@@ -157,18 +164,23 @@ def _identity(shipped: Sequence[str], folder: Path, key: str | None, image: bool
     return digest.hexdigest()[:12]
 
 
+def _last_attempt(client: Any, name: str) -> "tuple[JobRow | None, int]":
+    """The newest job called NAME-N, and N; 0 where there is none."""
+    attempts = {
+        int(found[1]): one
+        for one in client.list_jobs()
+        if (found := re.fullmatch(rf"{re.escape(name)}-(\d+)", one.submission_id or ""))
+    }
+    newest = max(attempts, default=0)  # not how many there are: one may have been deleted
+    return (_row(client, attempts[newest]) if attempts else None), newest
+
+
 def _start_once(client: Any, name: str, on_log: Callable[[str], None], **job: Any) -> str | None:
     """The id of the attempt that runs, else of a new one; None where one succeeded. Of racing submits one starts it."""
     deadline = time.monotonic() + 60
     while True:
         try:
-            attempts = {
-                int(found[1]): one
-                for one in client.list_jobs()
-                if (found := re.fullmatch(rf"{re.escape(name)}-(\d+)", one.submission_id or ""))
-            }
-            newest = max(attempts, default=0)  # not how many there are: one may have been deleted
-            last = _row(client, attempts[newest]) if attempts else None
+            last, newest = _last_attempt(client, name)
             if last and last.exit_code == 0:
                 when = datetime.fromtimestamp(last.ended or 0).isoformat(" ", "seconds")
                 on_log(f"{last.id} succeeded at {when}; --key NAME forces a new job, `ccsr jobs logs` has its log\n")

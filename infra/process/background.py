@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from infra.errors import line_of
-from infra.tracking import Tracker, refused_for_good
+from infra.mlflow_server import refused_for_good
+from infra.tracking import Tracker
 
 MAX_POINTS = 1000  # in one request: MLflow's limit
 MAX_FAILURES = 3

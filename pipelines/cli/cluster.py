@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from infra.locations import local_path, location, tracking_location
-from pipelines.cli.options import AsJson, ConfigFile, Overrides
+from pipelines.cli.options import AsJson, ConfigCommand, ConfigFile, DryRun, Overrides
 from pipelines.cli.registry import JOBS
 
 if TYPE_CHECKING:
@@ -34,16 +34,19 @@ def submit(
     address: Address = None,
     key: Annotated[str | None, typer.Option(help="Name of the job; default: from command, config and code.")] = None,
     image: Annotated[bool, typer.Option("--image", help="Use the packages of the nodes' image, ship none.")] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Run a command as a job on a Ray cluster, once, and follow its log; Ctrl-C leaves the job running."""
     from infra.cluster.jobs import submit as submit_job
-    from pipelines.cli.needs import needs_of
+    from pipelines.cli.needs import needs_of, preview_command, with_option
 
-    words = [word for word in command if word != "--debug"]  # of `main`, which also runs there
-    shipped = [words[0], "--debug", *words[1:]] if words and words != command else command
-    need = needs_of(context.find_root().command, words)
-    client, job = submit_job(address, shipped, _echo, need=need, key=key, image=image)
-    if job is not None:
+    words = with_option([word for word in command if word != "--debug"], ccsr := context.find_root().command)
+    shipped = [words[0], "--debug", *words[1:]] if "--debug" in command else words  # of `main`, which also runs there
+    need = needs_of(ccsr, words)
+    client, job = submit_job(address, shipped, _echo, need=need, key=key, image=image, dry_run=dry_run)
+    if dry_run:
+        preview_command(ccsr, words, client.get_address())
+    elif job is not None:
         _follow(client, job)
 
 
@@ -130,7 +133,7 @@ def doctor(
     raise typer.Exit(int(any(line.state == "fail" for line in lines)))
 
 
-@cluster_app.command()
+@cluster_app.command(cls=ConfigCommand)
 def render(
     config: ConfigFile,
     kind: Annotated[str, typer.Option(help="kuberay or slurm.")],

@@ -9,11 +9,12 @@ from typing import Annotated
 
 import typer
 
+from infra.config import parse_config
 from infra.errors import CcsrError, StoppedError
 from infra.locations import local_path, location, tracking_location
 from pipelines.cli import cluster as cluster_commands
 from pipelines.cli import models as model_commands
-from pipelines.cli.options import AsJson, ConfigFile, Overrides
+from pipelines.cli.options import AsJson, ConfigCommand, ConfigFile, DryRun, Overrides
 from pipelines.cli.registry import JOBS, load_any
 
 app = typer.Typer(
@@ -48,18 +49,23 @@ def demo(
     run_demo(out)
 
 
-@app.command()
+@app.command(cls=ConfigCommand)
 def shard(
     config: ConfigFile,
     set_: Overrides = None,
     max_failed_fraction: Annotated[
         float | None, typer.Option(help="More quarantined samples than this: exit code 1. Default: the config's, 0.")
     ] = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Turn image sets into degraded WebDataset shards."""
     allowed = [] if max_failed_fraction is None else [f"runtime.max_failed_fraction={max_failed_fraction}"]
     job = JOBS["shard"]
-    manifest = job.run(job.load(config, [*(set_ or []), *allowed]))
+    values = job.load(config, [*(set_ or []), *allowed])
+    if dry_run:
+        job.print_preview(values)
+        return
+    manifest = job.run(values)
     typer.echo(f"{manifest.num_samples} samples, dataset {manifest.dataset_id}: {manifest.uri}")
 
 
@@ -88,32 +94,41 @@ def verify(
         typer.echo(f"{manifest.num_samples} samples, dataset {manifest.dataset_id}: every byte as recorded")
 
 
-@app.command()
+@app.command(cls=ConfigCommand)
 def train(
     config: ConfigFile,
     set_: Overrides = None,
     profile: Annotated[bool, typer.Option("--profile", help="Profile a few updates into OUT/profile.")] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Train one stage; the same command resumes."""
     from infra.storage import exists, join, read_bytes
 
     job = JOBS["train"]
     values = job.load(config, [*(set_ or []), *(["runtime.profile=true"] if profile else [])])
+    if dry_run:
+        job.print_preview(values)
+        return
     model = job.run(values)
     if profile and exists(place := join(values.output, "profile", "top_ops.txt")):
         typer.echo(read_bytes(place).decode())
     typer.echo(f"model: {model}")
 
 
-@app.command()
+@app.command(cls=ConfigCommand)
 def evaluate(
     config: ConfigFile,
     set_: Overrides = None,
     log_only: Annotated[bool, typer.Option("--log-only", help="Only send a finished result to MLflow.")] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Measure quality and stability of one or several methods."""
     job = JOBS["evaluate"]
-    result = job.run(job.load(config, set_), log_only=log_only)
+    values = job.load(config, set_)
+    if dry_run:
+        job.print_preview(values)
+        return
+    result = job.run(values, log_only=log_only)
     from evaluation.report.orderings import load_orderings, orderings_table
     from evaluation.report.tables import score_table
     from infra.display.table import print_report
@@ -143,9 +158,11 @@ def compare(
     from evaluation.compare import compare as compare_results
     from evaluation.mlflow_log import log_comparison
     from infra.display.table import print_report
-    from infra.tracking import TrackingConfig
+    from infra.mlflow_server import TrackingConfig, check_tracking
 
-    tracking = TrackingConfig(uri=mlflow)
+    tracking = parse_config({"uri": mlflow}, TrackingConfig, where="--mlflow")
+    if log:
+        check_tracking(tracking)
     comparison = compare_results(runs, tracking=tracking)
     print_report(comparison.tables(), as_json=as_json)
     if csv is not None:
@@ -181,11 +198,12 @@ def report(
 
 @app.command()
 def restore(
+    context: typer.Context,
     source: Annotated[str, typer.Argument(metavar="INPUT", help="An image, a folder or an s3:// prefix.")],
     output: Annotated[
         str, typer.Argument(metavar="OUTPUT", help="Folder or s3:// prefix for the results; NAME.png for one.")
     ],
-    model: Annotated[str, typer.Option(help="A model directory.")],
+    model: Annotated[str, typer.Option(help="A model directory, a run's folder, or runs:/ID.")],
     runs: Annotated[int, typer.Option(help="Seeded runs per image.")] = 1,
     seed: Annotated[int, typer.Option(help="Run r of an image depends on this, the image's name and r alone.")] = 0,
     scale: Annotated[float, typer.Option(help="Enlargement, 1 to 8, fractions too.")] = 4,
@@ -200,24 +218,14 @@ def restore(
     set_: Overrides = None,
 ) -> None:
     """Enlarge photographs with a trained model."""
-    from infra.config import apply_overrides, parse_config
-    from pipelines.restore import RestoreConfig
     from pipelines.restore import restore as run_restore
+    from pipelines.restore import restore_config
 
-    sampling = {"num_steps": steps, "t_max": t_max, "t_min": t_min, "tile": tile or None, "color_fix": color}
-    values = {
-        "num_runs": runs,
-        "seed": seed,
-        "scale": scale,
-        "dtype": dtype,
-        "sampling": sampling,
-        "runtime": {"device": device, "use_ray": ray},
-    }
-    config = parse_config(apply_overrides(values, set_ or []), RestoreConfig, where="command line")
+    config = restore_config(context.params)
     typer.echo(f"{run_restore(source, output, model, config)} images: {output}")
 
 
-@config_app.command("show")
+@config_app.command("show", cls=ConfigCommand)
 def config_show(config: ConfigFile, set_: Overrides = None) -> None:
     """Print a config's effective values."""
     import yaml

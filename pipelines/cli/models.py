@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from infra.locations import location
-from pipelines.cli.options import AsJson, Overrides
+from pipelines.cli.options import AsJson, ConfigCommand, Overrides
 from pipelines.cli.registry import load_any
 
 app = typer.Typer()
@@ -41,7 +41,7 @@ def convert(
     typer.echo(f"model: {place}")
 
 
-@app.command()
+@app.command(cls=ConfigCommand)
 def estimate(
     config: Annotated[
         str | None, typer.Option("-c", "--config", parser=location, help="A config of shard or train.")

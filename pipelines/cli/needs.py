@@ -6,15 +6,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from infra.cluster.jobs import Need
-from infra.config import apply_overrides, load_yaml, parse_config
-from infra.errors import ConfigError
+from infra.config import apply_overrides, load_yaml, result_part
+from infra.errors import CcsrError, ConfigError, StorageError
 from infra.locations import is_relative, location
+from infra.run import check_config
+from pipelines.cli.options import ConfigCommand
 from pipelines.cli.registry import JOBS
 
 
 def needs_of(ccsr: Any, arguments: Sequence[str]) -> Need:
     """GPUs and outputs of `ccsr ARGUMENTS`; `ccsr` is the command group. A wrong option is the command's own usage
-    error; ConfigError for a wrong config, or an output in the job's temporary folder."""
+    error; ConfigError for a wrong config, an output that holds another one's work or is in the job's temporary
+    folder."""
     name, *rest = arguments or [""]
     command = ccsr.commands.get(name)
     if command is None or name not in (*JOBS, "restore"):
@@ -31,8 +34,26 @@ def needs_of(ccsr: Any, arguments: Sequence[str]) -> Need:
     return dataclasses.replace(need, outputs=tuple(map(location, need.outputs)))
 
 
+def with_option(arguments: list[str], ccsr: Any) -> list[str]:
+    """The arguments with -c before a config that is given without it: `submit` ships what follows -c."""
+    command = ccsr.commands.get(arguments[0]) if arguments else None
+    return [arguments[0], *command.with_option(arguments[1:])] if isinstance(command, ConfigCommand) else arguments
+
+
+def preview_command(ccsr: Any, arguments: Sequence[str], where: str) -> None:
+    """Print what the job of `ccsr ARGUMENTS` would do on the cluster `where`, as far as this machine can read it."""
+    name, *rest = arguments
+    if name in JOBS:
+        options = ccsr.commands[name].make_context(name, rest).params
+        try:
+            JOBS[name].print_preview(JOBS[name].load(options["config"], options["set_"]), where)
+        except CcsrError as error:
+            print(f"note: seen from this machine, {error.what} ({error.where})")
+
+
 def _job(name: str, options: dict[str, Any]) -> Need:
     config = JOBS[name].load(options["config"], options["set_"])
+    _check_output(config.output, result_part(config), name)
     # As it was written: the config has made a relative one absolute here.
     output = apply_overrides(load_yaml(options["config"]), options["set_"] or [])["output"]
     tracked = not hasattr(config, "tracking") or config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
@@ -41,10 +62,21 @@ def _job(name: str, options: dict[str, Any]) -> Need:
 
 
 def _restore(options: dict[str, Any]) -> Need:
-    from pipelines.restore import RestoreRuntime, pick_device
+    from pipelines.restore import pick_device, restore_config
 
-    values = {"runtime": {"device": options["device"], "use_ray": options["ray"]}}
-    values = apply_overrides(values, options["set_"] or [])["runtime"]
-    runtime = parse_config(values, RestoreRuntime, where="command line: runtime")
-    on_gpus = runtime.use_ray and pick_device(runtime) == "cuda"
-    return Need(runtime.num_actors if on_gpus else 0, (options["output"],))
+    config = restore_config(options)
+    result = result_part(config)
+    if config.dtype == "auto":  # the cluster decides
+        del result["dtype"]
+    _check_output(location(options["output"]), result, "restore")
+    on_gpus = config.runtime.use_ray and pick_device(config.runtime) == "cuda"
+    return Need(config.runtime.num_actors if on_gpus else 0, (options["output"],))
+
+
+def _check_output(output: str, result: dict[str, Any], job: str) -> None:
+    """`check_config`, where this machine may read the output."""
+    try:
+        check_config(output, result, job=job)
+    except StorageError as error:
+        if "no S3 credentials" not in error.what:
+            raise

@@ -26,6 +26,17 @@ class Job:
         """Run the job; returns what its runner returns."""
         return _imported(self.runner)(config, **options)
 
+    def print_preview(self, config: Config, where: str | None = None) -> None:
+        """Print what `run` would do; raises what it would before it starts. Nothing is written.
+
+        `where`: the cluster that the job is to be submitted to.
+        """
+        from infra.display.table import print_report
+        from pipelines.preview import preview_table
+
+        progress = _imported(self.runner.replace(":run_", ":preview_"))(config)
+        print_report([preview_table(config, progress, self.num_gpus(config), where)])
+
 
 def _shard_gpus(config: Any) -> int:
     return (config.runtime.num_actors or 1) if config.latents and config.runtime.device == "cuda" else 0

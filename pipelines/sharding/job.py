@@ -16,7 +16,7 @@ from infra.manifest import Manifest, Quarantined, ShardRecord, commit_record, co
 from infra.process.memory import give_back_memory
 from infra.publish import download, publish_if_absent, staging
 from infra.ray_runtime import on_ray
-from infra.run import claim_output
+from infra.run import Progress, claim_output
 from infra.shards import IndexedEntry, write_tar
 from infra.storage import exists, join, sha256_file
 from pipelines.sharding.card import write_card
@@ -45,12 +45,7 @@ def run_shard(config: ShardConfig) -> Manifest:
     Raises PartialResultError (after everything else is done) if more than `runtime.max_failed_fraction` of the
     samples were quarantined.
     """
-    recipe = resolve_degradation(config)
-    check_apart(config.output, config.sources)
-    files = list_sources(config.sources)
-    shards = plan_shards(files, config)
-    inputs = {"source_id": source_id(files), **_latents_inputs(config)}
-    run = claim_output(config.output, config, job="shard", inputs=inputs, libraries=LIBRARIES)
+    recipe, files, shards, run = _claimed(config)
     if not exists(join(config.output, "manifest.json")):
         _write_shards(config, recipe, shards)
         facts = {**_facts(config, recipe, files), "fingerprint": run["fingerprint"]}
@@ -60,6 +55,27 @@ def run_shard(config: ShardConfig) -> Manifest:
         write_card(manifest)
     _report_quarantine(config, manifest)
     return manifest
+
+
+def preview_shard(config: ShardConfig) -> Progress:
+    """What `run_shard` would do; raises what it would before it starts. Nothing is written."""
+    _, files, shards, _ = _claimed(config, write=False)
+    done = len(shards) if exists(join(config.output, "manifest.json")) else len(committed_records(config.output))
+    what = f"shards, degraded by {config.degradation}" if isinstance(config.degradation, str) else "shards"
+    return Progress(done, len(shards), "shards", f"{len(files):,} files", what)
+
+
+def _claimed(
+    config: ShardConfig, *, write: bool = True
+) -> tuple[DegradationConfig | None, list[SourceFile], list[PlannedShard], dict[str, Any]]:
+    """The recipe, the source files, the plan, and run.json."""
+    recipe = resolve_degradation(config)
+    check_apart(config.output, config.sources)
+    files = list_sources(config.sources)
+    inputs = {"source_id": source_id(files), **_latents_inputs(config)}
+    shards = plan_shards(files, config)
+    run = claim_output(config.output, config, job="shard", inputs=inputs, libraries=LIBRARIES, write=write)
+    return recipe, files, shards, run
 
 
 def resolve_degradation(config: ShardConfig) -> DegradationConfig | None:

@@ -290,6 +290,25 @@ def test_resumed_equals_uninterrupted(
         assert_resumed(request.getfixturevalue("two"), precision, zero_stage, stage)
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_run_that_continues_another_one_is_that_run(process_group, data, tmp_path, stage):
+    """Weights, moments, discriminator and position come over; a changed learning rate then acts from there on."""
+
+    def run(name: str, num_updates: int, **changes: Any) -> list[float]:
+        return train_here(train_config(data, tmp_path / name, stage=stage, num_updates=num_updates, **changes))
+
+    run("first", 1)
+    place = str(tmp_path / "first" / "checkpoints" / f"{4:012d}")
+    second = run("first", 2)
+    assert run("same", 2, continue_from=place) == second
+    assert_equal(checkpoint_at(tmp_path / "same", 2), checkpoint_at(tmp_path / "first", 2))
+    slower = {"optimizer": {"learning_rate": 1e-7}}
+    assert run("slower", 2, continue_from=place, **slower) == second, "the loss before the update"
+    weights = [checkpoint_at(tmp_path / name, 2).tensors["weights"] for name in ("first", "slower")]
+    assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert run("slower", 3, continue_from="nowhere", **slower)[:1] != second, "a resume takes the run's own checkpoint"
+
+
 @pytest.mark.slow
 def test_resumed_equals_uninterrupted_in_stage2_under_the_other_zero_stages(process_group, small, data, tmp_path):
     two = Two(tmp_path)

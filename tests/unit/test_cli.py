@@ -18,6 +18,8 @@ from infra import DataError
 from infra.publish import write_bytes
 from infra.storage import list_files
 from pipelines.cli import main as cli
+from tests.training_runs import noise_shards
+from training.run.checkpoint import TrainingState, save_checkpoint
 
 SHARD = """\
 job: shard
@@ -84,7 +86,7 @@ def write(tmp_path: Path) -> Callable[..., str]:
 
 def refused(ended: Ended, code: int, *messages: str) -> None:
     """The run ended with `code` and three lines on stderr in which `messages` stand in this order."""
-    lines = ended.err.rstrip("\n").split("\n")
+    lines = [line for line in ended.err.rstrip("\n").split("\n") if not line.startswith("    ")]  # items of a list
     assert len(lines) == 3, ended.err
     assert lines[0].startswith("error: ")
     assert lines[1].startswith("  where: ")
@@ -172,6 +174,7 @@ def test_an_output_made_from_something_else_is_refused_with_the_difference(
     config = shard_config(tmp_path / "photos", tmp_path / "out", degradation="bicubic")
     inputs = {"source_id": source_id(list_sources(config.sources))}
     claim_output(config.output, config, job="shard", inputs=inputs, libraries=LIBRARIES)
+    write_bytes(f"{config.output}/records/000000.json", b"{}")
     before = list_files(config.output)
     refused(
         ccsr("shard", "-c", write(SHARD), "--set", "seed=5"), 2, "something else", "config.seed: 0 -> 5", "run.json"
@@ -329,3 +332,86 @@ def test_help_lists_every_command(ccsr: Callable[..., Ended]) -> None:
     assert ended.code == 0
     for name in ("demo", "shard", "verify", "train", "evaluate", "compare", "config"):
         assert name in ended.out
+
+
+RANDOM = ("--set", "init_from=random")
+
+
+def squeezed(ended: Ended) -> str:
+    assert ended.code == 0, ended.err
+    return " ".join(ended.out.split())
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.mark.usefixtures("here")
+def test_a_dry_run_says_what_where_and_how_much_is_there_and_writes_nothing(
+    ccsr: Callable[..., Ended],
+    write: Callable[..., str],
+    tmp_path: Path,
+) -> None:
+    save_photos(tmp_path / "photos", [(64, 64)] * 3)
+    config = write(SHARD)
+    before = list_files(str(tmp_path))
+    shown = squeezed(ccsr("shard", config, "--dry-run", "--set", "samples_per_shard=2"))
+    assert "3 files" in shown
+    assert "0 of 2 shards" in shown
+    assert "this machine" in shown
+    assert "hours with" in shown
+    assert list_files(str(tmp_path)) == before
+
+    make_shard_set(shard_config(tmp_path / "photos", tmp_path / "set", degradation="bicubic"))
+    config = write(TRAIN)
+    before = list_files(str(tmp_path))
+    shown = squeezed(ccsr("train", "--dry-run", config, *RANDOM, "--set", "runtime.ray.address=head:6379"))
+    assert "3 samples" in shown
+    assert "stage 1 from random weights" in shown
+    assert "0 of 2 updates" in shown
+    assert "1 CPUs of the cluster head:6379" in shown
+    assert "there is no estimate for training on CPUs" in shown
+    on_gpus = ["runtime.device=cuda", "runtime.num_workers=2", "runtime.micro_batch_size=2"]
+    shown = squeezed(ccsr("train", "--dry-run", config, *RANDOM, *(word for s in on_gpus for word in ("--set", s))))
+    assert "2 GPUs of this machine" in shown
+    assert "hours, assuming H100" in shown
+    assert list_files(str(tmp_path)) == before
+    save_checkpoint(str(tmp_path / "out"), TrainingState({"position": 4, "num_updates": 1}, {"weights": {}}), keep=2)
+    assert "1 of 2 updates" in squeezed(ccsr("train", "--dry-run", config, *RANDOM))
+
+    config = write(EVALUATE)
+    before = list_files(str(tmp_path))
+    shown = squeezed(ccsr("evaluate", "--dry-run", config, "--set", f"output={tmp_path / 'scores'}"))
+    assert "psnr_y, ssim_y of 1 methods, 3 pictures" in shown
+    assert "0 of 3 records" in shown
+    assert list_files(str(tmp_path)) == before
+
+
+@pytest.mark.usefixtures("here")
+def test_a_dry_run_fails_as_the_run_would(
+    ccsr: Callable[..., Ended],
+    write: Callable[..., str],
+    tmp_path: Path,
+) -> None:
+    refused(ccsr("train", "--dry-run", write(TRAIN), *RANDOM), 3, "no complete shard set")
+    noise_shards(tmp_path / "set", 4)
+    refused(ccsr("train", write(TRAIN), "--dry-run", *RANDOM, "--set", "tracking.uri=http://127.0.0.1:9"), 6, "MLflow")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_config_may_stand_without_its_option(ccsr: Callable[..., Ended], write: Callable[..., str]) -> None:
+    path = write(TRAIN)
+    shown = ccsr("config", "show", "-c", path, *RANDOM).out
+    for words in ([path, *RANDOM], [*RANDOM, path]):
+        assert ccsr("config", "show", *words).out == shown
+    refused(ccsr("shard", path), 2, "unknown key", path)
+    both = ccsr("config", "show", path, "-c", path)
+    assert (both.code, both.out) == (2, "")
+    assert "unexpected extra argument" in both.err
+    none = ccsr("train")
+    assert none.code == 2
+    assert "--config" in none.err

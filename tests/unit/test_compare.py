@@ -12,7 +12,7 @@ from rich.console import Console
 from evaluation.compare import Comparison, Difference, bootstrap_interval, compare
 from evaluation.results import load_result
 from infra import ConfigError, DataError, rng_for
-from infra.tracking import TrackingConfig
+from infra.mlflow_server import TrackingConfig
 
 KEYS = [f"img{i}" for i in range(6)]
 

@@ -343,7 +343,8 @@ def test_difference_is_empty_exactly_where_values_are_equal(old: Any, new: Any) 
 def test_difference_names_each_leaf() -> None:
     old = {"a": {"b": 1, "c": 2}, "d": [1], "e": 0}
     new = {"a": {"b": 1, "c": 3}, "d": [2], "f": 0}
-    assert difference(old, new) == ["a.c: 2 -> 3", "d: [1] -> [2]", "e: 0 -> absent", "f: absent -> 0"]
+    assert difference({"a": "x" * 1000}, {}) == [f"a: {'x' * 57}... -> absent"]
+    assert difference(old, new) == ["a.c: 2 -> 3", "d.0: 1 -> 2", "e: 0 -> absent", "f: absent -> 0"]
 
 
 def test_a_path_means_the_same_to_a_worker_in_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

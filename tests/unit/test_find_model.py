@@ -2,12 +2,18 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from infra import ClusterError, ConfigError
+from infra.images import encode_png
+from infra.mlflow_server import TrackingConfig
 from infra.publish import write_bytes
 from infra.storage import join
-from infra.tracking import MODEL_TAG, TrackingConfig, find_model, track
+from infra.tracking import MODEL_TAG, find_model, track
+from pipelines.restore import RestoreConfig, restore
+from training.config import ModelConfig, SamplingConfig
+from training.models import build_model, save_model
 
 
 def test_a_model_directory_a_runs_folder_and_nothing(s3: str, tmp_path: Path) -> None:
@@ -30,3 +36,17 @@ def test_a_run_of_mlflow_by_its_id(tmp_path: Path) -> None:
     assert find_model(f"runs:/{tracker.run_id}", tracking) == "s3://bucket/run/model"
     with pytest.raises(ClusterError, match="MLflow refused the request"):
         find_model(f"runs:/{'0' * 32}", tracking)
+
+
+def test_restore_takes_what_a_config_takes_as_init_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    save_model(build_model(ModelConfig(), seed=0), tmp_path / "run" / "model")
+    with track(TrackingConfig(), {"fingerprint": "e" * 64, "job": "train", "config": {"stage": 1}}) as tracker:
+        tracker.tag(**{MODEL_TAG: str(tmp_path / "run" / "model")})
+    (tmp_path / "in").mkdir()
+    write_bytes(str(tmp_path / "in" / "a.png"), encode_png(np.zeros((16, 16, 3), np.uint8)))
+    for number, name in enumerate((tmp_path / "run" / "model", tmp_path / "run", f"runs:/{tracker.run_id}")):
+        config = RestoreConfig(sampling=SamplingConfig(num_steps=1), scale=1)
+        assert restore(str(tmp_path / "in"), str(tmp_path / f"out{number}"), str(name), config) == 1
+    runs = {(tmp_path / f"out{number}" / "run.json").read_bytes() for number in range(3)}
+    assert len(runs) == 1

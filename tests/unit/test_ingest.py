@@ -22,6 +22,7 @@ from infra import ConfigError, DataError, StorageError, rng_for, storage
 from infra.config import result_part
 from infra.images import decode_image
 from infra.manifest import Manifest, ShardRecord, commit_record, write_manifest
+from infra.publish import write_bytes
 from infra.shards import IndexedEntry, read_sample, write_tar
 from infra.storage import sha256_file
 from training.config import ModelConfig, TrainConfig, TrainingSet
@@ -367,7 +368,8 @@ def test_a_dataset_that_changed_since_the_run_began_is_refused(tmp_path: Path, m
     }
     training.run.driver.run_train(runs["one"])
     training.run.driver.run_train(runs["moved"])
-    with pytest.raises(ConfigError, match=r"made from something else: inputs\.dataset_ids"):
+    write_bytes(f"{runs['one'].output}/checkpoints/000000000001/state.json", b"{}")
+    with pytest.raises(ConfigError, match=r"made from something else:\n    inputs\.dataset_ids"):
         training.run.driver.run_train(runs["other"])
 
 

@@ -4,17 +4,22 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import ray
 import typer
+import yaml
 from ray.job_submission import JobDetails
 from typer.testing import CliRunner
 
 from infra import ClusterError, ConfigError
-from infra.cluster.jobs import Need, _identity, _refuse_passwords, _ship_configs, _start_once, exit_code
-from infra.cluster.server import job_server, same_release
+from infra.cluster import jobs
+from infra.cluster.jobs import Need, _identity, _refuse_passwords, _ship_configs, _start_once, exit_code, submit
+from infra.cluster.server import ClusterFacts, job_server, same_release
 from infra.errors import without_passwords
 from infra.ray_runtime import GpuCount, RayConfig, check_gpus, count_gpus, cpu_work
+from infra.storage import list_files
 from pipelines.cli.main import app
-from pipelines.cli.needs import needs_of
+from pipelines.cli.needs import needs_of, preview_command, with_option
+from tests.training_runs import noise_shards, train_config
 
 CCSR = typer.main.get_command(app)
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -148,6 +153,7 @@ def test_the_address_is_the_one_that_is_given(monkeypatch: pytest.MonkeyPatch) -
     assert not same_release("2.60.0", "2.61.0")
 
 
+@pytest.mark.usefixtures("bucket")  # needs_of looks for an output
 def test_what_a_command_needs_is_read_from_its_config(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
     published = str(CONFIGS / "ccsr_v2_stage1.yaml")
@@ -165,6 +171,7 @@ def test_what_a_command_needs_is_read_from_its_config(monkeypatch: pytest.Monkey
     assert "is lost" in needs_of(CCSR, ["train", "-c", published, *ON_S3]).notes[0]
 
 
+@pytest.mark.usefixtures("bucket")
 def test_what_would_fail_there_is_told_here() -> None:
     published = str(CONFIGS / "ccsr_v2_stage1.yaml")
     with pytest.raises(ConfigError, match="relative output"):
@@ -174,3 +181,30 @@ def test_what_would_fail_there_is_told_here() -> None:
     misspelt = CliRunner().invoke(app, ["submit", "--", "train", "-c", published, "--sett", "a=b"])
     assert misspelt.exit_code == 2
     assert "--sett" in misspelt.output
+
+
+def test_a_submits_dry_run_asks_the_cluster_and_sends_nothing(
+    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    client = SimpleNamespace(get_address=lambda: "http://head:8265", list_jobs=list)
+    monkeypatch.setattr(jobs, "connect", lambda address: client)
+    monkeypatch.setattr(jobs, "cluster_facts", lambda client: ClusterFacts(ray.__version__, "3.11", []))
+    path = tmp_path / "run.yaml"
+    config = train_config(noise_shards(tmp_path / "set", 4), s3, num_updates=2)
+    path.write_text(yaml.safe_dump({**config.model_dump(mode="json", exclude_defaults=True), "init_from": "random"}))
+    words = with_option(["train", str(path), "--set", "seed=1"], CCSR)
+    assert words == ["train", "-c", str(path), "--set", "seed=1"]
+    said: list[str] = []
+    submit(None, words, said.append, need=needs_of(CCSR, words), dry_run=True)
+    (line,) = said
+    assert line.startswith("dry run: `ccsr train -c run.yaml --set seed=1` on http://head:8265, 0 GPUs; ccsr-train-")
+    assert line.endswith("-1 would be new\n")
+    preview_command(CCSR, words, "http://head:8265")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "0 of 2 updates runs on http://head:8265" in shown
+    path.write_text(path.read_text().replace(str(tmp_path / "set"), str(tmp_path / "only_there")))
+    preview_command(CCSR, words, "http://head:8265")
+    assert "seen from this machine, there is no complete shard set" in " ".join(capsys.readouterr().out.split())
+    assert list_files(s3) == {}

@@ -97,6 +97,7 @@ def test_both_are_part_of_the_result(
         default = default[key]
     was = default["numerics"][name]
     claim_output(str(tmp_path), config(), job="j", inputs={}, libraries=())
+    (tmp_path / "record.json").touch()
     with pytest.raises(ConfigError, match=f"numerics.{name}: {was} -> {not was}"):
         claim_output(str(tmp_path), config(**{name: not was}), job="j", inputs={}, libraries=())
 

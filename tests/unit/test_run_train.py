@@ -1,22 +1,30 @@
 """What `ccsr train` decides before anything starts: finished, longer, shorter, or with another dataset."""
 
 import os
+import shutil
 import signal
 import subprocess
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from mlflow.tracking import MlflowClient
 
 import infra.run
 from infra import ConfigError, ModelError
+from infra.config import result_part
+from infra.mlflow_server import TrackingConfig
 from infra.publish import write_bytes
 from infra.run import PACKAGES, claim_output
+from infra.tracking import MODEL_TAG, track
 from tests.training_runs import noise_shards, train_config
+from training.models import model_id
 from training.run import driver as train
-from training.run.checkpoint import TrainingState, save_checkpoint
-from training.run.driver import _updates_done, run_train
+from training.run.checkpoint import TrainingState, advice, complete_checkpoints, save_checkpoint
+from training.run.continued import find_checkpoint
+from training.run.driver import _claimed, _updates_done, run_train
 
 
 def test_stage_2_does_not_resume_with_another_micro_batch(tmp_path: Path) -> None:
@@ -27,6 +35,7 @@ def test_stage_2_does_not_resume_with_another_micro_batch(tmp_path: Path) -> Non
 
     for stage in (0, 1, 2):
         claim(stage, 2)
+        write_bytes(str(tmp_path / str(stage) / "checkpoints" / "000000000002" / "state.json"), b"{}")
         claim(stage, 2, num_workers=2)
     claim(0, 1)
     claim(1, 1)
@@ -127,3 +136,66 @@ def test_the_commit_is_that_of_the_code_or_unknown(tmp_path: Path, monkeypatch: 
     assert told(ours) == "unknown"
     monkeypatch.setenv("CCSR_GIT_COMMIT", "abc-dirty")  # a submitted job's
     assert told(ours) == "abc-dirty"
+
+
+def test_a_checkpoint_to_continue_from_is_named_by_its_run_and_position(tmp_path: Path) -> None:
+    data, tracking = noise_shards(tmp_path / "set", 4), TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db")
+    before = train_config(data, tmp_path / "before", num_updates=3)
+    facts = {"config": result_part(before), "init_from": model_id(None), "fingerprint": "f" * 64}
+    with pytest.raises(ModelError, match="no complete checkpoint") as missing:
+        find_checkpoint(before.output, tracking)
+    assert missing.value.todo == "check its folder"
+    for update in (1, 2):
+        save_checkpoint(
+            before.output, TrainingState({"position": 4 * update, "num_updates": update, **facts}, {}), keep=2
+        )
+    places = complete_checkpoints(before.output)
+    assert find_checkpoint(before.output, tracking) == places[1]
+    assert find_checkpoint(f"{before.output}@4", tracking) == places[0]
+    with pytest.raises(ModelError, match="at position 12") as missing:
+        find_checkpoint(f"{before.output}@12", tracking)
+    assert "one of: 4, 8" in missing.value.todo
+    with track(tracking, {"fingerprint": "f" * 64, "job": "train", "config": {"stage": 1}}) as first:
+        first.tag(**{MODEL_TAG: f"{before.output}/model"})
+    assert find_checkpoint(f"runs:/{first.run_id}@8", tracking) == places[1]
+    with track(tracking, {"fingerprint": "e" * 64, "job": "train", "config": {"stage": 1}}) as second:
+        second.continued("f" * 64)
+    client = MlflowClient(tracking.uri)
+    assert client.get_run(second.run_id).data.tags["ccsr.continued_from"] == first.run_id
+    assert client.get_run(first.run_id).data.tags["ccsr.continued_by"] == second.run_id
+
+    def claimed(**changes: Any) -> dict[str, Any]:
+        after = {"num_updates": 3, "continue_from": f"{before.output}@8", "tracking": {"uri": tracking.uri}, **changes}
+        return _claimed(train_config(data, tmp_path / "after", **after))[3]
+
+    run = claimed(optimizer={"learning_rate": 1e-5})
+    assert run["inputs"]["continue_from"] | {"checkpoint": ""} == {
+        "fingerprint": "f" * 64,
+        "position": 8,
+        "checkpoint": "",
+    }
+    assert claimed(optimizer={"learning_rate": 1e-5}, continue_from=before.output) == run
+    own = str(tmp_path / "after")
+    save_checkpoint(own, TrainingState({"position": 12, "num_updates": 3, **facts}, {}), keep=2)
+    shutil.move(before.output, tmp_path / "moved")
+    assert claimed(optimizer={"learning_rate": 1e-5}) == run, "a resume does not need the other run"
+    shutil.move(tmp_path / "moved", before.output)
+    for changes, what in (
+        ({"stage": 2}, "`stage` is 2, was 1"),
+        ({"model": {"family": "v2"}}, "`model` is"),
+        ({"global_batch_size": 6}, "no multiple of global_batch_size, 6"),
+        ({"num_updates": 2}, "it has done 2 updates, num_updates is 2"),
+    ):
+        with pytest.raises(ConfigError, match=what):
+            claimed(**changes)
+
+
+def test_the_advice_after_a_divergence_is_one_that_is_taken(tmp_path: Path) -> None:
+    output = str(tmp_path / "run")
+    assert "no checkpoint yet" in advice(output)
+    save_checkpoint(output, TrainingState({"position": 4, "num_updates": 1}, {}), keep=2)
+    bad = {"weights": {"w": torch.tensor([float("nan")])}}
+    with pytest.raises(ModelError, match="not finite") as caught:
+        save_checkpoint(output, TrainingState({"position": 8, "num_updates": 2}, bad), keep=2)
+    assert caught.value.todo == advice(output)
+    assert f"continue_from: {output}" in caught.value.todo

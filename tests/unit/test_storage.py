@@ -1,5 +1,6 @@
 """Storage, the same on a local folder and on S3: at most one winner, never a part of a file, every error explained."""
 
+import ctypes
 import errno
 import hashlib
 import os
@@ -10,7 +11,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -436,3 +439,107 @@ def test_a_refused_conditional_put_is_told_from_a_failed_one(
         else:
             assert call() is outcome
         assert client.calls == 1, "such an answer is final"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "cause"),
+    [
+        ("AWS_ENDPOINT_URL", "localhost:9000", "Invalid endpoint: localhost:9000"),
+        ("AWS_ENDPOINT_URL", "http://[localhost", "Invalid"),
+        ("AWS_PROFILE", "absent", "absent"),
+        ("AWS_DEFAULT_REGION", "eu west", "eu west"),
+        ("AWS_REQUEST_CHECKSUM_CALCULATION", "sometimes", "sometimes"),
+        ("AWS_MAX_ATTEMPTS", "many", "many"),
+    ],
+)
+def test_a_setting_that_the_s3_client_refuses_is_named(
+    name: str, value: str, cause: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for setting in ("AWS_DEFAULT_REGION", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(setting, "us-east-1" if "REGION" in setting else "test")
+    monkeypatch.setenv(name, value)
+    monkeypatch.setattr(storage, "_s3", storage._s3.__wrapped__)
+    started = time.monotonic()
+    with pytest.raises(StorageError) as caught:
+        read_bytes("s3://bucket/file")
+    assert time.monotonic() - started < 5, "it is not tried again"
+    assert cause in caught.value.what
+    assert f"{name}={value}" in caught.value.where
+    assert "SECRET" not in caught.value.where
+
+
+def no_renameat2(number: int) -> Any:
+    def fail(*_: object) -> int:
+        ctypes.set_errno(number)
+        return -1
+
+    return lambda *_, **__: SimpleNamespace(renameat2=fail)
+
+
+@pytest.mark.parametrize("rename", ["renameat2", "lock", "no function"])
+def test_of_racing_writers_one_publishes_where_there_are_no_hard_links(
+    rename: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_links(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", no_links)
+    if rename == "lock":
+        monkeypatch.setattr("ctypes.CDLL", no_renameat2(errno.EINVAL))
+    elif rename == "no function":
+        monkeypatch.setattr("ctypes.CDLL", lambda *_, **__: object())
+    check_races(tmp_path)
+
+
+def check_races(folder: Path) -> None:
+    place = folder / "run.json"
+    for _ in range(20):
+        with ThreadPoolExecutor(8) as pool:
+            won = list(pool.map(lambda n: put_if_absent(str(place), b"%d" % n), range(8)))
+        assert sum(won) == 1
+        assert place.read_bytes() == b"%d" % won.index(True)
+        assert not put_if_absent(str(place), b"later")
+        place.unlink()
+    with publish.staging(str(folder / "a.tar")) as tar:
+        tar.write_bytes(b"shard")
+        assert publish_if_absent(tar, str(folder / "a.tar"))
+    assert not publish_if_absent(folder / "a.tar", str(folder / "a.tar"))
+    assert [path.name for path in folder.iterdir()] == ["a.tar"], "no lock, no temporary file"
+
+
+def test_a_lock_that_a_killed_writer_left_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ctypes.CDLL", no_renameat2(errno.EINVAL))
+    monkeypatch.setattr("os.link", lambda *_: (_ for _ in ()).throw(OSError(errno.EOPNOTSUPP, "not supported")))
+    monkeypatch.setattr(publish, "LOCK_SECONDS", 0.1)
+    (tmp_path / ".a.json.publishing").touch()
+    with pytest.raises(StorageError, match="another writer") as caught:
+        put_if_absent(str(tmp_path / "a.json"), b"")
+    assert caught.value.where.endswith(".a.json.publishing")
+
+
+def test_a_real_right_is_still_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.link", lambda *_: (_ for _ in ()).throw(PermissionError(errno.EPERM, "no")))
+    monkeypatch.setattr("ctypes.CDLL", no_renameat2(errno.EACCES))
+    with pytest.raises(StorageError, match="Permission denied"):
+        put_if_absent(str(tmp_path / "a.json"), b"")
+
+
+def test_an_output_on_vfat(tmp_path: Path) -> None:
+    """A real file system without hard links, where this machine may mount one."""
+    image, folder = tmp_path / "image", tmp_path / "mounted"
+    folder.mkdir()
+    image.write_bytes(b"")
+    os.truncate(image, 8 << 20)
+    for command in (["mkfs.vfat", str(image)], ["mount", "-o", "loop", str(image), str(folder)]):
+        try:
+            subprocess.run(command, check=True, capture_output=True, timeout=30)
+        except (OSError, subprocess.SubprocessError) as error:
+            pytest.skip(f"no vfat can be mounted here: {getattr(error, 'stderr', b'') or error}")
+    try:
+        (folder / "file").touch()
+        with pytest.raises(OSError, match="not permitted"):
+            (folder / "linked").hardlink_to(folder / "file")
+        (folder / "file").unlink()
+        check_races(folder)
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)

@@ -16,11 +16,13 @@ from typing import Any
 
 import pytest
 
-from infra import ClusterError, DataError
+from infra import ClusterError, ConfigError, DataError
+from infra.config import parse_config
 from infra.errors import StoppedError
+from infra.mlflow_server import TrackingConfig, check_tracking, refused_for_good
 from infra.process import background
 from infra.process.background import BackgroundTracker
-from infra.tracking import Tracker, TrackingConfig, find_model, refused_for_good, track
+from infra.tracking import Tracker, find_model, track
 
 
 def run(fingerprint: str, **config: Any) -> dict[str, Any]:
@@ -158,7 +160,8 @@ def test_a_run_that_mlflow_refuses_to_describe_is_failed_and_in_its_words(store:
 def test_sigterm_ends_a_commands_run(store: TrackingConfig) -> None:
     program = (
         "import os, signal, time\n"
-        "from infra.tracking import TrackingConfig, track\n"
+        "from infra.mlflow_server import TrackingConfig\n"
+        "from infra.tracking import track\n"
         "from pipelines.cli import main as cli\n"
         "@cli.app.command()\n"
         "def wait(uri: str):\n"
@@ -327,3 +330,70 @@ def test_a_server_that_does_not_answer_holds_up_nobody(port: int) -> None:
     finally:
         slow.shutdown()
         slow.server_close()
+
+
+@pytest.mark.parametrize(
+    ("uri", "meant"),
+    [
+        ("localhost:5000", "http://localhost:5000"),
+        ("mlflow.example.org", "http://mlflow.example.org"),
+        ("10.0.0.7:5000/mlflow", "http://10.0.0.7:5000/mlflow"),
+        ("runs.db", "sqlite:///runs.db"),
+    ],
+)
+def test_an_address_without_scheme_is_refused_with_the_likely_one(
+    uri: str, meant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match=meant):
+        parse_config({"uri": uri}, TrackingConfig, where="train.yaml")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(ConfigError, match=meant):
+        check_tracking(TrackingConfig())
+
+
+@pytest.mark.parametrize("status", [404, 200])
+def test_a_server_that_is_no_mlflow_is_quoted_and_a_path_prefix_advised(port: int, status: int) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(b"<html>\n<h1>Nothing under this path</h1></html>")
+
+        do_POST = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    proxy = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    try:
+        with pytest.raises(ClusterError, match=r"MLflow refused the request .*Nothing under this path") as caught:
+            check_tracking(TrackingConfig(uri=f"http://127.0.0.1:{port}"))
+    finally:
+        proxy.shutdown()
+        proxy.server_close()
+    assert "http://HOST/mlflow" in caught.value.todo
+    with pytest.raises(ClusterError, match="MLflow does not answer"):
+        check_tracking(TrackingConfig(uri=f"http://127.0.0.1:{port}"))
+
+
+def test_a_deleted_experiment_an_unreadable_database_and_a_wrong_setting_are_reported_when_asked(
+    store: TrackingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = store.model_copy(update={"experiment": "removed"})
+    check_tracking(config)
+    assert client(store).get_experiment_by_name("removed") is None, "asking makes nothing"
+    client(store).delete_experiment(client(store).create_experiment("removed"))
+    with pytest.raises(ClusterError, match="'removed' is deleted"):
+        check_tracking(config)
+    (tmp_path / "photo.png").write_bytes(b"no database" * 100)
+    with pytest.raises(ClusterError, match="not a database"):
+        check_tracking(TrackingConfig(uri=f"sqlite:///{tmp_path}/photo.png"))
+    with pytest.raises(ClusterError, match="htp"):
+        check_tracking(TrackingConfig(uri="htp://there"))
+    check_tracking(TrackingConfig(uri=f"sqlite:///{tmp_path}/new.db"))
+    assert not (tmp_path / "new.db").exists()
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "soon")
+    with pytest.raises(ConfigError, match="soon") as caught:
+        check_tracking(store)
+    assert caught.value.where == "MLFLOW_HTTP_REQUEST_TIMEOUT"

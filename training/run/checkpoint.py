@@ -61,7 +61,7 @@ def save_checkpoint(output: str, state: TrainingState, *, keep: int, damaged: Co
                     f"{group}: tensor {name} is not finite after update {state.facts['num_updates']}; "
                     "nothing was saved",
                     where=output,
-                    todo="lower the learning rate and run again from the checkpoint before, which is kept",
+                    todo=advice(output),
                 )
     place = join(output, "checkpoints", f"{state.facts['position']:012d}")
     if exists(join(place, "complete.json")):  # one that was found damaged and is made again
@@ -101,6 +101,14 @@ def complete_checkpoints(output: str) -> list[str]:
     """The complete checkpoints of a run, oldest first."""
     suffix = "/complete.json"
     return [file.removesuffix(suffix) for file in list_files(join(output, "checkpoints")) if file.endswith(suffix)]
+
+
+def advice(output: str) -> str:
+    """What to do about numbers that are not finite: a resume under the same config would only meet them again."""
+    lower = "lower optimizer.learning_rate or look at these samples"
+    if complete_checkpoints(output):
+        return f"{lower}, then train into another `output` with `continue_from: {output}` (or {output}@POSITION)"
+    return f"{lower}, then run the same command again: this run has no checkpoint yet"
 
 
 def remove_checkpoint(place: str) -> None:
@@ -186,6 +194,15 @@ def _read(folder: Path, place: str) -> TrainingState:
         if name.endswith(".safetensors"):
             state.tensors[Path(name).stem] = load_file(folder / name)
     return state
+
+
+def check_names(place: str, found: dict[str, Tensor], discriminator: nn.Module) -> None:
+    """ModelError where a checkpoint is of another discriminator."""
+    for name, tensor in discriminator.state_dict().items():
+        if f"weights.{name}" not in found or found[f"weights.{name}"].shape != tensor.shape:
+            raise ModelError(
+                f"the checkpoint is of another discriminator: {name} differs", where=place, todo="keep decoder_loss's"
+            )
 
 
 def check_tensors(place: str, found: dict[str, Tensor], module: nn.Module) -> None:

@@ -12,11 +12,13 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from infra.errors import CcsrError, DataError, ModelError, line_of
+from infra.run import check_claim
 from infra.storage import join
 from training.config import TrainConfig
 from training.run.agreement import WorkerContext, agree, attempt, from_rank_0
 from training.run.checkpoint import (
     TrainingState,
+    check_names,
     check_tensors,
     load_checkpoint,
     load_newest,
@@ -64,7 +66,8 @@ class Checkpoints:
             self._context.warn(f"the last checkpoint was not written either: {line_of(failed)}")
 
     def resume(self) -> int:
-        """Collective. Restore the newest intact checkpoint; the number of updates it had done, 0 if there is none.
+        """Collective. Restore the newest intact checkpoint, else the one to continue from; the number of updates that
+        its position makes, 0 if there is neither.
 
         Rank 0 chooses: a storage may not show the newest one to every node at once. A node downloads it once.
         """
@@ -75,15 +78,16 @@ class Checkpoints:
                 found, error = attempt(lambda: load_newest(config.output, context.warn, copies))
             agree(context, error)
             position = from_rank_0(context, found.state.facts["position"] if found else -1)
-            if position < 0:
+            own = join(config.output, "checkpoints", f"{position:012d}") if position >= 0 else None
+            place = own or config.continue_from
+            if place is None:
                 return 0
             self._damaged = found.damaged if found else []
-            place = join(config.output, "checkpoints", f"{position:012d}")
             state, error = attempt(
                 lambda: self._checked(found.state if found else load_checkpoint(place, copies), place)
             )
             agree(context, error)
-        self._saved = state.facts["num_updates"]
+        self._saved = state.facts["position"] // config.global_batch_size
         restore_engine(self._engine, self._optimizer, state.tensors, self._saved)
         if self._discriminator is not None:
             restore_module(*self._discriminator, state.tensors["discriminator"], self._saved)
@@ -91,6 +95,10 @@ class Checkpoints:
 
     def _checked(self, state: TrainingState, place: str) -> TrainingState:
         check_tensors(place, state.tensors["weights"], self._engine.module.trained)
+        if self._discriminator:
+            check_names(place, state.tensors.get("discriminator", {}), self._discriminator[0])
+        if place == self._config.continue_from:  # under a changed config
+            return state
         before, now = (facts.get("dataset_ids") for facts in (state.facts, self._context.facts))
         if before and now and before != now:
             raise DataError(
@@ -149,6 +157,8 @@ class Checkpoints:
 
     def _write(self, state: TrainingState) -> None:
         runtime = self._config.runtime
+        if "fingerprint" in state.facts:
+            check_claim(self._config.output, state.facts["fingerprint"])
         save_checkpoint(self._config.output, state, keep=runtime.keep_checkpoints, damaged=self._damaged)
         every = runtime.export_every * runtime.checkpoint_every
         if self._context.export and every and state.facts["num_updates"] % every == 0:

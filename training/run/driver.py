@@ -13,11 +13,12 @@ from infra.display.progress import progress
 from infra.errors import CcsrError, ClusterError, ConfigError, ModelError, StoppedError, line_of
 from infra.locations import check_output
 from infra.manifest import Manifest
+from infra.mlflow_server import check_tracking, tracking_uri
 from infra.publish import shared_copy, temporary_folder, write_bytes
-from infra.ray_runtime import check_gpus_here, cpu_work, cpus_here, lost_worker, ray_cluster, user_error
-from infra.run import claim_output, git_commit
+from infra.ray_runtime import cpu_work, cpus_here, lost_worker, ray_cluster, user_error
+from infra.run import Progress, claim_output, git_commit
 from infra.storage import exists, join, read_json
-from infra.tracking import MODEL_TAG, Tracker, find_model, track, tracking_uri
+from infra.tracking import MODEL_TAG, Tracker, find_model, track
 from training.config import TrainConfig, TrainRuntime
 from training.data.batches import check_cpus
 from training.data.samples import check_latents
@@ -33,6 +34,7 @@ from training.models import (
 from training.run.agreement import OtherRankError, WorkerContext, agree, attempt, sigterm_noted
 from training.run.board import Pulse, Watch, make_board
 from training.run.checkpoint import Newest, best_checkpoint, complete_checkpoints, load_checkpoint, load_newest
+from training.run.continued import continued
 from training.run.stages import build_stage
 from training.run.validation import Validation
 
@@ -45,24 +47,20 @@ def run_train(config: TrainConfig) -> str:
     What an earlier run of the same config left is continued, to more updates too. Raises before anything starts where
     the data, the starting model or the output cannot be used; StoppedError after SIGTERM.
     """
-    config = config.model_copy(update={"init_from": find_model(config.init_from, config.tracking)})
-    manifests = [Manifest.load(part.path) for part in config.data]
-    _check_crop(config, manifests)
-    validation = config.validation.data if config.validation else ()
-    check_output(config.output, [*(part.path for part in config.data), *validation])
+    config, manifests, inputs, run = _claimed(config)
     model_uri = join(config.output, "model")
-    inputs = {"dataset_ids": [manifest.dataset_id for manifest in manifests], "init_from": model_id(config.init_from)}
-    run = claim_output(config.output, config, job="train", inputs=inputs, libraries=LIBRARIES)
     exported, done = _updates_done(config)
     if exported == config.num_updates:
         return model_uri
+    check_tracking(config.tracking)
     facts = {"fingerprint": run["fingerprint"], "config": run["config"], **inputs, "git_commit": git_commit()}
     last = _last(config) if done == config.num_updates else None  # None where it is damaged: it is made again
     if last is None:
         _check_start(config, manifests)
+    num_gpus = config.runtime.num_workers if config.runtime.device == "cuda" else 0
     tags = {"ccsr.stage": str(config.stage), "git.commit": facts["git_commit"]}
     with (
-        ray_cluster(config.runtime.ray) if last is None else nullcontext(),
+        ray_cluster(config.runtime.ray, num_gpus=num_gpus) if last is None else nullcontext(),
         track(config.tracking, run, tags) as tracker,
         sigterm_noted() as sigterm,  # after Ray's start, which sets its own handler
     ):
@@ -71,6 +69,36 @@ def run_train(config: TrainConfig) -> str:
             last = _last(config)
         _export(config, last, model_uri)  # after SIGTERM too: what was finished counts
     return model_uri
+
+
+def preview_train(config: TrainConfig) -> Progress:
+    """What `run_train` would do; raises what it would before it starts. Nothing is written."""
+    config, manifests, *_ = _claimed(config, write=False)
+    exported, done = _updates_done(config)
+    if exported < config.num_updates:
+        check_tracking(config.tracking)
+        _check_start(config, manifests)
+    samples = sum(manifest.num_samples for manifest in manifests)
+    what = f"stage {config.stage} from {config.init_from or 'random weights'}"
+    return Progress(max(exported, done), config.num_updates, "updates", f"{samples:,} samples", what)
+
+
+def _claimed(
+    config: TrainConfig, *, write: bool = True
+) -> tuple[TrainConfig, list[Manifest], dict[str, Any], dict[str, Any]]:
+    """The config with the places that it names found, what it reads and its identity, and run.json."""
+    config = config.model_copy(update={"init_from": find_model(config.init_from, config.tracking)})
+    manifests = [Manifest.load(part.path) for part in config.data]
+    _check_crop(config, manifests)
+    validation = config.validation.data if config.validation else ()
+    check_output(config.output, [*(part.path for part in config.data), *validation])
+    dataset_ids = [manifest.dataset_id for manifest in manifests]
+    inputs: dict[str, Any] = {"dataset_ids": dataset_ids, "init_from": model_id(config.init_from)}
+    if config.continue_from:
+        place, inputs["continue_from"] = continued(config, inputs["init_from"])
+        config = config.model_copy(update={"continue_from": place})
+    run = claim_output(config.output, config, job="train", inputs=inputs, libraries=LIBRARIES, write=write)
+    return config, manifests, inputs, run
 
 
 def _updates_done(config: TrainConfig) -> tuple[int, int]:
@@ -152,10 +180,11 @@ def _fit(
                 """Leave Ctrl-C to Python: Ray's own handler ends this process with exit code 1 before anything is
                 closed."""
 
-        check_gpus_here(runtime.num_workers if runtime.device == "cuda" else 0)
         check_cpus(config, {"CPU": cpus_here()})
         tracker.tag(**{MODEL_TAG: join(config.output, "model"), "ccsr.num_updates": str(config.num_updates)})
         _log_inputs(tracker, config, manifests)
+        if "continue_from" in facts:
+            tracker.continued(facts["continue_from"]["fingerprint"])
         board = make_board()
         settings = {
             "config": config,

@@ -14,6 +14,7 @@ from training.data.batches import Batch, updates
 from training.data.samples import SampleReader
 from training.models import CcsrModel, power_iteration
 from training.run.agreement import WorkerContext, agree, all_objects, attempt, gathered, limit_collectives
+from training.run.checkpoint import advice
 from training.run.checkpointer import Checkpoints
 from training.run.engine import make_engine, step
 from training.run.meter import Meter, Profile
@@ -174,12 +175,12 @@ def _update(
     wrong = [f"{name} {value}" for name, value in values.items() if not math.isfinite(value)]
     if wrong:
         own = [batch for batch, row in zip(batches, here.isfinite().all(1).tolist(), strict=True) if not row]
-        agree(context, _not_finite(own, batches, wrong, update, context))
+        agree(context, _not_finite(own, batches, wrong, update, context, config.output))
     return values
 
 
 def _not_finite(
-    own: list[Batch], batches: list[Batch], wrong: list[str], update: int, context: WorkerContext
+    own: list[Batch], batches: list[Batch], wrong: list[str], update: int, context: WorkerContext, output: str
 ) -> ModelError | None:
     """Collective. The error of a rank whose `own` micro-batches gave a loss that is not finite; where all losses of all
     ranks were finite and the gradient was not, each rank's error, with the keys of the whole update."""
@@ -191,7 +192,7 @@ def _not_finite(
     return ModelError(
         f"not finite at update {update}: {', '.join(wrong)}",
         where=f"samples {', '.join(keys)}",
-        todo="lower the learning rate, or look at these samples; checkpoints up to here are kept",
+        todo=advice(output),
     )
 
 
