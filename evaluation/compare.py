@@ -277,7 +277,7 @@ def _own_config(result: EvaluationResult, method: MethodScores) -> dict[str, Any
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> plain value; the entries of a list are told apart by their `name`, else by their place."""
+    """Dotted key -> plain value; the entries of a list are identified by their `name`, else by their index."""
     if isinstance(value, Mapping):
         items = list(value.items())
     elif isinstance(value, list) and value and all(isinstance(entry, Mapping) for entry in value):

@@ -147,7 +147,7 @@ class EvaluateConfig(Config):
     perturbations: tuple[Perturbation, ...] = Field((), description="tiny changes of the LR images, for P-STD")
     trace: bool = Field(False, description="score x0 at every visited timestep, of models on the first three images")
     numerics: NumericsConfig = NumericsConfig()
-    published: str | None = Field(None, description='the paper\'s numbers to stand beside: "Table 1, RealSR"')
+    published: str | None = Field(None, description='the paper\'s numbers to show beside: "Table 1, RealSR"')
     tracking: TrackingConfig = TrackingConfig()
     runtime: EvaluateRuntime = EvaluateRuntime()
 

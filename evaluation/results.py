@@ -190,9 +190,9 @@ def method_scores(
             )
     metrics = [name for name in results.column_names if name not in dict(_RESULT_FIELDS)]
     names = images["method"].unique().to_pylist()
-    strangers = sorted(set(results["method"].unique().to_pylist()) - set(names))
-    if strangers:
-        raise DataError(f"method {strangers[0]!r} has runs but no images", where="images.parquet", todo=_AGAIN)
+    unknown = sorted(set(results["method"].unique().to_pylist()) - set(names))
+    if unknown:
+        raise DataError(f"method {unknown[0]!r} has runs but no images", where="images.parquet", todo=_AGAIN)
     ours = {metric: direction for metric, direction in (directions or {}).items() if metric in metrics}
     methods = {name: _one_method(name, results, images, metrics, ours, folder) for name in names}
     first = methods[names[0]]

@@ -50,7 +50,8 @@ ModelLocation = Annotated[str, "location", AfterValidator(parse_model)]
 TrackingLocation = Annotated[str, "location", AfterValidator(parse_tracking)]
 
 EXTENDABLE = "extendable"
-"""Marks a field that says where a result ends, not what it is: it stays out of the fingerprint, so a run can go on."""
+"""Marks a field that says where a result ends, not what it is: it stays out of the fingerprint, so that a run can be
+extended."""
 
 RENAMED = {
     "use_gpu": "device",
@@ -194,7 +195,7 @@ def _meant(error: Any) -> str:
 
 
 def _written_place(values: Any, path: Sequence[str | int], *, missing: bool) -> str:
-    """An error's `path` as it stands in the file: the names of union branches that pydantic puts in are left out."""
+    """An error's `path` as written in the file: the names of union branches that pydantic puts in are left out."""
     parts: list[str] = []
     for part in path:
         with suppress(TypeError, LookupError):

@@ -34,7 +34,7 @@ def all_of(error: BaseException) -> str:
 
 
 class CcsrError(Exception):
-    """A mistake or mishap that a user can act on; shown as three lines, without a traceback.
+    """An error that a user can act on; shown as three lines, without a traceback.
 
     `what` happened, `where` (file, key, field), `todo`: what to do about it; `items`: a list below `what`.
     """

@@ -168,7 +168,7 @@ def set_aside(records: Iterable[ShardRecord]) -> dict[str, Any]:
 
 
 def dataset_id_of(shards: list[dict[str, Any]]) -> str:
-    """Identifies a shard set by its shards' names, hashes and sizes, wherever it lies."""
+    """Identifies a shard set by its shards' names, hashes and sizes, wherever it is stored."""
     return hashlib.sha256(json.dumps(shards, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -35,7 +35,7 @@ class RayConfig(Config):
     task_memory_bytes: int = Field(
         0,
         ge=0,
-        description="memory that a node must have free for each CPU task, actor or worker; 0: not reckoned with",
+        description="memory that a node must have free for each CPU task, actor or worker; 0: no memory is reserved",
     )
 
 
@@ -66,13 +66,13 @@ def count_gpus(nodes: Iterable[tuple[Mapping[str, float], Mapping[str, str]]]) -
 
 
 def check_gpus(needed: int, gpus: GpuCount, where: str) -> None:
-    """ClusterError rather than waiting for ever for GPUs that the cluster will not have."""
+    """Fail fast on GPUs that the cluster will not have. Raises ClusterError."""
     if needed > gpus.most:
         grown = f", {gpus.most} once it has grown" if gpus.most > gpus.present else ""
         raise ClusterError(
             f"this job needs {needed} GPUs, the cluster has {gpus.present}{grown}",
             where=where,
-            todo="lower runtime.num_workers or num_actors, or add GPU nodes; a cluster that adds nodes by itself says "
+            todo="lower runtime.num_workers or num_actors, or add GPU nodes; an autoscaling cluster says "
             f"up to how many GPUs by the head's label {MAX_GPUS}",
         )
 
@@ -154,7 +154,7 @@ def ray_cluster(config: RayConfig, *, num_gpus: int = 0) -> Iterator[None]:
                         log_to_driver=sys.flags.dev_mode,
                         logging_level=logging.ERROR,
                     )
-        except Exception as error:  # a slow node's is the bare class; a bad address has one of its own
+        except Exception as error:  # a slow node's is the bare class; a bad address has its own class
             raise not_started(error, address) from error
         finally:
             os.environ.pop(ONE_MACHINE, None)  # a `ray start` below this process is not meant

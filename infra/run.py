@@ -88,7 +88,7 @@ def _refuse_other(output: str, present: Mapping[str, Any], wanted: Mapping[str, 
         raise ConfigError(
             "this output was made from something else:",
             where=join(output, "run.json"),
-            todo="give another `output`, or restore the old config to go on with this one",
+            todo="give another `output`, or restore the old config to resume this one",
             items=[*changes[:MAX_SHOWN], *more],
         )
 

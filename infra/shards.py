@@ -15,7 +15,7 @@ KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,80}")
 
 @dataclass(frozen=True, slots=True)  # a training process holds one per sample, millions of them
 class Entry:
-    """Where one sample lies: `shard` (path below the shard set) and the byte span of its members in the tar."""
+    """Where one sample is stored: `shard` (path below the shard set) and the byte span of its members in the tar."""
 
     key: str
     shard: str

@@ -77,7 +77,7 @@ def sharpness(sr: np.ndarray, reference: np.ndarray, *, crop_border: int = CROP_
     """Mean gradient energy of `sr` over that of `reference`: 1 is as sharp, below 1 blurrier, above 1 busier.
 
     Energy of an image: the mean squared difference of horizontally neighbouring luma values plus that of vertically
-    neighbouring ones. It stands beside L-STD because blur lowers L-STD too. Arguments and errors as for `psnr_y`
+    neighbouring ones. It is shown beside L-STD because blur lowers L-STD too. Arguments and errors as for `psnr_y`
     (the reference is the ground truth, or the bicubic image where there is none). NaN if the reference is flat.
     """
     sr, reference = cropped_pair(sr, reference, crop_border)

@@ -57,7 +57,7 @@ def metric_directions(metrics: Sequence[str]) -> dict[str, int]:
 def fetch_pyiqa(metric: str) -> None:
     """Have pyiqa download the weights of `metric` (`pyiqa:NAME`) to its own caches: TORCH_HOME and HF_HOME.
 
-    Raises ConfigError for an unknown name, ModelError where the package or the weights cannot be had.
+    Raises ConfigError for an unknown name, ModelError where the package or the weights are missing.
     """
     os.environ["HF_HUB_OFFLINE"] = "0"  # this command is the one that may fetch
     if "huggingface_hub" in sys.modules:

@@ -114,7 +114,7 @@ def _shown(numbers: list[Number], papers: list[Number]) -> Cell:
 def interval_table(methods: Mapping[str, MethodScores]) -> Table:
     """Every metric's mean over the images, its G-STD and L-STD, each with its 95 % bootstrap interval.
 
-    Equal resamples of the images for every cell; images without a number are left out of its own row alone.
+    Equal resamples of the images for every cell; images without a number are left out of that row alone.
     """
     values = {name: per_image_values(method) for name, method in methods.items()}
     rows = list(dict.fromkeys(metric for row in values.values() for metric in row if metric != "sharpness"))

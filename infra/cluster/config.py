@@ -14,7 +14,7 @@ SlurmName = Annotated[str, Field(pattern=r"^[\w.,@+-]+$")]  # of a #SBATCH line,
 
 
 class NodeConfig(Config):
-    """One node. Ray is told these numbers, and the container or Slurm job is limited to them."""
+    """One node. Ray gets these numbers, and the container or Slurm job is limited to them."""
 
     cpus: int = Field(ge=1)
     memory_gib: int = Field(ge=2)

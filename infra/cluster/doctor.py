@@ -62,7 +62,7 @@ def diagnose(address: str | None, storage: str | None, mlflow: str | None) -> li
             lines.append(Line(name, "fail", without_passwords(f"{error.what} ({error.where})"), error.todo))
         except Exception as error:  # noqa: BLE001  the next checks are still worth their lines
             found = without_passwords(f"{type(error).__name__}: {line_of(error)}")
-            lines.append(Line(name, "fail", found, "mend what it names; the other checks went on"))
+            lines.append(Line(name, "fail", found, "fix the problem above; the remaining checks still ran"))
     return lines
 
 
@@ -87,7 +87,7 @@ def _versions() -> Iterator[Line]:
             wrong.append(f"{requirement.name} {version}, wanted {requirement.specifier}")
     if wrong:
         yield Line(
-            "versions", "fail", "; ".join(wrong), f"pip install --upgrade {DISTRIBUTION}, in an environment of its own"
+            "versions", "fail", "; ".join(wrong), f"pip install --upgrade {DISTRIBUTION}, in a virtual environment"
         )
     else:
         told = (f"{name} {metadata.version(name)}" for name in ("torch", "ray", "deepspeed"))
@@ -184,7 +184,9 @@ def _storage(place: str) -> Iterator[Line]:
     probe, was_there = join(place, f".writable-{secrets.token_hex(6)}"), os.path.isdir(place)
     first, second = secrets.token_bytes(16), secrets.token_bytes(16)
     if not put_if_absent(probe, first):
-        raise StorageError("a new file is said to exist", where=probe, todo="look what stands before the storage")
+        raise StorageError(
+            "a new file is said to exist", where=probe, todo="check the proxy or gateway in front of the storage"
+        )
     try:
         again = put_if_absent(probe, second)
         content = read_bytes(probe)

@@ -14,14 +14,14 @@ RECONNECT_SECONDS = 1800
 def follow(client: Any, job: str, on_log: Callable[[str], None]) -> int:
     """Hand a job's log to `on_log` from its beginning until it ends; returns its exit code.
 
-    A lost connection is made again and the log goes on where it broke off. 143 for a job that was stopped.
-    Raises ClusterError for an unknown job, or after half an hour without a connection (the job goes on).
+    Reconnects after a lost connection and resumes the log where it broke off. 143 for a job that was stopped.
+    Raises ClusterError for an unknown job, or after half an hour without a connection (the job still runs).
     """
     seen, lost_since = 0, None
 
     def deliver(text: str) -> None:
         nonlocal seen, lost_since
-        lost_since = None  # an empty text says that the connection stands
+        lost_since = None  # an empty text reports an open connection
         seen += len(text)
         on_log(text)
 
@@ -39,7 +39,7 @@ def follow(client: Any, job: str, on_log: Callable[[str], None]) -> int:
         except (OSError, RuntimeError) as error:
             if lost_since is None:
                 lost_since = time.monotonic()
-                on_log(f"\nnote: the connection is lost ({type(error).__name__}); the job goes on, trying again\n")
+                on_log(f"\nnote: the connection is lost ({type(error).__name__}); the job still runs, reconnecting\n")
             elif time.monotonic() - lost_since > RECONNECT_SECONDS:
                 raise ClusterError(
                     f"the job server has not answered for {RECONNECT_SECONDS // 60} minutes; job {job} may still run",

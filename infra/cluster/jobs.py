@@ -130,7 +130,7 @@ def _refuse_passwords(texts: Sequence[str]) -> None:
         if found:
             host = (text[found.end() :].split() or [""])[0][:80]
             raise ConfigError(
-                "a password stands in an address; jobs and their settings can be read by everyone on the cluster",
+                "an address contains a password; jobs and their settings can be read by everyone on the cluster",
                 where=f"the address of {host}",
                 todo="leave it out and give it to the nodes: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
                 "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, in a Kubernetes secret or the nodes' environment",
@@ -212,7 +212,7 @@ def job_info(client: Any, job: str) -> Any:
         raise ClusterError(
             "the cluster knows no such job (a head that was started anew forgets them)",
             where=f"{client.get_address()}: {job}",
-            todo="see `ccsr jobs list`; a submit of the same command goes on from what is complete",
+            todo="see `ccsr jobs list`; submitting the same command again resumes",
         ) from error
 
 

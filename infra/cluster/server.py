@@ -17,7 +17,7 @@ ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 
 @dataclass(frozen=True)
 class ClusterFacts:
-    """What a job server tells of its cluster. `nodes`: those alive, as Ray's state API lists them."""
+    """Facts that a job server reports about its cluster. `nodes`: those alive, as Ray's state API lists them."""
 
     ray_version: str
     python_version: str
@@ -42,7 +42,7 @@ def connect(address: str | None) -> Any:
 
     class Client(JobSubmissionClient):
         def _do_request(self, *request: Any, **options: Any) -> Any:
-            # Ray's own waits for ever for a server that has gone silent.
+            # Ray's own waits forever for a silent server.
             return super()._do_request(*request, timeout=REQUEST_SECONDS, **options)
 
     logging.getLogger("ray").setLevel(logging.WARNING)

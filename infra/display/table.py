@@ -1,4 +1,4 @@
-"""One table for the terminal, for HTML and for JSON; no width breaks a word or a number."""
+"""One table for the terminal, for HTML and for JSON; words and numbers are never broken."""
 
 import json
 import re
@@ -121,7 +121,7 @@ def print_report(tables: Sequence[Table], *, as_json: bool = False) -> None:
         report = [{"title": table.title, "rows": table.records(), "notes": list(table.notes)} for table in tables]
         print(json.dumps(report, indent=1))
         return
-    console = Console(soft_wrap=True)  # a word that is longer than the terminal's line is left to the terminal
+    console = Console(soft_wrap=True)  # the terminal breaks words that are longer than its line
     for number, table in enumerate(tables):
         console.print(*([""] if number else []), table, sep="\n")
 

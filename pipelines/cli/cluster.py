@@ -156,6 +156,6 @@ def _follow(client: Any, job: str) -> None:
     try:
         code = follow(client, job, _echo)
     except KeyboardInterrupt:
-        typer.echo(f"\n{job} goes on: ccsr jobs logs {job}, ccsr jobs stop {job}", err=True)
+        typer.echo(f"\n{job} still runs: ccsr jobs logs {job}, ccsr jobs stop {job}", err=True)
         raise
     raise typer.Exit(code)

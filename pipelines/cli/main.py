@@ -34,7 +34,7 @@ app.add_typer(cluster_commands.app)
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with an error; works anywhere.")] = False,
 ) -> None:
-    """`main` reads --debug from the command line itself; it stands here to be listed."""
+    """`main` reads --debug from the command line itself; it is declared here to be listed."""
 
 
 @app.command()
@@ -208,7 +208,7 @@ def restore(
     seed: Annotated[int, typer.Option(help="Run r of an image depends on this, the image's name and r alone.")] = 0,
     scale: Annotated[float, typer.Option(help="Enlargement, 1 to 8, fractions too.")] = 4,
     steps: Annotated[int, typer.Option(help="Steps of the whole chain.")] = 45,
-    t_max: Annotated[float, typer.Option(help="Where the chain goes on after its first step.")] = 0.6667,
+    t_max: Annotated[float, typer.Option(help="Where the chain continues after its first step.")] = 0.6667,
     t_min: Annotated[float, typer.Option(help="Where it ends.")] = 0.3333,
     tile: Annotated[int, typer.Option(help="Pixels of a tile for larger outputs; 0: never tile.")] = 512,
     color: Annotated[str, typer.Option(help="Colours from the input: adain, wavelet or none.")] = "adain",
@@ -260,7 +260,7 @@ def main() -> None:
         sys.exit(error.exit_code)
     except SystemExit as end:
         if end.code == 130:  # Ctrl-C, which typer turns into this
-            typer.echo("stopped; the same command goes on from here", err=True)
+            typer.echo("stopped; the same command resumes", err=True)
         if end.code == 130 and terminated:
             sys.exit(StoppedError.exit_code)
         raise

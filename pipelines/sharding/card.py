@@ -44,7 +44,7 @@ def write_card(manifest: Manifest) -> None:
     """Write contact_sheet.jpg and DATA_CARD.md unless they are there.
 
     From the finished set alone, so that any run can; the pictures' part from 128 samples spread evenly. The text is the
-    same each time and wherever the set lies. Neither file is part of the dataset id.
+    same each time and wherever the set is stored. Neither file is part of the dataset id.
     """
     with ThreadPoolExecutor(8) as pool:
         looks = list(pool.map(lambda entry: _look(manifest.uri, entry), evenly(manifest.entries, NUM_SAMPLES)))
@@ -154,7 +154,7 @@ def _sources(facts: dict[str, Any], config: dict[str, Any]) -> list[list[Any]]:
 
 
 def _bars(values: Sequence[float], edges: np.ndarray) -> list[str]:
-    """A bar of # for each stretch between edges; what lies outside belongs to the outermost."""
+    """A bar of # for each stretch between edges; what is outside belongs to the outermost."""
     counts = np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0]
     return [
         f"{low:6g} to {high:<6g} {count:5d} {'#' * round(50 * count / counts.max())}".rstrip()

@@ -88,7 +88,7 @@ class RandomCrop(Config):
 
 class GridCrop(Config):
     """Overlapping windows as BasicSR's and Real-ESRGAN's extraction of sub-images makes them: every `step_px`, and one
-    more at the end where more than `rest_px` would be left over. A file's windows all stand in one shard."""
+    more at the end where more than `rest_px` would be left over. A file's windows are all in one shard."""
 
     kind: Literal["grid"]
     size_px: int = Field(480, ge=32)

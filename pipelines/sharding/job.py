@@ -81,7 +81,7 @@ def _claimed(
 def resolve_degradation(config: ShardConfig) -> DegradationConfig | None:
     """The recipe that `degradation` names or spells out.
 
-    ConfigError for an unknown name, a crop that it or found pairs cannot take, and latents of images of any size.
+    ConfigError for an unknown name, a crop that it or existing pairs cannot take, and latents of images of any size.
     """
     recipe = load_preset(config.degradation) if isinstance(config.degradation, str) else config.degradation
     pairs = [source for source in config.sources if isinstance(source, PairsSource)]
@@ -107,11 +107,11 @@ def resolve_degradation(config: ShardConfig) -> DegradationConfig | None:
 def _check_pairs(config: ShardConfig, pairs: list[PairsSource]) -> None:
     wrong = None
     if config.degradation is not None:
-        wrong = "degradation", "found pairs have their LR images", "write `degradation: null`"
+        wrong = "degradation", "`pairs` sources bring their own LR images", "write `degradation: null`"
     elif len(pairs) < len(config.sources) or len({source.scale for source in pairs}) > 1:
-        wrong = "sources", "a set has pairs of one scale, or none", "make two shard sets; training takes several"
+        wrong = "sources", "do not mix `pairs` with other sources or scales", "make two sets; training takes several"
     elif config.scales != (1.0,) or config.short_side_px or isinstance(config.crop, CenterCrop):
-        wrong = "crop", "a found pair cannot be resized", "take `crop: {kind: random, ...}`, and no other scales"
+        wrong = "crop", "an existing pair cannot be resized", "take `crop: {kind: random, ...}`, and no other scales"
     elif isinstance(config.crop, GridCrop) and config.crop.step_px % pairs[0].scale:
         wrong = "crop.step_px", "the windows would not lie on the LR's grid", "give a multiple of the scale"
     if wrong:
@@ -175,7 +175,7 @@ def _writer(config: ShardConfig, recipe: DegradationConfig | None) -> Callable[[
 
 
 def latent_encoder(config: ShardConfig, device: str | None = None) -> "LatentEncoder | None":
-    """What adds the latents, where the config wants them."""
+    """Adds the latents, if the config asks for them."""
     if config.latents is None:
         return None
     from pipelines.sharding.latents import LatentEncoder  # the networks, whose import takes seconds

@@ -63,7 +63,7 @@ class LatentEncoder:
                 noise = noise_for(self._seed, keys, self._device, torch.float32)
                 moments.append(sample_latents(self._model, moments[2], moments[3], self._sampling, noise))
         names = (*MOMENTS, SAMPLED)[: len(moments)]
-        # safetensors writes memory as it lies, and a convolution may leave it channels last.
+        # safetensors writes memory in its order, and a convolution may leave it channels last.
         arrays = [np.ascontiguousarray(moment.half().cpu().numpy()) for moment in moments]
         return [save({name: a[i] for name, a in zip(names, arrays, strict=True)}) for i in range(len(batch))]
 

@@ -1,4 +1,4 @@
-"""Whether the two images of a found pair belong together: sizes, and content in the same place."""
+"""Whether the two images of an existing pair belong together: sizes, and content in the same place."""
 
 import cv2
 import numpy as np

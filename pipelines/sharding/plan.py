@@ -1,4 +1,4 @@
-"""Which samples stand in which shard, and in what order: a pure function of the file list and the config."""
+"""Which samples are in which shard, and in what order: a pure function of the file list and the config."""
 
 import hashlib
 from collections.abc import Sequence

@@ -46,7 +46,7 @@ class Opened:
 
 
 def read_source(file: SourceFile) -> tuple[bytes, str]:
-    """A file's bytes and the SHA-256 of its photograph, from wherever it lies."""
+    """A file's bytes and the SHA-256 of its photograph."""
     if file.entry is not None:
         members = read_sample(file.uri, file.entry)
         return members["hr.png"], json.loads(members["json"])["source_sha256"]
@@ -91,7 +91,7 @@ def at_variant(image: np.ndarray, variant: int, config: ShardConfig) -> np.ndarr
 def crop_image(
     image: np.ndarray, sample: PlannedSample, config: ShardConfig, *, scale: int
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """The sample's window of an image (already at its variant's size), and where it lay. The window of a pair lies on
+    """The sample's window of an image (already at its variant's size), and its place. The window of a pair is on
     the LR's grid. UnusableImageError (`too_small`) if it does not fit."""
     crop = config.crop
     height, width = image.shape[:2]

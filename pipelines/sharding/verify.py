@@ -25,7 +25,7 @@ NUM_THREADS = 8
 
 
 def verify(uri: str) -> Manifest:
-    """Check shards, byte index, records, dataset id against one another, and that no other object lies there.
+    """Check shards, byte index, records, dataset id against one another, and that no other object is there.
 
     A shard's hash, and its members against its entries: keys, order, byte spans. Each record against manifest and
     index. Raises DataError with every fault; a byte index that the manifest does not know ends the check at once.
@@ -63,7 +63,7 @@ def verify(uri: str) -> Manifest:
             records += [record] if record else []
             advance()
     if dataset_id_of(shards) != manifest.dataset_id:
-        faults.append("the manifest's list of shards is not the one that its dataset id stands for")
+        faults.append("the manifest's list of shards does not match its dataset id")
     if not index.num_rows == starts[-1] == manifest.num_samples:
         faults.append(f"index, shards, manifest count {index.num_rows}, {starts[-1]}, {manifest.num_samples} samples")
     aside = set_aside(records)

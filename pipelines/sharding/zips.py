@@ -23,7 +23,7 @@ def split_zip(uri: str) -> tuple[str, str] | None:
 def list_members(archive: str) -> dict[str, int]:
     """Member -> size in bytes of all files of an archive, sorted by name.
 
-    DataError for a damaged archive and for a name that stands twice in it.
+    DataError for a damaged archive and for a duplicate name in it.
     """
     members = [info for info in _open(archive).infolist() if not info.is_dir()]
     sizes = {info.filename: info.file_size for info in members}

@@ -302,7 +302,7 @@ def test_ctrl_c_says_that_the_work_goes_on(
     monkeypatch.setattr("pipelines.sharding.verify.verify", interrupted)
     ended = ccsr("verify", str(tmp_path))
     assert ended.code == 130
-    assert "the same command goes on from here" in ended.err
+    assert "the same command resumes" in ended.err
 
 
 def test_config_show_prints_values_that_load_again(

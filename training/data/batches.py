@@ -162,7 +162,7 @@ def _make_on_one_thread(maker: SampleMaker, places: Sequence[Place]) -> dict[str
 
 
 def check_cpus(config: TrainConfig, cluster: Mapping[str, float]) -> None:
-    """Refuse to wait for ever for CPUs that the cluster (resource -> amount) does not have."""
+    """Fail fast on CPUs that the cluster (resource -> amount) does not have. Raises ConfigError."""
     runtime = config.runtime
     own = 0 if runtime.device == "cuda" else 1  # Ray Train reserves a GPU worker's GPU alone
     needed, present = runtime.num_workers * (own + runtime.ingest_cpus), int(cluster.get("CPU", 0))

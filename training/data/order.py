@@ -1,4 +1,4 @@
-"""Which sample stands at which position of the training stream, and who takes it: pure functions of integers."""
+"""Which sample is at which position of the training stream, and which rank takes it: pure functions of integers."""
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache

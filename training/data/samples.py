@@ -25,7 +25,7 @@ SAMPLED = "sampled"  # the latent that a stage-1 model made of the LR: what Stab
 
 
 class Place(NamedTuple):
-    """Where the sample of a position lies: its shard set and its entry there."""
+    """Where the sample of a position is stored: its shard set and its entry there."""
 
     position: int
     uri: str
@@ -65,7 +65,7 @@ class SampleReader:
         )
 
     def place(self, position: int) -> Place:
-        """Where the sample of a position lies."""
+        """Where the sample of a position is stored."""
         return Place(position, *self._entries[self._order.sample_at(position)[1]])
 
     def __call__(self, position: int) -> TrainingSample:

@@ -80,7 +80,7 @@ def convert_stablesr(
     """Write `out` from StableSR's published checkpoint, and the one of its feature wrapping; strict, all or nothing.
 
     `base` as in `convert_v1`; the sizes of encoder and wrapping are read off the tensors. Every tensor must have a
-    place. The wrapping's file carries a VAE of its own, which becomes the model's; the checkpoint's is kept as the
+    place. The wrapping's file has its own VAE, which becomes the model's; the checkpoint's is kept as the
     condition encoder where their encoders differ. Raises ModelError naming the first difference.
     """
     path, base = Path(checkpoint), None if base is None else Path(base)
@@ -199,7 +199,7 @@ def _architecture(base: Path | None) -> tuple[UNet2DConditionModel, AutoencoderK
 
 
 def _check_prediction_type(base: Path) -> None:
-    """SD 2.1 comes in two kinds of the same shape; CCSR stands on `base`, the 512 px model that predicts the noise."""
+    """SD 2.1 comes in two kinds of the same shape; CCSR uses `base`, the 512 px model that predicts the noise."""
     place = base / "scheduler" / "scheduler_config.json"
     if place.is_file() and read_json(place).get("prediction_type", "epsilon") != "epsilon":
         raise ModelError(

@@ -17,7 +17,7 @@ Hook = tuple[nn.Module, Callable[..., Any]]
 def hooked(network: ModelMixin, hooks: Sequence[Hook]) -> Iterator[None]:
     """Register forward hooks on modules of `network`; afterwards it is as before, to the bit.
 
-    A backward pass may come after the block: what activation checkpointing computes again sees the hooks of its own
+    A backward pass may come after the block: what activation checkpointing computes again sees its own hooks and
     forward pass, also when there were others since.
     """
     checkpointed = network.is_gradient_checkpointing
@@ -35,7 +35,7 @@ def hooked(network: ModelMixin, hooks: Sequence[Hook]) -> Iterator[None]:
 def before_norm(frozen: Tensor) -> Tensor:
     """What a frozen network hands to a trained GroupNorm, in a layout that the norm's backward survives.
 
-    torch 2.13 on CPUs ends the process where only the norm's weights want a gradient and its input is channels last.
+    torch 2.13 on CPUs ends the process where only the norm's weights require a gradient and its input is channels last.
     """
     return frozen.contiguous() if torch.is_grad_enabled() and not frozen.requires_grad else frozen
 

@@ -84,7 +84,7 @@ class TimeAwareEncoder(nn.Module):
 class StableSrAdapter(ModelMixin, ConfigMixin):
     """The time-aware encoder and one `Sft` for every residual block of a UNet; all that stage 1 trains.
 
-    `unet_channels`, `unet_layers`: the UNet's block_out_channels and layers_per_block. Levels are told by their index,
+    `unet_channels`, `unet_layers`: the UNet's block_out_channels and layers_per_block. Levels are identified by index,
     so any latent whose sides the UNet can halve will do.
     """
 

@@ -163,7 +163,7 @@ class _Bands:
         parameter = next(vae.parameters())
         self.dtype, self.device = parameter.dtype, parameter.device
         self._num_groups = vae.config.norm_num_groups
-        # On a host the page cache makes files cheap, and the bands themselves want the rest.
+        # On a host the page cache makes files cheap, and the bands need the rest.
         self._free = budget if self.device.type == "cuda" else budget // 2
 
     def conv(

@@ -1,4 +1,4 @@
-"""What the ranks of a run tell each other, so that all of them go on, stop or fail together."""
+"""Agreement between ranks, so that all of them continue, stop or fail together."""
 
 import faulthandler
 import os
@@ -29,7 +29,7 @@ class Log(Protocol):
 class WorkerContext:
     """What differs between workers, and whom they report to. `facts` goes into every checkpoint.
 
-    `stop_asked(update)` is told each update that this rank begins, and says whether the run shall be stopped.
+    `stop_asked(update)` is called at the start of each update and returns whether to stop the run.
     `export(weights, uri)` writes a model directory with these trained weights.
     """
 
@@ -46,7 +46,7 @@ class WorkerContext:
 
 
 class OtherRankError(Exception):
-    """Another rank has raised the user's error; this one ends without a word of its own."""
+    """Another rank has raised the user's error; this rank exits silently."""
 
 
 def agree(context: WorkerContext, error: CcsrError | None = None, *, stop: bool = False) -> bool:
@@ -67,7 +67,7 @@ def agree(context: WorkerContext, error: CcsrError | None = None, *, stop: bool 
 
 
 def attempt(call: Callable[[], Any]) -> tuple[Any, CcsrError | None]:
-    """What `call` returns, or the user's error that it raises: to be told to the others by `agree`."""
+    """What `call` returns, or the user's error that it raises, for `agree`."""
     try:
         return call(), None
     except CcsrError as error:

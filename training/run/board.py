@@ -111,7 +111,7 @@ def make_board() -> Any:
 
 
 class Pulse:
-    """A worker's beats, from a thread, so that a process that stands still is noticed; call it at each update."""
+    """A worker's beats, from a thread, so that a frozen process is noticed; call it at each update."""
 
     def __init__(self, board: Any, rank: int, told_to_end: Callable[[], bool]) -> None:
         self._board, self._rank, self._told_to_end = board, rank, told_to_end
@@ -186,7 +186,7 @@ class Watch:
 
         try:
             self.state = ray.get(self._board.read.remote())
-        except ray.exceptions.RayError:  # what ended the cluster is told by the driver's own call
+        except ray.exceptions.RayError:  # the driver's own call reports what ended the cluster
             return
         for line in self.state.news[self._told :]:
             print(f"warning: {line}", file=sys.stderr, flush=True)

@@ -22,7 +22,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass
 class TrainingState:
-    """All that a run needs to go on: fp32 tensors by name, and `facts` (position, config, dataset ids, commit)."""
+    """All that a run needs to resume: fp32 tensors by name, and `facts` (position, config, dataset ids, commit)."""
 
     facts: dict[str, Any]
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # file name without suffix -> tensors

@@ -109,7 +109,7 @@ class Checkpoints:
         return state
 
     def save(self, num_updates: int, validation: Mapping[str, float] | None = None) -> None:
-        """Collective. Copy what a checkpoint holds, then write it while training goes on; at most one at a time.
+        """Collective. Copy what a checkpoint holds, then write it in the background; at most one at a time.
 
         A write that fails is reported by `failure`, `wait` and the block's end; the next one is then not begun. Saving
         twice at one update does nothing. ModelError where a rank's discriminator differs from rank 0's.
@@ -134,7 +134,7 @@ class Checkpoints:
             self._writing = self._pool.submit(self._write, TrainingState(facts, tensors))
 
     def wait(self) -> None:
-        """Collective. Wait until the last checkpoint stands; raises on every rank where it does not."""
+        """Collective. Wait until the last checkpoint is written; raises on every rank if that failed."""
         if self._writing is not None:
             self._writing.exception()  # waits
         agree(self._context, self.failure())

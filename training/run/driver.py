@@ -117,7 +117,7 @@ def _updates_done(config: TrainConfig) -> tuple[int, int]:
 
 
 def _check_start(config: TrainConfig, manifests: list[Manifest]) -> None:
-    """What does not fit or is missing is told here, not by a worker."""
+    """Fail here rather than in a worker if anything is missing or does not fit."""
     Validation.load(config)
     model = initial_model(config)
     check_latents(config, manifests, model.encoder_id())
@@ -294,7 +294,7 @@ def _worker(settings: dict[str, Any]) -> None:
     ray_context = ray.train.get_context()
     rank = ray_context.get_world_rank()
     torch.set_num_threads(config.runtime.threads)
-    cv2.setNumThreads(1)  # the ingest has threads of its own
+    cv2.setNumThreads(1)  # the ingest has its own threads
     skip_compiled_collectives()
     backend = "nccl" if config.runtime.device == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)

@@ -1,4 +1,4 @@
-"""What a worker measures of its own updates: rates, counted FLOPs against the card's peak, memory, a profile."""
+"""Measurements of a worker's updates: rates, counted FLOPs against the card's peak, memory, a profile."""
 
 import resource
 import sys

@@ -88,7 +88,7 @@ class DecoderStage(Stage):
     def __init__(self, model: CcsrModel, config: TrainConfig) -> None:
         super().__init__(model, model.trained_part(2), config)
         loss = config.decoder_loss
-        # Not registered either: the one has an optimiser of its own, the other is frozen.
+        # Not registered either: the one has its own optimiser, the other is frozen.
         self._adversary = (_discriminator(config),)
         self._perceptual = (_perceptual(model, loss.perceptual),)
 

@@ -58,7 +58,7 @@ def sample_ccsr_v2(
     noise: DrawNoise,
     denoise_first: Denoise | None = None,
 ) -> Tensor:
-    """x0 float32 (B, C, H, W); one step is x0 at 999, more re-noise it at t_max and go on as v1 does.
+    """x0 float32 (B, C, H, W); one step is x0 at 999, more re-noise it at t_max and continue as v1 does.
 
     `start`: "lr", `z_lr` (B, C, H, W) noised to 999, or "noise", pure noise. Draws: the start, the re-noising (not with
     one step, nor with t_max = 1, which skips the jump at 999), then one per loop step but the last.
