@@ -110,7 +110,7 @@ class Losses:
 
 def train_here(config: TrainConfig, rank: int = 0, world_size: int = 1, losses: Losses | None = None) -> list[float]:
     """Run the loop in this process, which is in a process group; the losses of the updates that it did."""
-    from training.run.driver import initial_model
+    from training.run.export import initial_model
     from training.run.worker import WorkerContext, train
 
     losses = losses or Losses()
@@ -193,7 +193,7 @@ def resave(config: TrainConfig, rank: int, world_size: int, output: str) -> None
     """Restore the newest checkpoint into engines of this world size and write what they hold to `output`."""
     from training.run import worker as loop
     from training.run.checkpointer import Checkpoints
-    from training.run.driver import initial_model
+    from training.run.export import initial_model
 
     context = loop.WorkerContext(rank, world_size, "cpu", {})
     stage = loop.build_stage(initial_model(config), config)

@@ -33,7 +33,7 @@ from tests.training_runs import (
 from training.data.batches import updates
 from training.data.samples import SampleReader
 from training.run.checkpoint import TrainingState, complete_checkpoints, load_checkpoint
-from training.run.driver import initial_model
+from training.run.export import initial_model
 from training.run.stages import build_stage
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "losses"

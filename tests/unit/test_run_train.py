@@ -78,7 +78,7 @@ def test_a_finished_run_whose_last_checkpoint_is_damaged_resumes_from_the_one_be
     monkeypatch.setattr(train, "_check_start", lambda *_: None)
     monkeypatch.setattr(train, "ray_cluster", lambda *_: nullcontext())
     monkeypatch.setattr(train, "_fit", fit)
-    monkeypatch.setattr(train, "_export", lambda config, last, uri: exported.append(last.place))
+    monkeypatch.setattr(train, "export_run", lambda config, last, uri: exported.append(last.place))
     run_train(config)
     assert exported == [place]
 
@@ -90,7 +90,7 @@ def test_a_run_ends_with_its_model(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     config = train_config(noise_shards(tmp_path / "set", 4), tmp_path / "run", num_updates=3, tracking=tracking)
     save_checkpoint(config.output, TrainingState({"position": 12, "num_updates": 3}, {"weights": {}}), keep=2)
     if fault == "sigterm":
-        monkeypatch.setattr(train, "_export", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        monkeypatch.setattr(train, "export_run", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         run_train(config)
     else:
         with pytest.raises(ModelError):

@@ -1,20 +1,16 @@
 """`ccsr train`: Ray Train workers run the loop; the driver checks first, shows progress and writes the model."""
 
-import json
 import os
-import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 from infra.display.progress import progress
-from infra.errors import CcsrError, ClusterError, ConfigError, ModelError, StoppedError, line_of
+from infra.errors import CcsrError, ClusterError, ConfigError, StoppedError, line_of
 from infra.locations import check_output
 from infra.manifest import Manifest
 from infra.mlflow_server import check_tracking, tracking_uri
-from infra.publish import shared_copy, temporary_folder, write_bytes
 from infra.ray_runtime import cpu_work, cpus_here, lost_worker, ray_cluster, user_error
 from infra.run import Progress, claim_output, git_commit
 from infra.storage import exists, join, read_json
@@ -23,18 +19,13 @@ from training.config import TrainConfig, TrainRuntime
 from training.data.batches import check_cpus
 from training.data.samples import check_latents
 from training.models import (
-    CcsrModel,
-    build_model,
-    export_trained,
-    fetch_model,
     model_id,
-    publish_model,
-    save_model,
 )
 from training.run.agreement import OtherRankError, WorkerContext, agree, attempt, sigterm_noted
 from training.run.board import Pulse, Watch, make_board
-from training.run.checkpoint import Newest, best_checkpoint, complete_checkpoints, load_checkpoint, load_newest
+from training.run.checkpoint import complete_checkpoints
 from training.run.continued import continued
+from training.run.export import export_run, initial_model, last_checkpoint, write_model
 from training.run.stages import build_stage
 from training.run.validation import Validation
 
@@ -54,7 +45,7 @@ def run_train(config: TrainConfig) -> str:
         return model_uri
     check_tracking(config.tracking)
     facts = {"fingerprint": run["fingerprint"], "config": run["config"], **inputs, "git_commit": git_commit()}
-    last = _last(config) if done == config.num_updates else None  # None where it is damaged: it is made again
+    last = last_checkpoint(config) if done == config.num_updates else None  # None where it is damaged: it is made again
     if last is None:
         _check_start(config, manifests)
     num_gpus = config.runtime.num_workers if config.runtime.device == "cuda" else 0
@@ -66,8 +57,8 @@ def run_train(config: TrainConfig) -> str:
     ):
         if last is None:
             _fit(config, manifests, facts, tracker, sigterm)
-            last = _last(config)
-        _export(config, last, model_uri)  # after SIGTERM too: what was finished counts
+            last = last_checkpoint(config)
+        export_run(config, last, model_uri)  # after SIGTERM too: what was finished counts
     return model_uri
 
 
@@ -139,26 +130,6 @@ def _check_crop(config: TrainConfig, manifests: list[Manifest]) -> None:
                 where=manifest.uri,
                 todo=f"write crop_px: {side - side % (manifest.facts['scale'] or 1)}, or shard with larger crops",
             )
-
-
-def initial_model(config: TrainConfig) -> CcsrModel:
-    """The fp32 model that training starts from. ModelError if the directory's networks are not the config's."""
-    if not config.init_from:
-        return _prepared(build_model(config.model, config.seed), config)
-    model = fetch_model(config.init_from)
-    if model.config != config.model:
-        raise ModelError(
-            f"the model there is {model.config.model_dump()}, the config asks for {config.model.model_dump()}",
-            where=config.init_from,
-            todo="set `model` to what the directory holds, or start from another one",
-        )
-    return _prepared(model, config)
-
-
-def _prepared(model: CcsrModel, config: TrainConfig) -> CcsrModel:
-    if config.stage == 2:
-        model.prepare_stage2(config.seed)
-    return model
 
 
 def _fit(
@@ -316,7 +287,7 @@ def _worker(settings: dict[str, Any]) -> None:
             on_update=(lambda update, note: board.write.remote(update, note + tracker.note)) if tracker else None,
             stop_asked=Pulse(board, rank, lambda: sigterm() or drain.preemption_info is not None),
             warn=board.warn.remote,
-            export=lambda weights, uri: _write_model(config, weights, uri),
+            export=lambda weights, uri: write_model(config, weights, uri),
         )
         try:
             model, error = attempt(lambda: initial_model(config))
@@ -334,48 +305,3 @@ def _worker(settings: dict[str, Any]) -> None:
         finally:
             if tracker is not None:
                 tracker.close()
-
-
-def _last(config: TrainConfig) -> Newest | None:
-    """The checkpoint of a finished run, if it is intact."""
-    newest = load_newest(config.output, lambda text: print(f"warning: {text}", file=sys.stderr))
-    return newest if newest and newest.state.facts["num_updates"] == config.num_updates else None
-
-
-def _export(config: TrainConfig, last: Newest | None, model_uri: str) -> None:
-    """OUT/model from the last checkpoint, OUT/best where some were validated; trained.json says of which update."""
-    if last is None:
-        raise ModelError(
-            f"the checkpoint after {config.num_updates} updates is gone or damaged",
-            where=join(config.output, "checkpoints"),
-            todo="run the same command again: it resumes from the one before",
-        )
-    place, state, damaged = last
-    best = best_checkpoint(config.output, damaged)
-    if best is not None:
-        weights = state.tensors["weights"] if best == place else load_checkpoint(best).tensors["weights"]
-        _write_model(config, weights, join(config.output, "best"))
-    _write_model(config, state.tensors["weights"], model_uri)
-    record = {name: state.facts[name] for name in ("num_updates", "position")}
-    write_bytes(join(config.output, "trained.json"), json.dumps(record).encode())
-
-
-def _write_model(config: TrainConfig, weights: dict[str, Any], uri: str) -> None:
-    """The starting model with `weights` in place of the trained part, as a model directory that replaces one there."""
-    facts = config.model.facts
-    part, subparts = (facts.decoder, facts.decoder_parts) if config.stage == 2 else (facts.adapter, ())
-    own = {name.removeprefix(f"{part}."): tensor for name, tensor in weights.items()}
-    with temporary_folder("model") as folder, _base(config, part, folder) as base:
-        export_trained(base, part, subparts, own, folder / "model")
-        publish_model(folder / "model", uri)
-
-
-@contextmanager
-def _base(config: TrainConfig, part: str, folder: Path) -> Iterator[Path]:
-    """A model directory that an export changes: the one that training began with; its networks written to `folder`
-    where they were random, or the stage has added `part`."""
-    with shared_copy(config.init_from, "ccsr.json") if config.init_from else nullcontext(folder) as base:
-        if not (base / part).is_dir():
-            base = folder / "initial"
-            save_model(initial_model(config), base)
-        yield base
