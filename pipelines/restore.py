@@ -109,9 +109,9 @@ def restore(source: str, output: str, model_uri: str, config: RestoreConfig) -> 
     config = _resolved(config)
     source, output = map(location, (source, output))
     model_uri = find_model(model_location(model_uri), TrackingConfig())
-    folder, tasks = plan(source, output, config.num_runs)
     inputs: dict[str, Any] = {"model": model_id(model_uri)}
     check_sampling(model_uri, config.sampling)
+    folder, tasks = plan(source, output, config.num_runs)
     name = "run.json"
     if folder != output:
         inputs["source"] = identity(read_bytes(source))

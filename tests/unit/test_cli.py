@@ -32,6 +32,7 @@ TRAIN = """\
 job: train
 output: {out}
 stage: 1
+init_from: random
 data: [{set}]
 crop_px: 32
 global_batch_size: 4

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 from typer.testing import CliRunner
 
@@ -166,13 +167,16 @@ def test_a_config_is_read_from_s3_and_home(s3: str, tmp_path: Path, monkeypatch:
         assert load_config(location(place), TrainConfig).num_updates == 3
 
 
+CCSR = typer.main.get_command(app)
+
+
 def test_a_job_is_submitted_with_the_location_that_is_meant(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(CONFIGS["train"]))
     command = ["train", "-c", str(tmp_path / "run.yaml"), "--set"]
-    assert needs_of([*command, "output=S3://b/out/"]).outputs == ("s3://b/out",)
-    assert needs_of([*command, "output=file:///shared/out"]).outputs == ("/shared/out",)
+    assert needs_of(CCSR, [*command, "output=S3://b/out/"]).outputs == ("s3://b/out",)
+    assert needs_of(CCSR, [*command, "output=file:///shared/out"]).outputs == ("/shared/out",)
     with pytest.raises(ConfigError, match="relative output"):
-        needs_of([*command, "output=out"])
+        needs_of(CCSR, [*command, "output=out"])
 
 
 def test_inside_follows_links_and_names_alike_are_no_folders(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_a_finished_run_whose_last_checkpoint_is_damaged_resumes_from_the_one_be
 
     exported: list[object] = []
     monkeypatch.setattr(train, "_check_start", lambda *_: None)
-    monkeypatch.setattr(train, "ray_cluster", lambda *_: nullcontext())
+    monkeypatch.setattr(train, "ray_cluster", lambda *_, **__: nullcontext())
     monkeypatch.setattr(train, "_fit", fit)
     monkeypatch.setattr(train, "export_run", lambda config, last, uri: exported.append(last.place))
     run_train(config)

@@ -389,8 +389,8 @@ def test_a_deleted_experiment_an_unreadable_database_and_a_wrong_setting_are_rep
     (tmp_path / "photo.png").write_bytes(b"no database" * 100)
     with pytest.raises(ClusterError, match="not a database"):
         check_tracking(TrackingConfig(uri=f"sqlite:///{tmp_path}/photo.png"))
-    with pytest.raises(ClusterError, match="htp"):
-        check_tracking(TrackingConfig(uri="htp://there"))
+    with pytest.raises(ValueError, match="a location here is one of"):
+        TrackingConfig(uri="htp://there")
     check_tracking(TrackingConfig(uri=f"sqlite:///{tmp_path}/new.db"))
     assert not (tmp_path / "new.db").exists()
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "soon")
