@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from pydantic import Field
 
 from infra.config import Config
-from infra.errors import CcsrError, ClusterError, line_of
+from infra.errors import CcsrError, ClusterError, ConfigError, line_of
 from infra.process.numerics import NumericsConfig, set_numerics
 from infra.ray_start import ONE_MACHINE, local_token, not_started, only_on_loopback, use_token, without_log_level
 
@@ -124,6 +124,12 @@ def ray_cluster(config: RayConfig, *, num_gpus: int = 0) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
     address = config.address or os.environ.get("RAY_ADDRESS")
+    if address and address.startswith(("http://", "https://")):
+        raise ConfigError(
+            "this is the address of a job server, which `ccsr submit` and `ccsr jobs` use; work here needs Ray's own",
+            where=f"{'runtime.ray.address' if config.address else 'RAY_ADDRESS'}: {address}",
+            todo="unset RAY_ADDRESS and name the job server in RAY_API_SERVER_ADDRESS, or submit this command",
+        )
     if address:
         use_token()
     if not address or only_on_loopback(address):

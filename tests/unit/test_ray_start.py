@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from infra import ClusterError
+from infra import ClusterError, ConfigError
 from infra.ray_runtime import RayConfig, ray_cluster
 from infra.ray_start import local_token, without_log_level
 
@@ -60,3 +60,11 @@ def test_missing_gpus_are_reported_before_ray_is_started(monkeypatch: pytest.Mon
     with pytest.raises(ClusterError, match="needs 2 GPUs, this machine has 1") as caught:
         ray_cluster(RayConfig(), num_gpus=2).__enter__()
     assert "runtime.device: cpu" in caught.value.todo
+
+
+def test_a_job_servers_address_is_not_taken_for_rays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
+    with pytest.raises(ConfigError, match="address of a job server") as caught, ray_cluster(RayConfig()):
+        pass
+    assert caught.value.where == "RAY_ADDRESS: http://head:8265"
+    assert "RAY_API_SERVER_ADDRESS" in caught.value.todo
