@@ -74,6 +74,7 @@ def s3(bucket: str) -> str:
     return f"{bucket}/{os.urandom(6).hex()}"
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Two lanes of `make test`: what starts Ray stays together, so that it shares one, and the rest fills the other."""
     for item in items:
