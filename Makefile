@@ -17,8 +17,12 @@ install: .venv/installed
 demo: install
 	$(BIN)/ccsr demo
 
+# Two lanes side by side, each with one Ray or none.
+LANE := $(BIN)/python -m pytest -m "not slow"
 test: install
-	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadgroup
+	@log=$$(mktemp); $(LANE) tests/integration tests/fault --ignore tests/integration/test_training.py > $$log 2>&1 & lane=$$!; \
+	$(LANE) tests/unit tests/golden tests/integration/test_training.py; others=$$?; \
+	wait $$lane; ray=$$?; cat $$log; rm $$log; exit $$((others | ray))
 
 test-all: install
 	set -o pipefail; $(BIN)/python -m pytest --durations=25 2>&1 | tee benchmarks/test-all-$$(date -u +%Y-%m-%d).log

@@ -72,14 +72,3 @@ def bucket(s3_server: str) -> Iterator[str]:
 def s3(bucket: str) -> str:
     """An empty place on S3."""
     return f"{bucket}/{os.urandom(6).hex()}"
-
-
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two lanes of `make test`: what starts Ray stays together, so that it shares one, and the rest fills the other."""
-    for item in items:
-        folder, name = item.path.parent.name, item.path.name
-        if name == "test_training.py":
-            item.add_marker(pytest.mark.xdist_group("gloo"))
-        elif folder in ("integration", "fault"):
-            item.add_marker(pytest.mark.xdist_group("ray"))
