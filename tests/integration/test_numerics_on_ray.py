@@ -80,14 +80,13 @@ def test_training_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_latents_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    report, encoder = reporter(tmp_path), pipelines.sharding.job.latent_encoder
+    report, writer = reporter(tmp_path), pipelines.sharding.job._writer
 
-    def reporting(config: ShardConfig, device: str | None = None) -> Any:
-        if device is None:  # a worker's; the driver's reads the encoder's identity
-            report()
-        return encoder(config, device)
+    def reporting(*arguments: Any) -> Any:
+        report()
+        return writer(*arguments)
 
-    monkeypatch.setattr(pipelines.sharding.job, "latent_encoder", reporting)
+    monkeypatch.setattr(pipelines.sharding.job, "_writer", reporting)
     save_model(build_model(ModelConfig(), 0), tmp_path / "model")
     values = {
         "job": "shard",
