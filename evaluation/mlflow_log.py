@@ -11,9 +11,9 @@ from evaluation.results import TRACE, EvaluationResult, method_file
 from infra.config import fingerprint_of
 from infra.errors import ClusterError, line_of
 from infra.mlflow_server import TrackingConfig, mlflow_errors, tracking_uri
+from infra.run import git_commit
 from infra.storage import exists, join, list_files, read_bytes, read_json
 from infra.tracking import PARENT_TAG, Tracker, find_run, track
-from training.run.driver import git_commit
 
 MAX_LOGGED_IMAGES = 8
 

@@ -65,7 +65,7 @@ def test_any_name_is_restored_alone_as_beside_others(model: str, tmp_path: Path)
         ((place, picture),) = written(tmp_path / f"single{number}").items()
         assert together[place] == picture
     pictures = set(together.values())
-    assert len(pictures) == len(NAMES), "each path has noise of its own"
+    assert len(pictures) == len(NAMES), "each path has its own noise"
 
 
 def test_files_that_differ_in_their_suffix_keep_it_and_their_noise(model: str, tmp_path: Path) -> None:

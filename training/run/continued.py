@@ -15,7 +15,7 @@ from training.run.checkpoint import complete_checkpoints
 
 def continued(config: TrainConfig, init_from: str | None) -> tuple[str, dict[str, Any]]:
     """The checkpoint that `continue_from` names, and its identity. Where it is gone, as run.json recorded it, once the
-    run has checkpoints of its own. Errors as of `find_checkpoint` and `check_continued`."""
+    run has its own checkpoints. Errors as of `find_checkpoint` and `check_continued`."""
     named = str(config.continue_from)
     try:
         place = find_checkpoint(named, config.tracking)
