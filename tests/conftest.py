@@ -1,6 +1,7 @@
 """Fixtures of all tests: an S3 server in a process of its own, started once and only when a test asks for it."""
 
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -17,8 +18,8 @@ from infra import storage
 settings.register_profile("ccsr", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("ccsr")
 
-# The user's own token would be sent to clusters that have none.
-os.environ["RAY_AUTH_MODE"] = "disabled"
+# Of every Ray that the tests start, in place of the user's own. Ray's core reads it once in a process.
+os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", secrets.token_hex(32)
 
 S3_SETTINGS = {
     "AWS_ACCESS_KEY_ID": "test",

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import secrets
 import select
 import shlex
 import signal
@@ -39,23 +38,12 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def token(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The cluster's token, in a file that is not the user's own."""
-    file = tmp_path_factory.mktemp("token") / "auth_token"
-    file.write_text(secrets.token_hex(32))
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("RAY_AUTH_TOKEN_PATH", str(file))
-        environment.setenv("RAY_AUTH_MODE", "token")
-        yield
-
-
-@pytest.fixture(scope="module")
-def cluster(token: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
     """A head and a GPU node on loopback, started and ended by the test; yields job server and Ray address."""
     port, dashboard, logs = free_port(), free_port(), tmp_path_factory.mktemp("ray")
     ray, nodes = str(Path(sys.executable).with_name("ray")), []
     # A job's `python` is the one that comes first on the node's PATH, as in an activated environment.
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "RAY_AUTH_MODE": "token"}
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
     def start(*options: str) -> subprocess.Popen:
         common = ["--block", "--disable-usage-stats", "--num-cpus=2", "--object-store-memory=100000000"]
@@ -100,8 +88,7 @@ def _wait_for(address: str, head: subprocess.Popen) -> None:
 
 
 @pytest.fixture
-def job_server(cluster: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")  # what connecting sets in this process is undone
+def job_server(cluster: tuple[str, str]) -> str:
     return cluster[0]
 
 
@@ -119,8 +106,7 @@ def test_a_submitted_job_runs_there_once_and_returns_its_exit_code(job_server, t
     assert submit(job_server, sharding, lines.append)[1] is None
     assert len(lines) == 1
     assert re.search(r"-1 succeeded at \d{4}-.*; --key NAME forces a new job", lines[0])
-    stranger = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
-    refused = run_ccsr("submit", "--address", job_server, "--", "verify", "x", cwd=tmp_path, **stranger)
+    refused = run_ccsr("submit", "--address", job_server, "--", "verify", "x", cwd=tmp_path, RAY_AUTH_TOKEN="0" * 64)
     assert refused.returncode == 6
     assert "its token is missing or wrong" in refused.stderr
     client = connect(job_server)
@@ -283,7 +269,10 @@ def test_what_cannot_work_is_told_before_anything_starts(job_server, bucket, tmp
     refused(ClusterError, "needs 2 GPUs, the cluster has 1", num_gpus=2)
     refused(StorageError, "no such bucket", outputs=("s3://absent/out",))
     with monkeypatch.context() as environment:
-        environment.delenv("RAY_AUTH_MODE")  # the token's file alone, as for a user
+        (tmp_path / "auth_token").write_text(os.environ["RAY_AUTH_TOKEN"])
+        environment.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "auth_token"))
+        for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):  # the token's file alone, as for a user
+            environment.delenv(name)
         done = run_ccsr("doctor", "--address", job_server, "--json", cwd=tmp_path)
     found = {line["name"]: line for line in json.loads(done.stdout)}
     assert [found[name]["state"] for name in ("cluster", "token", "nodes")] == ["ok", "ok", "ok"], done.stdout

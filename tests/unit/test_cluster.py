@@ -238,7 +238,7 @@ STAND_INS = {
     "scontrol": 'echo "scontrol $*" >> calls',
     "ccsr": 'echo "ccsr $*" >> calls; trap "exit ${CODE_AT_TERM:-0}" TERM\n'
     '[ -z "${CODE_AT_TERM:-}" ] && exit ${CODE:-0}\n'
-    "sleep 0.5; kill -TERM $PPID; for i in $(seq 600); do sleep 0.1; done",
+    "sleep 0.5; kill -TERM $PPID; sleep 60 & wait",  # bash may trip over a trap that comes while it reads a $(...)
 }
 
 
