@@ -145,7 +145,7 @@ class EvaluateConfig(Config):
     metrics: Annotated[tuple[MetricName, ...], Field(min_length=1)] = ("psnr_y", "ssim_y")
     convention: Literal["ccsr", "pyiqa"] = Field("ccsr", description="px cut from each side: ccsr 4, pyiqa none")
     perturbations: tuple[Perturbation, ...] = Field((), description="tiny changes of the LR images, for P-STD")
-    trace: bool = Field(False, description="score x0 at every visited timestep, of models on the first three images")
+    trace: bool = Field(False, description="score x0 at every visited timestep, of models on the first two images")
     numerics: NumericsConfig = NumericsConfig()
     published: str | None = Field(None, description='the paper\'s numbers to show beside: "Table 1, RealSR"')
     tracking: TrackingConfig = TrackingConfig()

@@ -43,7 +43,7 @@ from infra.tracking import find_model
 from training.models import model_id
 from training.restore.restore import check_sampling
 
-TRACED_IMAGES = 3
+TRACED_IMAGES = 2
 LIBRARIES = ("torch", "diffusers", "numpy", "opencv-python-headless", "pillow")
 
 

@@ -18,6 +18,9 @@ from infra import storage
 settings.register_profile("ccsr", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("ccsr")
 
+# Two lanes share the cores: a thread each, and workers of Ray that are not put behind everything else.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - so Ray spells it
 # Of every Ray that the tests start, in place of the user's own. Ray's core reads it once in a process.
 os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", secrets.token_hex(32)
 
