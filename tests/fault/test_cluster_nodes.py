@@ -67,6 +67,7 @@ def shard_with_a_loss(nodes: Nodes, photos: Path, s3: str) -> str:
     return output
 
 
+@pytest.mark.slow
 def test_a_worker_node_dies_while_sharding(photos: Path, whole: str, s3: str, nodes: Nodes) -> None:
     require_undisturbed(shard_with_a_loss(nodes, photos, s3), whole)
 
