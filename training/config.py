@@ -9,6 +9,7 @@ from infra.config import EXTENDABLE, Config, FieldError, Location, ModelLocation
 from infra.mlflow_server import TrackingConfig
 from infra.process.numerics import NumericsConfig
 from infra.ray_runtime import RayConfig
+from training.optimizer import EmaConfig, OptimizerConfig
 
 SizeRule = Literal["pad", "v1", "v1_tiled", "v2"]
 
@@ -110,16 +111,6 @@ class SamplingConfig(Config):
         return self
 
 
-class OptimizerConfig(Config):
-    """AdamW. The defaults are v2's stage 1 (train_ccsr_stage1.py)."""
-
-    learning_rate: float = Field(5e-5, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = Field(1e-2, ge=0)
-    clip_norm: float = Field(1.0, ge=0, description="0: no clipping")
-    warmup_updates: int = Field(0, ge=0)
-
-
 class DecoderLossConfig(Config):
     """Stage 2's loss; see `training.generator_loss`. Defaults: v1's, but with a perceptual term that needs no file and
     a discriminator that learns from update 0 on (v1: 1).
@@ -167,6 +158,7 @@ class TrainRuntime(Config):
     checkpoint_every: int = Field(500, ge=1, description="updates between two checkpoints; the last always has one")
     keep_checkpoints: int = Field(2, ge=2, description="the newest ones; the best validated one stays too")
     export_every: int = Field(0, ge=0, description="every k-th checkpoint also as a model directory; 0: none")
+    export_raw: bool = Field(False, description="with `ema`: the weights that it averages too, as OUT/model_raw")
     max_restarts: int = Field(3, ge=0, description="restarts from the last checkpoint after a worker was lost")
     collective_timeout_seconds: int = Field(600, ge=10, description="ranks that wait longer for another one give up")
 
@@ -224,6 +216,7 @@ class TrainConfig(Config):
     global_batch_size: int = Field(96, ge=1)
     num_updates: Annotated[int, EXTENDABLE] = Field(ge=1)
     optimizer: OptimizerConfig = OptimizerConfig()
+    ema: EmaConfig | None = None
     decoder_loss: DecoderLossConfig = DecoderLossConfig()
     validation: ValidationConfig | None = None
     tracking: TrackingConfig = TrackingConfig()
@@ -253,6 +246,8 @@ class TrainConfig(Config):
             raise ValueError(
                 "under runtime.zero_stage 0 DeepSpeed accumulates bf16 gradients in bf16: use zero_stage 1 or 2"
             )
+        if self.runtime.export_raw and self.ema is None:
+            raise ValueError("`runtime.export_raw` has no effect without `ema`: leave it out")
         if self.t_min >= self.t_max and "t_min" not in self.unused():
             raise ValueError(f"t_min ({self.t_min}) must be below t_max ({self.t_max})")
         if self.stage == 2 and self.model.family == "stablesr" and self.decoder_loss.adaptive:

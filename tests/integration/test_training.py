@@ -59,10 +59,10 @@ MORE_COMBINATIONS = [("fp32", 0, 2), ("fp32", 2, 2), ("bf16", 2, 2)]
 
 
 def combination(precision: str, zero_stage: int, stage: int) -> dict[str, Any]:
-    """With `smaller_tiny`."""
+    """With `smaller_tiny` and an average."""
     runtime = {"zero_stage": zero_stage, "checkpoint_every": 1, "micro_batch_size": 1}
-    chain = {"num_steps": 3} if stage == 2 else {}
-    return {"precision": precision, "stage": stage, "global_batch_size": 2, "runtime": runtime} | chain
+    changes = {"precision": precision, "stage": stage, "global_batch_size": 2, "ema": {"decay": 0.75, "warmup": False}}
+    return changes | {"runtime": runtime} | ({"num_steps": 3} if stage == 2 else {})
 
 
 def one_gradient(precision: str, zero_stage: int) -> dict[str, Any]:
@@ -283,7 +283,7 @@ def test_a_damaged_sample_ends_both_ranks_and_the_group_is_still_sound(two, one)
 def test_resumed_equals_uninterrupted(
     process_group, small, data, tmp_path, request, precision, zero_stage, stage, world_size
 ):
-    """Bit by bit, losses, weights, moments and discriminator."""
+    """Bit by bit, losses, weights, moments, average and discriminator."""
     if world_size == 1:
         assert_resumes_here(data, tmp_path, precision, zero_stage, stage)
     else:
@@ -344,6 +344,10 @@ def assert_same_end(folder: Path, precision: str, zero_stage: int, stage: int) -
         checkpoint_at(folder / f"{name}-{precision}{zero_stage}-{stage}", 2, batch=2) for name in ("whole", "parts")
     ]
     assert_equal(*ends)
+    before = checkpoint_at(folder / f"parts-{precision}{zero_stage}-{stage}", 1, batch=2).tensors
+    for name, average in ends[0].tensors["ema"].items():
+        assert torch.equal(before["ema"][name], before["weights"][name])
+        assert torch.equal(average, before["ema"][name].lerp(ends[0].tensors["weights"][name], 0.25))
     assert {tensor.dtype for tensor in ends[0].tensors["weights"].values()} == {torch.float32}
 
 

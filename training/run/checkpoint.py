@@ -18,6 +18,7 @@ from training.models.directory import write_weights
 
 FORMAT = "ccsr-checkpoint-1"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+EMA = "ema"
 
 
 @dataclass
@@ -26,6 +27,11 @@ class TrainingState:
 
     facts: dict[str, Any]
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # file name without suffix -> tensors
+
+    @property
+    def model_weights(self) -> dict[str, Tensor]:
+        """What a model directory gets: the average where there is one."""
+        return self.tensors.get(EMA, self.tensors["weights"])
 
 
 def module_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

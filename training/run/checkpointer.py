@@ -88,7 +88,7 @@ class Checkpoints:
             )
             agree(context, error)
         self._saved = state.facts["position"] // config.global_batch_size
-        restore_engine(self._engine, self._optimizer, state.tensors, self._saved)
+        restore_engine(self._engine, self._optimizer, state.tensors, self._saved, averaged=config.ema is not None)
         if self._discriminator is not None:
             restore_module(*self._discriminator, state.tensors["discriminator"], self._saved)
         return self._saved
@@ -121,7 +121,9 @@ class Checkpoints:
         if self._writing is not None:
             self._writing.exception()  # waits; what failed is raised by `failure`
         discriminator = self._replica(*self._discriminator, num_updates) if self._discriminator else None
-        tensors = engine_state(self._engine, self._optimizer, keep=context.rank == 0)
+        tensors = engine_state(
+            self._engine, self._optimizer, averaged=config.ema is not None, keep=context.rank == 0
+        )
         if tensors is None:
             return
         if discriminator is not None:
@@ -163,7 +165,7 @@ class Checkpoints:
         every = runtime.export_every * runtime.checkpoint_every
         if self._context.export and every and state.facts["num_updates"] % every == 0:
             place = join(self._config.output, "exports", f"{state.facts['position']:012d}")
-            self._context.export(state.tensors["weights"], place)
+            self._context.export(state.model_weights, place)
 
     def failure(self) -> CcsrError | None:
         """The user's error of a write that failed; any other error is raised."""

@@ -25,7 +25,7 @@ from training.run.agreement import OtherRankError, WorkerContext, agree, attempt
 from training.run.board import Pulse, Watch, make_board
 from training.run.checkpoint import complete_checkpoints
 from training.run.continued import continued
-from training.run.export import export_run, initial_model, last_checkpoint, write_model
+from training.run.export import RAW, export_run, initial_model, last_checkpoint, write_model
 from training.run.stages import build_stage
 from training.run.validation import Validation
 
@@ -93,9 +93,11 @@ def _claimed(
 
 
 def _updates_done(config: TrainConfig) -> tuple[int, int]:
-    """Updates behind the complete OUT/model and behind the newest checkpoint. ConfigError where it is past the end."""
-    record, model = join(config.output, "trained.json"), join(config.output, "model", "ccsr.json")
-    exported = read_json(record)["num_updates"] if exists(record) and exists(model) else 0
+    """Updates behind the complete models and behind the newest checkpoint. ConfigError where it is past the end."""
+    record = join(config.output, "trained.json")
+    models = ["model", RAW] if config.runtime.export_raw else ["model"]
+    complete = exists(record) and all(exists(join(config.output, name, "ccsr.json")) for name in models)
+    exported = read_json(record)["num_updates"] if complete else 0
     positions = [int(place.rpartition("/")[2]) for place in complete_checkpoints(config.output)]
     done = max(positions, default=0) // config.global_batch_size
     if max(exported, done) > config.num_updates:

@@ -109,7 +109,7 @@ def _text() -> int:
 def memory_needed(num_trained: int, num_frozen: int, config: TrainConfig, world_size: int) -> dict[str, int]:
     """Bytes per worker by kind. Without activations and discriminator, hence less than a run really takes.
 
-    fp32 masters and two moments per trained parameter are shared out from ZeRO 1 on, fp32 gradients from ZeRO 2 on;
+    fp32 masters, two moments and with `ema` an average per trained parameter are shared out from ZeRO 1 on, fp32 gradients from ZeRO 2 on;
     bf16 gradients, which are added to those after each micro-batch, come on top.
     """
     size = 2 if config.precision == "bf16" else 4
@@ -120,7 +120,7 @@ def memory_needed(num_trained: int, num_frozen: int, config: TrainConfig, world_
     return {
         "weights": size * (num_trained + num_frozen),
         "gradients": 4 * num_trained // (world_size if zero == 2 else 1) + rounded,
-        "optimiser": masters + 8 * num_trained // share,
+        "optimiser": masters + (8 if config.ema is None else 12) * num_trained // share,
     }
 
 

@@ -1,7 +1,7 @@
 """The training loop of one worker: batches in order, DeepSpeed steps, checkpoints, metrics from rank 0."""
 
 import math
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from training.models import CcsrModel, power_iteration
 from training.run.agreement import WorkerContext, agree, all_objects, attempt, gathered, limit_collectives
 from training.run.checkpoint import advice
 from training.run.checkpointer import Checkpoints
-from training.run.engine import make_engine, step
+from training.run.engine import averaged, make_engine, step, update_average
 from training.run.meter import Meter, Profile
 from training.run.requirements import check_memory
 from training.run.stages import DecoderStage, Stage, build_stage
@@ -61,6 +61,8 @@ def train(config: TrainConfig, manifests: list[Manifest], model: CcsrModel, cont
             meter.batch_arrived()
             learning_rate = _set_learning_rate(optimizer, config, update)
             terms = _update(engine, adversary, batches, update, config, context, meter)
+            if config.ema is not None:
+                update_average(engine, optimizer, config.ema.decay_at(update))
             meter.update_done(terms)
             finished = update + 1
             position = finished * config.global_batch_size
@@ -69,7 +71,7 @@ def train(config: TrainConfig, manifests: list[Manifest], model: CcsrModel, cont
                 _report(context, finished, terms | meter.values(), step=position)
             scores = None
             if validation is not None and validation.due(finished):
-                with meter.aside():
+                with meter.aside(), nullcontext() if config.ema is None else averaged(engine, optimizer):
                     scores = validation(stage.model, context, position)
             if finished % config.runtime.checkpoint_every == 0 or finished == config.num_updates:
                 checkpoints.save(finished, scores)
