@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -32,8 +33,9 @@ from tests.training_runs import (
 )
 from training.data.batches import updates
 from training.data.samples import SampleReader
+from training.models import load_model
 from training.run.checkpoint import TrainingState, complete_checkpoints, load_checkpoint
-from training.run.export import initial_model
+from training.run.export import export_run, initial_model, last_checkpoint
 from training.run.stages import build_stage
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "losses"
@@ -505,6 +507,35 @@ def test_a_run_that_is_watched_is_the_same_run(one, data, tmp_path):
     assert train_here(train_config(data, tmp_path, num_updates=5, **watched)) == one[0][:5]
     assert checkpoint_at(tmp_path, 5).facts["validation"]["psnr_y"] > 0
     assert (tmp_path / "profile" / "top_ops.txt").stat().st_size > 0
+
+
+@pytest.mark.parametrize(("precision", "zero_stage"), [("fp32", 0), ("bf16", 1), ("bf16", 2)])
+def test_the_average_is_what_is_validated_and_exported(
+    process_group, small, data, tmp_path, monkeypatch, precision, zero_stage
+):
+    """And nothing else of the run changes by it."""
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def restored(model: Any, lr: Any, size: tuple[int, int], *_: Any, **__: Any) -> list[np.ndarray]:
+        seen.append({name: weight.detach().clone() for name, weight in model.controlnet.named_parameters()})
+        return [np.full((*size, 3), 50 * len(seen), np.uint8)] * 2  # the second is nearer to the images' mean, 96
+
+    monkeypatch.setattr("training.run.validation.restore_runs", restored)
+    changes = combination(precision, zero_stage, 1) | {"validation": {"data": [data], "every": 1, "num_images": 1}}
+    plain = train_config(data, tmp_path / "plain", num_updates=2, **changes | {"ema": None})
+    config = train_config(data, tmp_path / "run", num_updates=2, **changes)
+    config = config.model_copy(update={"runtime": config.runtime.model_copy(update={"export_raw": True})})
+    assert train_here(config) == train_here(plain)
+    end, without = (checkpoint_at(tmp_path / name, 2, batch=2).tensors for name in ("run", "plain"))
+    assert end.keys() - without.keys() == {"ema"}
+    assert all(torch.equal(weight, without["weights"][name]) for name, weight in end["weights"].items())
+    assert all(torch.equal(weight, end["ema"][name].to(weight.dtype)) for name, weight in seen[1].items())
+    assert any(not torch.equal(weight, seen[1][name]) for name, weight in seen[3].items())
+
+    export_run(config, last_checkpoint(config), str(tmp_path / "run" / "model"))
+    for model, weights in {"model": "ema", "best": "ema", "model_raw": "weights"}.items():
+        exported = load_model(tmp_path / "run" / model).controlnet.state_dict()
+        assert all(torch.equal(tensor, end[weights][name]) for name, tensor in exported.items()), model
 
 
 def test_incomplete_and_damaged_checkpoints_are_passed_over(one, data, tmp_path, capsys):
