@@ -8,8 +8,8 @@ from degradation.config import DegradationConfig
 from infra.config import EXTENDABLE, Config, FieldError, Location, ModelLocation
 from infra.mlflow_server import TrackingConfig
 from infra.process.numerics import NumericsConfig
-from infra.ray_runtime import RayConfig
 from training.optimizer import EmaConfig, OptimizerConfig
+from training.runtime import TrainRuntime
 
 SizeRule = Literal["pad", "v1", "v1_tiled", "v2"]
 
@@ -136,36 +136,6 @@ class DecoderLossConfig(Config):
         return unused | ({"perceptual_start_update": "with perceptual: none"} if self.perceptual == "none" else {})
 
 
-class TrainRuntime(Config):
-    """How the job runs. No field here changes the result beyond rounding, except stage 2's `micro_batch_size`.
-
-    Stage 2 computes three things per micro-batch: BatchNorm's statistics (`discriminator: patch`), the adaptive GAN
-    weight and the division of nll by N. There the micro-batch is part of the fingerprint and stays fixed; the number
-    of workers may change in every stage, since all legal ones see the same micro-batches.
-    """
-
-    ray: RayConfig = RayConfig()
-    num_workers: int = Field(1, ge=1)
-    micro_batch_size: int = Field(4, ge=1, description="samples of a forward pass; part of stage 2's result")
-    zero_stage: Literal[0, 1, 2] = 1
-    device: Literal["cpu", "cuda"] = "cpu"
-    threads: int = Field(1, ge=1, description="torch threads of a CPU worker")
-    activation_checkpointing: bool = Field(False, description="compute activations twice, keep fewer: less memory")
-    profile: bool = Field(False, description="rank 0 profiles a few updates into OUT/profile")
-    ingest_cpus: int = Field(0, ge=0, description="CPUs anywhere that prepare one worker's samples; 0: its own threads")
-    prefetch_batches: int = Field(2, ge=1, description="global batches that are prepared ahead")
-    log_every: int = Field(1, ge=1, description="updates between two points in MLflow")
-    checkpoint_every: int = Field(500, ge=1, description="updates between two checkpoints; the last always has one")
-    keep_checkpoints: int = Field(2, ge=2, description="the newest ones; the best validated one stays too")
-    export_every: int = Field(0, ge=0, description="every k-th checkpoint also as a model directory; 0: none")
-    export_raw: bool = Field(False, description="with `ema`: the weights that it averages too, as OUT/model_raw")
-    max_restarts: int = Field(3, ge=0, description="restarts from the last checkpoint after a worker was lost")
-    collective_timeout_seconds: int = Field(600, ge=10, description="ranks that wait longer for another one give up")
-
-    def unused(self) -> dict[str, str]:
-        return {"threads": "on a GPU"} if self.device == "cuda" else {}
-
-
 class ValidationConfig(Config):
     """Held-out pairs that are restored every `every` updates and after the last one."""
 
@@ -245,6 +215,12 @@ class TrainConfig(Config):
         if self.precision == "bf16" and self.runtime.zero_stage == 0:
             raise ValueError(
                 "under runtime.zero_stage 0 DeepSpeed accumulates bf16 gradients in bf16: use zero_stage 1 or 2"
+            )
+        if self.optimizer.schedule.factor(self.num_updates - 1) == 0:
+            raise FieldError(
+                f"the learning rate is 0 before the last of {self.num_updates} updates",
+                field="optimizer.schedule",
+                todo=f"write `until: {self.num_updates}`, or a `lowest` above 0",
             )
         if self.runtime.export_raw and self.ema is None:
             raise ValueError("`runtime.export_raw` has no effect without `ema`: leave it out")

@@ -61,9 +61,11 @@ MORE_COMBINATIONS = [("fp32", 0, 2), ("fp32", 2, 2), ("bf16", 2, 2)]
 
 
 def combination(precision: str, zero_stage: int, stage: int) -> dict[str, Any]:
-    """With `smaller_tiny` and an average."""
+    """With `smaller_tiny`, an average, a schedule and two groups of parameters."""
     runtime = {"zero_stage": zero_stage, "checkpoint_every": 1, "micro_batch_size": 1}
     changes = {"precision": precision, "stage": stage, "global_batch_size": 2, "ema": {"decay": 0.75, "warmup": False}}
+    schedule = {"kind": "cosine", "until": 3}
+    changes |= {"optimizer": {"learning_rate": 1e-4 if stage == 2 else 1e-3, "no_decay": True, "schedule": schedule}}
     return changes | {"runtime": runtime} | ({"num_steps": 3} if stage == 2 else {})
 
 
@@ -536,6 +538,23 @@ def test_the_average_is_what_is_validated_and_exported(
     for model, weights in {"model": "ema", "best": "ema", "model_raw": "weights"}.items():
         exported = load_model(tmp_path / "run" / model).controlnet.state_dict()
         assert all(torch.equal(tensor, end[weights][name]) for name, tensor in exported.items()), model
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2])
+def test_norms_and_biases_do_not_decay_on_request(process_group, small, data, tmp_path, zero_stage):
+    ends = {}
+    for no_decay in (False, True):
+        optimizer = {"learning_rate": 1e-2, "weight_decay": 0.5, "no_decay": no_decay}
+        changes = combination("fp32", zero_stage, 1) | {"optimizer": optimizer}
+        train_here(train_config(data, tmp_path / f"{no_decay}", num_updates=1, **changes))
+        ends[no_decay] = checkpoint_at(tmp_path / f"{no_decay}", 1, batch=2).tensors["weights"]
+    before = {
+        name: weight.detach()
+        for name, weight in initial_model(train_config(data, tmp_path, num_updates=1)).controlnet.named_parameters()
+    }
+    for name, weight in ends[True].items():
+        decayed = 0 if weight.ndim > 1 else 5e-3 * before[name]
+        torch.testing.assert_close(weight - ends[False][name], decayed + torch.zeros_like(weight), msg=name)
 
 
 def test_incomplete_and_damaged_checkpoints_are_passed_over(one, data, tmp_path, capsys):

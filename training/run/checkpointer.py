@@ -121,9 +121,7 @@ class Checkpoints:
         if self._writing is not None:
             self._writing.exception()  # waits; what failed is raised by `failure`
         discriminator = self._replica(*self._discriminator, num_updates) if self._discriminator else None
-        tensors = engine_state(
-            self._engine, self._optimizer, averaged=config.ema is not None, keep=context.rank == 0
-        )
+        tensors = engine_state(self._engine, self._optimizer, averaged=config.ema is not None, keep=context.rank == 0)
         if tensors is None:
             return
         if discriminator is not None:

@@ -15,7 +15,7 @@ from infra.ray_runtime import cpu_work, cpus_here, lost_worker, ray_cluster, use
 from infra.run import Progress, claim_output, git_commit
 from infra.storage import exists, join, read_json
 from infra.tracking import MODEL_TAG, Tracker, find_model, track
-from training.config import TrainConfig, TrainRuntime
+from training.config import TrainConfig
 from training.data.batches import check_cpus
 from training.data.samples import check_latents
 from training.models import (
@@ -28,6 +28,7 @@ from training.run.continued import continued
 from training.run.export import RAW, export_run, initial_model, last_checkpoint, write_model
 from training.run.stages import build_stage
 from training.run.validation import Validation
+from training.runtime import TrainRuntime
 
 LIBRARIES = ("torch", "deepspeed", "diffusers", "numpy", "opencv-python-headless", "pillow")
 

@@ -32,8 +32,13 @@ def make_engine(stage: Stage, config: TrainConfig, world_size: int, device: str)
     weights = {name: p.detach().clone() for name, p in stage.trained.named_parameters()} if bf16 else {}
     stage.model.to(device, torch.bfloat16 if bf16 else torch.float32)
     settings = config.optimizer
+    trained = [p for p in stage.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [{"params": trained}]
+    if settings.no_decay:
+        norms_and_biases = [p for p in trained if p.ndim < 2]
+        groups = [{"params": [p for p in trained if p.ndim > 1]}, {"params": norms_and_biases, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(
-        [p for p in stage.parameters() if p.requires_grad],
+        groups,
         lr=settings.learning_rate,
         betas=settings.betas,
         weight_decay=settings.weight_decay,
@@ -118,7 +123,8 @@ def engine_state(
     """
     from deepspeed.utils import safe_get_full_fp32_param
 
-    tensors: dict[str, dict[str, Tensor]] = {"weights": {}, "moments": {}} | ({EMA: {}} if averaged else {})
+    files = ("weights", "moments", EMA) if averaged else ("weights", "moments")
+    tensors: dict[str, dict[str, Tensor]] = {file: {} for file in files}
     for name, parameter in engine.module.trained.named_parameters():
         full = safe_get_full_fp32_param(parameter) if _is_partitioned(engine) else parameter
         if keep:

@@ -109,8 +109,8 @@ def _text() -> int:
 def memory_needed(num_trained: int, num_frozen: int, config: TrainConfig, world_size: int) -> dict[str, int]:
     """Bytes per worker by kind. Without activations and discriminator, hence less than a run really takes.
 
-    fp32 masters, two moments and with `ema` an average per trained parameter are shared out from ZeRO 1 on, fp32 gradients from ZeRO 2 on;
-    bf16 gradients, which are added to those after each micro-batch, come on top.
+    fp32 masters, two moments and, with `ema`, an average per trained parameter are shared out from ZeRO 1 on, fp32
+    gradients from ZeRO 2 on; bf16 gradients, which are added to those after each micro-batch, come on top.
     """
     size = 2 if config.precision == "bf16" else 4
     zero = config.runtime.zero_stage

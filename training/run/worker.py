@@ -59,7 +59,9 @@ def train(config: TrainConfig, manifests: list[Manifest], model: CcsrModel, cont
                     todo="run the same command again to resume",
                 )
             meter.batch_arrived()
-            learning_rate = _set_learning_rate(optimizer, config, update)
+            learning_rate = config.optimizer.rate_at(update)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
             terms = _update(engine, adversary, batches, update, config, context, meter)
             if config.ema is not None:
                 update_average(engine, optimizer, config.ema.decay_at(update))
@@ -83,14 +85,6 @@ def train(config: TrainConfig, manifests: list[Manifest], model: CcsrModel, cont
 def _stage(config: TrainConfig, model: CcsrModel, context: WorkerContext) -> Stage:
     check_memory(model, config, context)
     return build_stage(model, config)
-
-
-def _set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, update: int) -> float:
-    settings = config.optimizer
-    rate = settings.learning_rate * min(1.0, (update + 1) / max(1, settings.warmup_updates))
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    return rate
 
 
 class _Adversary:
