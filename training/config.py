@@ -222,6 +222,8 @@ class TrainConfig(Config):
                 field="optimizer.schedule",
                 todo=f"write `until: {self.num_updates}`, or a `lowest` above 0",
             )
+        if self.runtime.join_passes and (self.stage != 1 or "start_from" in self.unused()):
+            raise ValueError("`runtime.join_passes` has an effect in CCSR's stage 1 alone: leave it out")
         if self.runtime.export_raw and self.ema is None:
             raise ValueError("`runtime.export_raw` has no effect without `ema`: leave it out")
         if self.t_min >= self.t_max and "t_min" not in self.unused():

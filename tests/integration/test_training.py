@@ -5,8 +5,11 @@
 
 import functools
 import json
+import re
 import shutil
+import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +19,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 
 import training.run.checkpointer
 from infra.errors import ConfigError, ModelError, StoppedError, StorageError
@@ -555,6 +559,48 @@ def test_norms_and_biases_do_not_decay_on_request(process_group, small, data, tm
     for name, weight in ends[True].items():
         decayed = 0 if weight.ndim > 1 else 5e-3 * before[name]
         torch.testing.assert_close(weight - ends[False][name], decayed + torch.zeros_like(weight), msg=name)
+
+
+SWITCHES = [{"compile": True}, {"channels_last": True}, {"join_passes": True}]
+
+
+@pytest.mark.parametrize("switches", [*SWITCHES, {name: True for one in SWITCHES for name in one}], ids=str)
+def test_switches_for_speed_change_roundings_alone(one, data, tmp_path, monkeypatch, switches):
+    """Of the compiler its graphs and their gradients are tested; the code that it makes of them takes minutes here."""
+    compiled = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
+    monkeypatch.setattr(BasicTransformerBlock, "compile", compiled)
+    runtime = {"zero_stage": 2, **switches}
+    losses = train_here(train_config(data, tmp_path, num_updates=3, runtime=runtime))
+    assert losses == pytest.approx(one[0][:3], rel=1e-5)
+
+
+def test_fused_adamw_resumes_bit_by_bit(one, small, data, tmp_path, monkeypatch):
+    """As on a GPU, where it is on."""
+    made = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *groups, **named: made(*groups, **named | {"fused": True}))
+    assert_resumes_here(data, tmp_path, "fp32", 1, 1)
+
+
+def test_the_host_reads_two_rows_of_numbers_an_update(one, data, tmp_path, monkeypatch):
+    """Whether a rank stops, and what is logged. On a GPU any other read would stop the host until the card is done."""
+    read: list[str] = []
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__"):
+        real = getattr(torch.Tensor, name)
+
+        def counted(tensor: torch.Tensor, *inputs: Any, real: Any = real, name: str = name, **named: Any) -> Any:
+            caller = sys._getframe(1).f_code
+            if re.search("/(training|infra|diffusers)/", caller.co_filename):
+                read.append(f"{caller.co_name}: {name}")
+            return real(tensor, *inputs, **named)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    counts = []
+    for num_updates in (1, 3):
+        read.clear()
+        config = train_config(data, tmp_path / f"{num_updates}", num_updates=num_updates)
+        in_loop(config.model_copy(update={"runtime": config.runtime.model_copy(update={"checkpoint_every": 9})}))
+        counts.append(Counter(read))
+    assert counts[1] - counts[0] == {"agree: tolist": 2, "_update: tolist": 2}
 
 
 def test_incomplete_and_damaged_checkpoints_are_passed_over(one, data, tmp_path, capsys):

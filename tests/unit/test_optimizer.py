@@ -43,6 +43,15 @@ def train(num_updates: int, **schedule: Any) -> TrainConfig:
     return parse_config(values, TrainConfig, where="test")
 
 
+def test_passes_are_joined_where_there_are_two():
+    values = {"job": "train", "init_from": "random", "output": "o", "data": ["d"], "num_updates": 1}
+    values |= {"runtime": {"join_passes": True}}
+    parse_config(values | {"stage": 1}, TrainConfig, where="test")
+    for other in ({"stage": 0}, {"stage": 2}, {"stage": 1, "model": {"family": "stablesr"}}):
+        with pytest.raises(ConfigError, match="join_passes"):
+            parse_config(values | other, TrainConfig, where="test")
+
+
 def test_a_schedule_that_cannot_be_meant_is_refused():
     train(20, kind="cosine", until=20)
     with pytest.raises(ConfigError, match="is 0 before the last of 21 updates") as caught:

@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
 from training.config import TrainConfig
-from training.run.checkpoint import EMA, MOMENTS
+from training.run.checkpoint import EMA, MOMENTS, step_tensor
 from training.run.stages import Stage
 
 
@@ -31,6 +32,11 @@ def make_engine(stage: Stage, config: TrainConfig, world_size: int, device: str)
     bf16 = config.precision == "bf16"
     weights = {name: p.detach().clone() for name, p in stage.trained.named_parameters()} if bf16 else {}
     stage.model.to(device, torch.bfloat16 if bf16 else torch.float32)
+    for network in stage.model.networks.values():
+        if config.runtime.channels_last:
+            network.to(memory_format=torch.channels_last)
+        if config.runtime.compile:
+            _compile_blocks(network)
     settings = config.optimizer
     trained = [p for p in stage.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [{"params": trained}]
@@ -42,6 +48,7 @@ def make_engine(stage: Stage, config: TrainConfig, world_size: int, device: str)
         lr=settings.learning_rate,
         betas=settings.betas,
         weight_decay=settings.weight_decay,
+        fused=device.startswith("cuda"),
     )
     accumulation = config.global_batch_size // (config.runtime.micro_batch_size * world_size)
     with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory tables
@@ -65,6 +72,14 @@ def make_engine(stage: Stage, config: TrainConfig, world_size: int, device: str)
     if bf16:
         _set_weights(engine, weights)
     return engine, optimizer
+
+
+def _compile_blocks(network: nn.Module) -> None:
+    """Compile the blocks that a network repeats, each size once, in place of a whole network of many sizes."""
+    torch._dynamo.config.recompile_limit = 64  # sizes of all networks, with and without gradients; torch's default is 8
+    for block in network.modules():
+        if isinstance(block, BasicTransformerBlock):
+            block.compile()
 
 
 def step(engine: Any) -> Tensor | float | None:
@@ -151,13 +166,15 @@ def restore_engine(
     """
     from deepspeed.utils import safe_set_full_optimizer_state
 
-    step = torch.tensor(float(num_updates))
     kinds = (*MOMENTS, EMA) if averaged and EMA in tensors else MOMENTS
     partitioned = _is_partitioned(engine)
     if partitioned:
         for group in optimizer.param_groups:  # DeepSpeed put its flat partitions there
             for flat in group["params"]:
-                optimizer.state[flat] = {"step": step.clone(), **{kind: torch.zeros_like(flat) for kind in kinds}}
+                optimizer.state[flat] = {
+                    "step": step_tensor(optimizer, flat, num_updates),
+                    **{kind: torch.zeros_like(flat) for kind in kinds},
+                }
         _link_state(engine)
     for name, parameter in engine.module.trained.named_parameters():
         saved = {kind: tensors[EMA][name] if kind == EMA else tensors["moments"][f"{kind}.{name}"] for kind in kinds}
@@ -166,7 +183,7 @@ def restore_engine(
             for kind in kinds:
                 safe_set_full_optimizer_state(parameter, state[kind], kind)
         else:
-            optimizer.state[parameter] = {"step": step.clone(), **state}
+            optimizer.state[parameter] = {"step": step_tensor(optimizer, parameter, num_updates), **state}
     _set_weights(engine, tensors["weights"])
 
 

@@ -18,7 +18,7 @@ from training.run.checkpoint import advice
 from training.run.checkpointer import Checkpoints
 from training.run.engine import averaged, make_engine, step, update_average
 from training.run.meter import Meter, Profile
-from training.run.requirements import check_memory
+from training.run.requirements import check_memory, step_cost
 from training.run.stages import DecoderStage, Stage, build_stage
 from training.run.validation import Validation
 
@@ -46,7 +46,8 @@ def train(config: TrainConfig, manifests: list[Manifest], model: CcsrModel, cont
         agree(context, error)
         profiled = config.runtime.profile and context.rank == 0
         profile = ends.enter_context(Profile(config, context)) if profiled else None
-        meter = Meter(config, context.device, context.world_size)
+        flops = step_cost(config).flops_per_sample if config.runtime.compile else None
+        meter = Meter(config, context.device, context.world_size, flops_per_sample=flops)
         for update in range(done, config.num_updates):
             batches, error = attempt(lambda: next(stream))
             if agree(context, error or checkpoints.failure(), stop=context.stop_asked(update)):
@@ -102,6 +103,7 @@ class _Adversary:
             lr=config.decoder_loss.discriminator_learning_rate,
             betas=config.optimizer.betas,
             weight_decay=config.optimizer.weight_decay,
+            fused=context.device.startswith("cuda"),
         )
         self.clip_norm = config.optimizer.clip_norm
         self.world_size = context.world_size
