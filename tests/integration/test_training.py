@@ -574,14 +574,14 @@ def test_switches_for_speed_change_roundings_alone(one, data, tmp_path, monkeypa
     assert losses == pytest.approx(one[0][:3], rel=1e-5)
 
 
-def test_fused_adamw_resumes_bit_by_bit(one, small, data, tmp_path, monkeypatch):
+def test_fused_adamw_resumes_bit_by_bit(process_group, small, data, tmp_path, monkeypatch):
     """As on a GPU, where it is on."""
     made = torch.optim.AdamW
     monkeypatch.setattr(torch.optim, "AdamW", lambda *groups, **named: made(*groups, **named | {"fused": True}))
     assert_resumes_here(data, tmp_path, "fp32", 1, 1)
 
 
-def test_the_host_reads_two_rows_of_numbers_an_update(one, data, tmp_path, monkeypatch):
+def test_the_host_reads_two_rows_of_numbers_an_update(process_group, data, tmp_path, monkeypatch):
     """Whether a rank stops, and what is logged. On a GPU any other read would stop the host until the card is done."""
     read: list[str] = []
     for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__"):
