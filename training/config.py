@@ -226,6 +226,8 @@ class TrainConfig(Config):
             raise ValueError("`runtime.join_passes` has an effect in CCSR's stage 1 alone: leave it out")
         if self.runtime.export_raw and self.ema is None:
             raise ValueError("`runtime.export_raw` has no effect without `ema`: leave it out")
+        if self.runtime.offload_optimizer and self.runtime.zero_stage == 0:
+            raise ValueError("runtime.offload_optimizer needs the partitions of runtime.zero_stage 1 or 2")
         if self.t_min >= self.t_max and "t_min" not in self.unused():
             raise ValueError(f"t_min ({self.t_min}) must be below t_max ({self.t_max})")
         if self.stage == 2 and self.model.family == "stablesr" and self.decoder_loss.adaptive:

@@ -20,6 +20,7 @@ class TrainRuntime(Config):
     num_workers: int = Field(1, ge=1)
     micro_batch_size: int = Field(4, ge=1, description="samples of a forward pass; part of stage 2's result")
     zero_stage: Literal[0, 1, 2] = 1
+    offload_optimizer: bool = Field(False, description="masters and moments in the host's memory, updated on its CPU")
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int = Field(1, ge=1, description="torch threads of a CPU worker")
     activation_checkpointing: bool = Field(False, description="compute activations twice, keep fewer: less memory")

@@ -575,6 +575,17 @@ def test_switches_for_speed_change_roundings_alone(one, data, tmp_path, monkeypa
     assert losses == pytest.approx(one[0][:3], rel=1e-5)
 
 
+@pytest.mark.parametrize(("precision", "zero_stage"), [("fp32", 1), ("bf16", 1), ("bf16", 2)])
+def test_an_offloaded_optimizer_makes_the_same_run(process_group, small, data, tmp_path, precision, zero_stage):
+    """With gradients accumulated over two micro-batches, an average and a resume."""
+    changes = combination(precision, zero_stage, 1)
+    train_here(train_config(data, tmp_path / "plain", num_updates=2, **changes))
+    changes["runtime"] |= {"offload_optimizer": True}
+    for num_updates in (1, 2):
+        train_here(train_config(data, tmp_path / "offloaded", num_updates=num_updates, **changes))
+    assert_equal(*(checkpoint_at(tmp_path / name, 2, batch=2) for name in ("plain", "offloaded")))
+
+
 def test_fused_adamw_resumes_bit_by_bit(process_group, small, data, tmp_path, monkeypatch):
     """As on a GPU, where it is on."""
     made = torch.optim.AdamW

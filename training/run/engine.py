@@ -51,6 +51,9 @@ def make_engine(stage: Stage, config: TrainConfig, world_size: int, device: str)
         fused=device.startswith("cuda"),
     )
     accumulation = config.global_batch_size // (config.runtime.micro_batch_size * world_size)
+    zero: dict[str, Any] = {"stage": config.runtime.zero_stage}
+    if config.runtime.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.startswith("cuda")}
     with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory tables
         engine, *_ = deepspeed.initialize(
             model=stage,
@@ -63,7 +66,7 @@ def make_engine(stage: Stage, config: TrainConfig, world_size: int, device: str)
                 "bf16": {"enabled": bf16},
                 "data_types": {"grad_accum_dtype": "fp32"},
                 "communication_data_type": "fp32",
-                "zero_optimization": {"stage": config.runtime.zero_stage},
+                "zero_optimization": zero,
                 "zero_force_ds_cpu_optimizer": False,
                 "zero_allow_untested_optimizer": True,
                 "steps_per_print": 10**9,

@@ -1,0 +1,40 @@
+"""`ccsr estimate`: the micro-batch with which a training config fits cards of 24, 40 and 80 GB, and by which switch."""
+
+from infra.display.table import Cell, Table, cell
+from training.config import TrainConfig
+
+CARDS_GIB = (24, 40, 80)
+USABLE = 0.9
+SWITCHES = ("activation_checkpointing", "offload_optimizer")
+
+
+def fit_table(config: TrainConfig) -> Table:
+    """A row for each choice of `SWITCHES`: bytes on one GPU by `step_cost`, and for each card the largest micro-batch,
+    up to the config's, that fits. In stage 2, whose result depends on it, the config's or none."""
+    from training.run.requirements import GIB, memory_needed, step_cost
+
+    largest = config.runtime.micro_batch_size
+    sizes = (largest,) if config.stage == 2 else range(largest, 0, -1)
+    table = Table(
+        ("runtime", "GPU memory, GiB", *(f"{card} GB" for card in CARDS_GIB)),
+        f"one GPU: largest micro-batch that fits (config: {largest}), {config.precision}",
+        [
+            f"counted, not measured: weights, gradients, optimiser state, what a forward keeps; {1 - USABLE:.0%} of a "
+            "card are left for the rest" + ("; without perceptual network and DINO" if config.stage == 2 else "")
+        ],
+    )
+    for chosen in ((False, False), (True, False), (False, True), (True, True)):
+        switches = dict(zip(SWITCHES, chosen, strict=True))
+        runtime = config.runtime.model_copy(update=switches)
+        if runtime.offload_optimizer:
+            runtime = runtime.model_copy(update={"zero_stage": max(1, runtime.zero_stage)})
+        one = config.model_copy(update={"runtime": runtime})
+        # What the optimiser's place changes is no part of a step: counted once for both.
+        cost = step_cost(config.model_copy(update={"runtime": runtime.model_copy(update={"offload_optimizer": False})}))
+        held = sum(memory_needed(cost.num_trained, cost.num_frozen, one, 1).values())
+        totals = {size: (held + cost.activation_bytes * size // largest) / GIB for size in sizes}
+        fits = (next((n for n, total in totals.items() if total <= USABLE * card), None) for card in CARDS_GIB)
+        names = " + ".join(name for name, on in switches.items() if on) or "neither of the two below"
+        cells = (Cell(size, ((str(size), "good") if size else ("no", "bad"),)) for size in fits)
+        table.add(names, cell(totals[largest], ".1f"), *cells)
+    return table
