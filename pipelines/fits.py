@@ -23,14 +23,14 @@ def fit_table(config: TrainConfig) -> Table:
             "card are left for the rest" + ("; without perceptual network and DINO" if config.stage == 2 else "")
         ],
     )
+
+    def switched(**switches: object) -> TrainConfig:
+        return config.model_copy(update={"runtime": config.runtime.model_copy(update=switches)})
+
+    costs = [step_cost(switched(activation_checkpointing=on)) for on in (False, True)]
     for chosen in ((False, False), (True, False), (False, True), (True, True)):
         switches = dict(zip(SWITCHES, chosen, strict=True))
-        runtime = config.runtime.model_copy(update=switches)
-        if runtime.offload_optimizer:
-            runtime = runtime.model_copy(update={"zero_stage": max(1, runtime.zero_stage)})
-        one = config.model_copy(update={"runtime": runtime})
-        # What the optimiser's place changes is no part of a step: counted once for both.
-        cost = step_cost(config.model_copy(update={"runtime": runtime.model_copy(update={"offload_optimizer": False})}))
+        one, cost = switched(**switches, zero_stage=max(1, config.runtime.zero_stage)), costs[chosen[0]]
         held = sum(memory_needed(cost.num_trained, cost.num_frozen, one, 1).values())
         totals = {size: (held + cost.activation_bytes * size // largest) / GIB for size in sizes}
         fits = (next((n for n, total in totals.items() if total <= USABLE * card), None) for card in CARDS_GIB)

@@ -4,7 +4,6 @@ import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -161,7 +160,6 @@ class StepCost:
     activation_bytes: int
 
 
-@cache
 def step_cost(config: TrainConfig) -> StepCost:
     """Run one micro-batch's forward and backward on tensors without memory, with the loop's own stage.
 
