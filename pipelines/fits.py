@@ -14,7 +14,8 @@ def fit_table(config: TrainConfig) -> Table:
     from training.run.requirements import GIB, memory_needed, step_cost
 
     largest = config.runtime.micro_batch_size
-    sizes = (largest,) if config.stage == 2 else range(largest, 0, -1)
+    sizes = [n for n in range(largest, 0, -1) if config.global_batch_size % n == 0]
+    sizes = sizes[:1] if config.stage == 2 else sizes
     table = Table(
         ("runtime", "GPU memory, GiB", *(f"{card} GB" for card in CARDS_GIB)),
         f"one GPU: largest micro-batch that fits (config: {largest}), {config.precision}",
@@ -30,7 +31,7 @@ def fit_table(config: TrainConfig) -> Table:
     costs = [step_cost(switched(activation_checkpointing=on)) for on in (False, True)]
     for chosen in ((False, False), (True, False), (False, True), (True, True)):
         switches = dict(zip(SWITCHES, chosen, strict=True))
-        one, cost = switched(**switches, zero_stage=max(1, config.runtime.zero_stage)), costs[chosen[0]]
+        one, cost = switched(**switches, zero_stage=max(int(chosen[1]), config.runtime.zero_stage)), costs[chosen[0]]
         held = sum(memory_needed(cost.num_trained, cost.num_frozen, one, 1).values())
         totals = {size: (held + cost.activation_bytes * size // largest) / GIB for size in sizes}
         fits = (next((n for n, total in totals.items() if total <= USABLE * card), None) for card in CARDS_GIB)

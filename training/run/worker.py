@@ -9,6 +9,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm, parameters_to_
 
 from infra.errors import ModelError, StoppedError
 from infra.manifest import Manifest
+from infra.process.memory import to_device
 from training.config import TrainConfig
 from training.data.batches import Batch, updates
 from training.data.samples import SampleReader
@@ -17,6 +18,7 @@ from training.run.agreement import WorkerContext, agree, all_objects, attempt, g
 from training.run.checkpoint import advice
 from training.run.checkpointer import Checkpoints
 from training.run.engine import averaged, make_engine, step, update_average
+from training.run.health import Spikes, Stopwatch
 from training.run.meter import Meter, Profile
 from training.run.requirements import check_memory, step_cost
 from training.run.stages import DecoderStage, Stage, build_stage
@@ -48,6 +50,7 @@ def train(config: TrainConfig, manifests: list[Manifest], model: CcsrModel, cont
         profile = ends.enter_context(Profile(config, context)) if profiled else None
         flops = step_cost(config).flops_per_sample if config.runtime.compile else None
         meter = Meter(config, context.device, context.world_size, flops_per_sample=flops)
+        stopwatch, spikes = Stopwatch(context.device), Spikes()
         for update in range(done, config.num_updates):
             batches, error = attempt(lambda: next(stream))
             if agree(context, error or checkpoints.failure(), stop=context.stop_asked(update)):
@@ -63,12 +66,14 @@ def train(config: TrainConfig, manifests: list[Manifest], model: CcsrModel, cont
             learning_rate = config.optimizer.rate_at(update)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
-            terms = _update(engine, adversary, batches, update, config, context, meter)
+            terms = _update(engine, adversary, batches, update, config, context, meter, stopwatch)
             if config.ema is not None:
                 update_average(engine, optimizer, config.ema.decay_at(update))
             meter.update_done(terms)
             finished = update + 1
             position = finished * config.global_batch_size
+            if (marks := spikes(terms)) and context.tracker is not None:
+                context.tracker.metrics(marks, step=position)
             if finished % config.runtime.log_every == 0 or finished == config.num_updates:
                 terms["learning_rate"] = learning_rate
                 _report(context, finished, terms | meter.values(), step=position)
@@ -139,11 +144,13 @@ def _update(
     config: TrainConfig,
     context: WorkerContext,
     meter: Meter,
+    stopwatch: Stopwatch,
 ) -> dict[str, float]:
     """One optimiser update over this rank's micro-batches.
 
     Returns each loss term's mean over all samples, "loss_max" (the largest of all micro-batches), "gradient_norm" and
-    stage 2's "d_gradient_norm" (before clipping). ModelError with the samples' keys where one of them is not finite.
+    stage 2's "d_gradient_norm" (before clipping), and which rank's forward passes took longest: unlike the rest of an
+    update they wait for no other rank. ModelError with the samples' keys where one of them is not finite.
     """
     names: list[str] = []
     rows: list[torch.Tensor] = []
@@ -151,10 +158,9 @@ def _update(
     for micro_step, micro in enumerate(batches):
         batch = micro.to(context.device)
         with meter.counting(micro_step):
-            if adversary is None:
-                terms = engine(batch)
-            else:
-                terms = engine(batch, update=update)
+            with stopwatch.running():
+                terms = engine(batch) if adversary is None else engine(batch, update=update)
+            if adversary is not None:
                 terms["d_loss"] = adversary.accumulate(len(batches))
             engine.backward(terms["loss"])
         gradient_norm = step(engine)
@@ -166,9 +172,14 @@ def _update(
         largest["d_gradient_norm"] = adversary.step()
     if gradient_norm is not None:
         largest["gradient_norm"] = torch.as_tensor(gradient_norm, device=context.device)
+    largest["forward_seconds_max"] = to_device(torch.tensor(stopwatch.seconds()), context.device)
     over_ranks = gathered(context, torch.cat([here.mean(0), torch.stack(list(largest.values()))]))
-    numbers = torch.cat([over_ranks[:, : len(names)].mean(0), over_ranks[:, len(names) :].amax(0)])
-    values = dict(zip([*names, *largest], numbers.tolist(), strict=True))
+    seconds = over_ranks[:, -1]
+    slow = {"forward_seconds_mean": seconds.mean(), "slowest_rank": seconds.argmax().float()}
+    numbers = torch.cat(
+        [over_ranks[:, : len(names)].mean(0), over_ranks[:, len(names) :].amax(0), torch.stack(list(slow.values()))]
+    )
+    values = dict(zip([*names, *largest, *slow], numbers.tolist(), strict=True))
     # All ranks hold the same values, so all of them come here, without a check at each micro-step.
     wrong = [f"{name} {value}" for name, value in values.items() if not math.isfinite(value)]
     if wrong:
