@@ -25,7 +25,7 @@ class TrainRuntime(Config):
     threads: int = Field(1, ge=1, description="torch threads of a CPU worker")
     activation_checkpointing: bool = Field(False, description="compute activations twice, keep fewer: less memory")
     compile: bool = Field(False, description="torch.compile of the transformer blocks; takes minutes at the start")
-    channels_last: bool = Field(False, description="convolution weights in channels-last order")
+    channels_last: bool = Field(False, description="frozen convolution weights in channels-last order")
     join_passes: bool = Field(False, description="CCSR's stage 1: t and T in one pass of the networks: more memory")
     profile: bool = Field(False, description="rank 0 profiles a few updates into OUT/profile")
     ingest_cpus: int = Field(0, ge=0, description="CPUs anywhere that prepare one worker's samples; 0: its own threads")

@@ -577,8 +577,10 @@ def test_switches_for_speed_change_roundings_alone(one, data, tmp_path, monkeypa
 
 @pytest.mark.parametrize(("precision", "zero_stage"), [("fp32", 1), ("bf16", 1), ("bf16", 2)])
 def test_an_offloaded_optimizer_makes_the_same_run(process_group, small, data, tmp_path, precision, zero_stage):
-    """With gradients accumulated over two micro-batches, an average and a resume."""
+    """With gradients accumulated over two micro-batches, an average and a resume; not clipped, because the norm is
+    summed in another order."""
     changes = combination(precision, zero_stage, 1)
+    changes["optimizer"] |= {"clip_norm": 0}
     train_here(train_config(data, tmp_path / "plain", num_updates=2, **changes))
     changes["runtime"] |= {"offload_optimizer": True}
     for num_updates in (1, 2):

@@ -33,8 +33,11 @@ def make_engine(stage: Stage, config: TrainConfig, world_size: int, device: str)
     weights = {name: p.detach().clone() for name, p in stage.trained.named_parameters()} if bf16 else {}
     stage.model.to(device, torch.bfloat16 if bf16 else torch.float32)
     for network in stage.model.networks.values():
-        if config.runtime.channels_last:
-            network.to(memory_format=torch.channels_last)
+        for weight in network.parameters() if config.runtime.channels_last else ():
+            if (
+                weight.ndim == 4 and not weight.requires_grad
+            ):  # DeepSpeed broadcasts and flattens trained ones in C order
+                weight.data = weight.data.to(memory_format=torch.channels_last)
         if config.runtime.compile:
             _compile_blocks(network)
     settings = config.optimizer
