@@ -123,7 +123,7 @@ def test_cards_by_the_name_that_the_driver_gives() -> None:
     names = ["NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA A100-SXM4-80GB", "Tesla V100-SXM2", "NVIDIA L40S"]
     assert [peak_flops(name) for name in names] == [989e12, 756e12, 312e12, 125e12, 362e12]
     assert peak_flops("NVIDIA GeForce RTX 4090") == 165e12
-    names = ["NVIDIA GB200", "NVIDIA B200", "NVIDIA L4", "NVIDIA A10", "NVIDIA GeForce RTX 5090"]
-    assert [peak_flops(name) for name in names] == [2500e12, 2250e12, 121e12, 125e12, 209e12]
+    names = ["NVIDIA GB200", "NVIDIA GH200 480GB", "NVIDIA B200", "NVIDIA L4", "NVIDIA A10", "NVIDIA GeForce RTX 5090"]
+    assert [peak_flops(name) for name in names] == [2500e12, 989e12, 2250e12, 121e12, 125e12, 209e12]
     assert [peak_flops(name) for name in ("NVIDIA RTX A1000", "NVIDIA L40", "NVIDIA A10G")] == [None] * 3
     assert peak_flops("NVIDIA GeForce GTX 1650") is None

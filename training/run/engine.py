@@ -33,11 +33,10 @@ def make_engine(stage: Stage, config: TrainConfig, world_size: int, device: str)
     weights = {name: p.detach().clone() for name, p in stage.trained.named_parameters()} if bf16 else {}
     stage.model.to(device, torch.bfloat16 if bf16 else torch.float32)
     for network in stage.model.networks.values():
-        for weight in network.parameters() if config.runtime.channels_last else ():
-            if (
-                weight.ndim == 4 and not weight.requires_grad
-            ):  # DeepSpeed broadcasts and flattens trained ones in C order
-                weight.data = weight.data.to(memory_format=torch.channels_last)
+        # DeepSpeed broadcasts and partitions the trained ones in C order.
+        frozen = [p for p in network.parameters() if p.ndim == 4 and not p.requires_grad]
+        for weight in frozen if config.runtime.channels_last else ():
+            weight.data = weight.data.to(memory_format=torch.channels_last)
         if config.runtime.compile:
             _compile_blocks(network)
     settings = config.optimizer
@@ -177,10 +176,8 @@ def restore_engine(
     if partitioned:
         for group in optimizer.param_groups:  # DeepSpeed put its flat partitions there
             for flat in group["params"]:
-                optimizer.state[flat] = {
-                    "step": step_tensor(optimizer, flat, num_updates),
-                    **{kind: torch.zeros_like(flat) for kind in kinds},
-                }
+                state = {kind: torch.zeros_like(flat) for kind in kinds}
+                optimizer.state[flat] = {"step": step_tensor(optimizer, flat, num_updates), **state}
         _link_state(engine)
     for name, parameter in engine.module.trained.named_parameters():
         saved = {kind: tensors[EMA][name] if kind == EMA else tensors["moments"][f"{kind}.{name}"] for kind in kinds}
