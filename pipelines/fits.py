@@ -21,7 +21,8 @@ def fit_table(config: TrainConfig) -> Table:
         f"one GPU: largest micro-batch that fits (config: {largest}), {config.precision}",
         [
             f"counted, not measured: weights, gradients, optimiser state, what a forward keeps; {1 - USABLE:.0%} of a "
-            "card are left for the rest" + ("; without perceptual network and DINO" if config.stage == 2 else "")
+            "card are left for a step's temporaries and the driver"
+            + ("; without perceptual network and DINO" if config.stage == 2 else "")
         ],
     )
 
