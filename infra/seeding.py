@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from infra.process.memory import to_device
+
 if TYPE_CHECKING:
     import torch
 
@@ -37,7 +39,7 @@ class Noise:
         if shape[0] != len(self._generators):
             raise ValueError(f"noise of shape {tuple(shape)} was asked for, but there are {len(self._generators)} keys")
         rows = [generator.standard_normal(tuple(shape[1:]), dtype=np.float32) for generator in self._generators]
-        return torch.from_numpy(np.stack(rows)).to(device=self._device, dtype=self._dtype)
+        return to_device(torch.from_numpy(np.stack(rows)), self._device).to(self._dtype)
 
 
 def noise_for(seed: int, keys: Sequence[tuple], device: "torch.device | str", dtype: "torch.dtype") -> Noise:

@@ -205,7 +205,7 @@ def _estimate(
         micro_batch_size=micro,
         accumulation=accumulation,
         gpu_bytes=needed,
-        checkpoint_bytes=12 * cost.num_trained,  # fp32: weights and two moments
+        checkpoint_bytes=(12 if config.ema is None else 16) * cost.num_trained,  # fp32: weights, moments, average
         exchanged_bytes=2 * (num_gpus - 1) * 4 * cost.num_trained * exchanges // num_gpus,
         window_bytes=ahead * micro * 6 * config.crop_px**2,  # HR and enlarged LR, 8-bit RGB
         ingest_cores=ingest * per_gpu,

@@ -8,7 +8,8 @@ from degradation.config import DegradationConfig
 from infra.config import EXTENDABLE, Config, FieldError, Location, ModelLocation
 from infra.mlflow_server import TrackingConfig
 from infra.process.numerics import NumericsConfig
-from infra.ray_runtime import RayConfig
+from training.optimizer import EmaConfig, OptimizerConfig
+from training.runtime import TrainRuntime
 
 SizeRule = Literal["pad", "v1", "v1_tiled", "v2"]
 
@@ -110,16 +111,6 @@ class SamplingConfig(Config):
         return self
 
 
-class OptimizerConfig(Config):
-    """AdamW. The defaults are v2's stage 1 (train_ccsr_stage1.py)."""
-
-    learning_rate: float = Field(5e-5, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = Field(1e-2, ge=0)
-    clip_norm: float = Field(1.0, ge=0, description="0: no clipping")
-    warmup_updates: int = Field(0, ge=0)
-
-
 class DecoderLossConfig(Config):
     """Stage 2's loss; see `training.generator_loss`. Defaults: v1's, but with a perceptual term that needs no file and
     a discriminator that learns from update 0 on (v1: 1).
@@ -143,35 +134,6 @@ class DecoderLossConfig(Config):
     def unused(self) -> dict[str, str]:
         unused = {"discriminator_width": "with discriminator: dino"} if self.discriminator == "dino" else {}
         return unused | ({"perceptual_start_update": "with perceptual: none"} if self.perceptual == "none" else {})
-
-
-class TrainRuntime(Config):
-    """How the job runs. No field here changes the result beyond rounding, except stage 2's `micro_batch_size`.
-
-    Stage 2 computes three things per micro-batch: BatchNorm's statistics (`discriminator: patch`), the adaptive GAN
-    weight and the division of nll by N. There the micro-batch is part of the fingerprint and stays fixed; the number
-    of workers may change in every stage, since all legal ones see the same micro-batches.
-    """
-
-    ray: RayConfig = RayConfig()
-    num_workers: int = Field(1, ge=1)
-    micro_batch_size: int = Field(4, ge=1, description="samples of a forward pass; part of stage 2's result")
-    zero_stage: Literal[0, 1, 2] = 1
-    device: Literal["cpu", "cuda"] = "cpu"
-    threads: int = Field(1, ge=1, description="torch threads of a CPU worker")
-    activation_checkpointing: bool = Field(False, description="compute activations twice, keep fewer: less memory")
-    profile: bool = Field(False, description="rank 0 profiles a few updates into OUT/profile")
-    ingest_cpus: int = Field(0, ge=0, description="CPUs anywhere that prepare one worker's samples; 0: its own threads")
-    prefetch_batches: int = Field(2, ge=1, description="global batches that are prepared ahead")
-    log_every: int = Field(1, ge=1, description="updates between two points in MLflow")
-    checkpoint_every: int = Field(500, ge=1, description="updates between two checkpoints; the last always has one")
-    keep_checkpoints: int = Field(2, ge=2, description="the newest ones; the best validated one stays too")
-    export_every: int = Field(0, ge=0, description="every k-th checkpoint also as a model directory; 0: none")
-    max_restarts: int = Field(3, ge=0, description="restarts from the last checkpoint after a worker was lost")
-    collective_timeout_seconds: int = Field(600, ge=10, description="ranks that wait longer for another one give up")
-
-    def unused(self) -> dict[str, str]:
-        return {"threads": "on a GPU"} if self.device == "cuda" else {}
 
 
 class ValidationConfig(Config):
@@ -224,6 +186,7 @@ class TrainConfig(Config):
     global_batch_size: int = Field(96, ge=1)
     num_updates: Annotated[int, EXTENDABLE] = Field(ge=1)
     optimizer: OptimizerConfig = OptimizerConfig()
+    ema: EmaConfig | None = None
     decoder_loss: DecoderLossConfig = DecoderLossConfig()
     validation: ValidationConfig | None = None
     tracking: TrackingConfig = TrackingConfig()
@@ -253,6 +216,18 @@ class TrainConfig(Config):
             raise ValueError(
                 "under runtime.zero_stage 0 DeepSpeed accumulates bf16 gradients in bf16: use zero_stage 1 or 2"
             )
+        if self.optimizer.schedule.factor(self.num_updates - 1) == 0:
+            raise FieldError(
+                f"the learning rate is 0 before the last of {self.num_updates} updates",
+                field="optimizer.schedule",
+                todo=f"write `until: {self.num_updates}`, or a `lowest` above 0",
+            )
+        if self.runtime.join_passes and (self.stage != 1 or "start_from" in self.unused()):
+            raise ValueError("`runtime.join_passes` has an effect in CCSR's stage 1 alone: leave it out")
+        if self.runtime.export_raw and self.ema is None:
+            raise ValueError("`runtime.export_raw` has no effect without `ema`: leave it out")
+        if self.runtime.offload_optimizer and self.runtime.zero_stage == 0:
+            raise ValueError("runtime.offload_optimizer needs the partitions of runtime.zero_stage 1 or 2")
         if self.t_min >= self.t_max and "t_min" not in self.unused():
             raise ValueError(f"t_min ({self.t_min}) must be below t_max ({self.t_max})")
         if self.stage == 2 and self.model.family == "stablesr" and self.decoder_loss.adaptive:

@@ -40,13 +40,14 @@ def stage1_loss_v1(
     x_start: Tensor | None = None,
     T: int = 999,
     t_max: int = 667,
+    join_passes: bool = False,
 ) -> dict[str, Tensor]:
     """`stage1_loss_v2` and "l_eps_tmax", the error of the noise predicted at t_max; all weights 1.
 
     The published code gives l_diff and the other three to two optimisers over the same parameters; here they are one
     sum for one optimiser.
     """
-    terms, eps_tmax = _common_terms(denoise, z_hq, t, noise_t, noise_T, noise_tmax, x_start, T, t_max)
+    terms, eps_tmax = _common_terms(denoise, z_hq, t, noise_t, noise_T, noise_tmax, x_start, T, t_max, join_passes)
     return _summed(terms | {"l_eps_tmax": F.mse_loss(eps_tmax, noise_tmax.float())})
 
 
@@ -61,14 +62,16 @@ def stage1_loss_v2(
     x_start: Tensor | None = None,
     T: int = 999,
     t_max: int = 667,
+    join_passes: bool = False,
 ) -> dict[str, Tensor]:
     """Float32 scalars "l_diff", "l_T", "l_tmax" and their sum "loss" (Sun et al. 2024, as their published code has it).
 
     l_diff: `eps_loss` at `t`, drawn from 0..t_max-1. l_T: x0 predicted at `T` against `z_hq`. l_tmax: that x0, not
     detached, noised to `t_max` and predicted again. `z_hq` and the noises (B, C, H, W), `t` int64 (B,). `x_start` is
-    the latent that is noised to T, `z_hq` unless given (v2's "start from LR" gives z_lr).
+    the latent that is noised to T, `z_hq` unless given (v2's "start from LR" gives z_lr). `join_passes`: `denoise` gets
+    the latents at `t` and at `T` in one batch, (2B, C, H, W).
     """
-    terms, _ = _common_terms(denoise, z_hq, t, noise_t, noise_T, noise_tmax, x_start, T, t_max)
+    terms, _ = _common_terms(denoise, z_hq, t, noise_t, noise_T, noise_tmax, x_start, T, t_max, join_passes)
     return _summed(terms)
 
 
@@ -82,19 +85,22 @@ def _common_terms(
     x_start: Tensor | None,
     T: int,
     t_max: int,
+    join_passes: bool,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The three terms that both versions share, and the noise predicted at t_max."""
     z_hq = z_hq.float()
-    l_diff = eps_loss(denoise, z_hq, t=t, noise=noise_t)
     at_T, at_tmax = torch.full_like(t, T), torch.full_like(t, t_max)
-    x_T = add_noise(z_hq if x_start is None else x_start, noise_T, at_T)
-    eps_T = denoise(x_T, at_T).float()
+    x_t, x_T = add_noise(z_hq, noise_t, t), add_noise(z_hq if x_start is None else x_start, noise_T, at_T)
+    if join_passes:
+        eps_t, eps_T = denoise(torch.cat([x_t, x_T]), torch.cat([t, at_T])).float().chunk(2)
+    else:
+        eps_t, eps_T = denoise(x_t, t).float(), denoise(x_T, at_T).float()
     # v2's published special case: with T = 1 the network is read as a one-step residual, not as a noise predictor.
     x0_T = x_T - eps_T if T == 1 else predict_x0(x_T, eps_T, at_T)
     x_tmax = add_noise(x0_T, noise_tmax, at_tmax)
     eps_tmax = denoise(x_tmax, at_tmax).float()
     terms = {
-        "l_diff": l_diff,
+        "l_diff": F.mse_loss(eps_t, noise_t.float()),
         "l_T": F.mse_loss(x0_T, z_hq),
         "l_tmax": F.mse_loss(predict_x0(x_tmax, eps_tmax, at_tmax), z_hq),
     }

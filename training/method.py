@@ -43,6 +43,7 @@ class CcsrV2:
             noise_tmax=noise(z_hr.shape),
             x_start=z_lr if config.start_from == "lr" else None,
             t_max=t_max,
+            join_passes=config.runtime.join_passes,
         )
 
     def stage2_latents(

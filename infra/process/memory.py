@@ -1,8 +1,11 @@
-"""Memory: how much this process may still take, and what a long-lived worker gives back to the system."""
+"""Memory: how much this process may still take, how tensors get to a GPU, what a long-lived worker gives back."""
 
 import ctypes
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 HELD_BYTES = 640 * 2**20
 
@@ -26,6 +29,14 @@ def free_memory(device: str) -> int:
     import psutil
 
     return psutil.virtual_memory().available
+
+
+def to_device(tensor: "torch.Tensor", device: "torch.device | str") -> "torch.Tensor":
+    """A CPU tensor on `device`. To a GPU it goes from pinned memory: from other memory the host waits for the copy,
+    which waits for all work before it."""
+    if str(device).startswith("cuda"):
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def give_back_memory() -> None:

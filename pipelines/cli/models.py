@@ -67,6 +67,7 @@ def estimate(
             f"a config of {values.job} has no estimate", where=str(config), todo="give shard's or train's"
         )
     from pipelines.estimate import Assumed, estimate_shards, estimate_training, model_tables, shard_table, train_tables
+    from pipelines.fits import fit_table
 
     if values is None:
         tables = model_tables(str(model))
@@ -75,6 +76,7 @@ def estimate(
     else:
         assumed = Assumed(card, mfu, price)
         tables = train_tables(values, assumed, estimate_training(values, assumed, gpus or [8, 32]))
+        tables.append(fit_table(values))
     print_report(tables, as_json=as_json)
 
 

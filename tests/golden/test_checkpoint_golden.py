@@ -41,7 +41,8 @@ class Run:
             "num_updates": 9,
             "global_batch_size": 8,
         }
-        engine = SimpleNamespace(module=SimpleNamespace(trained=self.module), zero_optimization_stage=lambda: 0)
+        stage = SimpleNamespace(trained=self.module, model=SimpleNamespace(networks={"vae": self.module}))
+        engine = SimpleNamespace(module=stage, zero_optimization_stage=lambda: 0)
         context = WorkerContext(0, 1, "cpu", {"dataset_ids": ["0123456789abcdef"], "git_commit": "unknown"})
         config = TrainConfig.model_validate({**values, "runtime": {"micro_batch_size": 8}})
         self.checkpoints = Checkpoints(config, engine, self.optimizers[0], (self.judge, self.optimizers[1]), context)

@@ -5,16 +5,22 @@
 
 import functools
 import json
+import re
 import shutil
+import sys
 import tempfile
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 
 import training.run.checkpointer
 from infra.errors import ConfigError, ModelError, StoppedError, StorageError
@@ -32,8 +38,9 @@ from tests.training_runs import (
 )
 from training.data.batches import updates
 from training.data.samples import SampleReader
+from training.models import load_model
 from training.run.checkpoint import TrainingState, complete_checkpoints, load_checkpoint
-from training.run.export import initial_model
+from training.run.export import export_run, initial_model, last_checkpoint
 from training.run.stages import build_stage
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "losses"
@@ -59,10 +66,12 @@ MORE_COMBINATIONS = [("fp32", 0, 2), ("fp32", 2, 2), ("bf16", 2, 2)]
 
 
 def combination(precision: str, zero_stage: int, stage: int) -> dict[str, Any]:
-    """With `smaller_tiny`."""
+    """With `smaller_tiny`, an average, a schedule and two groups of parameters."""
     runtime = {"zero_stage": zero_stage, "checkpoint_every": 1, "micro_batch_size": 1}
-    chain = {"num_steps": 3} if stage == 2 else {}
-    return {"precision": precision, "stage": stage, "global_batch_size": 2, "runtime": runtime} | chain
+    changes = {"precision": precision, "stage": stage, "global_batch_size": 2, "ema": {"decay": 0.75, "warmup": False}}
+    schedule = {"kind": "cosine", "until": 3}
+    changes |= {"optimizer": {"learning_rate": 1e-4 if stage == 2 else 1e-3, "no_decay": True, "schedule": schedule}}
+    return changes | {"runtime": runtime} | ({"num_steps": 3} if stage == 2 else {})
 
 
 def one_gradient(precision: str, zero_stage: int) -> dict[str, Any]:
@@ -283,7 +292,7 @@ def test_a_damaged_sample_ends_both_ranks_and_the_group_is_still_sound(two, one)
 def test_resumed_equals_uninterrupted(
     process_group, small, data, tmp_path, request, precision, zero_stage, stage, world_size
 ):
-    """Bit by bit, losses, weights, moments and discriminator."""
+    """Bit by bit, losses, weights, moments, average and discriminator."""
     if world_size == 1:
         assert_resumes_here(data, tmp_path, precision, zero_stage, stage)
     else:
@@ -344,6 +353,10 @@ def assert_same_end(folder: Path, precision: str, zero_stage: int, stage: int) -
         checkpoint_at(folder / f"{name}-{precision}{zero_stage}-{stage}", 2, batch=2) for name in ("whole", "parts")
     ]
     assert_equal(*ends)
+    before = checkpoint_at(folder / f"parts-{precision}{zero_stage}-{stage}", 1, batch=2).tensors
+    for name, average in ends[0].tensors["ema"].items():
+        assert torch.equal(before["ema"][name], before["weights"][name])
+        assert torch.equal(average, before["ema"][name].lerp(ends[0].tensors["weights"][name], 0.25))
     assert {tensor.dtype for tensor in ends[0].tensors["weights"].values()} == {torch.float32}
 
 
@@ -501,6 +514,108 @@ def test_a_run_that_is_watched_is_the_same_run(one, data, tmp_path):
     assert train_here(train_config(data, tmp_path, num_updates=5, **watched)) == one[0][:5]
     assert checkpoint_at(tmp_path, 5).facts["validation"]["psnr_y"] > 0
     assert (tmp_path / "profile" / "top_ops.txt").stat().st_size > 0
+
+
+@pytest.mark.parametrize(("precision", "zero_stage"), [("fp32", 0), ("bf16", 1), ("bf16", 2)])
+def test_the_average_is_what_is_validated_and_exported(
+    process_group, small, data, tmp_path, monkeypatch, precision, zero_stage
+):
+    """And nothing else of the run changes by it."""
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def restored(model: Any, lr: Any, size: tuple[int, int], *_: Any, **__: Any) -> list[np.ndarray]:
+        seen.append({name: weight.detach().clone() for name, weight in model.controlnet.named_parameters()})
+        return [np.full((*size, 3), 50 * len(seen), np.uint8)] * 2  # the second is nearer to the images' mean, 96
+
+    monkeypatch.setattr("training.run.validation.restore_runs", restored)
+    changes = combination(precision, zero_stage, 1) | {"validation": {"data": [data], "every": 1, "num_images": 1}}
+    plain = train_config(data, tmp_path / "plain", num_updates=2, **changes | {"ema": None})
+    config = train_config(data, tmp_path / "run", num_updates=2, **changes)
+    config = config.model_copy(update={"runtime": config.runtime.model_copy(update={"export_raw": True})})
+    assert train_here(config) == train_here(plain)
+    end, without = (checkpoint_at(tmp_path / name, 2, batch=2).tensors for name in ("run", "plain"))
+    assert end.keys() - without.keys() == {"ema"}
+    assert all(torch.equal(weight, without["weights"][name]) for name, weight in end["weights"].items())
+    assert all(torch.equal(weight, end["ema"][name].to(weight.dtype)) for name, weight in seen[1].items())
+    assert any(not torch.equal(weight, seen[1][name]) for name, weight in seen[3].items())
+
+    export_run(config, last_checkpoint(config), str(tmp_path / "run" / "model"))
+    for model, weights in {"model": "ema", "best": "ema", "model_raw": "weights"}.items():
+        exported = load_model(tmp_path / "run" / model).controlnet.state_dict()
+        assert all(torch.equal(tensor, end[weights][name]) for name, tensor in exported.items()), model
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2])
+def test_norms_and_biases_do_not_decay_on_request(process_group, small, data, tmp_path, zero_stage):
+    ends = {}
+    for no_decay in (False, True):
+        optimizer = {"learning_rate": 1e-2, "weight_decay": 0.5, "no_decay": no_decay}
+        changes = combination("fp32", zero_stage, 1) | {"optimizer": optimizer}
+        train_here(train_config(data, tmp_path / f"{no_decay}", num_updates=1, **changes))
+        ends[no_decay] = checkpoint_at(tmp_path / f"{no_decay}", 1, batch=2).tensors["weights"]
+    before = {
+        name: weight.detach()
+        for name, weight in initial_model(train_config(data, tmp_path, num_updates=1)).controlnet.named_parameters()
+    }
+    for name, weight in ends[True].items():
+        decayed = 0 if weight.ndim > 1 else 5e-3 * before[name]
+        torch.testing.assert_close(weight - ends[False][name], decayed + torch.zeros_like(weight), msg=name)
+
+
+SWITCHES = [{"compile": True}, {"channels_last": True}, {"join_passes": True}]
+
+
+@pytest.mark.parametrize("switches", [*SWITCHES, {name: True for one in SWITCHES for name in one}], ids=str)
+def test_switches_for_speed_change_roundings_alone(one, data, tmp_path, monkeypatch, switches):
+    """Of the compiler its graphs and their gradients are tested; the code that it makes of them takes minutes here."""
+    compiled = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
+    monkeypatch.setattr(BasicTransformerBlock, "compile", compiled)
+    runtime = {"zero_stage": 2, **switches}
+    losses = train_here(train_config(data, tmp_path, num_updates=3, runtime=runtime))
+    assert losses == pytest.approx(one[0][:3], rel=1e-5)
+
+
+@pytest.mark.parametrize(("precision", "zero_stage"), [("fp32", 1), ("bf16", 1), ("bf16", 2)])
+def test_an_offloaded_optimizer_makes_the_same_run(process_group, small, data, tmp_path, precision, zero_stage):
+    """With gradients accumulated over two micro-batches, an average and a resume; not clipped, because the norm is
+    summed in another order."""
+    changes = combination(precision, zero_stage, 1)
+    changes["optimizer"] |= {"clip_norm": 0}
+    train_here(train_config(data, tmp_path / "plain", num_updates=2, **changes))
+    changes["runtime"] |= {"offload_optimizer": True}
+    for num_updates in (1, 2):
+        train_here(train_config(data, tmp_path / "offloaded", num_updates=num_updates, **changes))
+    assert_equal(*(checkpoint_at(tmp_path / name, 2, batch=2) for name in ("plain", "offloaded")))
+
+
+def test_fused_adamw_resumes_bit_by_bit(process_group, small, data, tmp_path, monkeypatch):
+    """As on a GPU, where it is on."""
+    made = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *groups, **named: made(*groups, **named | {"fused": True}))
+    assert_resumes_here(data, tmp_path, "fp32", 1, 1)
+
+
+def test_the_host_reads_two_rows_of_numbers_an_update(process_group, data, tmp_path, monkeypatch):
+    """Whether a rank stops, and what is logged. On a GPU any other read would stop the host until the card is done."""
+    read: list[str] = []
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__"):
+        real = getattr(torch.Tensor, name)
+
+        def counted(tensor: torch.Tensor, *inputs: Any, real: Any = real, name: str = name, **named: Any) -> Any:
+            caller = sys._getframe(1).f_code
+            ours = re.search("/(training|infra|diffusers)/", caller.co_filename)
+            if ours and threading.current_thread() is threading.main_thread():  # the ingest has threads of its own
+                read.append(f"{caller.co_name}: {name}")
+            return real(tensor, *inputs, **named)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    counts = []
+    for num_updates in (1, 3):
+        read.clear()
+        config = train_config(data, tmp_path / f"{num_updates}", num_updates=num_updates)
+        in_loop(config.model_copy(update={"runtime": config.runtime.model_copy(update={"checkpoint_every": 9})}))
+        counts.append(Counter(read))
+    assert counts[1] - counts[0] == {"agree: tolist": 2, "_update: tolist": 2}
 
 
 def test_incomplete_and_damaged_checkpoints_are_passed_over(one, data, tmp_path, capsys):

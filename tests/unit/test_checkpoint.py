@@ -232,15 +232,15 @@ def test_a_checkpoint_of_another_model_names_the_first_difference() -> None:
         assert caught.value.where == "here"
 
 
-@pytest.mark.parametrize("statistics", [True, False])
-def test_a_module_goes_on_from_its_state_as_if_never_stopped(statistics: bool) -> None:
+@pytest.mark.parametrize(("statistics", "fused"), [(True, False), (False, False), (False, True)])
+def test_a_module_goes_on_from_its_state_as_if_never_stopped(statistics: bool, fused: bool) -> None:
     """From one that kept running statistics too, as PatchGAN did in earlier versions."""
 
     def made(running: bool = statistics) -> tuple[nn.Module, torch.optim.AdamW]:
         torch.manual_seed(0)
         norm = nn.BatchNorm2d(4, track_running_stats=running)
         module = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.Conv2d(4, 1, 3))
-        return module, torch.optim.AdamW(module.parameters(), lr=0.01)
+        return module, torch.optim.AdamW(module.parameters(), lr=0.01, fused=fused)
 
     def steps(module: nn.Module, optimizer: torch.optim.AdamW, numbers: range) -> None:
         for number in numbers:

@@ -57,6 +57,19 @@ def test_loss_is_the_sum_of_its_terms() -> None:
         assert float(terms["loss"]) == pytest.approx(sum(float(terms[name]) for name in names), rel=1e-6)
 
 
+@pytest.mark.parametrize("loss", [stage1_loss_v1, stage1_loss_v2])
+def test_t_and_T_in_one_pass_are_the_same_loss(loss: Any) -> None:
+    calls: list[list[int]] = []
+
+    def counted(x: Tensor, t: Tensor) -> Tensor:
+        calls.append(t.tolist())
+        return denoise(x, t)
+
+    joined = loss(counted, normal(0), **stage1_inputs(), join_passes=True)
+    assert calls == [[3, 660, 999, 999], [667, 667]]
+    assert joined == loss(denoise, normal(0), **stage1_inputs())
+
+
 def test_stage1_visits_t_then_T_then_tmax() -> None:
     visited = []
 

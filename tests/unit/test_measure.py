@@ -56,6 +56,16 @@ def test_counts_once_and_again_when_the_loss_gets_another_term() -> None:
     assert rates == [32, 32, 32, 256]
 
 
+def test_a_given_count_is_kept() -> None:
+    config = meter()._config
+    given = Meter(config, "cpu", world_size=2, flops_per_sample=7.0)
+    for terms in ({"a": 1.0}, {"a": 1.0, "b": 1.0}, {"a": 1.0, "b": 1.0}):
+        with given.counting(0):
+            torch.rand(4, 4) @ torch.rand(4, 4)
+        given.update_done(terms)
+    assert given._flops_per_sample == 7.0
+
+
 def test_rates_leave_validation_out(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 1.0, 4.0, 10.0, 14.0, 20.0, 20.0, 24.0, 24.0])
     monkeypatch.setattr(training.run.meter.time, "perf_counter", lambda: next(clock))
@@ -113,4 +123,7 @@ def test_cards_by_the_name_that_the_driver_gives() -> None:
     names = ["NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA A100-SXM4-80GB", "Tesla V100-SXM2", "NVIDIA L40S"]
     assert [peak_flops(name) for name in names] == [989e12, 756e12, 312e12, 125e12, 362e12]
     assert peak_flops("NVIDIA GeForce RTX 4090") == 165e12
+    names = ["NVIDIA GB200", "NVIDIA GH200 480GB", "NVIDIA B200", "NVIDIA L4", "NVIDIA A10", "NVIDIA GeForce RTX 5090"]
+    assert [peak_flops(name) for name in names] == [2500e12, 989e12, 2250e12, 121e12, 125e12, 209e12]
+    assert [peak_flops(name) for name in ("NVIDIA RTX A1000", "NVIDIA L40", "NVIDIA A10G")] == [None] * 3
     assert peak_flops("NVIDIA GeForce GTX 1650") is None

@@ -4,10 +4,12 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -20,6 +22,7 @@ from training.models import (
     save_model,
 )
 from training.models.directory import WEIGHTS
+from training.models.networks import build_networks
 from training.run.requirements import PAPER_MILLIONS, parameter_table
 
 
@@ -118,6 +121,28 @@ def test_latents_are_scaled_and_images_are_shifted(model: CcsrModel) -> None:
     torch.testing.assert_close(std, 0.18215 * posterior.std)
     torch.testing.assert_close(model.decode(mean), model.vae.decode(posterior.mean).sample, rtol=1e-4, atol=1e-5)
     assert model.decode(100 * mean).abs().max() > 1
+
+
+@torch.no_grad()
+def test_every_attention_is_torchs_fused_one(model: CcsrModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, ...]] = []
+    fused = nn.functional.scaled_dot_product_attention
+
+    def counted(query: Tensor, *inputs: Any, **named: Any) -> Tensor:
+        calls.append(tuple(query.shape))
+        return fused(query, *inputs, **named)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", counted)
+    model.denoiser(torch.zeros(1, 4, 8, 8))(torch.zeros(1, 4, 8, 8), torch.zeros(1, dtype=torch.int64))
+    assert len(calls) == len(attentions(model.unet, model.controlnet)) > 2
+    with torch.device("meta"):  # only the full-size VAE has attention
+        vae, _ = build_networks("sd21")
+    assert len(attentions(vae)) == 2
+    assert all(isinstance(layer.processor, AttnProcessor2_0) for layer in attentions(vae, model.unet))
+
+
+def attentions(*networks: nn.Module) -> list[Attention]:
+    return [module for network in networks for module in network.modules() if isinstance(module, Attention)]
 
 
 @torch.no_grad()

@@ -96,8 +96,22 @@ def test_the_world_sizes_in_the_comment_are_the_legal_ones(name: str) -> None:
     assert f"num_workers: 4             # or {others}\n" in (CONFIGS / f"{name}.yaml").read_text()
 
 
-def test_each_stage_starts_from_the_one_before() -> None:
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_the_recipes_for_lsdir_depart_in_average_and_schedule_alone(stage: int) -> None:
+    ours, published = (
+        load_config(CONFIGS / folder / f"ccsr_v2_stage{stage}.yaml", TrainConfig) for folder in ("lsdir_ffhq", ".")
+    )
+    places = {name: getattr(published, name) for name in ("output", "data", "init_from")}
+    optimizer = ours.optimizer.model_copy(update={"schedule": published.optimizer.schedule})
+    assert ours.model_copy(update={**places, "ema": None, "optimizer": optimizer}) == published
+    assert ours.ema is not None
+    schedule = ours.optimizer.schedule
+    assert (schedule.kind, getattr(schedule, "until", None)) == ("cosine", ours.num_updates)
+
+
+@pytest.mark.parametrize("folder", [".", "lsdir_ffhq"])
+def test_each_stage_starts_from_the_one_before(folder: str) -> None:
     chain = ("ccsr_v2_stage0", "ccsr_v2_stage1", "ccsr_v2_stage2")
-    configs = [load_config(CONFIGS / f"{name}.yaml", TrainConfig) for name in chain]
+    configs = [load_config(CONFIGS / folder / f"{name}.yaml", TrainConfig) for name in chain]
     for earlier, later in itertools.pairwise(configs):
         assert later.init_from == f"{earlier.output}/model"

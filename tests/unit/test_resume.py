@@ -35,7 +35,8 @@ class Run:
             "global_batch_size": 4,
         }
         config = TrainConfig.model_validate({**values, "runtime": runtime})
-        engine = SimpleNamespace(module=SimpleNamespace(trained=self.module), zero_optimization_stage=lambda: 0)
+        stage = SimpleNamespace(trained=self.module, model=SimpleNamespace(networks={"vae": self.module}))
+        engine = SimpleNamespace(module=stage, zero_optimization_stage=lambda: 0)
         self.exported: list[str] = []
         export = lambda weights, uri: self.exported.append(uri)  # noqa: E731
         self.warnings: list[str] = []

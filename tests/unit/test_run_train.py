@@ -53,6 +53,8 @@ def test_a_finished_run_returns_and_only_more_updates_go_on_from_it(tmp_path: Pa
     assert _updates_done(config) == (0, 3), "a model of unknown age"
     write_bytes(f"{output}/trained.json", b'{"num_updates": 3, "position": 12}')
     assert _updates_done(config) == (3, 3)
+    raw = {"ema": {}, "runtime": {"export_raw": True}}
+    assert _updates_done(train_config(data, output, num_updates=3, **raw)) == (0, 3), "one of its models is missing"
     assert run_train(config) == f"{output}/model"
     assert _updates_done(train_config(data, output, num_updates=5)) == (3, 3)
     with pytest.raises(ConfigError, match="has done 3 updates, the config ends at 2"):

@@ -14,6 +14,7 @@ from infra.errors import ConfigError, DataError
 from training.config import ModelConfig
 from training.models import build_model
 from training.sampling import (
+    add_noise,
     ccsr_v1_timesteps,
     ccsr_v2_timesteps,
     color_fix,
@@ -26,7 +27,7 @@ from training.sampling import (
     tile_weights,
     tiled,
 )
-from training.sampling.schedules import ALPHAS_CUMPROD, respaced_grid
+from training.sampling.schedules import ALPHAS_CUMPROD, _scales_on, respaced_grid
 
 FRACTIONS = {"t_max": 0.6667, "t_min": 0.3333}
 fraction = st.floats(0, 1)
@@ -276,6 +277,15 @@ def test_everything_stays_on_the_device_of_the_input(name: str) -> None:
     x0 = SAMPLERS[name](denoise, x_T, lambda shape: torch.empty(shape, device="meta"))
     assert x0.device.type == "meta"
     assert color_fix(x0, x0, "wavelet").device.type == "meta"
+
+
+def test_the_schedule_is_copied_to_a_device_once_and_can_be_saved_for_a_backward() -> None:
+    x = torch.zeros(1, 4, 2, 2, device="meta")
+    with torch.inference_mode():  # a restoration
+        add_noise(x, x, torch.zeros(1, dtype=torch.int64, device="meta"))
+        first = _scales_on(x.device)
+    assert first is _scales_on(x.device)
+    assert not first.is_inference()
 
 
 def test_guidance() -> None:

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from infra import ConfigError
 from pipelines.cli.main import app
 from pipelines.estimate import Assumed, TrainEstimate, estimate_training
+from pipelines.fits import fit_table
 from training.config import TrainConfig
 from training.models import build_model
 from training.run.meter import flop_counter
@@ -84,6 +85,22 @@ def test_hours_and_cost_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
         estimate_training(settings, Assumed("Z9"), [])
 
 
+def test_what_fits_a_card_is_what_the_bytes_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1e9 trained and as many frozen parameters in bf16: 4 GB of weights, 6 of gradients, 12 of optimiser; a sample
+    keeps 8 GB, with checkpointing 2."""
+
+    def cost(config: TrainConfig) -> StepCost:
+        return StepCost(10**9, 10**9, 1.0, 4 * 10**9 * (2 if config.runtime.activation_checkpointing else 8))
+
+    monkeypatch.setattr("training.run.requirements.step_cost", cost)
+    rows = [[one.value for one in row] for row in fit_table(config(precision="bf16")).rows]
+    assert [row[2:] for row in rows] == [[None, 2, 4], [None, 4, 4], [1, 3, 4], [4, 4, 4]]
+    assert [row[1] for row in rows] == pytest.approx([gb * 1e9 / 2**30 for gb in (54, 30, 42, 18)])
+    averaged = fit_table(config(precision="bf16", ema={})).rows
+    assert averaged[0][1].value - rows[0][1] == pytest.approx(4e9 / 2**30)
+    assert averaged[3][1].value == rows[3][1]
+
+
 def test_a_harder_recipe_takes_more_of_a_core() -> None:
     light, heavy = (ingest_seconds(config(crop_px=128, degradation=name)) for name in ("bicubic", "realesrgan"))
     assert 0 < light < heavy
@@ -97,3 +114,4 @@ def test_the_command_prints_a_column_for_each_number_of_gpus() -> None:
     assert "1 GPUs" in shown.output
     assert "3 GPUs" not in shown.output  # cannot share the global batch
     assert "assumed, not measured: H100 at 40%" in shown.output
+    assert "offload_optimizer" in shown.output

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from infra.errors import ConfigError
+from infra.process.memory import to_device
 from infra.ray_runtime import RayConfig, cpu_work, user_error
 from training.config import TrainConfig
 from training.data.order import positions_of
@@ -38,9 +39,9 @@ class Batch:
         """On a device, in float32. Moved first: bytes are a quarter of the way."""
         return replace(
             self,
-            hr=self.hr.to(device).float() / 255,
-            lr=self.lr.to(device).float() / 255,
-            moments={name: moment.to(device).float() for name, moment in self.moments.items()},
+            hr=to_device(self.hr, device).float() / 255,
+            lr=to_device(self.lr, device).float() / 255,
+            moments={name: to_device(moment, device).float() for name, moment in self.moments.items()},
         )
 
 

@@ -18,6 +18,7 @@ from training.models.directory import write_weights
 
 FORMAT = "ccsr-checkpoint-1"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+EMA = "ema"
 
 
 @dataclass
@@ -26,6 +27,11 @@ class TrainingState:
 
     facts: dict[str, Any]
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # file name without suffix -> tensors
+
+    @property
+    def model_weights(self) -> dict[str, Tensor]:
+        """What a model directory gets: the average where there is one."""
+        return self.tensors.get(EMA, self.tensors["weights"])
 
 
 def module_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -44,7 +50,12 @@ def restore_module(
     module.load_state_dict({name: tensors[f"weights.{name}"] for name in module.state_dict()})
     for name, parameter in module.named_parameters():
         state = {kind: tensors[f"{kind}.{name}"].to(parameter.device) for kind in MOMENTS}
-        optimizer.state[parameter] = {"step": torch.tensor(float(num_updates)), **state}
+        optimizer.state[parameter] = {"step": step_tensor(optimizer, parameter, num_updates), **state}
+
+
+def step_tensor(optimizer: torch.optim.Optimizer, parameter: Tensor, num_updates: int) -> Tensor:
+    """AdamW's count of its steps; a fused one has it on the parameter's device."""
+    return torch.tensor(float(num_updates), device=parameter.device if optimizer.defaults["fused"] else "cpu")
 
 
 def save_checkpoint(output: str, state: TrainingState, *, keep: int, damaged: Collection[str] = ()) -> str:

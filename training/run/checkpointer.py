@@ -1,6 +1,5 @@
 """Background checkpointing and resume, the same on all ranks."""
 
-import hashlib
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -8,10 +7,9 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from infra.errors import CcsrError, DataError, ModelError, line_of
+from infra.errors import CcsrError, DataError, line_of
 from infra.run import check_claim
 from infra.storage import join
 from training.config import TrainConfig
@@ -27,6 +25,7 @@ from training.run.checkpoint import (
     save_checkpoint,
 )
 from training.run.engine import engine_state, restore_engine
+from training.run.health import check_replicas
 
 
 class Checkpoints:
@@ -88,7 +87,7 @@ class Checkpoints:
             )
             agree(context, error)
         self._saved = state.facts["position"] // config.global_batch_size
-        restore_engine(self._engine, self._optimizer, state.tensors, self._saved)
+        restore_engine(self._engine, self._optimizer, state.tensors, self._saved, averaged=config.ema is not None)
         if self._discriminator is not None:
             restore_module(*self._discriminator, state.tensors["discriminator"], self._saved)
         return self._saved
@@ -112,7 +111,7 @@ class Checkpoints:
         """Collective. Copy what a checkpoint holds, then write it in the background; at most one at a time.
 
         A write that fails is reported by `failure`, `wait` and the block's end; the next one is then not begun. Saving
-        twice at one update does nothing. ModelError where a rank's discriminator differs from rank 0's.
+        twice at one update does nothing. ModelError where a network or discriminator differs from rank 0's.
         """
         if num_updates == self._saved:
             return
@@ -120,11 +119,12 @@ class Checkpoints:
         config, context = self._config, self._context
         if self._writing is not None:
             self._writing.exception()  # waits; what failed is raised by `failure`
-        discriminator = self._replica(*self._discriminator, num_updates) if self._discriminator else None
-        tensors = engine_state(self._engine, self._optimizer, keep=context.rank == 0)
+        discriminator = module_state(*self._discriminator) if self._discriminator else {}
+        self._check_replicas(discriminator, num_updates)
+        tensors = engine_state(self._engine, self._optimizer, averaged=config.ema is not None, keep=context.rank == 0)
         if tensors is None:
             return
-        if discriminator is not None:
+        if discriminator:
             tensors["discriminator"] = discriminator
         facts = {"position": num_updates * config.global_batch_size, "num_updates": num_updates, **context.facts}
         if validation:
@@ -139,21 +139,11 @@ class Checkpoints:
             self._writing.exception()  # waits
         agree(self._context, self.failure())
 
-    def _replica(self, module: nn.Module, optimizer: torch.optim.Optimizer, num_updates: int) -> dict[str, Tensor]:
-        """Collective. The discriminator's tensors, once every rank has found its own equal to rank 0's."""
-        tensors = module_state(module, optimizer)
-        number = int.from_bytes(hashlib.sha256(save(tensors)).digest()[:8], signed=True)
-        error = None
-        if from_rank_0(self._context, number) != number:
-            error = ModelError(
-                f"the discriminator on rank {self._context.rank} differs from rank 0's after update {num_updates}; "
-                "nothing was saved",
-                where=self._config.output,
-                todo="run the same command again: it resumes from the checkpoint before; if this comes back, let all "
-                "workers have the same kind of GPU",
-            )
-        agree(self._context, error)
-        return tensors
+    def _check_replicas(self, discriminator: Mapping[str, Tensor], num_updates: int) -> None:
+        tensors = {f"discriminator.{name}": tensor for name, tensor in discriminator.items()}
+        for part, network in self._engine.module.model.networks.items():
+            tensors |= {f"{part}.{name}": tensor for name, tensor in network.state_dict().items()}
+        check_replicas(self._context, tensors, num_updates, self._config.output)
 
     def _write(self, state: TrainingState) -> None:
         runtime = self._config.runtime
@@ -163,7 +153,7 @@ class Checkpoints:
         every = runtime.export_every * runtime.checkpoint_every
         if self._context.export and every and state.facts["num_updates"] % every == 0:
             place = join(self._config.output, "exports", f"{state.facts['position']:012d}")
-            self._context.export(state.tensors["weights"], place)
+            self._context.export(state.model_weights, place)
 
     def failure(self) -> CcsrError | None:
         """The user's error of a write that failed; any other error is raised."""

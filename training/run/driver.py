@@ -7,15 +7,15 @@ from contextlib import nullcontext
 from typing import Any
 
 from infra.display.progress import progress
-from infra.errors import CcsrError, ClusterError, ConfigError, StoppedError, line_of
+from infra.errors import CcsrError, ConfigError, StoppedError, line_of
 from infra.locations import check_output
 from infra.manifest import Manifest
 from infra.mlflow_server import check_tracking, tracking_uri
-from infra.ray_runtime import cpu_work, cpus_here, lost_worker, ray_cluster, user_error
+from infra.ray_runtime import cpus_here, ray_cluster, user_error
 from infra.run import Progress, claim_output, git_commit
 from infra.storage import exists, join, read_json
 from infra.tracking import MODEL_TAG, Tracker, find_model, track
-from training.config import TrainConfig, TrainRuntime
+from training.config import TrainConfig
 from training.data.batches import check_cpus
 from training.data.samples import check_latents
 from training.models import (
@@ -25,7 +25,8 @@ from training.run.agreement import OtherRankError, WorkerContext, agree, attempt
 from training.run.board import Pulse, Watch, make_board
 from training.run.checkpoint import complete_checkpoints
 from training.run.continued import continued
-from training.run.export import export_run, initial_model, last_checkpoint, write_model
+from training.run.export import RAW, export_run, initial_model, last_checkpoint, write_model
+from training.run.launch import environment, lost_error, placement
 from training.run.stages import build_stage
 from training.run.validation import Validation
 
@@ -93,9 +94,11 @@ def _claimed(
 
 
 def _updates_done(config: TrainConfig) -> tuple[int, int]:
-    """Updates behind the complete OUT/model and behind the newest checkpoint. ConfigError where it is past the end."""
-    record, model = join(config.output, "trained.json"), join(config.output, "model", "ccsr.json")
-    exported = read_json(record)["num_updates"] if exists(record) and exists(model) else 0
+    """Updates behind the complete models and behind the newest checkpoint. ConfigError where it is past the end."""
+    record = join(config.output, "trained.json")
+    models = ["model", RAW] if config.runtime.export_raw else ["model"]
+    complete = exists(record) and all(exists(join(config.output, name, "ccsr.json")) for name in models)
+    exported = read_json(record)["num_updates"] if complete else 0
     positions = [int(place.rpartition("/")[2]) for place in complete_checkpoints(config.output)]
     done = max(positions, default=0) // config.global_batch_size
     if max(exported, done) > config.num_updates:
@@ -165,21 +168,17 @@ def _fit(
             "run_id": tracker.run_id,
             "board": board,
         }
-        environment = {"OMP_NUM_THREADS": str(runtime.threads)}
-        environment |= {name: os.environ[name] for name in ("CCSR_WEIGHTS",) if name in os.environ}
-        if runtime.device != "cuda":
-            environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
         trainer = Trainer(
             _worker,
             train_loop_config=settings,
-            scaling_config=_placement(runtime),
+            scaling_config=placement(runtime),
             torch_config=TorchConfig(
                 backend="nccl" if runtime.device == "cuda" else "gloo", timeout_s=runtime.collective_timeout_seconds
             ),
             run_config=RunConfig(
                 name=facts["fingerprint"][:16],
                 storage_path=scratch,
-                worker_runtime_env={"env_vars": environment},
+                worker_runtime_env={"env_vars": environment(runtime)},
                 failure_config=FailureConfig(max_failures=runtime.max_restarts),
             ),
         )
@@ -207,30 +206,8 @@ def _drained(trainer: Any, watch: Watch, config: TrainConfig, sigterm: Callable[
     if user:
         raise user from failure
     if failure:
-        raise _lost(failure, config, watch.state.lost) from failure
+        raise lost_error(failure, config, watch.state.lost) from failure
     return False
-
-
-def _placement(runtime: TrainRuntime) -> Any:
-    """Where Ray Train puts the workers, and what it reserves for each: its GPU alone, or one CPU."""
-    from ray.train import ScalingConfig
-
-    if runtime.device == "cuda":
-        return ScalingConfig(num_workers=runtime.num_workers, use_gpu=True)
-    place = cpu_work(runtime.ray)
-    return ScalingConfig(
-        num_workers=runtime.num_workers,
-        label_selector=place.pop("label_selector"),
-        resources_per_worker={"CPU": 1, **place},
-    )
-
-
-def _lost(error: BaseException, config: TrainConfig, ranks: list[str]) -> ClusterError:
-    """The last failure, with what the ranks could still tell about it."""
-    lost = lost_worker(error, config.output)
-    told = "".join(f"; {line}" for line in ranks[:4])
-    limit = f"; runtime.max_restarts is {config.runtime.max_restarts}"
-    return ClusterError(lost.what + told + limit, where=lost.where, todo=lost.todo)
 
 
 def _log_inputs(tracker: Tracker, config: TrainConfig, manifests: list[Manifest]) -> None:

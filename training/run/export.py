@@ -14,6 +14,8 @@ from training.config import TrainConfig
 from training.models import CcsrModel, build_model, export_trained, fetch_model, publish_model, save_model
 from training.run.checkpoint import Newest, best_checkpoint, load_checkpoint, load_newest
 
+RAW = "model_raw"
+
 
 def initial_model(config: TrainConfig) -> CcsrModel:
     """The fp32 model that training starts from. ModelError if the directory's networks are not the config's."""
@@ -42,7 +44,8 @@ def last_checkpoint(config: TrainConfig) -> Newest | None:
 
 
 def export_run(config: TrainConfig, last: Newest | None, model_uri: str) -> None:
-    """OUT/model from the last checkpoint, OUT/best where some were validated; trained.json says of which update."""
+    """OUT/model from the last checkpoint, OUT/best where some were validated, OUT/model_raw with `runtime.export_raw`;
+    trained.json says of which update."""
     if last is None:
         raise ModelError(
             f"the checkpoint after {config.num_updates} updates is gone or damaged",
@@ -52,9 +55,11 @@ def export_run(config: TrainConfig, last: Newest | None, model_uri: str) -> None
     place, state, damaged = last
     best = best_checkpoint(config.output, damaged)
     if best is not None:
-        weights = state.tensors["weights"] if best == place else load_checkpoint(best).tensors["weights"]
+        weights = (state if best == place else load_checkpoint(best)).model_weights
         write_model(config, weights, join(config.output, "best"))
-    write_model(config, state.tensors["weights"], model_uri)
+    if config.runtime.export_raw:
+        write_model(config, state.tensors["weights"], join(config.output, RAW))
+    write_model(config, state.model_weights, model_uri)
     record = {name: state.facts[name] for name in ("num_updates", "position")}
     write_bytes(join(config.output, "trained.json"), json.dumps(record).encode())
 

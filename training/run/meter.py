@@ -1,5 +1,6 @@
 """Measurements of a worker's updates: rates, counted FLOPs against the card's peak, memory, a profile."""
 
+import re
 import resource
 import sys
 import time
@@ -16,14 +17,20 @@ from infra.storage import join
 from training.config import TrainConfig
 from training.run.agreement import WorkerContext, attempt
 
-# Dense bf16 peaks in FLOP/s by what is in the card's name, from the vendors' datasheets (V100: fp16); the first counts.
+# Dense bf16 peaks in FLOP/s by a word of the card's name, from the vendors' datasheets (V100: fp16); the first counts.
 PEAK_FLOPS = {
+    "GB200": 2500e12,
+    "B200": 2250e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
     "H100": 989e12,
     "H200": 989e12,
+    "GH200": 989e12,
     "A100": 312e12,
+    "A10": 125e12,
     "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 5090": 209e12,
     "RTX 4090": 165e12,
     "V100": 125e12,
 }
@@ -32,7 +39,7 @@ PROFILED_UPDATES = 3
 
 def peak_flops(card: str) -> float | None:
     """The dense half-precision peak of a card by its name, None where it is not known."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in card), None)
+    return next((peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", card)), None)
 
 
 class FlopCounter(TorchDispatchMode):
@@ -79,14 +86,17 @@ def peak_memory_bytes(device: str) -> int:
 
 class Meter:
     """Rates since the last point. FLOPs are counted on the first micro-batch of one update: the first of this process,
-    and once more where another set of loss terms shows that the work has changed."""
+    and once more where another set of loss terms shows that the work has changed. They are not where `flops_per_sample`
+    is given: the counter does not see into compiled blocks."""
 
-    def __init__(self, config: TrainConfig, device: str, world_size: int) -> None:
+    def __init__(
+        self, config: TrainConfig, device: str, world_size: int, *, flops_per_sample: float | None = None
+    ) -> None:
         self._config, self._device, self._world_size = config, device, world_size
         card = torch.cuda.get_device_name() if device.startswith("cuda") else ""
         self._peak = peak_flops(card) if config.precision == "bf16" else None
-        self._flops_per_sample = 0.0
-        self._count_is_due = True
+        self._flops_per_sample = flops_per_sample or 0.0
+        self._counts = self._count_is_due = flops_per_sample is None
         self._terms: set[str] | None = None
         self._restart()
 
@@ -120,7 +130,7 @@ class Meter:
 
     def update_done(self, terms: dict[str, float]) -> None:
         self._num_updates += 1
-        self._count_is_due = self._terms is not None and self._terms != set(terms)
+        self._count_is_due = self._counts and self._terms is not None and self._terms != set(terms)
         self._terms = set(terms)
 
     def wait_for_batch(self) -> None:

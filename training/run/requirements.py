@@ -109,18 +109,20 @@ def _text() -> int:
 def memory_needed(num_trained: int, num_frozen: int, config: TrainConfig, world_size: int) -> dict[str, int]:
     """Bytes per worker by kind. Without activations and discriminator, hence less than a run really takes.
 
-    fp32 masters and two moments per trained parameter are shared out from ZeRO 1 on, fp32 gradients from ZeRO 2 on;
-    bf16 gradients, which are added to those after each micro-batch, come on top.
+    fp32 masters, two moments and, with `ema`, an average per trained parameter are shared out from ZeRO 1 on, fp32
+    gradients from ZeRO 2 on; bf16 gradients, which are added to those after each micro-batch, come on top. With
+    `offload_optimizer` masters, moments and average are in the host's memory, which is not counted.
     """
     size = 2 if config.precision == "bf16" else 4
     zero = config.runtime.zero_stage
     share = world_size if zero else 1
+    held = 0 if config.runtime.offload_optimizer else 1
     masters = 4 * num_trained // share if zero else 0
     rounded = 2 * num_trained if size == 2 else 0
     return {
         "weights": size * (num_trained + num_frozen),
         "gradients": 4 * num_trained // (world_size if zero == 2 else 1) + rounded,
-        "optimiser": masters + 8 * num_trained // share,
+        "optimiser": held * (masters + (8 if config.ema is None else 12) * num_trained // share),
     }
 
 
@@ -144,7 +146,7 @@ def check_memory(model: CcsrModel, config: TrainConfig, context: WorkerContext) 
         raise ConfigError(
             f"this run needs {total / GIB:.2f} GiB more on each worker ({parts}), {free / GIB:.2f} are free",
             where=f"runtime: {world_size} workers, zero_stage {config.runtime.zero_stage}, {config.precision}",
-            todo="more workers with zero_stage 1 or 2, precision bf16, or a larger machine",
+            todo="more workers with zero_stage 1 or 2, runtime.offload_optimizer, precision bf16, or a larger machine",
         )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from infra.process.memory import to_device
 from infra.seeding import noise_for, rng_for
 from training.config import TrainConfig
 from training.data.batches import Batch
@@ -48,7 +49,7 @@ class Stage(nn.Module):
 
     def _timesteps(self, batch: Batch, end: int) -> Tensor:
         draws = [int(rng_for(self.config.seed, "timestep", p).integers(end)) for p in batch.positions]
-        return torch.tensor(draws, device=batch.hr.device)
+        return to_device(torch.tensor(draws), batch.hr.device)
 
     @torch.no_grad()
     def _latents(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """The training loop of one worker: batches in order, DeepSpeed steps, checkpoints, metrics from rank 0."""
 
 import math
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm, parameters_to_
 
 from infra.errors import ModelError, StoppedError
 from infra.manifest import Manifest
+from infra.process.memory import to_device
 from training.config import TrainConfig
 from training.data.batches import Batch, updates
 from training.data.samples import SampleReader
@@ -16,9 +17,10 @@ from training.models import CcsrModel, power_iteration
 from training.run.agreement import WorkerContext, agree, all_objects, attempt, gathered, limit_collectives
 from training.run.checkpoint import advice
 from training.run.checkpointer import Checkpoints
-from training.run.engine import make_engine, step
+from training.run.engine import averaged, make_engine, step, update_average
+from training.run.health import Spikes, Stopwatch
 from training.run.meter import Meter, Profile
-from training.run.requirements import check_memory
+from training.run.requirements import check_memory, step_cost
 from training.run.stages import DecoderStage, Stage, build_stage
 from training.run.validation import Validation
 
@@ -46,7 +48,9 @@ def train(config: TrainConfig, manifests: list[Manifest], model: CcsrModel, cont
         agree(context, error)
         profiled = config.runtime.profile and context.rank == 0
         profile = ends.enter_context(Profile(config, context)) if profiled else None
-        meter = Meter(config, context.device, context.world_size)
+        flops = step_cost(config).flops_per_sample if config.runtime.compile else None
+        meter = Meter(config, context.device, context.world_size, flops_per_sample=flops)
+        stopwatch, spikes = Stopwatch(context.device), Spikes()
         for update in range(done, config.num_updates):
             batches, error = attempt(lambda: next(stream))
             if agree(context, error or checkpoints.failure(), stop=context.stop_asked(update)):
@@ -59,17 +63,23 @@ def train(config: TrainConfig, manifests: list[Manifest], model: CcsrModel, cont
                     todo="run the same command again to resume",
                 )
             meter.batch_arrived()
-            learning_rate = _set_learning_rate(optimizer, config, update)
-            terms = _update(engine, adversary, batches, update, config, context, meter)
+            learning_rate = config.optimizer.rate_at(update)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+            terms = _update(engine, adversary, batches, update, config, context, meter, stopwatch)
+            if config.ema is not None:
+                update_average(engine, optimizer, config.ema.decay_at(update))
             meter.update_done(terms)
             finished = update + 1
             position = finished * config.global_batch_size
+            if (marks := spikes(terms)) and context.tracker is not None:
+                context.tracker.metrics(marks, step=position)
             if finished % config.runtime.log_every == 0 or finished == config.num_updates:
                 terms["learning_rate"] = learning_rate
                 _report(context, finished, terms | meter.values(), step=position)
             scores = None
             if validation is not None and validation.due(finished):
-                with meter.aside():
+                with meter.aside(), nullcontext() if config.ema is None else averaged(engine, optimizer):
                     scores = validation(stage.model, context, position)
             if finished % config.runtime.checkpoint_every == 0 or finished == config.num_updates:
                 checkpoints.save(finished, scores)
@@ -81,14 +91,6 @@ def train(config: TrainConfig, manifests: list[Manifest], model: CcsrModel, cont
 def _stage(config: TrainConfig, model: CcsrModel, context: WorkerContext) -> Stage:
     check_memory(model, config, context)
     return build_stage(model, config)
-
-
-def _set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, update: int) -> float:
-    settings = config.optimizer
-    rate = settings.learning_rate * min(1.0, (update + 1) / max(1, settings.warmup_updates))
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    return rate
 
 
 class _Adversary:
@@ -106,6 +108,7 @@ class _Adversary:
             lr=config.decoder_loss.discriminator_learning_rate,
             betas=config.optimizer.betas,
             weight_decay=config.optimizer.weight_decay,
+            fused=context.device.startswith("cuda"),
         )
         self.clip_norm = config.optimizer.clip_norm
         self.world_size = context.world_size
@@ -141,11 +144,13 @@ def _update(
     config: TrainConfig,
     context: WorkerContext,
     meter: Meter,
+    stopwatch: Stopwatch,
 ) -> dict[str, float]:
     """One optimiser update over this rank's micro-batches.
 
     Returns each loss term's mean over all samples, "loss_max" (the largest of all micro-batches), "gradient_norm" and
-    stage 2's "d_gradient_norm" (before clipping). ModelError with the samples' keys where one of them is not finite.
+    stage 2's "d_gradient_norm" (before clipping), and which rank's forward passes took longest: unlike the rest of an
+    update they wait for no other rank. ModelError with the samples' keys where one of them is not finite.
     """
     names: list[str] = []
     rows: list[torch.Tensor] = []
@@ -153,10 +158,9 @@ def _update(
     for micro_step, micro in enumerate(batches):
         batch = micro.to(context.device)
         with meter.counting(micro_step):
-            if adversary is None:
-                terms = engine(batch)
-            else:
-                terms = engine(batch, update=update)
+            with stopwatch.running():
+                terms = engine(batch) if adversary is None else engine(batch, update=update)
+            if adversary is not None:
                 terms["d_loss"] = adversary.accumulate(len(batches))
             engine.backward(terms["loss"])
         gradient_norm = step(engine)
@@ -168,9 +172,14 @@ def _update(
         largest["d_gradient_norm"] = adversary.step()
     if gradient_norm is not None:
         largest["gradient_norm"] = torch.as_tensor(gradient_norm, device=context.device)
+    largest["forward_seconds_max"] = to_device(torch.tensor(stopwatch.seconds()), context.device)
     over_ranks = gathered(context, torch.cat([here.mean(0), torch.stack(list(largest.values()))]))
-    numbers = torch.cat([over_ranks[:, : len(names)].mean(0), over_ranks[:, len(names) :].amax(0)])
-    values = dict(zip([*names, *largest], numbers.tolist(), strict=True))
+    seconds = over_ranks[:, -1]
+    slow = {"forward_seconds_mean": seconds.mean(), "slowest_rank": seconds.argmax().float()}
+    numbers = torch.cat(
+        [over_ranks[:, : len(names)].mean(0), over_ranks[:, len(names) :].amax(0), torch.stack(list(slow.values()))]
+    )
+    values = dict(zip([*names, *largest, *slow], numbers.tolist(), strict=True))
     # All ranks hold the same values, so all of them come here, without a check at each micro-step.
     wrong = [f"{name} {value}" for name, value in values.items() if not math.isfinite(value)]
     if wrong:

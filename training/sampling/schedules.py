@@ -1,5 +1,6 @@
 """The noise schedule of Stable Diffusion 2.1-base and the timesteps that each sampler visits."""
 
+from functools import cache
 from itertools import accumulate, repeat
 
 import torch
@@ -13,11 +14,19 @@ LAST_TIMESTEP = NUM_TIMESTEPS - 1
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, NUM_TIMESTEPS, dtype=torch.float64) ** 2
 ALPHAS_CUMPROD = torch.cumprod(1 - BETAS, dim=0)
 ABARS: list[float] = ALPHAS_CUMPROD.tolist()
+_SCALES = torch.stack([ALPHAS_CUMPROD.sqrt(), (1 - ALPHAS_CUMPROD).sqrt()]).float()
+
+
+@cache
+def _scales_on(device: torch.device) -> Tensor:
+    """`_SCALES` on a GPU, copied once. Outside inference mode, or no later training could save it for its backward."""
+    with torch.inference_mode(False):
+        return _SCALES.to(device)
 
 
 def _coefficients(t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     """sqrt(abar_t) and sqrt(1 - abar_t), float32 (B, 1, 1, 1) on the device of `like`."""
-    scales = torch.stack([ALPHAS_CUMPROD.sqrt(), (1 - ALPHAS_CUMPROD).sqrt()]).float().to(like.device)
+    scales = _SCALES if like.device.type == "cpu" else _scales_on(like.device)
     signal, sigma = scales[:, t.to(like.device)].view(2, -1, 1, 1, 1)
     return signal, sigma
 

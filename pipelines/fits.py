@@ -1,0 +1,42 @@
+"""`ccsr estimate`: the micro-batch with which a training config fits cards of 24, 40 and 80 GB, and by which switch."""
+
+from infra.display.table import Cell, Table, cell
+from training.config import TrainConfig
+
+CARDS_GIB = (24, 40, 80)
+USABLE = 0.9
+SWITCHES = ("activation_checkpointing", "offload_optimizer")
+
+
+def fit_table(config: TrainConfig) -> Table:
+    """A row for each choice of `SWITCHES`: bytes on one GPU by `step_cost`, and for each card the largest micro-batch,
+    up to the config's, that fits. In stage 2, whose result depends on it, the config's or none."""
+    from training.run.requirements import GIB, memory_needed, step_cost
+
+    largest = config.runtime.micro_batch_size
+    sizes = [n for n in range(largest, 0, -1) if config.global_batch_size % n == 0]
+    sizes = sizes[:1] if config.stage == 2 else sizes
+    table = Table(
+        ("runtime", "GPU memory, GiB", *(f"{card} GB" for card in CARDS_GIB)),
+        f"one GPU: largest micro-batch that fits (config: {largest}), {config.precision}",
+        [
+            f"counted, not measured: weights, gradients, optimiser state, what a forward keeps; {1 - USABLE:.0%} of a "
+            "card are left for a step's temporaries and the driver"
+            + ("; without perceptual network and DINO" if config.stage == 2 else "")
+        ],
+    )
+
+    def switched(**switches: object) -> TrainConfig:
+        return config.model_copy(update={"runtime": config.runtime.model_copy(update=switches)})
+
+    costs = [step_cost(switched(activation_checkpointing=on)) for on in (False, True)]
+    for chosen in ((False, False), (True, False), (False, True), (True, True)):
+        switches = dict(zip(SWITCHES, chosen, strict=True))
+        one, cost = switched(**switches, zero_stage=max(int(chosen[1]), config.runtime.zero_stage)), costs[chosen[0]]
+        held = sum(memory_needed(cost.num_trained, cost.num_frozen, one, 1).values())
+        totals = {size: (held + cost.activation_bytes * size // largest) / GIB for size in sizes}
+        fits = (next((n for n, total in totals.items() if total <= USABLE * card), None) for card in CARDS_GIB)
+        names = " + ".join(name for name, on in switches.items() if on) or "neither of the two below"
+        cells = (Cell(size, ((str(size), "good") if size else ("no", "bad"),)) for size in fits)
+        table.add(names, cell(totals[largest], ".1f"), *cells)
+    return table

@@ -1,0 +1,72 @@
+"""Signs of trouble: spikes among noise, a replica that differs by one bit, and where to read what ranks waited for."""
+
+import multiprocessing
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+
+from infra import ModelError
+from infra.seeding import rng_for
+from tests.training_runs import free_port, train_config
+from training.run.agreement import OtherRankError, WorkerContext
+from training.run.health import Spikes, Stopwatch, check_replicas
+from training.run.launch import FLIGHT_RECORDER, environment, lost_error
+
+
+def test_a_spike_is_marked_and_noise_is_not() -> None:
+    spikes, rng = Spikes(), rng_for(0, "loss")
+    values = [{"loss": float(loss), "gradient_norm": 2.0} for loss in rng.normal(-1, 0.2, 300)]
+    assert not any(spikes(one) for one in values)
+    assert spikes({"loss": 4.0, "gradient_norm": 2.0}) == {"loss_spike": pytest.approx(5 / 0.13, rel=0.3)}
+    assert spikes({"loss": -6.0, "gradient_norm": 2.5}).keys() == {"gradient_norm_spike"}, "down is no spike"
+    assert not Spikes()({"loss": 1e9}), "nothing to compare with yet"
+
+
+def test_the_stopwatch_adds_up_its_blocks() -> None:
+    stopwatch = Stopwatch("cpu")
+    for _ in range(2):
+        with stopwatch.running():
+            time.sleep(0.02)
+        time.sleep(0.05)
+    assert 0.04 <= stopwatch.seconds() < 0.09
+    assert stopwatch.seconds() == 0
+
+
+def compare(rank: int, port: int, answers: "multiprocessing.Queue[tuple[int, str]]") -> None:
+    store = torch.distributed.TCPStore("127.0.0.1", port, 2, rank == 0, timeout=timedelta(seconds=60))
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    context = WorkerContext(rank, 2, "cpu", {})
+    tensors = {"a": torch.ones(3), "b": torch.ones(2, 2, dtype=torch.bfloat16), "c": torch.tensor(7)}
+    check_replicas(context, tensors, 1, "out")
+    if rank == 1:
+        tensors["b"].view(torch.int16)[1, 1] ^= 1
+    try:
+        check_replicas(context, tensors, 2, "out")
+    except (ModelError, OtherRankError) as error:
+        answers.put((rank, str(error)))
+
+
+def test_one_bit_of_one_replica_is_found_and_named() -> None:
+    spawn = multiprocessing.get_context("spawn")
+    answers, port = spawn.Queue(), free_port()
+    ranks = [spawn.Process(target=compare, args=(rank, port, answers)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    found = dict(answers.get(timeout=120) for _ in ranks)
+    for rank in ranks:
+        rank.join()
+    assert found[0] == ""
+    assert "b on rank 1 differs from rank 0's after update 2; nothing was saved" in found[1]
+
+
+def test_the_record_of_collectives_is_on_and_named_with_the_lost_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpu = train_config("d", "o", num_updates=1, runtime={"device": "cuda"})
+    assert FLIGHT_RECORDER.items() <= environment(on_gpu.runtime).items()
+    monkeypatch.setenv("TORCH_FR_DUMP_TEMP_FILE", "/scratch/rank_")
+    assert environment(on_gpu.runtime)["TORCH_FR_DUMP_TEMP_FILE"] == "/scratch/rank_"
+    assert "in /scratch/rank_RANK" in lost_error(RuntimeError("died"), on_gpu, []).todo
+    on_cpu = train_config("d", "o", num_updates=1)
+    assert not FLIGHT_RECORDER.keys() & environment(on_cpu.runtime).keys()
+    assert "RANK" not in lost_error(RuntimeError("died"), on_cpu, []).todo
