@@ -9,6 +9,8 @@ import numpy as np
 from infra.errors import DataError
 
 CROP_BORDER = 4
+COLORMAP = cv2.COLORMAP_VIRIDIS
+MAP_TOP = 0.1  # std of values in [0, 1]: one scale, so that maps of several runs and steps compare
 LUMA = np.array([[65.481, 128.553, 24.966]])  # of RGB / 255, on the 16..235 scale (ITU-R BT.601 studio swing)
 
 
@@ -54,6 +56,12 @@ def cropped_pair(sr: np.ndarray, gt: np.ndarray, crop_border: int) -> tuple[np.n
             todo="pair each output with its own ground truth at the same scale",
         )
     return pair
+
+
+def coloured(stds: np.ndarray, top: float = MAP_TOP) -> np.ndarray:
+    """A stability map for people, uint8 RGB (H, W, 3): dark blue where `stds`, float (H, W), is 0, yellow at `top`."""
+    levels = np.rint(np.clip(stds / top, 0, 1) * 255).astype(np.uint8)
+    return np.ascontiguousarray(cv2.applyColorMap(levels, COLORMAP)[..., ::-1])
 
 
 def l_std(runs: Iterable[np.ndarray], *, crop_border: int = CROP_BORDER) -> float:

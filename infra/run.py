@@ -16,6 +16,8 @@ PACKAGES = ("infra", "degradation", "training", "evaluation", "pipelines")
 ROOT = Path(__file__).parents[1]
 """The folder of our packages."""
 MAX_SHOWN = 8
+MLFLOW_FILE = "mlflow.json"
+"""Names the MLflow run of an output: `output`, `run_id`, `experiment`. A copy of the folder is another output."""
 COMMIT = "CCSR_GIT_COMMIT"
 """Names the commit of code that `ccsr submit` has shipped."""
 
@@ -96,7 +98,7 @@ def _refuse_other(output: str, present: Mapping[str, Any], wanted: Mapping[str, 
 def has_work(output: str) -> bool:
     """Whether a job has made something in OUT: a file beside run.json, hidden ones and MLflow's own apart."""
     names = (place.removeprefix(join(output, "")) for place in list_files(output))
-    return any(name != "run.json" and not name.startswith((".", "mlflow.db", "mlartifacts/")) for name in names)
+    return any(name != "run.json" and not name.startswith((".", "mlflow.", "mlartifacts/")) for name in names)
 
 
 def check_claim(output: str, fingerprint: str) -> None:

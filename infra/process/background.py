@@ -30,7 +30,7 @@ class BackgroundTracker:
     ) -> None:
         self._warn = warn
         self._points = _Sender("points", tracker.send, MAX_POINTS, warn, seconds_between_tries)
-        self._files = _Sender("files", lambda files: tracker.file(*files[0]), 1, warn, seconds_between_tries)
+        self._files = _Sender("files", lambda files: _send_file(tracker, *files[0]), 1, warn, seconds_between_tries)
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Queue one point per value, with the present time."""
@@ -40,6 +40,10 @@ class BackgroundTracker:
     def file(self, place: str, content: bytes) -> None:
         """Queue bytes as the artifact `place`."""
         self._files.put([(place, content)])
+
+    def image(self, key: str, png: bytes, step: int) -> None:
+        """Queue a picture for MLflow's image grid."""
+        self._files.put([(key, png, step)])
 
     @property
     def note(self) -> str:
@@ -56,6 +60,13 @@ class BackgroundTracker:
         if unsent:
             self._warn(f"MLflow never took {unsent} points and files of this run")
         return unsent
+
+
+def _send_file(tracker: Tracker, place: str, content: bytes, step: int | None = None) -> None:
+    if step is None:
+        tracker.file(place, content)
+    else:
+        tracker.image(place, content, step)
 
 
 @dataclass

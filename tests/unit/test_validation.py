@@ -30,8 +30,8 @@ class Log:
     def metrics(self, values: dict[str, float], step: int) -> None:
         self.points.append((values, step))
 
-    def file(self, place: str, content: bytes) -> None:
-        self.files[place] = content
+    def image(self, key: str, png: bytes, step: int) -> None:
+        self.files[key] = png
 
 
 @pytest.fixture(scope="module")

@@ -6,15 +6,17 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
+from infra.config import parameters
 from infra.display.progress import progress
 from infra.errors import CcsrError, ClusterError, ConfigError, StoppedError, line_of
 from infra.locations import check_output
 from infra.manifest import Manifest
+from infra.mlflow_models import MODEL_TAG, find_model
 from infra.mlflow_server import check_tracking, tracking_uri
 from infra.ray_runtime import cpu_work, cpus_here, lost_worker, ray_cluster, user_error
 from infra.run import Progress, claim_output, git_commit
 from infra.storage import exists, join, read_json
-from infra.tracking import MODEL_TAG, Tracker, find_model, track
+from infra.tracking import Tracker, track
 from training.config import TrainConfig, TrainRuntime
 from training.data.batches import check_cpus
 from training.data.samples import check_latents
@@ -26,6 +28,7 @@ from training.run.board import Pulse, Watch, make_board
 from training.run.checkpoint import complete_checkpoints
 from training.run.continued import continued
 from training.run.export import export_run, initial_model, last_checkpoint, write_model
+from training.run.mlflow_log import describe_run
 from training.run.stages import build_stage
 from training.run.validation import Validation
 
@@ -49,16 +52,17 @@ def run_train(config: TrainConfig) -> str:
     if last is None:
         _check_start(config, manifests)
     num_gpus = config.runtime.num_workers if config.runtime.device == "cuda" else 0
-    tags = {"ccsr.stage": str(config.stage), "git.commit": facts["git_commit"]}
+    tags = {"ccsr.stage": str(config.stage), "ccsr.num_updates": str(config.num_updates)}
     with (
         ray_cluster(config.runtime.ray, num_gpus=num_gpus) if last is None else nullcontext(),
-        track(config.tracking, run, tags) as tracker,
+        track(config.tracking, run, tags, output=config.output, parameters=parameters(config)) as tracker,
         sigterm_noted() as sigterm,  # after Ray's start, which sets its own handler
     ):
         if last is None:
             _fit(config, manifests, facts, tracker, sigterm)
             last = last_checkpoint(config)
         export_run(config, last, model_uri)  # after SIGTERM too: what was finished counts
+        tracker.tag(**{MODEL_TAG: model_uri})
     return model_uri
 
 
@@ -152,10 +156,7 @@ def _fit(
                 closed."""
 
         check_cpus(config, {"CPU": cpus_here()})
-        tracker.tag(**{MODEL_TAG: join(config.output, "model"), "ccsr.num_updates": str(config.num_updates)})
-        _log_inputs(tracker, config, manifests)
-        if "continue_from" in facts:
-            tracker.continued(facts["continue_from"]["fingerprint"])
+        describe_run(tracker, config, manifests)
         board = make_board()
         settings = {
             "config": config,
@@ -231,19 +232,6 @@ def _lost(error: BaseException, config: TrainConfig, ranks: list[str]) -> Cluste
     told = "".join(f"; {line}" for line in ranks[:4])
     limit = f"; runtime.max_restarts is {config.runtime.max_restarts}"
     return ClusterError(lost.what + told + limit, where=lost.where, todo=lost.todo)
-
-
-def _log_inputs(tracker: Tracker, config: TrainConfig, manifests: list[Manifest]) -> None:
-    """What the run reads, and the run that made what it starts from."""
-    for manifest in manifests:
-        tracker.dataset(manifest.uri.rstrip("/").rpartition("/")[2], manifest.dataset_id, manifest.uri, "training")
-    validation = Validation.load(config)
-    for uri, dataset_id in validation.datasets.items() if validation else ():
-        tracker.dataset(uri.rstrip("/").rpartition("/")[2], dataset_id, uri, "validation")
-    if config.init_from:
-        place = join(config.init_from.rstrip("/").rpartition("/")[0] or ".", "run.json")  # of the run's folder
-        if exists(place):
-            tracker.parent(read_json(place).get("fingerprint"))
 
 
 def _worker(settings: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 from infra.errors import DataError
 from infra.images import decode_image, encode_png, resize_bicubic
 from infra.manifest import Manifest
-from infra.pixels import l_std, psnr_y
+from infra.pixels import StabilityAccumulator, coloured, psnr_y
 from infra.shards import Entry, read_sample
 from training.config import SamplingConfig, TrainConfig, ValidationConfig
 from training.models import CcsrModel
@@ -50,7 +50,7 @@ class Validation:
         return num_updates % self.settings.every == 0 or num_updates == self.config.num_updates
 
     def __call__(self, model: CcsrModel, context: WorkerContext, position: int) -> dict[str, float]:
-        """{"psnr_y" (dB), "l_std"}: means over images; collective. Numbers and pictures (LR, every run, HR) are logged.
+        """{"psnr_y" (dB), "l_std"}: means over images; collective. Logged too, with pictures: LR, runs, HR, map.
 
         Run r of an image draws from (seed, key, r), and the means are taken in the images' order: nothing depends on
         the world size. No training state is touched.
@@ -62,7 +62,7 @@ class Validation:
         if context.tracker is not None:  # rank 0
             for place, _, _, picture in scored:
                 key = self.images[place][1].key
-                context.tracker.file(f"validation/{position:012d}/{key}.png", picture)
+                context.tracker.image(f"validation/{key}", picture, position)
         psnrs, stds = ([image[column] for image in scored] for column in (1, 2))
         scores = {"psnr_y": float(np.mean(psnrs)), "l_std": float(np.mean(stds))}
         if context.tracker is not None:
@@ -78,5 +78,9 @@ class Validation:
         images = list(
             restore_runs(model, lr, (height, width), self.sampling, seed=self.config.seed, key=entry.key, runs=runs)
         )
-        picture = np.hstack([resize_bicubic(lr, width, height), *images, hr])
-        return place, float(np.mean([psnr_y(image, hr) for image in images])), l_std(images), encode_png(picture)
+        stability = StabilityAccumulator()
+        for image in images:
+            stability.add(image)
+        picture = np.hstack([resize_bicubic(lr, width, height), *images, hr, coloured(stability.map())])
+        psnr = float(np.mean([psnr_y(image, hr) for image in images]))
+        return place, psnr, stability.l_std(), encode_png(picture)
