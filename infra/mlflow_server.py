@@ -3,12 +3,13 @@
 import errno
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 from infra.config import Config, TrackingLocation, parse_config
 from infra.errors import CcsrError, ClusterError, ConfigError, StorageError, line_of
@@ -34,6 +35,17 @@ class TrackingConfig(Config):
     uri: Annotated[TrackingLocation | None, BeforeValidator(_with_scheme)] = None
     experiment: str = "ccsr"
     run_name: str | None = None
+
+
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", "Field name .register.")  # every class has a method of this name, from ABCMeta
+
+    class TrainTracking(TrackingConfig):
+        """Where a training run is logged."""
+
+        register: str | None = Field(
+            None, pattern=r"^[\w. -]+(@[\w-]+)?$", description="NAME[@ALIAS] of the best model in MLflow's registry"
+        )
 
 
 def tracking_uri(config: TrackingConfig, *, make_folder: bool = True) -> str:

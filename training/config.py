@@ -6,7 +6,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from degradation.config import DegradationConfig
 from infra.config import EXTENDABLE, Config, FieldError, Location, ModelLocation
-from infra.mlflow_server import TrackingConfig
+from infra.mlflow_server import TrainTracking
 from infra.process.numerics import NumericsConfig
 from infra.ray_runtime import RayConfig
 
@@ -207,7 +207,7 @@ class TrainConfig(Config):
     data: Annotated[tuple[TrainingSet, ...], Field(min_length=1, description="shard sets, or {path, weight}")]
     inputs: Literal["pixels", "latents"] = Field("pixels", description="latents: those that the shards store")
     init_from: Annotated[ModelLocation | None, BeforeValidator(lambda place: None if place == "random" else place)] = (
-        Field(description="a model directory, a run's folder, runs:/ID, or `random` for random weights")
+        Field(description="a model directory, a run's folder, runs:/ID, models:/NAME@ALIAS, or `random`")
     )
     continue_from: Location | None = Field(
         None, description="RUN[@POSITION]: begin with another run's checkpoint: weights, moments, position"
@@ -226,7 +226,7 @@ class TrainConfig(Config):
     optimizer: OptimizerConfig = OptimizerConfig()
     decoder_loss: DecoderLossConfig = DecoderLossConfig()
     validation: ValidationConfig | None = None
-    tracking: TrackingConfig = TrackingConfig()
+    tracking: TrainTracking = TrainTracking()
     runtime: TrainRuntime = TrainRuntime()
 
     def runtime_in_result(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The `ccsr` command. Nothing heavy is imported before a command needs it: `ccsr --help` answers at once."""
 
 import io
+import json
 import os
 import signal
 import sys
@@ -99,17 +100,22 @@ def train(
     config: ConfigFile,
     set_: Overrides = None,
     profile: Annotated[bool, typer.Option("--profile", help="Profile a few updates into OUT/profile.")] = False,
+    register: Annotated[
+        str | None, typer.Option(help="NAME[@ALIAS] of the best model in MLflow's registry; default alias: newest.")
+    ] = None,
+    log_only: Annotated[bool, typer.Option("--log-only", help="Only send a finished run to MLflow.")] = False,
     dry_run: DryRun = False,
 ) -> None:
     """Train one stage; the same command resumes."""
     from infra.storage import exists, join, read_bytes
 
     job = JOBS["train"]
-    values = job.load(config, [*(set_ or []), *(["runtime.profile=true"] if profile else [])])
+    registered = [f"tracking.register={json.dumps(register)}"] if register is not None else []
+    values = job.load(config, [*(set_ or []), *registered, *(["runtime.profile=true"] if profile else [])])
     if dry_run:
         job.print_preview(values)
         return
-    model = job.run(values)
+    model = job.run(values, log_only=log_only)
     if profile and exists(place := join(values.output, "profile", "top_ops.txt")):
         typer.echo(read_bytes(place).decode())
     typer.echo(f"model: {model}")
@@ -203,7 +209,7 @@ def restore(
     output: Annotated[
         str, typer.Argument(metavar="OUTPUT", help="Folder or s3:// prefix for the results; NAME.png for one.")
     ],
-    model: Annotated[str, typer.Option(help="A model directory, a run's folder, or runs:/ID.")],
+    model: Annotated[str, typer.Option(help="A model directory, a run's folder, runs:/ID or models:/NAME@ALIAS.")],
     runs: Annotated[int, typer.Option(help="Seeded runs per image.")] = 1,
     seed: Annotated[int, typer.Option(help="Run r of an image depends on this, the image's name and r alone.")] = 0,
     scale: Annotated[float, typer.Option(help="Enlargement, 1 to 8, fractions too.")] = 4,

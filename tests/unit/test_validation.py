@@ -80,8 +80,9 @@ def test_scores_and_pictures_are_those_of_the_restored_runs(held_out: Path, mode
         assert not np.array_equal(*runs)
         psnrs.append(np.mean([psnr_y(run, hr) for run in runs]))
         stds.append(l_std(runs))
-        picture = decode_image(log.files[f"validation/000000000024/{entry.key}.png"], where="picture")
-        assert np.array_equal(picture, np.hstack([resize_bicubic(lr, 64, 64), *runs, hr]))
+        picture = decode_image(log.files[f"validation/{entry.key}"], where="picture")
+        assert np.array_equal(picture, np.hstack([resize_bicubic(lr, 64, 64), *runs, hr, picture[:, -64:]]))
+        assert len(np.unique(picture[:, -64:].reshape(-1, 3), axis=0)) > 9, "a stability map"
     assert scores == {"psnr_y": np.mean(psnrs), "l_std": np.mean(stds)}
     assert log.points == [({f"validation/{name}": score for name, score in scores.items()}, 24)]
 

@@ -4,14 +4,15 @@ import os
 import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 from infra.config import parameters
 from infra.display.progress import progress
-from infra.errors import CcsrError, ClusterError, ConfigError, StoppedError, line_of
+from infra.errors import CcsrError, ClusterError, ConfigError, DataError, StoppedError, line_of
 from infra.locations import check_output
 from infra.manifest import Manifest
-from infra.mlflow_models import MODEL_TAG, find_model
+from infra.mlflow_models import find_model
 from infra.mlflow_server import check_tracking, tracking_uri
 from infra.ray_runtime import cpu_work, cpus_here, lost_worker, ray_cluster, user_error
 from infra.run import Progress, claim_output, git_commit
@@ -28,23 +29,32 @@ from training.run.board import Pulse, Watch, make_board
 from training.run.checkpoint import complete_checkpoints
 from training.run.continued import continued
 from training.run.export import export_run, initial_model, last_checkpoint, write_model
-from training.run.mlflow_log import describe_run
+from training.run.mlflow_log import describe_run, log_models, try_to_log_models
 from training.run.stages import build_stage
 from training.run.validation import Validation
 
 LIBRARIES = ("torch", "deepspeed", "diffusers", "numpy", "opencv-python-headless", "pillow")
 
 
-def run_train(config: TrainConfig) -> str:
+def run_train(config: TrainConfig, *, log_only: bool = False) -> str:
     """Train one stage and return the URI of its model directory, OUT/model; a finished run returns at once.
 
     What an earlier run of the same config left is continued, to more updates too. Raises before anything starts where
-    the data, the starting model or the output cannot be used; StoppedError after SIGTERM.
+    the data, the starting model or the output cannot be used; StoppedError after SIGTERM. `log_only`: send a
+    finished run's models to MLflow, as a finished run with `tracking.register` does; DataError for an unfinished one.
     """
     config, manifests, inputs, run = _claimed(config)
     model_uri = join(config.output, "model")
     exported, done = _updates_done(config)
+    tags = {"ccsr.stage": str(config.stage), "ccsr.num_updates": str(config.num_updates)}
+    tracked = partial(track, config.tracking, run, tags, output=config.output, parameters=parameters(config))
+    if exported < config.num_updates and log_only:
+        raise DataError("this run is not finished", where=config.output, todo="leave --log-only away")
     if exported == config.num_updates:
+        if log_only or config.tracking.register:
+            with tracked() as tracker:
+                describe_run(tracker, config, manifests)
+                log_models(tracker, config)
         return model_uri
     check_tracking(config.tracking)
     facts = {"fingerprint": run["fingerprint"], "config": run["config"], **inputs, "git_commit": git_commit()}
@@ -52,17 +62,16 @@ def run_train(config: TrainConfig) -> str:
     if last is None:
         _check_start(config, manifests)
     num_gpus = config.runtime.num_workers if config.runtime.device == "cuda" else 0
-    tags = {"ccsr.stage": str(config.stage), "ccsr.num_updates": str(config.num_updates)}
     with (
         ray_cluster(config.runtime.ray, num_gpus=num_gpus) if last is None else nullcontext(),
-        track(config.tracking, run, tags, output=config.output, parameters=parameters(config)) as tracker,
+        tracked() as tracker,
         sigterm_noted() as sigterm,  # after Ray's start, which sets its own handler
     ):
         if last is None:
             _fit(config, manifests, facts, tracker, sigterm)
             last = last_checkpoint(config)
         export_run(config, last, model_uri)  # after SIGTERM too: what was finished counts
-        tracker.tag(**{MODEL_TAG: model_uri})
+        try_to_log_models(tracker, config)
     return model_uri
 
 

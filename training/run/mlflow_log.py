@@ -1,11 +1,18 @@
 """What a training run says of itself in MLflow beside its curves: inputs, links, description; the curves' groups."""
 
+import sys
+from collections import defaultdict
 from collections.abc import Mapping
 
+from infra.errors import ClusterError, line_of
 from infra.manifest import Manifest
-from infra.mlflow_models import trained_by
+from infra.mlflow_models import MODEL_TAG, log_model, register, trained_by
+from infra.mlflow_server import mlflow_errors, tracking_uri
+from infra.storage import join
 from infra.tracking import Tracker, link, run_of
 from training.config import TrainConfig
+from training.run.checkpoint import best_checkpoint
+from training.run.export import exported_models
 from training.run.validation import Validation
 
 GROUPS = {
@@ -46,3 +53,36 @@ def describe_run(tracker: Tracker, config: TrainConfig, manifests: list[Manifest
         *(f"{context.capitalize()} data: `{uri}` ({digest})" for uri, digest, context in datasets),
         f"Output: `{config.output}`",
     )
+
+
+def log_models(tracker: Tracker, config: TrainConfig) -> None:
+    """A LoggedModel per model directory of a finished run, with the validation's numbers at its step; the best one into
+    the registry where the config asks for that. ClusterError where MLflow is away or refuses."""
+    with mlflow_errors(tracking_uri(config.tracking)):
+        client, models = tracker.client, exported_models(config)
+        tracker.tag(**{MODEL_TAG: join(config.output, "model")})
+        scores: dict[int, dict[str, float]] = defaultdict(dict)
+        for name in client.get_run(tracker.run_id).data.metrics:
+            if name.startswith("validation/"):
+                for point in client.get_metric_history(tracker.run_id, name):
+                    scores[point.step][name] = point.value
+        about = config.model.model_dump() | {"stage": config.stage}
+        logged = {
+            step: log_model(tracker, place, step=step, parameters=about | {"step": step}, metrics=scores[step])
+            for step, place in models.items()
+        }
+        if config.tracking.register:
+            best = best_checkpoint(config.output)
+            register(tracker, logged[int(best.rpartition("/")[2]) if best else max(logged)], config.tracking.register)
+
+
+def try_to_log_models(tracker: Tracker, config: TrainConfig) -> None:
+    """`log_models`; what fails is a warning: the run is complete."""
+    try:
+        log_models(tracker, config)
+    except ClusterError as error:
+        print(
+            f"warning: the run is complete, but MLflow did not take its models ({line_of(error)}); "
+            "to send them later: ccsr train -c FILE --log-only",
+            file=sys.stderr,
+        )
