@@ -181,6 +181,9 @@ class ValidationConfig(Config):
     every: int = Field(500, ge=1)
     num_images: int = Field(8, ge=1, description="spread evenly over the sets")
     num_runs: int = Field(2, ge=2, description="seeded runs per image; L-STD needs two")
+    best_by: Literal["psnr_y", "lpips", "dists", "l_std", "l_std_equal_sharpness"] | None = Field(
+        "psnr_y", description="whose best checkpoint is kept; PSNR prefers blur; none: none"
+    )
     sampling: SamplingConfig | None = Field(None, description="none: the chain that the stage trains")
 
 
@@ -278,6 +281,10 @@ class TrainConfig(Config):
         used = trains[self.stage] - ({"num_steps"} if self.starts_from_stored_samples else set())
         every = {"start_from", "num_steps", "t_max", "t_min", "decoder_loss"}
         return dict.fromkeys(sorted(every - used), f"in stage {self.stage} of family {family}")
+
+    @property
+    def best_by(self) -> str | None:
+        return self.validation.best_by if self.validation else None
 
     @property
     def trained_sampling(self) -> SamplingConfig:

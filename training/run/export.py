@@ -50,7 +50,7 @@ def export_run(config: TrainConfig, last: Newest | None, model_uri: str) -> None
             todo="run the same command again: it resumes from the one before",
         )
     place, state, damaged = last
-    best = best_checkpoint(config.output, damaged)
+    best = best_checkpoint(config.output, damaged, config.best_by)
     if best is not None:
         weights = state.tensors["weights"] if best == place else load_checkpoint(best).tensors["weights"]
         write_model(config, weights, join(config.output, "best"))
@@ -64,7 +64,7 @@ def exported_models(config: TrainConfig) -> dict[int, str]:
     output, suffix = config.output, "/ccsr.json"
     exports = [file.removesuffix(suffix) for file in list_files(join(output, "exports")) if file.endswith(suffix)]
     models = {int(place.rpartition("/")[2]): place for place in exports}
-    record, best = join(output, "trained.json"), best_checkpoint(output)
+    record, best = join(output, "trained.json"), best_checkpoint(output, (), config.best_by)
     if exists(record):
         models.setdefault(read_json(record)["position"], join(output, "model"))
     if best and exists(join(output, f"best{suffix}")):

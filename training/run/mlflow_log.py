@@ -72,7 +72,7 @@ def log_models(tracker: Tracker, config: TrainConfig) -> None:
             for step, place in models.items()
         }
         if config.tracking.register:
-            best = best_checkpoint(config.output)
+            best = best_checkpoint(config.output, (), config.best_by)
             register(tracker, logged[int(best.rpartition("/")[2]) if best else max(logged)], config.tracking.register)
 
 

@@ -1,16 +1,20 @@
-"""Held-out pairs restored while training runs: PSNR-Y, L-STD and pictures, the same numbers at every world size."""
+"""Held-out pairs restored while training runs: numbers and pictures, the same at every world size."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 
 import numpy as np
+import torch
 
-from infra.errors import DataError
+from infra.errors import DataError, ModelError
 from infra.images import decode_image, encode_png, resize_bicubic
 from infra.manifest import Manifest
-from infra.pixels import StabilityAccumulator, coloured, psnr_y
+from infra.pixels import CROP_BORDER, StabilityAccumulator, coloured, l_std_equal_sharpness, psnr_y
 from infra.shards import Entry, read_sample
 from training.config import SamplingConfig, TrainConfig, ValidationConfig
-from training.models import CcsrModel
+from training.models import CcsrModel, load_dists, load_lpips
 from training.restore.restore import restore_runs
 from training.run.agreement import WorkerContext, agree, all_objects, attempt
 
@@ -29,11 +33,13 @@ class Validation:
     def load(cls, config: TrainConfig) -> "Validation | None":
         """Choose `num_images` pairs, spread evenly over the sets; None where no validation is configured.
 
-        DataError for a set without LR images.
+        DataError for a set without LR images, ModelError where `best_by` needs weights that are not here.
         """
         settings = config.validation
         if settings is None:
             return None
+        if settings.best_by in PERCEPTUAL:
+            PERCEPTUAL[settings.best_by][0]()
         manifests = [Manifest.load(uri) for uri in settings.data]
         for manifest in manifests:
             if not manifest.facts["has_lr"]:
@@ -50,7 +56,8 @@ class Validation:
         return num_updates % self.settings.every == 0 or num_updates == self.config.num_updates
 
     def __call__(self, model: CcsrModel, context: WorkerContext, position: int) -> dict[str, float]:
-        """{"psnr_y" (dB), "l_std"}: means over images; collective. Logged too, with pictures: LR, runs, HR, map.
+        """{"psnr_y" (dB), "l_std", "l_std_equal_sharpness", "lpips", "dists"}: means over images; collective. Logged
+        too, with pictures: LR, runs, HR, map. Left out: those of missing weights, and what an image does not have.
 
         Run r of an image draws from (seed, key, r), and the means are taken in the images' order: nothing depends on
         the world size. No training state is touched.
@@ -60,16 +67,16 @@ class Validation:
         agree(context, error)
         scored = sorted((image for part in all_objects(context, mine) for image in part), key=lambda image: image[0])
         if context.tracker is not None:  # rank 0
-            for place, _, _, picture in scored:
+            for place, _, picture in scored:
                 key = self.images[place][1].key
                 context.tracker.image(f"validation/{key}", picture, position)
-        psnrs, stds = ([image[column] for image in scored] for column in (1, 2))
-        scores = {"psnr_y": float(np.mean(psnrs)), "l_std": float(np.mean(stds))}
+        means = {name: float(np.mean([scores[name] for _, scores, _ in scored])) for name in scored[0][1]}
+        scores = {name: mean for name, mean in means.items() if math.isfinite(mean)}
         if context.tracker is not None:
             context.tracker.metrics({f"validation/{name}": score for name, score in scores.items()}, step=position)
         return scores
 
-    def _score(self, model: CcsrModel, place: int) -> tuple[int, float, float, bytes]:
+    def _score(self, model: CcsrModel, place: int) -> tuple[int, dict[str, float], bytes]:
         uri, entry = self.images[place]
         members = read_sample(uri, entry)
         lr, hr = (decode_image(members[f"{m}.png"], where=f"{uri}: {entry.key}.{m}") for m in ("lr", "hr"))
@@ -81,6 +88,36 @@ class Validation:
         stability = StabilityAccumulator()
         for image in images:
             stability.add(image)
-        picture = np.hstack([resize_bicubic(lr, width, height), *images, hr, coloured(stability.map())])
-        psnr = float(np.mean([psnr_y(image, hr) for image in images]))
-        return place, psnr, stability.l_std(), encode_png(picture)
+        enlarged = resize_bicubic(lr, width, height)
+        picture = np.hstack([enlarged, *images, hr, coloured(stability.map())])
+        scores = {"psnr_y": float(np.mean([psnr_y(image, hr) for image in images])), "l_std": stability.l_std()}
+        scores["l_std_equal_sharpness"] = l_std_equal_sharpness(images, enlarged)
+        for name, network in _perceptual().items():
+            scores[name] = float(np.mean([network(image, hr) for image in images]))
+        return place, scores, encode_png(picture)
+
+
+PERCEPTUAL: dict[str, tuple[Callable[[], torch.nn.Module], float]] = {
+    "lpips": (lambda: load_lpips(trunk="alexnet"), -1.0),
+    "dists": (load_dists, 0.0),
+}
+"""Metric -> its network, and the lowest value of the range that this takes; the highest is 1."""
+
+
+@cache
+def _perceptual() -> dict[str, Callable[[np.ndarray, np.ndarray], float]]:
+    """The metrics whose weights are here, of two uint8 RGB images (H, W, 3), without their border, on a CPU."""
+    found: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {}
+    for name, (load, low) in PERCEPTUAL.items():
+        try:
+            found[name] = partial(_distance, load().eval(), low)
+        except ModelError:  # no weights
+            continue
+    return found
+
+
+@torch.inference_mode()
+def _distance(network: torch.nn.Module, low: float, *images: np.ndarray) -> float:
+    inside = np.s_[CROP_BORDER:-CROP_BORDER, CROP_BORDER:-CROP_BORDER]
+    tensors = [torch.from_numpy(image[inside].copy()).permute(2, 0, 1)[None] / 255 for image in images]
+    return float(network(*(tensor * (1 - low) + low for tensor in tensors)))
