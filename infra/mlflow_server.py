@@ -68,6 +68,11 @@ def tracking_uri(config: TrackingConfig, *, make_folder: bool = True) -> str:
     return uri
 
 
+def is_missing(uri: str) -> bool:
+    """Whether an address is of a database that is not there yet: asking MLflow would make it."""
+    return uri.startswith("sqlite:///") and not os.path.exists(uri.removeprefix("sqlite:///"))
+
+
 def fail_soon() -> None:
     """Fail within seconds if the server is unreachable; MLflow's own default is to try for many minutes. ConfigError
     for a variable that it cannot read."""
@@ -142,7 +147,7 @@ def check_tracking(config: TrackingConfig) -> None:
     from mlflow.tracking import MlflowClient
 
     uri = tracking_uri(config, make_folder=False)
-    if uri.startswith("sqlite:///") and not os.path.exists(uri.removeprefix("sqlite:///")):
+    if is_missing(uri):
         return
     try:
         with mlflow_errors(uri):

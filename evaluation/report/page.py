@@ -112,10 +112,11 @@ def report_results(places: Sequence[str], target: str | None, tracking: Tracking
 
 
 def comparison_page(comparison: Comparison) -> str:
-    """The tables of `compare` as one self-contained HTML page."""
+    """The tables of `compare` and the methods' pictures side by side, as one self-contained HTML page."""
     facts = [f"baseline {comparison.baseline}", *_facts(comparison.results[0])[2:4]]
     config = json.dumps({result.name: result.run for result in comparison.results}, indent=2, sort_keys=True)
     drawn: dict[str, Any] = {"distribution": None, "trace": None, "images": []}
+    drawn |= _pictures(comparison.compared, num_images=8) if comparison.compared else {}
     tables = comparison.tables()
     return render(_TEMPLATE, title="Comparison", facts=facts, tables=tables, config=config, **drawn)
 

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -157,7 +158,7 @@ def compare(
     mlflow: Annotated[
         str | None, typer.Option(parser=tracking_location, help="MLflow's address; default as for the other commands.")
     ] = None,
-    log: Annotated[bool, typer.Option("--log", help="Also log the comparison as a run in MLflow.")] = False,
+    log: Annotated[bool, typer.Option("--log", help="Also log comparison and page as a run in MLflow.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Paired per-image differences between evaluated methods, with bootstrap intervals."""
@@ -169,17 +170,19 @@ def compare(
     tracking = parse_config({"uri": mlflow}, TrackingConfig, where="--mlflow")
     if log:
         check_tracking(tracking)
-    comparison = compare_results(runs, tracking=tracking)
-    print_report(comparison.tables(), as_json=as_json)
-    if csv is not None:
-        comparison.write_csv(csv)
-    if html is not None:
-        from evaluation.report.page import comparison_page
-        from infra.publish import write_bytes
+    with tempfile.TemporaryDirectory(prefix="ccsr-compare-") as scratch:
+        pictures = Path(scratch) if log or html is not None else None
+        comparison = compare_results(runs, tracking=tracking, scratch=pictures)
+        print_report(comparison.tables(), as_json=as_json)
+        if csv is not None:
+            comparison.write_csv(csv)
+        if html is not None:
+            from evaluation.report.page import comparison_page
+            from infra.publish import write_bytes
 
-        write_bytes(html, comparison_page(comparison).encode())
-    if log:
-        typer.echo(f"MLflow run: {log_comparison(comparison, runs, tracking)}", err=as_json)
+            write_bytes(html, comparison_page(comparison).encode())
+        if log:
+            typer.echo(f"MLflow run: {log_comparison(comparison, runs, tracking)}", err=as_json)
 
 
 @app.command()
