@@ -50,13 +50,15 @@ class BackgroundTracker:
         """What a progress line should add: empty while the server answers."""
         return f", MLflow away: {len(self._points.waiting)} points wait" if self._points.failing else ""
 
-    def close(self, seconds: float = 60.0) -> int:
+    def close(self, seconds: float = 60.0, keep: Callable[[list[Any]], object] | None = None) -> int:
         """Send what waits, trying again for at most `seconds`; the number of points and files that the server never
-        took."""
+        took. `keep` gets the points, to be sent later."""
         senders = self._points, self._files
         for sender in senders:
             sender.end_by(time.monotonic() + seconds)
         unsent = sum(sender.num_unsent() for sender in senders)
+        if keep and self._points.waiting:
+            keep([item.content for item in self._points.waiting])
         if unsent:
             self._warn(f"MLflow never took {unsent} points and files of this run")
         return unsent

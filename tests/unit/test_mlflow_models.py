@@ -1,6 +1,7 @@
 """A finished run's models in MLflow: found by their stability, registered, named by alias; a server that is away."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,14 @@ from mlflow.tracking import MlflowClient
 from infra import ClusterError, ConfigError, DataError
 from infra.mlflow_models import find_model
 from infra.mlflow_server import TrackingConfig
+from infra.process.background import BackgroundTracker
 from infra.publish import write_bytes
-from infra.tracking import track
+from infra.tracking import Tracker, track
 from tests.training_runs import noise_shards, train_config
 from training.config import TrainConfig
 from training.run.checkpoint import TrainingState, save_checkpoint
 from training.run.driver import run_train
-from training.run.mlflow_log import try_to_log_models
+from training.run.mlflow_log import keep_unsent, try_to_log_models
 
 SCORES = {1: (20.0, 0.3), 2: (25.0, 0.1), 3: (24.0, 0.2)}  # update -> PSNR-Y, L-STD
 
@@ -25,7 +27,9 @@ def finished(tmp_path: Path, store: TrackingConfig, request: pytest.FixtureReque
     """A run of 3 updates of 4 samples whose second one was the best, exported on its way too."""
     uri = store.uri if request.param == "server" else f"sqlite:///{tmp_path}/mlflow.db"
     tracking = {"uri": uri, "experiment": tmp_path.name, "register": "sr@champion"}
-    config = train_config(noise_shards(tmp_path / "set", 4), tmp_path / "run", num_updates=3, tracking=tracking)
+    data = noise_shards(tmp_path / "set", 4)
+    validation = {"data": [data]}
+    config = train_config(data, tmp_path / "run", num_updates=3, tracking=tracking, validation=validation)
     for update, (psnr, _) in SCORES.items():
         facts = {"position": 4 * update, "num_updates": update, "validation": {"psnr_y": psnr}}
         save_checkpoint(config.output, TrainingState(facts, {"weights": {}}), keep=9)
@@ -91,6 +95,20 @@ def test_what_mlflow_does_not_take_at_the_end_is_a_warning_and_sent_later(
     longer = finished.model_copy(update={"num_updates": 4})
     with pytest.raises(DataError, match="this run is not finished"):
         run_train(longer, log_only=True)
+
+
+def test_points_that_a_server_never_took_are_sent_later(finished: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    for step in (16, 20):  # two starts
+        sender = BackgroundTracker(Tracker.connect("http://127.0.0.1:9", "run"))
+        sender.metrics({"loss/loss": 1.0 / step, "validation/l_std": 0.05}, step)
+        assert sender.close(0.1, keep=partial(keep_unsent, finished.output)) == 2
+    run_train(finished, log_only=True)
+    client = MlflowClient(finished.tracking.uri)
+    run_id = json.loads(Path(finished.output, "mlflow.json").read_text())["run_id"]
+    points = client.get_metric_history(run_id, "loss/loss")
+    assert {point.step: point.value for point in points} == {16: 1 / 16, 20: 1 / 20}
+    assert not Path(finished.output, "mlflow.unsent.json").exists()
 
 
 @pytest.mark.parametrize("name", ["a/b", "a:b", "sr@", "@champion", "sr@a b", ""])

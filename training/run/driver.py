@@ -29,7 +29,7 @@ from training.run.board import Pulse, Watch, make_board
 from training.run.checkpoint import complete_checkpoints
 from training.run.continued import continued
 from training.run.export import export_run, initial_model, last_checkpoint, write_model
-from training.run.mlflow_log import describe_run, log_models, try_to_log_models
+from training.run.mlflow_log import describe_run, keep_unsent, log_models, try_to_log_models
 from training.run.stages import build_stage
 from training.run.validation import Validation
 
@@ -301,4 +301,4 @@ def _worker(settings: dict[str, Any]) -> None:
             raise
         finally:
             if tracker is not None:
-                tracker.close()
+                tracker.close(keep=partial(keep_unsent, config.output))

@@ -1,20 +1,25 @@
 """What a training run says of itself in MLflow beside its curves: inputs, links, description; the curves' groups."""
 
+import json
 import sys
 from collections import defaultdict
 from collections.abc import Mapping
+from typing import Any
 
 from infra.errors import ClusterError, line_of
 from infra.manifest import Manifest
 from infra.mlflow_models import MODEL_TAG, log_model, register, trained_by
 from infra.mlflow_server import mlflow_errors, tracking_uri
-from infra.storage import join
+from infra.process.background import MAX_POINTS
+from infra.publish import write_bytes
+from infra.storage import exists, join, read_bytes, remove
 from infra.tracking import Tracker, link, run_of
 from training.config import TrainConfig
 from training.run.checkpoint import best_checkpoint
 from training.run.export import exported_models
 from training.run.validation import Validation
 
+UNSENT = "mlflow.unsent.json"
 GROUPS = {
     "speed": {"samples_per_second", "samples_per_second_per_worker", "data_wait_share", "tflops_per_second_per_worker"}
     | {"mfu", "hfu", "validation_seconds"},
@@ -29,8 +34,26 @@ def grouped(values: Mapping[str, float]) -> dict[str, float]:
     return {f"{groups.get(name, 'loss')}/{name}": value for name, value in values.items()}
 
 
+def keep_unsent(output: str, points: list[Any]) -> None:
+    """Store points that the server never took beside those of earlier starts, for `describe_run` to send."""
+    place = join(output, UNSENT)
+    before = json.loads(read_bytes(place)) if exists(place) else []
+    write_bytes(place, json.dumps([*before, *points]).encode())
+
+
+def _send_unsent(tracker: Tracker, output: str) -> None:
+    place = join(output, UNSENT)
+    points = json.loads(read_bytes(place)) if exists(place) else []
+    for first in range(0, len(points), MAX_POINTS):
+        tracker.send(points[first : first + MAX_POINTS])
+    if points:
+        remove(place)
+
+
 def describe_run(tracker: Tracker, config: TrainConfig, manifests: list[Manifest]) -> None:
-    """Log the datasets, tags that name the runs that this one begins with, and a description with links to them."""
+    """Log what an earlier start could not send, the datasets, tags that name the runs that this one begins with, and a
+    description with links to them."""
+    _send_unsent(tracker, config.output)
     datasets = [(manifest.uri, manifest.dataset_id, "training") for manifest in manifests]
     validation = Validation.load(config)
     datasets += [(uri, digest, "validation") for uri, digest in (validation.datasets if validation else {}).items()]
