@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from infra.config import Config, difference, fingerprint_of, library_versions, result_part
 from infra.errors import ConfigError
 from infra.publish import ensure_writable, put_if_absent, write_bytes
-from infra.storage import exists, join, list_files, read_json
+from infra.storage import exists, join, list_files, read_json, remove
 
 PACKAGES = ("infra", "degradation", "training", "evaluation", "pipelines")
 ROOT = Path(__file__).parents[1]
@@ -59,6 +59,8 @@ def claim_output(
         return present
     _refuse_other(output, present, {**run, "fingerprint": present.get("fingerprint")})
     if write:
+        if exists(join(output, MLFLOW_FILE)):  # of the start that failed: parameters of an MLflow run never change
+            remove(join(output, MLFLOW_FILE))
         write_bytes(place, content)
     return run
 

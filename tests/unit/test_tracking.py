@@ -58,15 +58,19 @@ def test_datasets_points_and_files_reach_mlflow(store: TrackingConfig) -> None:
 
 
 def test_one_output_has_one_run_whatever_its_fingerprint(store: TrackingConfig, tmp_path: Path) -> None:
+    config, mlflow = store.model_copy(update={"experiment": "one output"}), client(store)
+
     def job(output: Path, fingerprint: str = "6" * 64) -> str:
-        with track(store, run(fingerprint), output=str(output)) as tracker:
+        with track(config, run(fingerprint), output=str(output)) as tracker:
             tracker.metrics({"loss/loss": 1.0})
         return tracker.run_id
 
     one, two = tmp_path / "one", tmp_path / "two"
     first = job(one)
-    assert job(one) == first, "a resume, and under other libraries too"
-    assert job(one, "5" * 64) == first
+    assert job(one) == job(one, "5" * 64) == first, "a resume, under another version's fingerprint too"
+    mlflow.rename_experiment(mlflow.get_experiment_by_name("one output").experiment_id, "renamed")
+    assert job(one) == first
+    assert mlflow.get_experiment_by_name("one output") is None
     assert job(two) != first, "the same config into another output"
     shutil.copytree(one, tmp_path / "copy")
     assert job(tmp_path / "copy") != first
