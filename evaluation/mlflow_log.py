@@ -108,13 +108,13 @@ def _log_method(
     """The method's run, with its model as input; its line in the evaluation's description."""
     from mlflow.entities import LoggedModelInput
 
-    tags = {"ccsr.job": "method", "ccsr.method": method.name, "ccsr.dataset_id": result.run["dataset_id"]}
+    tags = {"ccsr.job": "method", "ccsr.dataset_id": result.run["dataset_id"]}
     client, trained, model = tracker.client, None, None
     if isinstance(method, ModelMethod):
         tags |= {MODEL_TAG: method.model, DIGEST_TAG: result.run["inputs"]["methods"][method.name]}
         trained, model = trained_by(client, method.model), logged_model(client, method.model, tags[DIGEST_TAG])
         tags |= {"ccsr.trained_by": trained.info.run_id} if trained else {}
-    child = tracker.child(f"{result.name}/{method.name}", tags, parameters(method))
+    child = tracker.child(method.name, tags, parameters(method))
     _log_data(child, config, result)
     if model:
         client.log_inputs(child.run_id, models=[LoggedModelInput(model.model_id)])

@@ -28,6 +28,7 @@ from infra.storage import exists, join, read_json
 
 PARENT_TAG = "mlflow.parentRunId"
 NOTE_TAG = "mlflow.note.content"
+METHOD_TAG = "ccsr.method"
 ERROR_TAG = "ccsr.error"
 CHANGED_TAG = "ccsr.changed"
 MAX_PARAMETERS = 100  # in one request: MLflow's limit
@@ -135,10 +136,11 @@ class Tracker:
         else:
             self.client.log_table(self.run_id, dict(zip(columns, zip(*rows, strict=True), strict=True)), place)
 
-    def child(self, name: str, tags: Mapping[str, str], parameters: Mapping[str, Any]) -> "Tracker":
-        """The run of this name below this one: the one that is there, else a new one."""
+    def child(self, method: str, tags: Mapping[str, str], parameters: Mapping[str, Any]) -> "Tracker":
+        """The run of a method below this one: the one that is there, else a new one."""
         parent = self.client.get_run(self.run_id).info
-        below = f"tags.`{PARENT_TAG}` = '{self.run_id}' AND run_name = '{name}'"
+        name, tags = f"{parent.run_name}/{method}", {METHOD_TAG: method, **tags}
+        below = f"tags.`{PARENT_TAG}` = '{self.run_id}' AND tags.`{METHOD_TAG}` = '{method}'"
         found = self.client.search_runs([parent.experiment_id], below, max_results=1)
         if not found:
             found = [self.client.create_run(parent.experiment_id, run_name=name)]
@@ -288,9 +290,8 @@ def flatten(values: Mapping[str, Any] | Sequence[Any], prefix: str = "") -> dict
     """Nested mappings, and lists of them, as one level with dotted keys, as `--set` takes them."""
     flat: dict[str, Any] = {}
     for key, value in values.items() if isinstance(values, Mapping) else enumerate(values):
-        if isinstance(value, Mapping) or (
-            isinstance(value, list | tuple) and any(isinstance(v, Mapping) for v in value)
-        ):
+        inner = value if isinstance(value, list | tuple) else ()
+        if isinstance(value, Mapping) or any(isinstance(one, Mapping) for one in inner):
             flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value

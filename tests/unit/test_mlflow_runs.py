@@ -73,16 +73,16 @@ def test_runs_are_listed_by_their_stability(store: TrackingConfig, tmp_path: Pat
         run.tag(**{"ccsr.model": "s3://bucket/a/model"})
     with track(tracking, train, output=str(tmp_path / "b")) as run:
         run.metrics({"validation/psnr_y": 25.0, "validation/l_std": 0.1}, 8)
-    with track(tracking, RUN | {"job": "evaluate"}, output=str(tmp_path / "evaluation")) as run:
-        run.child("evaluation/ccsr", {"ccsr.job": "method"}, {}).metrics({"l_std": 0.15, "lpips.g_std": 0.01})
+    with track(tracking, RUN | {"job": "evaluate"}, output=str(tmp_path / "bob's")) as run:
+        run.child("ccsr", {"ccsr.job": "method"}, {}).metrics({"l_std": 0.15, "lpips.g_std": 0.01})
 
     def names(sort: str | None = None) -> list[str]:
         return [row["run"] for row in runs_table(store, "listed", sort).records()]
 
-    assert set(names()) == {"a", "b", "evaluation", "evaluation/ccsr"}
-    assert names("l_std") == ["b", "evaluation/ccsr", "a"]
+    assert set(names()) == {"a", "b", "bob's", "bob's/ccsr"}
+    assert names("l_std") == ["b", "bob's/ccsr", "a"]
     assert names("psnr_y") == ["b", "a"]
-    assert names("lpips.g_std") == ["evaluation/ccsr"]
+    assert names("lpips.g_std") == ["bob's/ccsr"]
     row = runs_table(store, "listed", "l_std").records()[2]
     assert (row["l_std"], row["psnr_y"], row["model"], row["status"]) == (0.2, 20.0, "s3://bucket/a/model", "FINISHED")
     with pytest.raises(DataError, match="no run has the metric 'lstd'"):
