@@ -16,7 +16,7 @@ from infra.images import encode_png
 from infra.mlflow_models import DIGEST_TAG, MODEL_TAG, logged_model, trained_by
 from infra.mlflow_server import TrackingConfig, mlflow_errors, tracking_uri
 from infra.pixels import coloured
-from infra.storage import exists, join, list_files, read_bytes
+from infra.storage import exists, join, list_files, name_of, read_bytes
 from infra.tracking import Tracker, link, run_of, track
 
 MAX_LOGGED_IMAGES = 8
@@ -118,7 +118,8 @@ def _log_method(
     _log_data(child, config, result)
     if model:
         client.log_inputs(child.run_id, models=[LoggedModelInput(model.model_id)])
-    child.metrics(method_metrics(summary), model=model.model_id if model else None)
+    dataset = (name_of(folders_of(config.data[0])[0]), result.run["dataset_id"]) if model else ()
+    child.metrics(method_metrics(summary), model=model.model_id if model else None, dataset=dataset)
     _log_pictures(child, result, method.name)
     client.set_terminated(child.run_id)
     psnr = summary["metrics"].get("psnr_y", {}).get("mean")
@@ -129,7 +130,7 @@ def _log_method(
 
 def _log_data(tracker: Tracker, config: EvaluateConfig, result: EvaluationResult) -> None:
     folder = folders_of(config.data[0])[0]
-    tracker.dataset(folder.rstrip("/").rpartition("/")[2], result.run["dataset_id"], folder, "evaluation")
+    tracker.dataset(name_of(folder), result.run["dataset_id"], folder, "evaluation")
 
 
 def _log_pictures(child: Tracker, result: EvaluationResult, name: str) -> None:

@@ -1,7 +1,7 @@
 """Models in MLflow: what names one, the LoggedModel of a model directory, the registry. No artifact is copied."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, overload
 
 from infra.errors import ConfigError
@@ -98,10 +98,16 @@ def trained_by(client: Any, model: str) -> Any:
 
 
 def log_model(
-    tracker: Tracker, model: str, *, step: int, parameters: Mapping[str, Any], metrics: Mapping[str, float]
+    tracker: Tracker,
+    model: str,
+    *,
+    step: int,
+    parameters: Mapping[str, Any],
+    metrics: Mapping[str, float],
+    dataset: Sequence[str],
 ) -> Any:
-    """The LoggedModel of a model directory in the output of the tracker's run, with its numbers; made unless it is
-    there."""
+    """The LoggedModel of a model directory in the output of the tracker's run, with its numbers on `dataset` (its name
+    and id, or none); made unless it is there."""
     from mlflow.entities import LoggedModelOutput
 
     client, run = tracker.client, tracker.client.get_run(tracker.run_id)
@@ -119,7 +125,7 @@ def log_model(
     )
     client.finalize_logged_model(logged.model_id, "READY")
     client.log_outputs(tracker.run_id, [LoggedModelOutput(logged.model_id, step)])
-    tracker.metrics(metrics, step, model=logged.model_id)
+    tracker.metrics(metrics, step, model=logged.model_id, dataset=dataset)
     return logged
 
 

@@ -24,7 +24,7 @@ from infra.mlflow_server import (
 )
 from infra.publish import write_bytes
 from infra.run import MLFLOW_FILE, git_commit
-from infra.storage import exists, join, read_json
+from infra.storage import exists, join, name_of, read_json
 
 PARENT_TAG = "mlflow.parentRunId"
 NOTE_TAG = "mlflow.note.content"
@@ -93,13 +93,15 @@ class Tracker:
         for first in range(0, len(new), MAX_PARAMETERS):
             self.client.log_batch(self.run_id, params=new[first : first + MAX_PARAMETERS])
 
-    def metrics(self, values: Mapping[str, float], step: int = 0, *, model: str | None = None) -> None:
-        """Log metrics of the run; with `model` also of the LoggedModel with that id."""
+    def metrics(
+        self, values: Mapping[str, float], step: int = 0, *, model: str | None = None, dataset: Sequence[str] = ()
+    ) -> None:
+        """Log metrics of the run; with `model` also of the LoggedModel with that id, on `dataset`: its name and id."""
         now = int(time.time() * 1000)
-        self.send([(name, float(value), now, step, model) for name, value in values.items()])
+        self.send([(name, float(value), now, step, model, *dataset) for name, value in values.items()])
 
     def send(self, points: Sequence[tuple[Any, ...]]) -> None:
-        """Metrics as (name, value, milliseconds since 1970, step[, model id]), at most 1000 (MLflow's limit)."""
+        """Metrics as (name, value, milliseconds since 1970, step, ...), at most 1000 (MLflow's limit)."""
         from mlflow.entities import Metric
 
         self.client.log_batch(self.run_id, metrics=[Metric(*point) for point in points])
@@ -243,7 +245,7 @@ def run_name(run: Mapping[str, Any], output: str | None) -> str:
     """The output's last folder, with the stage where that does not name it; without output the job and a hash."""
     if output is None:
         return f"{run['job']}-{run['fingerprint'][:8]}"
-    folder, stage = output.rstrip("/").rpartition("/")[2], f"stage{run['config'].get('stage')}"
+    folder, stage = name_of(output), f"stage{run['config'].get('stage')}"
     return folder if "stage" not in run["config"] or stage in folder else f"{folder}-{stage}"
 
 

@@ -7,7 +7,7 @@ from infra.config import parameters
 from infra.errors import ClusterError, line_of
 from infra.manifest import Manifest
 from infra.mlflow_server import tracking_uri
-from infra.storage import join, read_bytes
+from infra.storage import join, name_of, read_bytes
 from infra.tracking import track
 from pipelines.sharding.config import ShardConfig
 
@@ -24,8 +24,7 @@ def log_shard_set(config: ShardConfig, manifest: Manifest, run: dict[str, Any], 
     tags = {"ccsr.dataset_id": manifest.dataset_id}
     try:
         with track(config.tracking, run, tags, output=config.output, parameters=parameters(config)) as tracker:
-            name = config.output.rstrip("/").rpartition("/")[2]
-            tracker.dataset(name, manifest.dataset_id, config.output, "sharding")
+            tracker.dataset(name_of(config.output), manifest.dataset_id, config.output, "sharding")
             tracker.metrics(counts | speed)
             tracker.note(
                 f"{manifest.num_samples:,} samples, {counts['quarantined']} quarantined; dataset {manifest.dataset_id}",

@@ -18,6 +18,7 @@ from training.config import TrainConfig
 from training.run.checkpoint import TrainingState, save_checkpoint
 from training.run.driver import run_train
 from training.run.mlflow_log import keep_unsent, try_to_log_models
+from training.run.validation import Validation
 
 SCORES = {1: (20.0, 0.3), 2: (25.0, 0.1), 3: (24.0, 0.2)}  # update -> PSNR-Y, L-STD
 
@@ -56,6 +57,11 @@ def test_the_most_stable_model_is_found_and_the_best_registered_once(finished: T
         "model",
         "exports/000000000004",
     ]
+    (digest,) = Validation.load(finished).datasets.values()
+    on_set = [{"dataset_name": "set", "dataset_digest": digest}]
+    low = client.search_logged_models([experiment], "metrics.`validation/l_std` < 0.15", on_set)
+    assert [model.model_id for model in low] == [models[0].model_id]
+    assert run.data.params["inputs.dataset_ids"] == f"['{digest}']"
     assert {model.source_run_id for model in models} == {run.info.run_id}
     assert (models[0].params["step"], models[0].model_type) == ("8", "v1 stage 1")
     (version,) = client.search_model_versions("name = 'sr'")[:1]

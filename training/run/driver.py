@@ -47,7 +47,8 @@ def run_train(config: TrainConfig, *, log_only: bool = False) -> str:
     model_uri = join(config.output, "model")
     exported, done = _updates_done(config)
     tags = {"ccsr.stage": str(config.stage), "ccsr.num_updates": str(config.num_updates)}
-    tracked = partial(track, config.tracking, run, tags, output=config.output, parameters=parameters(config))
+    settings = {**parameters(config), "inputs": inputs}
+    tracked = partial(track, config.tracking, run, tags, output=config.output, parameters=settings)
     if exported < config.num_updates and log_only:
         raise DataError("this run is not finished", where=config.output, todo="leave --log-only away")
     if exported == config.num_updates:

@@ -12,7 +12,7 @@ from infra.mlflow_models import MODEL_TAG, log_model, register, trained_by
 from infra.mlflow_server import mlflow_errors, tracking_uri
 from infra.process.background import MAX_POINTS
 from infra.publish import write_bytes
-from infra.storage import exists, join, read_bytes, remove
+from infra.storage import exists, join, name_of, read_bytes, remove
 from infra.tracking import Tracker, link, run_of
 from training.config import TrainConfig
 from training.run.checkpoint import best_checkpoint
@@ -58,7 +58,7 @@ def describe_run(tracker: Tracker, config: TrainConfig, manifests: list[Manifest
     validation = Validation.load(config)
     datasets += [(uri, digest, "validation") for uri, digest in (validation.datasets if validation else {}).items()]
     for uri, digest, context in datasets:
-        tracker.dataset(uri.rstrip("/").rpartition("/")[2], digest, uri, context)
+        tracker.dataset(name_of(uri), digest, uri, context)
     before = trained_by(tracker.client, config.init_from) if config.init_from else None
     continued = run_of(tracker.client, config.continue_from.rsplit("/", 2)[0]) if config.continue_from else None
     if before:
@@ -90,8 +90,13 @@ def log_models(tracker: Tracker, config: TrainConfig) -> None:
                 for point in client.get_metric_history(tracker.run_id, name):
                     scores[point.step][name] = point.value
         about = config.model.model_dump() | {"stage": config.stage}
+        validation = Validation.load(config)
+        named = [(name_of(uri), digest) for uri, digest in (validation.datasets if validation else {}).items()]
+        held_out = named[0] if len(named) == 1 else ()
         logged = {
-            step: log_model(tracker, place, step=step, parameters=about | {"step": step}, metrics=scores[step])
+            step: log_model(
+                tracker, place, step=step, parameters=about | {"step": step}, metrics=scores[step], dataset=held_out
+            )
             for step, place in models.items()
         }
         if config.tracking.register:
