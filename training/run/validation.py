@@ -4,15 +4,17 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from infra.errors import DataError, ModelError
+from infra.errors import DataError
 from infra.images import decode_image, encode_png, resize_bicubic
 from infra.manifest import Manifest
 from infra.pixels import CROP_BORDER, StabilityAccumulator, coloured, l_std_equal_sharpness, psnr_y
 from infra.shards import Entry, read_sample
+from infra.weights import list_weights
 from training.config import SamplingConfig, TrainConfig, ValidationConfig
 from training.models import CcsrModel, load_dists, load_lpips
 from training.restore.restore import restore_runs
@@ -39,7 +41,7 @@ class Validation:
         if settings is None:
             return None
         if settings.best_by in PERCEPTUAL:
-            PERCEPTUAL[settings.best_by][0]()
+            PERCEPTUAL[settings.best_by].load()
         manifests = [Manifest.load(uri) for uri in settings.data]
         for manifest in manifests:
             if not manifest.facts["has_lr"]:
@@ -70,7 +72,10 @@ class Validation:
             for place, _, picture in scored:
                 key = self.images[place][1].key
                 context.tracker.image(f"validation/{key}", picture, position)
-        means = {name: float(np.mean([scores[name] for _, scores, _ in scored])) for name in scored[0][1]}
+        by_all = [
+            name for name in scored[0][1] if all(name in scores for _, scores, _ in scored)
+        ]  # nodes may differ in weights
+        means = {name: float(np.mean([scores[name] for _, scores, _ in scored])) for name in by_all}
         scores = {name: mean for name, mean in means.items() if math.isfinite(mean)}
         if context.tracker is not None:
             context.tracker.metrics({f"validation/{name}": score for name, score in scores.items()}, step=position)
@@ -97,23 +102,26 @@ class Validation:
         return place, scores, encode_png(picture)
 
 
-PERCEPTUAL: dict[str, tuple[Callable[[], torch.nn.Module], float]] = {
-    "lpips": (lambda: load_lpips(trunk="alexnet"), -1.0),
-    "dists": (load_dists, 0.0),
+class Perceptual(NamedTuple):
+    """A metric's network, the weight files that it needs, and the lowest value of its inputs; the highest is 1."""
+
+    load: Callable[[], torch.nn.Module]
+    weights: frozenset[str]
+    low: float
+
+
+PERCEPTUAL = {
+    "lpips": Perceptual(lambda: load_lpips(trunk="alexnet"), frozenset({"alexnet", "lpips-alex"}), -1.0),
+    "dists": Perceptual(load_dists, frozenset({"vgg16", "dists"}), 0.0),
 }
-"""Metric -> its network, and the lowest value of the range that this takes; the highest is 1."""
 
 
 @cache
 def _perceptual() -> dict[str, Callable[[np.ndarray, np.ndarray], float]]:
     """The metrics whose weights are here, of two uint8 RGB images (H, W, 3), without their border, on a CPU."""
-    found: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {}
-    for name, (load, low) in PERCEPTUAL.items():
-        try:
-            found[name] = partial(_distance, load().eval(), low)
-        except ModelError:  # no weights
-            continue
-    return found
+    present = {row["name"] for row in list_weights() if row["state"] == "present"}
+    usable = {name: metric for name, metric in PERCEPTUAL.items() if metric.weights <= present}
+    return {name: partial(_distance, metric.load().eval(), metric.low) for name, metric in usable.items()}
 
 
 @torch.inference_mode()
