@@ -82,9 +82,12 @@ def test_scores_and_pictures_are_those_of_the_restored_runs(held_out: Path, mode
         psnrs.append(np.mean([psnr_y(run, hr) for run in runs]))
         stds.append(l_std(runs))
         equal.append(l_std_equal_sharpness(runs, resize_bicubic(lr, 64, 64)))
-        picture = decode_image(log.files[f"validation/{entry.key}"], where="picture")
-        assert np.array_equal(picture, np.hstack([resize_bicubic(lr, 64, 64), *runs, hr, picture[:, -64:]]))
-        assert len(np.unique(picture[:, -64:].reshape(-1, 3), axis=0)) > 9, "a stability map"
+        names = ("lr", "run_0", "run_1", "hr", "l_std")
+        logged = [decode_image(log.files[f"validation/{entry.key}/{name}"], where=name) for name in names]
+        assert np.array_equal(np.hstack(logged[:4]), np.hstack([resize_bicubic(lr, 64, 64), *runs, hr]))
+        assert logged[4].shape == hr.shape
+        assert len(np.unique(logged[4].reshape(-1, 3), axis=0)) > 9, "a stability map"
+    assert len(log.files) == 3 * 5
     expected = {"psnr_y": np.mean(psnrs), "l_std": np.mean(stds), "l_std_equal_sharpness": np.mean(equal)}
     assert scores == {name: value for name, value in expected.items() if np.isfinite(value)}
     assert log.points == [({f"validation/{name}": score for name, score in scores.items()}, 24)]

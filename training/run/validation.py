@@ -69,9 +69,9 @@ class Validation:
         agree(context, error)
         scored = sorted((image for part in all_objects(context, mine) for image in part), key=lambda image: image[0])
         if context.tracker is not None:  # rank 0
-            for place, _, picture in scored:
-                key = self.images[place][1].key
-                context.tracker.image(f"validation/{key}", picture, position)
+            for place, _, pictures in scored:
+                for name, png in pictures.items():
+                    context.tracker.image(f"validation/{self.images[place][1].key}/{name}", png, position)
         by_all = [
             name for name in scored[0][1] if all(name in scores for _, scores, _ in scored)
         ]  # nodes may differ in weights
@@ -81,7 +81,7 @@ class Validation:
             context.tracker.metrics({f"validation/{name}": score for name, score in scores.items()}, step=position)
         return scores
 
-    def _score(self, model: CcsrModel, place: int) -> tuple[int, dict[str, float], bytes]:
+    def _score(self, model: CcsrModel, place: int) -> tuple[int, dict[str, float], dict[str, bytes]]:
         uri, entry = self.images[place]
         members = read_sample(uri, entry)
         lr, hr = (decode_image(members[f"{m}.png"], where=f"{uri}: {entry.key}.{m}") for m in ("lr", "hr"))
@@ -94,12 +94,13 @@ class Validation:
         for image in images:
             stability.add(image)
         enlarged = resize_bicubic(lr, width, height)
-        picture = np.hstack([enlarged, *images, hr, coloured(stability.map())])
+        pictures = {"lr": enlarged, "hr": hr, "l_std": coloured(stability.map())}
+        pictures |= {f"run_{run}": image for run, image in zip(runs, images, strict=True)}
         scores = {"psnr_y": float(np.mean([psnr_y(image, hr) for image in images])), "l_std": stability.l_std()}
         scores["l_std_equal_sharpness"] = l_std_equal_sharpness(images, enlarged)
         for name, network in _perceptual().items():
             scores[name] = float(np.mean([network(image, hr) for image in images]))
-        return place, scores, encode_png(picture)
+        return place, scores, {name: encode_png(picture) for name, picture in pictures.items()}
 
 
 class Perceptual(NamedTuple):
