@@ -9,7 +9,7 @@ _PLACES = {
     "StabilityAccumulator": "infra.pixels",
     "g_std": "evaluation.metrics.stability",
     "l_std": "infra.pixels",
-    "l_std_equal_sharpness": "evaluation.metrics.stability",
+    "l_std_equal_sharpness": "infra.pixels",
     "niqe": "evaluation.metrics.image",
     "niqe_bt601": "evaluation.metrics.image",
     "psnr_y": "infra.pixels",

@@ -3,7 +3,7 @@
 import csv
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ class Difference:
 class Comparison:
     """What `compare` found. `config_diff`: dotted config key -> its value per label, where the labels differ.
 
-    `results`: those that were compared, in the order given.
+    `results`: those that were compared, in the order given; `compared`: their methods by label, for pictures.
     """
 
     baseline: str
@@ -75,6 +75,7 @@ class Comparison:
     config_diff: dict[str, dict[str, Any]]
     notes: list[str] = field(default_factory=list)
     results: list[EvaluationResult] = field(default_factory=list)
+    compared: EvaluationResult | None = None
 
     def tables(self) -> list[Table]:
         """A table per candidate and, where the configs differ, the differing values."""
@@ -169,6 +170,7 @@ def compare(
     seed: int = 0,
     num_resamples: int = 10_000,
     tracking: TrackingConfig | None = None,
+    scratch: Path | None = None,
 ) -> Comparison:
     """Compare every method against a baseline, image by image.
 
@@ -176,10 +178,12 @@ def compare(
     (without it, all methods of the result), or loaded results. The baseline is the first method that is named so, or
     else the first with runs. Scores are averaged over an image's runs; G-STD and L-STD are compared between methods of
     equally many runs, two or more, because their expectation grows with the number.
+    `scratch`: a folder for the pictures of MLflow's runs; without one the tables alone are fetched.
     Raises DataError where dataset, convention or images differ, ConfigError for an unknown method or fewer than two.
     """
-    with tempfile.TemporaryDirectory(prefix="ccsr-compare-") as scratch:
-        parts = [_select(one, tracking or TrackingConfig(), Path(scratch)) for one in results]
+    with tempfile.TemporaryDirectory(prefix="ccsr-compare-") as tables:
+        place, tracking = scratch or Path(tables), tracking or TrackingConfig()
+        parts = [_select(one, tracking, place, pictures=scratch is not None) for one in results]
     entries = [entry for part in parts for entry in part]
     if len(entries) < 2:
         raise ConfigError(
@@ -228,19 +232,22 @@ def compare(
         if absent:
             notes.append(f"{label}: not compared, because only one side has it: {', '.join(absent)}")
     configs = {label: _flat(_own_config(result, method)) for label, result, method in entries}
-    return Comparison(baseline, rows, _differing(configs), notes, [result for _, result, _ in entries])
+    compared = replace(base_result, methods={label: replace(method, name=label) for label, _, method in entries})
+    return Comparison(baseline, rows, _differing(configs), notes, [result for _, result, _ in entries], compared)
 
 
 _Entry = tuple[str, EvaluationResult, MethodScores]
 
 
-def _select(one: str | Path | EvaluationResult, tracking: TrackingConfig, scratch: Path) -> list[_Entry]:
+def _select(
+    one: str | Path | EvaluationResult, tracking: TrackingConfig, scratch: Path, *, pictures: bool
+) -> list[_Entry]:
     name = ""
     if not isinstance(one, EvaluationResult):
         folder, _, name = str(one).rpartition(":")
         if "/" in name or not folder or Path(one).exists():  # no method: the colon, if any, belongs to the folder
             folder, name = str(one), ""
-        one = find_result(folder, tracking, scratch)
+        one = find_result(folder, tracking, scratch, pictures=pictures)
     if name and name not in one.methods:
         raise ConfigError(
             f"there is no method {name!r} in this result",

@@ -8,7 +8,7 @@ from pathlib import Path
 from evaluation.results import EvaluationResult, MethodScores, load_result
 from infra.errors import DataError
 from infra.locations import location
-from infra.mlflow_server import TrackingConfig, mlflow_errors, tracking_uri
+from infra.mlflow_server import TrackingConfig, is_missing, mlflow_errors, tracking_uri
 from infra.storage import exists, join
 
 _NEEDED = ("run.json", "results.parquet", "images.parquet")
@@ -24,7 +24,7 @@ def find_result(place: str, tracking: TrackingConfig, scratch: Path, *, pictures
     if "/" in place or place.startswith("~") or exists(join(place, "run.json")):
         return load_result(location(place))
     uri = tracking_uri(tracking)
-    if uri.startswith("sqlite:///") and not exists(uri.removeprefix("sqlite:///")):  # asking MLflow would make one
+    if is_missing(uri):
         raise DataError(
             f"{place!r} is no result folder, and there is no MLflow database",
             where=uri,

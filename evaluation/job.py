@@ -34,12 +34,12 @@ from infra.config import difference, result_part
 from infra.display.progress import progress
 from infra.errors import ConfigError, DataError
 from infra.locations import check_output
+from infra.mlflow_models import find_model
 from infra.mlflow_server import check_tracking
 from infra.publish import download, put_if_absent, write_bytes
 from infra.ray_runtime import on_ray
 from infra.run import Progress, claim_output
 from infra.storage import exists, join, list_files, read_bytes, read_json, sha256_file
-from infra.tracking import find_model
 from training.models import model_id
 from training.restore.restore import check_sampling
 

@@ -1,4 +1,4 @@
-"""An evaluation's result in MLflow: parameters, hashes, the training run above it, aggregates, tables, pictures."""
+"""An evaluation's result in MLflow: a run with report, tables and pictures, and a run per method below it."""
 
 import tempfile
 from collections.abc import Sequence
@@ -6,30 +6,43 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.compare import Comparison
-from evaluation.config import EvaluateConfig, ModelMethod
+from evaluation.config import EvaluateConfig, Method, ModelMethod
+from evaluation.inputs import folders_of
+from evaluation.report.page import comparison_page, read_map
 from evaluation.results import TRACE, EvaluationResult, method_file
-from infra.config import fingerprint_of
+from infra.config import fingerprint_of, parameters
 from infra.errors import ClusterError, line_of
+from infra.images import encode_png
+from infra.mlflow_models import DIGEST_TAG, MODEL_TAG, logged_model, trained_by
 from infra.mlflow_server import TrackingConfig, mlflow_errors, tracking_uri
-from infra.run import git_commit
-from infra.storage import exists, join, list_files, read_bytes, read_json
-from infra.tracking import PARENT_TAG, Tracker, find_run, track
+from infra.pixels import coloured
+from infra.storage import exists, join, list_files, name_of, read_bytes
+from infra.tracking import Tracker, link, run_of, track
 
 MAX_LOGGED_IMAGES = 8
+TABLE = "scores.json"
 
 
 def log_result(config: EvaluateConfig, result: EvaluationResult) -> None:
-    """Log a complete result folder; again on the same run if it was logged before.
+    """Log a complete result folder; again on the same runs if it was logged before.
 
     Raises ClusterError where the server is away, saying how to send the result later.
     """
-    tags = {"git.commit": git_commit(), "dataset_id": result.run["dataset_id"]}
-    ids = result.run["inputs"]["methods"]
-    tags |= {f"model.{method.name}": ids[method.name] for method in config.methods if isinstance(method, ModelMethod)}
+    tags = {"ccsr.dataset_id": result.run["dataset_id"]}
     try:
-        with track(config.tracking, {**result.run, "fingerprint": _identity(result)}, tags) as tracker:
-            tracker.tag(**_training_runs(config))
-            tracker.metrics(flat_summary(result.summary))
+        with track(config.tracking, result.run, tags, output=config.output, parameters=parameters(config)) as tracker:
+            summary = result.summary
+            lines = [_log_method(tracker, config, result, method, summary[method.name]) for method in config.methods]
+            _log_data(tracker, config, result)
+            folders = ", ".join(f"`{folder}`" for part in config.data for folder in folders_of(part))
+            tracker.note(
+                f"{next(iter(summary.values()))['num_images']} images, {config.num_runs} runs each. A run per method "
+                "is below this one; the artifact report.html has pictures and intervals.",
+                "\n".join(lines),
+                f"Data: {folders} ({result.run['dataset_id']})",
+                f"Output: `{config.output}`",
+            )
+            _log_table(tracker, summary)
             _log_artifacts(tracker, config, result)
     except ClusterError as error:
         raise ClusterError(
@@ -41,7 +54,7 @@ def log_result(config: EvaluateConfig, result: EvaluationResult) -> None:
 
 def log_comparison(comparison: Comparison, results: Sequence[str], tracking: TrackingConfig) -> str:
     """Log a comparison as its own MLflow run, in the first compared run's experiment: every row as CSV, the tables as
-    text. Returns the run's id. Raises ClusterError where the server is away.
+    text, the page. Returns the run's id. Raises ClusterError where the server is away.
     """
     from rich.console import Console
 
@@ -53,17 +66,15 @@ def log_comparison(comparison: Comparison, results: Sequence[str], tracking: Tra
         track(tracking, {"job": "compare", "fingerprint": fingerprint, "config": config}) as tracker,
         tempfile.TemporaryDirectory(prefix="ccsr-compare-") as folder,
     ):
+        compared = ", ".join(f"`{one}`" for one in results)
+        tracker.note(f"Compared: {compared}, against {comparison.baseline}. The artifact comparison.html has all.")
         comparison.write_csv(Path(folder) / "differences.csv")
         with (Path(folder) / "comparison.txt").open("w", encoding="utf-8") as file:
             for table in comparison.tables():
                 Console(file=file, width=120, soft_wrap=True).print(table)
+        (Path(folder) / "comparison.html").write_text(comparison_page(comparison), encoding="utf-8")
         tracker.artifact(Path(folder))
         return tracker.run_id
-
-
-def _identity(result: EvaluationResult) -> str:
-    """What its MLflow run is found by. The folder takes part: folders with other methods have equal fingerprints."""
-    return fingerprint_of({"result": result.run["fingerprint"], "output": result.folder})
 
 
 def _experiment(comparison: Comparison, tracking: TrackingConfig) -> str:
@@ -73,43 +84,77 @@ def _experiment(comparison: Comparison, tracking: TrackingConfig) -> str:
     with mlflow_errors(uri):
         client = MlflowClient(uri)
         for result in comparison.results:
-            number = result.run.get("mlflow_experiment")
-            run_id = None if number else find_run(client, _identity(result))
-            number = client.get_run(run_id).info.experiment_id if run_id else number
+            run = run_of(client, result.folder)
+            number = run.info.experiment_id if run else result.run.get("mlflow_experiment")
             if number:
                 return client.get_experiment(number).name
     return tracking.experiment
 
 
-def flat_summary(summary: dict[str, Any]) -> dict[str, float]:
-    """METHOD/METRIC -> number; what is unavailable is left out."""
-    flat: dict[str, float | None] = {}
-    for name, method in summary.items():
-        for own in ("l_std", "l_std_equal_sharpness", "num_blurrier", "p_std", "sharpness"):
-            flat[f"{name}/{own}"] = method[own]
-        for metric, numbers in method["metrics"].items():
-            label = metric.replace("+", "_plus")  # MLflow takes no plus sign
-            flat |= {f"{name}/{label}": numbers["mean"], f"{name}/g_std_{label}": numbers["g_std"]}
-            flat[f"{name}/p_g_std_{label}"] = numbers.get("p_g_std")
-    return {key: value for key, value in flat.items() if value is not None}
+def method_metrics(summary: dict[str, Any]) -> dict[str, float]:
+    """A method's numbers as MLflow's metrics: METRIC, METRIC.g_std, METRIC.p_g_std, l_std, ...; without those that are
+    unavailable."""
+    names = ("l_std", "l_std_equal_sharpness", "num_blurrier", "p_std", "sharpness")
+    flat: dict[str, float | None] = {name: summary[name] for name in names}
+    for metric, numbers in summary["metrics"].items():
+        label = metric.replace("+", "_plus")  # MLflow takes no plus sign
+        flat |= {label: numbers["mean"], f"{label}.g_std": numbers["g_std"], f"{label}.p_g_std": numbers.get("p_g_std")}
+    return {name: value for name, value in flat.items() if value is not None}
 
 
-def _training_runs(config: EvaluateConfig) -> dict[str, str]:
-    """Tags that name the MLflow runs in which the models were trained; one such run is the parent of this one."""
-    from mlflow.tracking import MlflowClient
+def _log_method(
+    tracker: Tracker, config: EvaluateConfig, result: EvaluationResult, method: Method, summary: dict[str, Any]
+) -> str:
+    """The method's run, with its model as input; its line in the evaluation's description."""
+    from mlflow.entities import LoggedModelInput
 
-    client = MlflowClient(tracking_uri(config.tracking))
-    tags = {}
-    for method in config.methods:
-        if not isinstance(method, ModelMethod):
-            continue
-        place = join(method.model.rstrip("/").rpartition("/")[0] or ".", "run.json")  # of the training run's folder
-        if exists(place):
-            run_id = find_run(client, read_json(place).get("fingerprint"))
-            if run_id:
-                tags[f"trained_by.{method.name}"] = run_id
-    parents = set(tags.values())
-    return tags | ({PARENT_TAG: parents.pop()} if len(parents) == 1 else {})
+    tags = {"ccsr.job": "method", "ccsr.dataset_id": result.run["dataset_id"]}
+    client, trained, model = tracker.client, None, None
+    if isinstance(method, ModelMethod):
+        tags |= {MODEL_TAG: method.model, DIGEST_TAG: result.run["inputs"]["methods"][method.name]}
+        trained, model = trained_by(client, method.model), logged_model(client, method.model, tags[DIGEST_TAG])
+        tags |= {"ccsr.trained_by": trained.info.run_id} if trained else {}
+    child = tracker.child(method.name, tags, parameters(method))
+    _log_data(child, config, result)
+    if model:
+        client.log_inputs(child.run_id, models=[LoggedModelInput(model.model_id)])
+    dataset = (name_of(folders_of(config.data[0])[0]), result.run["dataset_id"]) if model else ()
+    child.metrics(method_metrics(summary), model=model.model_id if model else None, dataset=dataset)
+    _log_pictures(child, result, method.name)
+    client.set_terminated(child.run_id)
+    psnr = summary["metrics"].get("psnr_y", {}).get("mean")
+    quality = f"PSNR-Y {psnr:.2f} dB, " if psnr is not None else ""
+    by = f", trained by {link(trained)}" if trained else ""
+    return f"* {link(client.get_run(child.run_id))}: {quality}L-STD {summary['l_std']:.4f}{by}"
+
+
+def _log_data(tracker: Tracker, config: EvaluateConfig, result: EvaluationResult) -> None:
+    folder = folders_of(config.data[0])[0]
+    tracker.dataset(name_of(folder), result.run["dataset_id"], folder, "evaluation")
+
+
+def _log_pictures(child: Tracker, result: EvaluationResult, name: str) -> None:
+    """Best and worst run and the stability map of the first images, where the run has none yet: MLflow would keep both
+    sets."""
+    method = result.methods[name]
+    if "mlflow.loggedImages" in child.client.get_run(child.run_id).data.tags:
+        return
+    for index, key in enumerate(method.keys[:MAX_LOGGED_IMAGES]):
+        best, worst = method.best_run[index], method.worst_run[index]
+        labelled = {"run_00": 0} if best is None or worst is None else {"best": best, "worst": worst}
+        for label, run in labelled.items() if method.num_runs > 1 else [(next(iter(labelled)), 0)]:
+            child.image(f"{key}/{label}", read_bytes(result.picture(name, key, run)))
+        if method.num_runs > 1:
+            child.image(f"{key}/l_std", encode_png(coloured(read_map(result.picture(name, key)))))
+
+
+def _log_table(tracker: Tracker, summary: dict[str, Any]) -> None:
+    """The methods' numbers as MLflow's table, a row per method."""
+    rows = {name: method_metrics(method) for name, method in summary.items()}
+    columns = list(dict.fromkeys(name for values in rows.values() for name in values))
+    tracker.table(
+        TABLE, ["method", *columns], [[name, *(values.get(c) for c in columns)] for name, values in rows.items()]
+    )
 
 
 def _log_artifacts(tracker: Tracker, config: EvaluateConfig, result: EvaluationResult) -> None:

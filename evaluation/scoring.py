@@ -14,11 +14,10 @@ from evaluation.inputs import EvaluationImage, OutputFiles
 from evaluation.metrics.image import sharpness
 from evaluation.metrics.perturbations import perturb, perturbation_border, undo
 from evaluation.metrics.registry import Quality
-from evaluation.metrics.stability import l_std_equal_sharpness
 from evaluation.results import image_row
 from infra.errors import CcsrError, DataError, ModelError, line_of
 from infra.images import encode_png, read_image, resize_bicubic
-from infra.pixels import StabilityAccumulator, l_std, psnr_y
+from infra.pixels import StabilityAccumulator, l_std, l_std_equal_sharpness, psnr_y
 from infra.publish import download, put_if_absent, write_bytes
 from infra.storage import join
 from training.models import fetch_model

@@ -248,6 +248,21 @@ def result_part(config: Config) -> dict[str, Any]:
     return part | ({"runtime": runtime} if runtime else {})
 
 
+def parameters(config: Config) -> dict[str, Any]:
+    """The values that a job uses, nested as in its YAML, for MLflow: every field with an effect but `job` and
+    `tracking`."""
+    return {name: value for name, value in _used(config).items() if name not in ("job", "tracking")}
+
+
+def _used(value: Any) -> Any:
+    if isinstance(value, Config):
+        names = type(value).model_fields.keys() - value.unused().keys()
+        return {name: _used(getattr(value, name)) for name in type(value).model_fields if name in names}
+    if isinstance(value, list | tuple):
+        return [_used(item) for item in value]
+    return {key: _used(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
 def _without_locations(value: Any, skip: frozenset[str] | set[str] = frozenset()) -> Any:
     if isinstance(value, Config):
         skip = skip | value.unused().keys()

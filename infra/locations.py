@@ -51,8 +51,8 @@ def parse_location(text: str, *, others: Collection[str] = ()) -> str:
 
 
 def parse_model(text: str) -> str:
-    """As `parse_location`, or `runs:/ID` of a training run in MLflow."""
-    return parse_location(text, others=("runs",))
+    """As `parse_location`, or MLflow's `runs:/ID` or `models:/NAME@ALIAS`; see `infra.mlflow_models.find_model`."""
+    return parse_location(text, others=("runs", "models"))
 
 
 def parse_tracking(text: str) -> str:

@@ -3,12 +3,13 @@
 import errno
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 from infra.config import Config, TrackingLocation, parse_config
 from infra.errors import CcsrError, ClusterError, ConfigError, StorageError, line_of
@@ -36,6 +37,17 @@ class TrackingConfig(Config):
     run_name: str | None = None
 
 
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", "Field name .register.")  # every class has a method of this name, from ABCMeta
+
+    class TrainTracking(TrackingConfig):
+        """Where a training run is logged."""
+
+        register: str | None = Field(
+            None, pattern=r"^[\w. -]+(@[\w-]+)?$", description="NAME[@ALIAS] of the best model in MLflow's registry"
+        )
+
+
 def tracking_uri(config: TrackingConfig, *, make_folder: bool = True) -> str:
     """The effective MLflow address; the folder of a sqlite file is made, unless told otherwise."""
     try:
@@ -54,6 +66,11 @@ def tracking_uri(config: TrackingConfig, *, make_folder: bool = True) -> str:
             ) from error
         uri = f"sqlite:///{folder / uri.rsplit('/', 1)[-1]}"
     return uri
+
+
+def is_missing(uri: str) -> bool:
+    """Whether an address is of a database that is not there yet: asking MLflow would make it."""
+    return uri.startswith("sqlite:///") and not os.path.exists(uri.removeprefix("sqlite:///"))
 
 
 def fail_soon() -> None:
@@ -130,7 +147,7 @@ def check_tracking(config: TrackingConfig) -> None:
     from mlflow.tracking import MlflowClient
 
     uri = tracking_uri(config, make_folder=False)
-    if uri.startswith("sqlite:///") and not os.path.exists(uri.removeprefix("sqlite:///")):
+    if is_missing(uri):
         return
     try:
         with mlflow_errors(uri):

@@ -1,7 +1,7 @@
-"""PSNR-Y and L-STD of 8-bit RGB images: what validation during training and the evaluation both measure."""
+"""What validation during training and the evaluation both measure of 8-bit RGB images: PSNR-Y and L-STD."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import cv2
 import numpy as np
@@ -9,6 +9,10 @@ import numpy as np
 from infra.errors import DataError
 
 CROP_BORDER = 4
+COLORMAP = cv2.COLORMAP_VIRIDIS
+_TOLERANCE = 1e-3  # of the gradient energy, relative
+_MAX_SIGMA_PX = 64.0
+MAP_TOP = 0.1  # std of values in [0, 1]: one scale, so that maps of several runs and steps compare
 LUMA = np.array([[65.481, 128.553, 24.966]])  # of RGB / 255, on the 16..235 scale (ITU-R BT.601 studio swing)
 
 
@@ -54,6 +58,12 @@ def cropped_pair(sr: np.ndarray, gt: np.ndarray, crop_border: int) -> tuple[np.n
             todo="pair each output with its own ground truth at the same scale",
         )
     return pair
+
+
+def coloured(stds: np.ndarray, top: float = MAP_TOP) -> np.ndarray:
+    """A stability map for people, uint8 RGB (H, W, 3): dark blue where `stds`, float (H, W), is 0, yellow at `top`."""
+    levels = np.rint(np.clip(stds / top, 0, 1) * 255).astype(np.uint8)
+    return np.ascontiguousarray(cv2.applyColorMap(levels, COLORMAP)[..., ::-1])
 
 
 def l_std(runs: Iterable[np.ndarray], *, crop_border: int = CROP_BORDER) -> float:
@@ -148,3 +158,66 @@ def require_two_runs(num_runs: int) -> None:
             where="number of runs",
             todo="restore every image with 2 or more seeds (the paper uses 10)",
         )
+
+
+def luma(image: np.ndarray) -> np.ndarray:
+    """Unrounded BT.601 luma of uint8 RGB (H, W, 3) without its offset: float64 (H, W), 0..219."""
+    return cv2.transform(image.astype(np.float64), LUMA / 255)
+
+
+def gradient_energy(plane: np.ndarray, crop_border: int = 0) -> float:
+    """Mean squared difference of horizontal neighbours plus that of vertical ones, of a float (H, W) plane."""
+    height, width = plane.shape
+    inside = plane[crop_border : height - crop_border, crop_border : width - crop_border]
+    pairs = (inside[1:], inside[:-1]), (inside[:, 1:], inside[:, :-1])
+    return sum(cv2.norm(a, b, cv2.NORM_L2SQR) / a.size for a, b in pairs if a.size)
+
+
+def l_std_equal_sharpness(runs: Sequence[np.ndarray], bicubic: np.ndarray, *, crop_border: int = CROP_BORDER) -> float:
+    """L-STD of one image's runs once they are as sharp as its bicubic enlargement, so that blur cannot lower it.
+
+    `runs`: uint8 RGB, each (H, W, 3) as `bicubic`. One Gaussian low-passes all runs; its sigma is found by bisection so
+    that their mean gradient energy (see `sharpness`) is bicubic's. L-STD itself where the energies are equal; NaN where
+    the runs are blurrier than bicubic, for nothing can give back what blur took. Errors as of `l_std`.
+    """
+    require_two_runs(len(runs))
+    for run in runs:
+        cropped_pair(run, bicubic, crop_border)
+    target = gradient_energy(luma(bicubic), crop_border)
+    planes = [luma(run).astype(np.float32) for run in runs]
+
+    def excess(sigma: float) -> float:
+        """Mean energy of the low-passed runs over bicubic's, less 1."""
+        energies = [gradient_energy(_low_passed(plane, sigma), crop_border) for plane in planes]
+        return sum(energies) / len(energies) / max(target, 1e-12) - 1
+
+    low, high = 0.0, 0.5
+    now = excess(low)
+    if abs(now) <= _TOLERANCE:
+        return l_std(runs, crop_border=crop_border)
+    if now < 0:
+        return math.nan
+    while excess(high) > 0 and high < _MAX_SIGMA_PX:
+        low, high = high, 2 * high
+    sigma = high
+    while abs(now) > _TOLERANCE and high - low > 1e-4 * high:
+        sigma = (low + high) / 2
+        now = excess(sigma)
+        low, high = (sigma, high) if now > 0 else (low, sigma)
+    first = runs[0].astype(np.float32)  # differences: equal runs give exactly 0
+    changes = (_low_passed(run - first, sigma) for run in runs)
+    sums, squares = np.zeros(first.shape), np.zeros(first.shape)
+    for change in changes:
+        cv2.accumulate(change, sums)
+        cv2.accumulateSquare(change, squares)
+    variance = np.maximum(len(runs) * squares - sums * sums, 0)
+    height, width = first.shape[:2]
+    inside = np.s_[crop_border : height - crop_border, crop_border : width - crop_border]
+    return float(np.sqrt(variance[inside]).mean()) / (255 * len(runs))
+
+
+def _low_passed(plane: np.ndarray, sigma: float) -> np.ndarray:
+    if sigma == 0:
+        return plane
+    kernel = cv2.getGaussianKernel(2 * max(1, math.ceil(4 * sigma)) + 1, sigma, cv2.CV_32F)
+    return cv2.sepFilter2D(plane, -1, kernel, kernel, borderType=cv2.BORDER_REFLECT)

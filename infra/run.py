@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 from infra.config import Config, difference, fingerprint_of, library_versions, result_part
 from infra.errors import ConfigError
 from infra.publish import ensure_writable, put_if_absent, write_bytes
-from infra.storage import exists, join, list_files, read_json
+from infra.storage import exists, join, list_files, read_json, remove
 
 PACKAGES = ("infra", "degradation", "training", "evaluation", "pipelines")
 ROOT = Path(__file__).parents[1]
 """The folder of our packages."""
 MAX_SHOWN = 8
+MLFLOW_FILE = "mlflow.json"
+"""Names the MLflow run of an output: `output`, `run_id`, `experiment`. A copy of the folder is another output."""
 COMMIT = "CCSR_GIT_COMMIT"
 """Names the commit of code that `ccsr submit` has shipped."""
 
@@ -57,6 +59,8 @@ def claim_output(
         return present
     _refuse_other(output, present, {**run, "fingerprint": present.get("fingerprint")})
     if write:
+        if exists(join(output, MLFLOW_FILE)):  # of the start that failed: parameters of an MLflow run never change
+            remove(join(output, MLFLOW_FILE))
         write_bytes(place, content)
     return run
 
@@ -96,7 +100,7 @@ def _refuse_other(output: str, present: Mapping[str, Any], wanted: Mapping[str, 
 def has_work(output: str) -> bool:
     """Whether a job has made something in OUT: a file beside run.json, hidden ones and MLflow's own apart."""
     names = (place.removeprefix(join(output, "")) for place in list_files(output))
-    return any(name != "run.json" and not name.startswith((".", "mlflow.db", "mlartifacts/")) for name in names)
+    return any(name != "run.json" and not name.startswith((".", "mlflow.", "mlartifacts/")) for name in names)
 
 
 def check_claim(output: str, fingerprint: str) -> None:

@@ -225,6 +225,16 @@ def remove(uri: str, *, keep_folder: bool = False) -> None:
             Path(uri).parent.rmdir()
 
 
+def name_of(uri: str) -> str:
+    """The last part of a path or URI."""
+    return uri.rstrip("/").rpartition("/")[2]
+
+
+def short_hash(uri: str) -> str:
+    """The first 16 hex digits of a small file's SHA-256."""
+    return hashlib.sha256(read_bytes(uri)).hexdigest()[:16]
+
+
 def sha256_file(path: Path) -> str:
     """SHA-256 (hex) of a local file."""
     with explained("cannot read", str(path)), open(path, "rb") as file:

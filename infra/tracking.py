@@ -1,15 +1,19 @@
-"""MLflow: one run per job, found again on a resume; only drivers and rank 0 import this."""
+"""MLflow: one run per output, found again on a resume; only drivers and rank 0 import this."""
 
+import getpass
+import io
 import json
+import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
-from infra.errors import ConfigError, StoppedError, line_of
+from infra.errors import CcsrError, StoppedError, line_of
+from infra.keys import bounded, with_digest
 from infra.mlflow_server import (
     TrackingConfig,
     deleted_experiment,
@@ -18,20 +22,27 @@ from infra.mlflow_server import (
     refused_for_good,
     tracking_uri,
 )
-from infra.storage import exists, join
+from infra.publish import write_bytes
+from infra.run import MLFLOW_FILE, git_commit
+from infra.storage import exists, join, name_of, read_json
 
-RUN_TAG = "ccsr.fingerprint"
 PARENT_TAG = "mlflow.parentRunId"
-MODEL_TAG = "ccsr.model"
+NOTE_TAG = "mlflow.note.content"
+METHOD_TAG = "ccsr.method"
+ERROR_TAG = "ccsr.error"
+CHANGED_TAG = "ccsr.changed"
 MAX_PARAMETERS = 100  # in one request: MLflow's limit
+MAX_IMAGE_KEY = 100  # MLflow adds as many characters again, and file systems allow 255
+MAX_TAG = 5000  # characters of a value: a database's limit in MLflow
 
 
 class Tracker:
     """One MLflow run. All values go through `log_batch`: one request however many metrics."""
 
     def __init__(self, client: Any, run_id: str) -> None:
-        self._client = client
+        self.client = client
         self.run_id = run_id
+        self._note = ""
 
     @classmethod
     def connect(cls, uri: str, run_id: str) -> "Tracker":
@@ -41,77 +52,108 @@ class Tracker:
         fail_soon()
         return cls(MlflowClient(uri), run_id)
 
-    def end(self, status: str, seconds: float = 30.0) -> None:
-        """Close the run as FINISHED, FAILED or KILLED, trying for `seconds`; a server that died meanwhile is a warning,
-        not an error."""
+    def end(self, status: str, error: str = "", seconds: float = 30.0) -> None:
+        """Close the run as FINISHED, FAILED or KILLED, with the error that ended it, trying for `seconds`; a server
+        that died meanwhile is a warning, not an error."""
         from mlflow.exceptions import MlflowException
 
         deadline = time.monotonic() + seconds
         while True:
             try:
-                return self._client.set_terminated(self.run_id, status)
-            except MlflowException as error:
-                if refused_for_good(error) or time.monotonic() > deadline:
-                    print(f"warning: MLflow does not know that its run is {status} ({line_of(error)})", file=sys.stderr)
-                    return None
+                self.client.set_terminated(self.run_id, status)
+                if error:
+                    note = f"{self._note}\n\n**{status}**\n\n```text\n{error}\n```".lstrip()
+                    self.tag(**{ERROR_TAG: error, NOTE_TAG: note})
+                return
+            except MlflowException as refused:
+                if refused_for_good(refused) or time.monotonic() > deadline:
+                    words = line_of(refused)
+                    print(f"warning: MLflow does not know that its run is {status} ({words})", file=sys.stderr)
+                    return
             time.sleep(1)
 
-    def describe(self, run: Mapping[str, Any], known: Mapping[str, str]) -> None:
-        """Log run.json and the config's parameters, leaving out the `known` ones."""
+    def describe(self, parameters: Mapping[str, Any], known: Mapping[str, str]) -> None:
+        """Log parameters. MLflow keeps the `known` ones; what a resume has changed of them is a tag."""
         from mlflow.entities import Param
         from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH
 
-        values = {name: str(value) for name, value in flatten(run["config"]).items() if name not in known}
-        long = [name for name, value in values.items() if len(value) > MAX_PARAM_VAL_LENGTH]
+        values = {name: str(value) for name, value in flatten(parameters).items()}
+        long = [name for name, value in values.items() if len(value) > MAX_PARAM_VAL_LENGTH and name not in known]
         if long:
             print(
                 f"note: MLflow holds {MAX_PARAM_VAL_LENGTH} characters of a parameter, {', '.join(long)} is cut there; "
                 "the whole config is the run's artifact run.json",
                 file=sys.stderr,
             )
-        parameters = [Param(name, value[:MAX_PARAM_VAL_LENGTH]) for name, value in values.items()]
-        for first in range(0, len(parameters), MAX_PARAMETERS):
-            self._client.log_batch(self.run_id, params=parameters[first : first + MAX_PARAMETERS])
-        if parameters:
-            self._client.log_dict(self.run_id, dict(run), "run.json")
+        values = {name: value[:MAX_PARAM_VAL_LENGTH] for name, value in values.items()}
+        changed = [f"{name}: {known[name]} -> {new}" for name, new in values.items() if known.get(name, new) != new]
+        if changed:
+            self.tag(**{CHANGED_TAG: "; ".join(changed)})
+        new = [Param(name, value) for name, value in values.items() if name not in known]
+        for first in range(0, len(new), MAX_PARAMETERS):
+            self.client.log_batch(self.run_id, params=new[first : first + MAX_PARAMETERS])
 
-    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
-        self.send([(name, float(value), int(time.time() * 1000), step) for name, value in values.items()])
+    def metrics(
+        self, values: Mapping[str, float], step: int = 0, *, model: str | None = None, dataset: Sequence[str] = ()
+    ) -> None:
+        """Log metrics of the run; with `model` also of the LoggedModel with that id, on `dataset`: its name and id."""
+        now = int(time.time() * 1000)
+        self.send([(name, float(value), now, step, model, *dataset) for name, value in values.items()])
 
-    def send(self, points: list[tuple[str, float, int, int]]) -> None:
-        """Metrics as (name, value, milliseconds since 1970, step), at most 1000 (MLflow's limit)."""
+    def send(self, points: Sequence[tuple[Any, ...]]) -> None:
+        """Metrics as (name, value, milliseconds since 1970, step, ...), at most 1000 (MLflow's limit)."""
         from mlflow.entities import Metric
 
-        self._client.log_batch(self.run_id, metrics=[Metric(*point) for point in points])
+        self.client.log_batch(self.run_id, metrics=[Metric(*point) for point in points])
 
     def dataset(self, name: str, digest: str, source: str, context: str) -> None:
-        """Log what was read: `digest` is the dataset id, `context` "training" or "validation"."""
+        """Log what was read: `digest` is the dataset id, `context` "training", "validation" or "evaluation"."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         dataset = Dataset(name, digest, "ccsr_shards", json.dumps({"uri": source}))
-        self._client.log_inputs(self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
+        self.client.log_inputs(self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
 
-    def parent(self, fingerprint: str) -> None:
-        """Put this run under the one with that fingerprint, if MLflow knows it."""
-        run_id = find_run(self._client, fingerprint)
-        if run_id:
-            self.tag(**{PARENT_TAG: run_id})
-
-    def continued(self, fingerprint: str) -> None:
-        """Link this run and the one with that fingerprint, whose checkpoint it began with; both ways if MLflow knows
-        that one."""
-        before = find_run(self._client, fingerprint)
-        self.tag(**{"ccsr.continued_from": before or fingerprint})
-        if before:
-            self._client.set_tag(before, "ccsr.continued_by", self.run_id)
+    def note(self, *lines: str) -> None:
+        """The run's description: a Markdown paragraph per line."""
+        self._note = "\n\n".join(line for line in lines if line)
+        self.tag(**{NOTE_TAG: self._note})
 
     def tag(self, **tags: str) -> None:
-        for name, value in tags.items():
-            self._client.set_tag(self.run_id, name, value)
+        from mlflow.entities import RunTag
+
+        self.client.log_batch(self.run_id, tags=[RunTag(name, value[:MAX_TAG]) for name, value in tags.items()])
+
+    def image(self, key: str, png: bytes, step: int = 0) -> None:
+        """Log a picture for MLflow's image grid, a row per `key`, in which what MLflow refuses becomes `-`."""
+        import PIL.Image
+
+        plain = re.sub(r"[^\w./ -]+", "-", key, flags=re.ASCII)
+        plain = bounded(plain, key, MAX_IMAGE_KEY) if plain == key else with_digest(plain[:MAX_IMAGE_KEY], key)
+        self.client.log_image(self.run_id, PIL.Image.open(io.BytesIO(png)), key=plain, step=step)
+
+    def table(self, place: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Log a table as the artifact `place`, in place of the one there."""
+        if any(item.path == place for item in self.client.list_artifacts(self.run_id)):  # log_table would append
+            self.file(place, json.dumps({"columns": columns, "data": rows}).encode())
+        else:
+            self.client.log_table(self.run_id, dict(zip(columns, zip(*rows, strict=True), strict=True)), place)
+
+    def child(self, method: str, tags: Mapping[str, str], parameters: Mapping[str, Any]) -> "Tracker":
+        """The run of a method below this one: the one that is there, else a new one."""
+        parent = self.client.get_run(self.run_id).info
+        name, tags = f"{parent.run_name}/{method}", {METHOD_TAG: method, **tags}
+        below = f"tags.`{PARENT_TAG}` = '{self.run_id}' AND tags.`{METHOD_TAG}` = '{method}'"
+        found = self.client.search_runs([parent.experiment_id], below, max_results=1)
+        if not found:
+            found = [self.client.create_run(parent.experiment_id, run_name=name)]
+        child = Tracker(self.client, found[0].info.run_id)
+        child.tag(**{PARENT_TAG: self.run_id}, **tags)
+        child.describe(parameters, found[0].data.params)
+        return child
 
     def artifact(self, path: Path, folder: str = "") -> None:
         """Upload one file, or a folder's content."""
-        log = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
+        log = self.client.log_artifacts if path.is_dir() else self.client.log_artifact
         log(self.run_id, str(path), folder or None)
 
     def file(self, place: str, content: bytes) -> None:
@@ -122,41 +164,43 @@ class Tracker:
             self.artifact(Path(scratch) / name, folder)
 
 
-def find_run(client: Any, fingerprint: str) -> str | None:
-    """The id of the MLflow run with this fingerprint in any experiment, if there is one."""
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    found = client.search_runs(experiments, f"tags.`{RUN_TAG}` = '{fingerprint}'", max_results=1)
-    return found[0].info.run_id if found else None
+def run_of(client: Any, output: str) -> Any:
+    """The MLflow run of an output folder, None where this server has none: the one that its mlflow.json names, unless
+    that came with a copy of another folder."""
+    from mlflow.exceptions import MlflowException
 
-
-@overload
-def find_model(place: str, config: TrackingConfig) -> str: ...
-@overload
-def find_model(place: str | None, config: TrackingConfig) -> str | None: ...
-def find_model(place: str | None, config: TrackingConfig) -> str | None:
-    """The model directory that `place` names: itself, the `model` folder of a run's output, or that of MLflow's run
-    `runs:/ID`. ConfigError for a run that trained none, ClusterError where MLflow does not answer."""
-    if place is None:
+    place = join(output, MLFLOW_FILE)
+    record = read_json(place) if exists(place) else {}
+    if record.get("output") != output:
         return None
-    if place.startswith("runs:/"):
-        from mlflow.tracking import MlflowClient
+    try:
+        run = client.get_run(record["run_id"])
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+    return run if run.info.lifecycle_stage == "active" else None
 
-        uri, run_id = tracking_uri(config), place.removeprefix("runs:/")
-        with mlflow_errors(f"{uri}: {run_id}"):
-            tags = MlflowClient(uri).get_run(run_id).data.tags
-        if MODEL_TAG not in tags:
-            raise ConfigError("this run trained no model", where=f"{uri}: {run_id}", todo="give a run of ccsr train")
-        return tags[MODEL_TAG]
-    inside = join(place, "model")
-    return inside if not exists(join(place, "ccsr.json")) and exists(join(inside, "ccsr.json")) else place
+
+def link(run: Any) -> str:
+    """A run's name in a description, which leads to its page."""
+    return f"[{run.info.run_name}](#/experiments/{run.info.experiment_id}/runs/{run.info.run_id})"
 
 
 @contextmanager
-def track(config: TrackingConfig, run: Mapping[str, Any], tags: Mapping[str, str] | None = None) -> Iterator[Tracker]:
-    """The MLflow run of an output folder (its run.json is `run`): continued if it exists, else begun.
+def track(
+    config: TrackingConfig,
+    run: Mapping[str, Any],
+    tags: Mapping[str, str] | None = None,
+    *,
+    output: str | None = None,
+    parameters: Mapping[str, Any] | None = None,
+) -> Iterator[Tracker]:
+    """The MLflow run of the folder `output`, whose run.json is `run`: continued if there is one, else begun; without
+    `output` a new one. `parameters`: run.json's config unless given.
 
-    It ends FINISHED; KILLED where the block is stopped (StoppedError, Ctrl-C, SIGTERM); FAILED where it raises anything
-    else. Raises ClusterError where MLflow cannot be reached or refuses, in the block too.
+    It ends FINISHED; KILLED where the block is stopped (StoppedError, Ctrl-C, SIGTERM); FAILED, with the error, where
+    it raises anything else. Raises ClusterError where MLflow cannot be reached or refuses, in the block too.
     """
     import logging
 
@@ -167,25 +211,59 @@ def track(config: TrackingConfig, run: Mapping[str, Any], tags: Mapping[str, str
     uri = tracking_uri(config)
     with mlflow_errors(uri):
         client = MlflowClient(uri)
-        experiment_id = _experiment(client, config.experiment, uri)
-        found = client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{run['fingerprint']}'", max_results=1)
+        found = run_of(client, output) if output else None
+        all_tags = {**_identity_tags(run), **(tags or {}), **({"ccsr.output": output} if output else {})}
         if found:
-            client.update_run(found[0].info.run_id, status="RUNNING")
+            client.update_run(found.info.run_id, status="RUNNING")
+            if ERROR_TAG in found.data.tags:
+                client.delete_tag(found.info.run_id, ERROR_TAG)
+            Tracker(client, found.info.run_id).tag(**all_tags)
         else:
-            all_tags = {RUN_TAG: run["fingerprint"], "ccsr.job": run["job"], **(tags or {})}
-            stage = f"-stage{run['config']['stage']}" if "stage" in run["config"] else ""
-            name = config.run_name or f"{run['job']}{stage}-{run['fingerprint'][:8]}"
-            found = [client.create_run(experiment_id, tags=all_tags, run_name=name)]
-        tracker, status = Tracker(client, found[0].info.run_id), "FAILED"
+            name = config.run_name or run_name(run, output)
+            found = client.create_run(_experiment(client, config.experiment, uri), tags=all_tags, run_name=name)
+            if output:
+                record = {"output": output, "run_id": found.info.run_id, "experiment": config.experiment}
+                write_bytes(join(output, MLFLOW_FILE), json.dumps(record, indent=1).encode())
+        tracker, status, words = Tracker(client, found.info.run_id), "FAILED", ""
         try:
-            tracker.describe(run, found[0].data.params)
+            tracker.describe(run["config"] if parameters is None else parameters, found.data.params)
+            if not found.data.params:
+                client.log_dict(found.info.run_id, dict(run), "run.json")
             yield tracker
             status = "FINISHED"
-        except (KeyboardInterrupt, SystemExit, StoppedError):
-            status = "KILLED"
+        except (KeyboardInterrupt, SystemExit, StoppedError) as error:
+            status, words = "KILLED", str(error) if isinstance(error, StoppedError) else ""
+            raise
+        except BaseException as error:
+            words = str(error) if isinstance(error, CcsrError) else f"{type(error).__name__}: {line_of(error)}"
             raise
         finally:
-            tracker.end(status)
+            tracker.end(status, words)
+
+
+def run_name(run: Mapping[str, Any], output: str | None) -> str:
+    """The output's last folder, with the stage where that does not name it; without output the job and a hash."""
+    if output is None:
+        return f"{run['job']}-{run['fingerprint'][:8]}"
+    folder, stage = name_of(output), f"stage{run['config'].get('stage')}"
+    return folder if "stage" not in run["config"] or stage in folder else f"{folder}-{stage}"
+
+
+def _identity_tags(run: Mapping[str, Any]) -> dict[str, str]:
+    commit = git_commit()
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError):  # a container without an account for its user id
+        user = "unknown"
+    return {
+        "ccsr.job": run["job"],
+        "ccsr.fingerprint": run["fingerprint"],
+        "ccsr.git_commit": commit,
+        "mlflow.user": user,
+        "mlflow.source.name": f"ccsr {run['job']}",
+        "mlflow.source.type": "JOB",
+        "mlflow.source.git.commit": commit.removesuffix("-dirty"),
+    }
 
 
 def _experiment(client: Any, name: str, uri: str) -> str:
@@ -198,7 +276,8 @@ def _experiment(client: Any, name: str, uri: str) -> str:
         if uri.startswith("sqlite:///"):
             location = Path(uri.removeprefix("sqlite:///")).with_name("mlartifacts").as_uri()
         try:
-            return client.create_experiment(name, artifact_location=location)
+            kind = {"mlflow.experimentKind": "custom_model_development"}  # the page opens with runs, not with traces
+            return client.create_experiment(name, artifact_location=location, tags=kind)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
@@ -209,11 +288,12 @@ def _experiment(client: Any, name: str, uri: str) -> str:
     return found.experiment_id
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one level with dotted keys."""
+def flatten(values: Mapping[str, Any] | Sequence[Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings, and lists of them, as one level with dotted keys, as `--set` takes them."""
     flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
+    for key, value in values.items() if isinstance(values, Mapping) else enumerate(values):
+        inner = value if isinstance(value, list | tuple) else ()
+        if isinstance(value, Mapping) or any(isinstance(one, Mapping) for one in inner):
             flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value

@@ -12,13 +12,13 @@ from infra.display.progress import progress
 from infra.errors import CcsrError, ConfigError, printable
 from infra.images import UnusableImageError, decode_image, encode_png, icc_profile
 from infra.locations import location, model_location
+from infra.mlflow_models import find_model
 from infra.mlflow_server import TrackingConfig
 from infra.process.numerics import NumericsConfig, set_numerics
 from infra.publish import put_if_absent
 from infra.ray_runtime import RayConfig, on_ray
 from infra.run import claim_output
 from infra.storage import exists, join, list_files, read_bytes
-from infra.tracking import find_model
 from pipelines.restore_plan import Failures, failure_of, identity, pending, place_of, plan, record_source
 from training.config import SamplingConfig
 from training.models import CcsrModel, fetch_model, model_id

@@ -1,10 +1,11 @@
-"""Fixtures of all tests: an S3 server in a process of its own, started once and only when a test asks for it."""
+"""Fixtures of all tests: an S3 server in a process of its own and an MLflow server in a thread, where a test asks."""
 
 import os
 import secrets
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from infra import storage
+from infra.mlflow_server import TrackingConfig
 
 # How long an example takes says how busy the machine is, not whether it is right.
 settings.register_profile("ccsr", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -76,3 +78,26 @@ def bucket(s3_server: str) -> Iterator[str]:
 def s3(bucket: str) -> str:
     """An empty place on S3."""
     return f"{bucket}/{os.urandom(6).hex()}"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingConfig]:
+    """MLflow's own server, in a thread of this process: a separate process takes a minute to start."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("MLFLOW_TRACKING_URI", "")  # the server sets it in its process
+        environment.setenv("_MLFLOW_SERVER_FILE_STORE", f"sqlite:///{folder}/mlflow.db")
+        environment.setenv("_MLFLOW_SERVER_ARTIFACT_ROOT", "mlflow-artifacts:/")
+        environment.setenv("_MLFLOW_SERVER_ARTIFACT_DESTINATION", f"{folder}/artifacts")
+        environment.setenv("_MLFLOW_SERVER_SERVE_ARTIFACTS", "true")
+        environment.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        environment.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
+        environment.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+        from mlflow.server import app
+        from werkzeug.serving import make_server
+
+        server = make_server("127.0.0.1", 0, app, threaded=True)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield TrackingConfig(uri=f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
+        server.server_close()

@@ -94,8 +94,9 @@ class Losses:
         self._file = file
 
     def metrics(self, values: dict[str, float], step: int) -> None:
-        if "loss" not in values:  # a validation's
+        if "loss/loss" not in values:  # a validation's
             return
+        values = {name.rpartition("/")[2]: value for name, value in values.items()}
         self.reports.append(values)
         for kept, name, suffix in ((self.values, "loss", ""), (self.d_values, "d_loss", ".d_loss")):
             if name in values:
@@ -105,6 +106,9 @@ class Losses:
                         file.write(f"{values[name]!r}\n")
 
     def file(self, place: str, content: bytes) -> None:
+        pass
+
+    def image(self, key: str, png: bytes, step: int) -> None:
         pass
 
 

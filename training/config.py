@@ -6,7 +6,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from degradation.config import DegradationConfig
 from infra.config import EXTENDABLE, Config, FieldError, Location, ModelLocation
-from infra.mlflow_server import TrackingConfig
+from infra.mlflow_server import TrainTracking
 from infra.process.numerics import NumericsConfig
 from training.optimizer import EmaConfig, OptimizerConfig
 from training.runtime import TrainRuntime
@@ -143,6 +143,9 @@ class ValidationConfig(Config):
     every: int = Field(500, ge=1)
     num_images: int = Field(8, ge=1, description="spread evenly over the sets")
     num_runs: int = Field(2, ge=2, description="seeded runs per image; L-STD needs two")
+    best_by: Literal["psnr_y", "lpips", "dists", "l_std", "l_std_equal_sharpness"] | None = Field(
+        "psnr_y", description="whose best checkpoint is kept; PSNR prefers blur; none: none"
+    )
     sampling: SamplingConfig | None = Field(None, description="none: the chain that the stage trains")
 
 
@@ -169,7 +172,7 @@ class TrainConfig(Config):
     data: Annotated[tuple[TrainingSet, ...], Field(min_length=1, description="shard sets, or {path, weight}")]
     inputs: Literal["pixels", "latents"] = Field("pixels", description="latents: those that the shards store")
     init_from: Annotated[ModelLocation | None, BeforeValidator(lambda place: None if place == "random" else place)] = (
-        Field(description="a model directory, a run's folder, runs:/ID, or `random` for random weights")
+        Field(description="a model directory, a run's folder, runs:/ID, models:/NAME@ALIAS, or `random`")
     )
     continue_from: Location | None = Field(
         None, description="RUN[@POSITION]: begin with another run's checkpoint: weights, moments, position"
@@ -189,7 +192,7 @@ class TrainConfig(Config):
     ema: EmaConfig | None = None
     decoder_loss: DecoderLossConfig = DecoderLossConfig()
     validation: ValidationConfig | None = None
-    tracking: TrackingConfig = TrackingConfig()
+    tracking: TrainTracking = TrainTracking()
     runtime: TrainRuntime = TrainRuntime()
 
     def runtime_in_result(self) -> dict[str, Any]:
@@ -253,6 +256,10 @@ class TrainConfig(Config):
         used = trains[self.stage] - ({"num_steps"} if self.starts_from_stored_samples else set())
         every = {"start_from", "num_steps", "t_max", "t_min", "decoder_loss"}
         return dict.fromkeys(sorted(every - used), f"in stage {self.stage} of family {family}")
+
+    @property
+    def best_by(self) -> str | None:
+        return self.validation.best_by if self.validation else None
 
     @property
     def trained_sampling(self) -> SamplingConfig:

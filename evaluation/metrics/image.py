@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from infra.errors import DataError
-from infra.pixels import CROP_BORDER, LUMA, cropped, cropped_pair
+from infra.pixels import CROP_BORDER, cropped, cropped_pair, gradient_energy, luma
 
 
 class Metric(NamedTuple):
@@ -131,19 +131,6 @@ def _rounded_luma(image: np.ndarray, weights: np.ndarray, divisor: int, offset: 
 
 def _window_mean(plane: np.ndarray) -> np.ndarray:
     return cv2.sepFilter2D(plane, -1, _SSIM_KERNEL, _SSIM_KERNEL)[5:-5, 5:-5]
-
-
-def luma(image: np.ndarray) -> np.ndarray:
-    """Unrounded BT.601 luma of uint8 RGB (H, W, 3) without its offset: float64 (H, W), 0..219."""
-    return cv2.transform(image.astype(np.float64), LUMA / 255)
-
-
-def gradient_energy(plane: np.ndarray, crop_border: int = 0) -> float:
-    """Mean squared difference of horizontal neighbours plus that of vertical ones, of a float (H, W) plane."""
-    height, width = plane.shape
-    inside = plane[crop_border : height - crop_border, crop_border : width - crop_border]
-    pairs = (inside[1:], inside[:-1]), (inside[:, 1:], inside[:, :-1])
-    return sum(cv2.norm(a, b, cv2.NORM_L2SQR) / a.size for a, b in pairs if a.size)
 
 
 @cache

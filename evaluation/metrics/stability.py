@@ -1,17 +1,9 @@
-"""How much an output changes with the noise sample: G-STD of scores, L-STD at equal sharpness (docs/metrics.md)."""
+"""How much an output changes with the noise sample: G-STD of scores (docs/metrics.md)."""
 
-import math
-from collections.abc import Sequence
-
-import cv2
 import numpy as np
 
-from evaluation.metrics.image import gradient_energy, luma
 from infra.errors import DataError
-from infra.pixels import CROP_BORDER, cropped_pair, l_std, require_two_runs
-
-_TOLERANCE = 1e-3  # of the gradient energy, relative
-_MAX_SIGMA_PX = 64.0
+from infra.pixels import require_two_runs
 
 
 def g_std(scores: np.ndarray) -> float:
@@ -37,53 +29,3 @@ def g_std(scores: np.ndarray) -> float:
         )
     # Relative to the first run, because a mean of equal numbers may round away from them.
     return float(np.std(scores - scores[:, :1], axis=1).mean())
-
-
-def l_std_equal_sharpness(runs: Sequence[np.ndarray], bicubic: np.ndarray, *, crop_border: int = CROP_BORDER) -> float:
-    """L-STD of one image's runs once they are as sharp as its bicubic enlargement, so that blur cannot lower it.
-
-    `runs`: uint8 RGB, each (H, W, 3) as `bicubic`. One Gaussian low-passes all runs; its sigma is found by bisection so
-    that their mean gradient energy (see `sharpness`) is bicubic's. L-STD itself where the energies are equal; NaN where
-    the runs are blurrier than bicubic, for nothing can give back what blur took. Errors as of `l_std`.
-    """
-    require_two_runs(len(runs))
-    for run in runs:
-        cropped_pair(run, bicubic, crop_border)
-    target = gradient_energy(luma(bicubic), crop_border)
-    planes = [luma(run).astype(np.float32) for run in runs]
-
-    def excess(sigma: float) -> float:
-        """Mean energy of the low-passed runs over bicubic's, less 1."""
-        energies = [gradient_energy(_low_passed(plane, sigma), crop_border) for plane in planes]
-        return sum(energies) / len(energies) / max(target, 1e-12) - 1
-
-    low, high = 0.0, 0.5
-    now = excess(low)
-    if abs(now) <= _TOLERANCE:
-        return l_std(runs, crop_border=crop_border)
-    if now < 0:
-        return math.nan
-    while excess(high) > 0 and high < _MAX_SIGMA_PX:
-        low, high = high, 2 * high
-    sigma = high
-    while abs(now) > _TOLERANCE and high - low > 1e-4 * high:
-        sigma = (low + high) / 2
-        now = excess(sigma)
-        low, high = (sigma, high) if now > 0 else (low, sigma)
-    first = runs[0].astype(np.float32)  # differences: equal runs give exactly 0
-    changes = (_low_passed(run - first, sigma) for run in runs)
-    sums, squares = np.zeros(first.shape), np.zeros(first.shape)
-    for change in changes:
-        cv2.accumulate(change, sums)
-        cv2.accumulateSquare(change, squares)
-    variance = np.maximum(len(runs) * squares - sums * sums, 0)
-    height, width = first.shape[:2]
-    inside = np.s_[crop_border : height - crop_border, crop_border : width - crop_border]
-    return float(np.sqrt(variance[inside]).mean()) / (255 * len(runs))
-
-
-def _low_passed(plane: np.ndarray, sigma: float) -> np.ndarray:
-    if sigma == 0:
-        return plane
-    kernel = cv2.getGaussianKernel(2 * max(1, math.ceil(4 * sigma)) + 1, sigma, cv2.CV_32F)
-    return cv2.sepFilter2D(plane, -1, kernel, kernel, borderType=cv2.BORDER_REFLECT)

@@ -23,13 +23,13 @@ from infra.display.table import Table
 from infra.display.templating import render
 from infra.errors import DataError
 from infra.images import read_image
+from infra.pixels import COLORMAP, coloured
 from infra.publish import write_bytes
 from infra.storage import exists, join, list_files, read_bytes
 from infra.tracking import TrackingConfig
 
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
 _SIDE_PX = 400  # of the shown centre crop, in native pixels
-_COLORMAP = cv2.COLORMAP_VIRIDIS
 
 
 @dataclass(frozen=True)
@@ -64,18 +64,7 @@ def write_report(result: str | Path | EvaluationResult, target: str | None = Non
     """
     if not isinstance(result, EvaluationResult):
         result = load_result(result)
-    keys = _chosen_keys(result, num_images)
-    maps = {
-        (name, key): _read_map(result.picture(name, key))
-        for name, method in result.methods.items()
-        if method.num_runs > 1
-        for key in keys
-    }
-    # One scale for all maps; the top half per cent may saturate so that single pixels do not darken the rest.
-    top = max((float(np.percentile(stds, 99.5)) for stds in maps.values()), default=0.0)
-    top = max(math.ceil(top * 100) / 100, 0.01)
     metric = "psnr_y" if "psnr_y" in _metrics(result) else next(iter(_metrics(result)), "")
-    strip = cv2.applyColorMap(np.arange(256, dtype=np.uint8)[None], _COLORMAP)[0, ::15, ::-1]
     page = render(
         _TEMPLATE,
         title=f"Evaluation: {result.name}",
@@ -83,16 +72,34 @@ def write_report(result: str | Path | EvaluationResult, target: str | None = Non
         tables=_tables(result),
         distribution=distribution(result, metric) if metric else None,
         trace=trace_plots(result),
-        images=[_image(result, key, maps, top) for key in keys],
-        num_images=len(next(iter(result.methods.values())).keys),
-        side_px=_SIDE_PX,
-        colours=", ".join(f"rgb({r} {g} {b})" for r, g, b in strip) if maps else "",
-        top=top,
+        **_pictures(result, num_images),
         config=json.dumps(result.run, indent=2, sort_keys=True),
     )
     target = target or join(result.folder, "report.html")
     write_bytes(target, page.encode())
     return target
+
+
+def _pictures(result: EvaluationResult, num_images: int) -> dict[str, Any]:
+    """What the page shows of up to `num_images` images; no images where a result has none stored."""
+    keys = _chosen_keys(result, num_images)
+    maps = {
+        (name, key): read_map(result.picture(name, key))
+        for name, method in result.methods.items()
+        if method.num_runs > 1
+        for key in keys
+    }
+    # One scale for all maps; the top half per cent may saturate so that single pixels do not darken the rest.
+    top = max((float(np.percentile(stds, 99.5)) for stds in maps.values()), default=0.0)
+    top = max(math.ceil(top * 100) / 100, 0.01)
+    strip = cv2.applyColorMap(np.arange(256, dtype=np.uint8)[None], COLORMAP)[0, ::15, ::-1]
+    return {
+        "images": [_image(result, key, maps, top) for key in keys],
+        "num_images": len(next(iter(result.methods.values())).keys),
+        "side_px": _SIDE_PX,
+        "colours": ", ".join(f"rgb({r} {g} {b})" for r, g, b in strip) if maps else "",
+        "top": top,
+    }
 
 
 def report_results(places: Sequence[str], target: str | None, tracking: TrackingConfig) -> tuple[EvaluationResult, str]:
@@ -105,10 +112,11 @@ def report_results(places: Sequence[str], target: str | None, tracking: Tracking
 
 
 def comparison_page(comparison: Comparison) -> str:
-    """The tables of `compare` as one self-contained HTML page."""
+    """The tables of `compare` and the methods' pictures side by side, as one self-contained HTML page."""
     facts = [f"baseline {comparison.baseline}", *_facts(comparison.results[0])[2:4]]
     config = json.dumps({result.name: result.run for result in comparison.results}, indent=2, sort_keys=True)
     drawn: dict[str, Any] = {"distribution": None, "trace": None, "images": []}
+    drawn |= _pictures(comparison.compared, num_images=8) if comparison.compared else {}
     tables = comparison.tables()
     return render(_TEMPLATE, title="Comparison", facts=facts, tables=tables, config=config, **drawn)
 
@@ -198,8 +206,6 @@ def _method_pictures(
         pictures = [run_picture(0, "run 00"), run_picture(1, "run 01")]
     else:
         pictures = [run_picture(best, f"best {best:02d}"), run_picture(worst, f"worst {worst:02d}")]
-    levels = np.rint(np.clip(window.cut(maps[method.name, key]) / top, 0, 1) * 255).astype(np.uint8)
-    coloured = np.ascontiguousarray(cv2.applyColorMap(levels, _COLORMAP)[..., ::-1])
     caption = f"L-STD {method.l_std[index]:.4f}"
     for label, values, form in (
         ("equal sharpness", method.l_std_equal_sharpness, ".4f"),
@@ -207,14 +213,17 @@ def _method_pictures(
     ):
         if np.isfinite(values[index]):
             caption += f" · {label} {values[index]:{form}}"
-    return [*pictures, _Picture(f"{method.name} stability map", caption, _jpeg(coloured))]
+    return [
+        *pictures,
+        _Picture(f"{method.name} stability map", caption, _jpeg(coloured(window.cut(maps[method.name, key]), top))),
+    ]
 
 
 def _index(result: EvaluationResult, key: str) -> int:
     return next(iter(result.methods.values())).keys.index(key)
 
 
-def _read_map(uri: str) -> np.ndarray:
+def read_map(uri: str) -> np.ndarray:
     stored = cv2.imdecode(np.frombuffer(read_bytes(uri), np.uint8), cv2.IMREAD_UNCHANGED)
     if stored is None or stored.dtype != np.uint16 or stored.ndim != 2:
         raise DataError("this is no stability map (16-bit grey PNG)", where=uri, todo="run ccsr evaluate again")

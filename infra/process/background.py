@@ -30,7 +30,7 @@ class BackgroundTracker:
     ) -> None:
         self._warn = warn
         self._points = _Sender("points", tracker.send, MAX_POINTS, warn, seconds_between_tries)
-        self._files = _Sender("files", lambda files: tracker.file(*files[0]), 1, warn, seconds_between_tries)
+        self._files = _Sender("files", lambda files: _send_file(tracker, *files[0]), 1, warn, seconds_between_tries)
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Queue one point per value, with the present time."""
@@ -41,21 +41,34 @@ class BackgroundTracker:
         """Queue bytes as the artifact `place`."""
         self._files.put([(place, content)])
 
+    def image(self, key: str, png: bytes, step: int) -> None:
+        """Queue a picture for MLflow's image grid."""
+        self._files.put([(key, png, step)])
+
     @property
     def note(self) -> str:
         """What a progress line should add: empty while the server answers."""
         return f", MLflow away: {len(self._points.waiting)} points wait" if self._points.failing else ""
 
-    def close(self, seconds: float = 60.0) -> int:
+    def close(self, seconds: float = 60.0, keep: Callable[[list[Any]], object] | None = None) -> int:
         """Send what waits, trying again for at most `seconds`; the number of points and files that the server never
-        took."""
+        took. `keep` gets the points, to be sent later."""
         senders = self._points, self._files
         for sender in senders:
             sender.end_by(time.monotonic() + seconds)
         unsent = sum(sender.num_unsent() for sender in senders)
+        if keep and self._points.waiting:
+            keep([item.content for item in self._points.waiting])
         if unsent:
             self._warn(f"MLflow never took {unsent} points and files of this run")
         return unsent
+
+
+def _send_file(tracker: Tracker, place: str, content: bytes, step: int | None = None) -> None:
+    if step is None:
+        tracker.file(place, content)
+    else:
+        tracker.image(place, content, step)
 
 
 @dataclass

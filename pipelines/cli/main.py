@@ -1,9 +1,11 @@
 """The `ccsr` command. Nothing heavy is imported before a command needs it: `ccsr --help` answers at once."""
 
 import io
+import json
 import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -99,17 +101,22 @@ def train(
     config: ConfigFile,
     set_: Overrides = None,
     profile: Annotated[bool, typer.Option("--profile", help="Profile a few updates into OUT/profile.")] = False,
+    register: Annotated[
+        str | None, typer.Option(help="NAME[@ALIAS] of the best model in MLflow's registry; default alias: newest.")
+    ] = None,
+    log_only: Annotated[bool, typer.Option("--log-only", help="Only send a finished run to MLflow.")] = False,
     dry_run: DryRun = False,
 ) -> None:
     """Train one stage; the same command resumes."""
     from infra.storage import exists, join, read_bytes
 
     job = JOBS["train"]
-    values = job.load(config, [*(set_ or []), *(["runtime.profile=true"] if profile else [])])
+    registered = [f"tracking.register={json.dumps(register)}"] if register is not None else []
+    values = job.load(config, [*(set_ or []), *registered, *(["runtime.profile=true"] if profile else [])])
     if dry_run:
         job.print_preview(values)
         return
-    model = job.run(values)
+    model = job.run(values, log_only=log_only)
     if profile and exists(place := join(values.output, "profile", "top_ops.txt")):
         typer.echo(read_bytes(place).decode())
     typer.echo(f"model: {model}")
@@ -151,7 +158,7 @@ def compare(
     mlflow: Annotated[
         str | None, typer.Option(parser=tracking_location, help="MLflow's address; default as for the other commands.")
     ] = None,
-    log: Annotated[bool, typer.Option("--log", help="Also log the comparison as a run in MLflow.")] = False,
+    log: Annotated[bool, typer.Option("--log", help="Also log comparison and page as a run in MLflow.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Paired per-image differences between evaluated methods, with bootstrap intervals."""
@@ -163,17 +170,19 @@ def compare(
     tracking = parse_config({"uri": mlflow}, TrackingConfig, where="--mlflow")
     if log:
         check_tracking(tracking)
-    comparison = compare_results(runs, tracking=tracking)
-    print_report(comparison.tables(), as_json=as_json)
-    if csv is not None:
-        comparison.write_csv(csv)
-    if html is not None:
-        from evaluation.report.page import comparison_page
-        from infra.publish import write_bytes
+    with tempfile.TemporaryDirectory(prefix="ccsr-compare-") as scratch:
+        pictures = Path(scratch) if log or html is not None else None
+        comparison = compare_results(runs, tracking=tracking, scratch=pictures)
+        print_report(comparison.tables(), as_json=as_json)
+        if csv is not None:
+            comparison.write_csv(csv)
+        if html is not None:
+            from evaluation.report.page import comparison_page
+            from infra.publish import write_bytes
 
-        write_bytes(html, comparison_page(comparison).encode())
-    if log:
-        typer.echo(f"MLflow run: {log_comparison(comparison, runs, tracking)}", err=as_json)
+            write_bytes(html, comparison_page(comparison).encode())
+        if log:
+            typer.echo(f"MLflow run: {log_comparison(comparison, runs, tracking)}", err=as_json)
 
 
 @app.command()
@@ -203,7 +212,7 @@ def restore(
     output: Annotated[
         str, typer.Argument(metavar="OUTPUT", help="Folder or s3:// prefix for the results; NAME.png for one.")
     ],
-    model: Annotated[str, typer.Option(help="A model directory, a run's folder, or runs:/ID.")],
+    model: Annotated[str, typer.Option(help="A model directory, a run's folder, runs:/ID or models:/NAME@ALIAS.")],
     runs: Annotated[int, typer.Option(help="Seeded runs per image.")] = 1,
     seed: Annotated[int, typer.Option(help="Run r of an image depends on this, the image's name and r alone.")] = 0,
     scale: Annotated[float, typer.Option(help="Enlargement, 1 to 8, fractions too.")] = 4,

@@ -1,16 +1,35 @@
-"""The `ccsr` commands about models: convert, estimate, weights."""
+"""The `ccsr` commands about models and runs: convert, estimate, runs, weights."""
 
 from typing import Annotated
 
 import typer
 
-from infra.locations import location
+from infra.config import parse_config
+from infra.locations import location, tracking_location
 from pipelines.cli.options import AsJson, ConfigCommand, Overrides
 from pipelines.cli.registry import load_any
 
 app = typer.Typer()
 weights_app = typer.Typer(help="Third-party weight files: list, fetch, check.", no_args_is_help=True)
 app.add_typer(weights_app, name="weights")
+
+
+@app.command()
+def runs(
+    experiment: Annotated[str | None, typer.Option(help="Of this experiment alone.")] = None,
+    sort: Annotated[str | None, typer.Option(help="A metric, the best first: l_std, psnr_y, lpips.g_std, ...")] = None,
+    mlflow: Annotated[
+        str | None, typer.Option(parser=tracking_location, help="MLflow's address; default as for the other commands.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List MLflow's runs, models and their key numbers."""
+    from evaluation.runs import runs_table
+    from infra.display.table import print_listing
+    from infra.mlflow_server import TrackingConfig
+
+    tracking = parse_config({"uri": mlflow}, TrackingConfig, where="--mlflow")
+    print_listing(runs_table(tracking, experiment, sort), as_json=as_json)
 
 
 @app.command()

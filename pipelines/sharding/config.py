@@ -6,6 +6,7 @@ from pydantic import Field
 
 from degradation.config import DegradationConfig
 from infra.config import Config, Location
+from infra.mlflow_server import TrackingConfig
 from infra.process.numerics import NumericsConfig
 from infra.ray_runtime import RayConfig
 
@@ -144,4 +145,5 @@ class ShardConfig(Config):
     draws: int = Field(1, ge=1, description="degradations of each crop")
     samples_per_shard: int = Field(256, ge=1, description="with a grid: files per shard")
     latents: LatentsConfig | None = None
+    tracking: TrackingConfig | None = Field(None, description="log the set as a run of MLflow; none: not logged")
     runtime: ShardRuntime = ShardRuntime()

@@ -1,6 +1,7 @@
 """`ccsr shard`: Ray Data tasks write the planned shards, each exactly once."""
 
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
@@ -13,6 +14,7 @@ from infra.display.progress import progress
 from infra.errors import ConfigError, DataError, PartialResultError
 from infra.images import UnusableImageError, gradient_energy
 from infra.manifest import Manifest, Quarantined, ShardRecord, commit_record, committed_records, write_manifest
+from infra.mlflow_server import check_tracking
 from infra.process.memory import give_back_memory
 from infra.publish import download, publish_if_absent, staging
 from infra.ray_runtime import on_ray
@@ -21,6 +23,7 @@ from infra.shards import IndexedEntry, write_tar
 from infra.storage import exists, join, sha256_file
 from pipelines.sharding.card import write_card
 from pipelines.sharding.config import CenterCrop, GridCrop, PairsSource, ShardConfig
+from pipelines.sharding.mlflow_log import log_shard_set
 from pipelines.sharding.plan import PlannedSample, PlannedShard, grid_samples, num_variants, plan_shards, source_id
 from pipelines.sharding.sample import (
     Sample,
@@ -46,13 +49,18 @@ def run_shard(config: ShardConfig) -> Manifest:
     samples were quarantined.
     """
     recipe, files, shards, run = _claimed(config)
+    rate = None
     if not exists(join(config.output, "manifest.json")):
-        _write_shards(config, recipe, shards)
+        if config.tracking:
+            check_tracking(config.tracking)
+        began = time.monotonic()
+        rate = _write_shards(config, recipe, shards) / max(time.monotonic() - began, 1e-9)
         facts = {**_facts(config, recipe, files), "fingerprint": run["fingerprint"]}
         write_manifest(config.output, len(shards), **facts)
     manifest = Manifest.load(config.output)
     if not exists(join(config.output, "DATA_CARD.md")):
         write_card(manifest)
+    log_shard_set(config, manifest, run, rate)
     _report_quarantine(config, manifest)
     return manifest
 
@@ -142,7 +150,8 @@ def _facts(config: ShardConfig, recipe: DegradationConfig | None, files: list[So
     return facts | {"latents_model": encoder.encoder_id, "sampled_steps": config.latents.sampled_steps}
 
 
-def _write_shards(config: ShardConfig, recipe: DegradationConfig | None, shards: list[PlannedShard]) -> None:
+def _write_shards(config: ShardConfig, recipe: DegradationConfig | None, shards: list[PlannedShard]) -> int:
+    """Write what is missing; the number of its samples."""
     done = committed_records(config.output)
     pending = [shard for shard in shards if shard.index not in done]
     num_samples = sum(len(shard.samples) for shard in shards)
@@ -161,6 +170,7 @@ def _write_shards(config: ShardConfig, recipe: DegradationConfig | None, shards:
         )
         for count in written:
             advance(count)
+    return num_pending
 
 
 def _writer(config: ShardConfig, recipe: DegradationConfig | None) -> Callable[[PlannedShard], int]:

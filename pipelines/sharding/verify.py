@@ -16,11 +16,12 @@ from infra.errors import CcsrError, DataError
 from infra.images import below, skip_system_files
 from infra.manifest import Manifest, ShardRecord, dataset_id_of, index_table, record_uri, set_aside
 from infra.publish import download
+from infra.run import MLFLOW_FILE
 from infra.shards import Entry, read_index
 from infra.storage import is_s3, join, list_files, sha256_file
 from pipelines.sharding.phash import NEAR_BITS, near_pairs
 
-FILES = ("run.json", "index.parquet", "manifest.json", "contact_sheet.jpg", "DATA_CARD.md")
+FILES = ("run.json", MLFLOW_FILE, "index.parquet", "manifest.json", "contact_sheet.jpg", "DATA_CARD.md")
 NUM_THREADS = 8
 
 

@@ -177,7 +177,9 @@ def test_shard_train_and_evaluate_each_lose_a_node(
         assert printed.count("node is being drained") == 1
         client = MlflowClient(tracking)
         (logged,) = client.search_runs([client.get_experiment_by_name("ccsr").experiment_id])
-        losses = [(point.step // 4, point.value) for point in client.get_metric_history(logged.info.run_id, "loss")]
+        losses = [
+            (point.step // 4, point.value) for point in client.get_metric_history(logged.info.run_id, "loss/loss")
+        ]
 
         tested = noise_shards(join(s3, "test"), 12, 64)
         job = Job(nodes, "evaluate", evaluate_config(tested, join(run, "model"), result, tracking), tmp_path)

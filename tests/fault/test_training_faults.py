@@ -89,14 +89,14 @@ class Run:
         """The status of MLflow's one run, and its (update, loss)."""
         client = MlflowClient(f"sqlite:///{self._database}")
         (run,) = client.search_runs([client.get_experiment_by_name("ccsr").experiment_id])
-        history = client.get_metric_history(run.info.run_id, "loss")
+        history = client.get_metric_history(run.info.run_id, "loss/loss")
         return run.info.status, [(point.step // 4, point.value) for point in history]
 
     def updates_logged(self) -> int:
         """Read beside MLflow: its client would make the database that the driver is about to make."""
         try:
             with sqlite3.connect(f"file:{self._database}?mode=ro", uri=True) as database:
-                return database.execute("select count(*) from metrics where key = 'loss'").fetchone()[0]
+                return database.execute("select count(*) from metrics where key = 'loss/loss'").fetchone()[0]
         except sqlite3.OperationalError:
             return 0
 

@@ -129,24 +129,26 @@ def test_mlflow_holds_parameters_metrics_tables_and_pictures(demo):
     client = MlflowClient(f"sqlite:///{demo.out}/mlflow.db")
     experiment = client.get_experiment_by_name("ccsr-demo")
     found = client.search_runs([experiment.experiment_id])
-    runs = {(run.data.tags["ccsr.job"], run.data.tags.get("ccsr.stage")): run for run in found}
+    kinds = [tuple(run.data.tags.get(f"ccsr.{tag}") for tag in ("job", "stage", "method")) for run in found]
+    runs = dict(zip(kinds, found, strict=True))
     assert len(found) == len(runs)
-    assert set(runs) == {("train", "0"), ("train", "1"), ("train", "2"), ("evaluate", None)}
+    methods = {("method", None, name) for name in METHODS}
+    assert set(runs) == {*(("train", stage, None) for stage in "012"), ("evaluate", None, None), *methods}
     assert all(run.info.status == "FINISHED" for run in runs.values())
-    train = runs["train", "1"]
-    losses = client.get_metric_history(train.info.run_id, "loss")
+    train = runs["train", "1", None]
+    losses = client.get_metric_history(train.info.run_id, "loss/loss")
     assert [point.step for point in losses] == [8 * update for update in range(1, 25)]
-    first = client.get_metric_history(train.info.run_id, "l_diff")[0].value
+    first = client.get_metric_history(train.info.run_id, "loss/l_diff")[0].value
     assert first < 0.5  # random weights have 1: training began at the base
-    assert {"l_diff", "l_T", "l_tmax"} <= set(train.data.metrics)
-    assert {"gradient_norm", "samples_per_second", "data_wait_share"} <= set(train.data.metrics)
+    assert {"loss/l_T", "loss/l_tmax", "optimizer/gradient_norm", "speed/data_wait_share"} <= set(train.data.metrics)
     assert train.data.params["optimizer.learning_rate"] == "0.0001"
-    evaluation = runs["evaluate", None]
+    evaluation = runs["evaluate", None, None]
     images = pq.read_table(demo.out / "evaluation" / "images.parquet").to_pylist()
     for method in METHODS:
         stored = [row["l_std"] for row in images if row["method"] == method]
-        assert evaluation.data.metrics[f"{method}/l_std"] == pytest.approx(np.mean(stored), rel=1e-9)
-        assert {f"{method}/psnr_y", f"{method}/ssim_y", f"{method}/g_std_psnr_y"} <= set(evaluation.data.metrics)
+        metrics = runs["method", None, method].data.metrics
+        assert metrics["l_std"] == pytest.approx(np.mean(stored), rel=1e-9)
+        assert {"psnr_y", "ssim_y", "psnr_y.g_std"} <= set(metrics)
     artifacts = {item.path for item in client.list_artifacts(evaluation.info.run_id)}
     assert {"results.parquet", "images.parquet", "report.html", "images", "run.json"} <= artifacts
     local = client.download_artifacts(evaluation.info.run_id, f"images/ccsr/00/{KEYS[0]}.png")
@@ -175,7 +177,8 @@ def test_again_on_the_same_folder_makes_nothing_anew(demo):
     assert table
     assert [line for line in done.stdout.splitlines() if line.startswith(("↑", "↓"))] == table
     client = MlflowClient(f"sqlite:///{demo.out}/mlflow.db")
-    assert len(client.search_runs([client.get_experiment_by_name("ccsr-demo").experiment_id])) == 4
+    runs = client.search_runs([client.get_experiment_by_name("ccsr-demo").experiment_id])
+    assert len(runs) == 4 + len(METHODS)
 
 
 def test_each_step_runs_alone_with_its_yaml(demo, tmp_path):

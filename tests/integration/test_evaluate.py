@@ -20,6 +20,7 @@ from infra.config import apply_overrides, load_yaml, parse_config
 from infra.errors import ClusterError, ConfigError, DataError
 from infra.images import encode_png, read_image, resize_bicubic
 from infra.mlflow_server import TrackingConfig
+from infra.tracking import track
 from tests.integration.conftest import REPOSITORY
 from training.config import ModelConfig
 from training.models import build_model, save_model
@@ -73,9 +74,10 @@ def without_weights(tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture(scope="module")
 def first(place: Path, ray_session: None, without_weights: None) -> Path:
     """The result of bicubic and of a model that an MLflow run trained."""
-    (place / "training" / "run.json").write_text(json.dumps({"fingerprint": "5eed"}))
-    client = MlflowClient(f"sqlite:///{place}/mlflow.db")
-    client.create_run(client.create_experiment("training"), tags={"ccsr.fingerprint": "5eed"}, run_name="training")
+    tracking = TrackingConfig(uri=f"sqlite:///{place}/mlflow.db", experiment="training")
+    trained = {"job": "train", "fingerprint": "5eed", "config": {}}
+    with track(tracking, trained, output=str(place / "training")):
+        pass
     return Path(run_evaluate(config(place, "first")).folder)
 
 
@@ -200,11 +202,25 @@ def test_mlflow_knows_model_and_parent_and_a_result_can_be_sent_later(place: Pat
     (training,) = client.search_runs(experiments, "run_name = 'training'")
     (logged,) = client.search_runs(experiments, "run_name = 'first'")
     run = load_result(first).run
-    assert logged.data.tags["mlflow.parentRunId"] == logged.data.tags["trained_by.v2"] == training.info.run_id
-    assert logged.data.tags["model.v2"] == run["inputs"]["methods"]["v2"]
-    for name in ("l_std_equal_sharpness", "p_std", "p_g_std_psnr_y"):
-        assert logged.data.metrics[f"v2/{name}"] > 0
-    assert logged.data.tags["dataset_id"] == run["dataset_id"]
+    below = f"tags.`mlflow.parentRunId` = '{logged.info.run_id}'"
+    methods = {child.data.tags["ccsr.method"]: child for child in client.search_runs(experiments, below)}
+    assert set(methods) == {"bicubic", "v2"}
+    v2 = methods["v2"].data
+    assert v2.tags["ccsr.trained_by"] == training.info.run_id
+    assert (v2.tags["ccsr.model"], v2.tags["ccsr.model_id"]) == (
+        str(place / "training" / "v2"),
+        run["inputs"]["methods"]["v2"],
+    )
+    for name in ("l_std_equal_sharpness", "p_std", "psnr_y.p_g_std", "psnr_y.g_std"):
+        assert v2.metrics[name] > 0
+    assert v2.metrics["psnr_y"] == load_result(first).summary["v2"]["metrics"]["psnr_y"]["mean"]
+    assert v2.params["sampling.num_steps"] == logged.data.params["methods.1.sampling.num_steps"] == "6"
+    assert logged.data.tags["ccsr.dataset_id"] == run["dataset_id"]
+    assert "/#/experiments/" in logged.data.tags["mlflow.note.content"].replace("(#", "(/#")
+    table = json.loads(Path(client.download_artifacts(logged.info.run_id, "scores.json")).read_text())
+    assert [row[0] for row in table["data"]] == ["bicubic", "v2"]
+    pictures = [item.path.split("+")[0] for item in client.list_artifacts(methods["v2"].info.run_id, "images")]
+    assert set(pictures) == {f"images/{key}~{label}" for key in KEYS for label in ("best", "worst", "l_std")}
     shutil.copytree(first, place / "away")
     away = {"uri": "http://127.0.0.1:9", "run_name": "away"}
     with pytest.MonkeyPatch.context() as patch:
@@ -215,9 +231,10 @@ def test_mlflow_knows_model_and_parent_and_a_result_can_be_sent_later(place: Pat
     later = {"uri": f"sqlite:///{place}/later.db", "run_name": "later"}
     run_evaluate(config(place, "away", tracking=later, data=["nowhere"]), log_only=True)
     client = MlflowClient(f"sqlite:///{place}/later.db")
-    (sent,) = client.search_runs([client.get_experiment_by_name("ccsr").experiment_id])
-    assert sent.info.status == "FINISHED"
-    assert sent.data.metrics["v2/l_std"] == pytest.approx(load_result(first).summary["v2"]["l_std"], rel=1e-12)
+    sent = client.search_runs([client.get_experiment_by_name("ccsr").experiment_id])
+    assert {one.info.status for one in sent} == {"FINISHED"}
+    (sent_v2,) = (one for one in sent if one.data.tags.get("ccsr.method") == "v2")
+    assert sent_v2.data.metrics["l_std"] == pytest.approx(load_result(first).summary["v2"]["l_std"], rel=1e-12)
     with pytest.raises(DataError, match="no complete result to log"):
         run_evaluate(config(place, "nothing"), log_only=True)
 
@@ -235,7 +252,11 @@ def test_mlflow_runs_are_compared_by_name_and_id(place: Path, first: Path) -> No
     for comparison in (by_name, by_folder):
         logged = log_comparison(comparison, ["first:bicubic", "first:v2"], tracking)
         assert client.get_run(logged).info.experiment_id == run.info.experiment_id
-    assert {item.path for item in client.list_artifacts(logged)} >= {"differences.csv", "comparison.txt"}
+    assert {item.path for item in client.list_artifacts(logged)} >= {
+        "differences.csv",
+        "comparison.txt",
+        "comparison.html",
+    }
     with pytest.raises(DataError, match="no MLflow runs are called so"):
         compare(["frist", "first"], tracking=tracking)
     with pytest.raises(DataError, match="holds no evaluation result"):

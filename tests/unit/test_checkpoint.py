@@ -187,6 +187,18 @@ def test_a_node_downloads_a_checkpoint_once(s3: str, monkeypatch: pytest.MonkeyP
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+def test_the_best_by_the_rule_is_kept(output: str) -> None:
+    for position, std in {8: 0.3, 16: 0.1, 24: 0.2}.items():
+        one = state(position)
+        one.facts["validation"] = {"psnr_y": position, "l_std": std}
+        save_checkpoint(output, one, keep=1, best_by="l_std")
+    places = complete_checkpoints(output)
+    assert [load_checkpoint(place).facts["position"] for place in places] == [16, 24]
+    assert best_checkpoint(output, (), "l_std") == places[0]
+    assert best_checkpoint(output) == places[1]
+    assert best_checkpoint(output, (), "lpips") is best_checkpoint(output, (), None) is None
+
+
 def test_the_best_validated_one_is_kept_beside_the_newest(output: str) -> None:
     scores = {8: 20.0, 16: 25.0, 24: 24.0, 32: None, 40: 25.0, 48: 22.0}
     kept: dict[int, list[int]] = {}

@@ -29,10 +29,17 @@ def test_run_json_alone_never_refuses_a_corrected_config(job: str, tmp_path: Pat
         return claim_output(str(tmp_path), config, job=job, inputs={}, libraries=())["fingerprint"]
 
     first = claim()
-    for leftover in (".writable-0", ".hidden/x", "mlflow.db", "mlartifacts/1/x"):  # of a start before any work
+    for leftover in (
+        ".writable-0",
+        ".hidden/x",
+        "mlflow.db",
+        "mlflow.json",
+        "mlartifacts/1/x",
+    ):  # of a start before any work
         write_bytes(str(tmp_path / leftover), b"")
     second = claim(seed=1)
     assert second != first
+    assert not (tmp_path / "mlflow.json").exists(), "another config is another run of MLflow"
     assert read_run(str(tmp_path))["fingerprint"] == second == claim(seed=1)
     check_claim(str(tmp_path), second)
     with pytest.raises(ConfigError, match="another config has begun to use this output"):

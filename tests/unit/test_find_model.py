@@ -7,10 +7,11 @@ import pytest
 
 from infra import ClusterError, ConfigError
 from infra.images import encode_png
+from infra.mlflow_models import MODEL_TAG, find_model
 from infra.mlflow_server import TrackingConfig
 from infra.publish import write_bytes
 from infra.storage import join
-from infra.tracking import MODEL_TAG, find_model, track
+from infra.tracking import track
 from pipelines.restore import RestoreConfig, restore
 from training.config import ModelConfig, SamplingConfig
 from training.models import build_model, save_model
@@ -30,7 +31,7 @@ def test_a_model_directory_a_runs_folder_and_nothing(s3: str, tmp_path: Path) ->
 def test_a_run_of_mlflow_by_its_id(tmp_path: Path) -> None:
     tracking = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db")
     with track(tracking, {"fingerprint": "f" * 64, "job": "train", "config": {"stage": 1}}) as tracker:
-        with pytest.raises(ConfigError, match="this run trained no model"):
+        with pytest.raises(ConfigError, match="this run has written no model"):
             find_model(f"runs:/{tracker.run_id}", tracking)
         tracker.tag(**{MODEL_TAG: "s3://bucket/run/model"})
     assert find_model(f"runs:/{tracker.run_id}", tracking) == "s3://bucket/run/model"

@@ -361,8 +361,11 @@ def test_a_comparison_as_html(folder: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     page = Page()
     page.feed((tmp_path / "c.html").read_text())
-    assert "&lt;other&gt; against" in (tmp_path / "c.html").read_text()
-    assert not page.images
+    text = (tmp_path / "c.html").read_text()
+    assert "&lt;other&gt; against" in text
+    assert page.images, "the methods' pictures side by side"
+    for label in ("stability map", f"{folder.name}:bicubic only run", f"{folder.name}:ccsr best"):
+        assert label in text
 
 
 def test_an_earlier_versions_result_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -18,13 +18,14 @@ from infra.config import result_part
 from infra.mlflow_server import TrackingConfig
 from infra.publish import write_bytes
 from infra.run import PACKAGES, claim_output
-from infra.tracking import MODEL_TAG, track
+from infra.tracking import track
 from tests.training_runs import noise_shards, train_config
 from training.models import model_id
 from training.run import driver as train
 from training.run.checkpoint import TrainingState, advice, complete_checkpoints, save_checkpoint
 from training.run.continued import find_checkpoint
 from training.run.driver import _claimed, _updates_done, run_train
+from training.run.mlflow_log import describe_run
 
 
 def test_stage_2_does_not_resume_with_another_micro_batch(tmp_path: Path) -> None:
@@ -157,13 +158,17 @@ def test_a_checkpoint_to_continue_from_is_named_by_its_run_and_position(tmp_path
     with pytest.raises(ModelError, match="at position 12") as missing:
         find_checkpoint(f"{before.output}@12", tracking)
     assert "one of: 4, 8" in missing.value.todo
-    with track(tracking, {"fingerprint": "f" * 64, "job": "train", "config": {"stage": 1}}) as first:
-        first.tag(**{MODEL_TAG: f"{before.output}/model"})
-    assert find_checkpoint(f"runs:/{first.run_id}@8", tracking) == places[1]
-    with track(tracking, {"fingerprint": "e" * 64, "job": "train", "config": {"stage": 1}}) as second:
-        second.continued("f" * 64)
+    run = {"fingerprint": "f" * 64, "job": "train", "config": {"stage": 1}}
+    with track(tracking, run, output=before.output) as first:
+        pass
+    assert find_checkpoint(f"runs:/{first.run_id}@8", tracking) == places[1], "before it has a model, too"
+    later = train_config(data, tmp_path / "later", num_updates=3, continue_from=places[1])
+    with track(tracking, run, output=later.output) as second:
+        describe_run(second, later, [])
     client = MlflowClient(tracking.uri)
-    assert client.get_run(second.run_id).data.tags["ccsr.continued_from"] == first.run_id
+    continued = client.get_run(second.run_id).data.tags
+    assert continued["ccsr.continued_from"] == first.run_id
+    assert f"Continues [before-stage1](#/experiments/1/runs/{first.run_id})" in continued["mlflow.note.content"]
     assert client.get_run(first.run_id).data.tags["ccsr.continued_by"] == second.run_id
 
     def claimed(**changes: Any) -> dict[str, Any]:

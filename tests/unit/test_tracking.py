@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,41 +15,22 @@ from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from infra import ClusterError, ConfigError, DataError
 from infra.config import parse_config
 from infra.errors import StoppedError
+from infra.images import encode_png
+from infra.mlflow_models import find_model
 from infra.mlflow_server import TrackingConfig, check_tracking, refused_for_good
 from infra.process import background
 from infra.process.background import BackgroundTracker
-from infra.tracking import Tracker, find_model, track
+from infra.tracking import Tracker, track
 
 
 def run(fingerprint: str, **config: Any) -> dict[str, Any]:
     return {"job": "train", "fingerprint": fingerprint, "config": {"stage": 1, **config}}
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingConfig]:
-    """MLflow's own server, in a thread of this process: a separate process takes a minute to start."""
-    folder = tmp_path_factory.mktemp("mlflow")
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("_MLFLOW_SERVER_FILE_STORE", f"sqlite:///{folder}/mlflow.db")
-        environment.setenv("_MLFLOW_SERVER_ARTIFACT_ROOT", "mlflow-artifacts:/")
-        environment.setenv("_MLFLOW_SERVER_ARTIFACT_DESTINATION", f"{folder}/artifacts")
-        environment.setenv("_MLFLOW_SERVER_SERVE_ARTIFACTS", "true")
-        environment.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        environment.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
-        environment.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-        from mlflow.server import app
-        from werkzeug.serving import make_server
-
-        server = make_server("127.0.0.1", 0, app, threaded=True)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield TrackingConfig(uri=f"http://127.0.0.1:{server.server_port}")
-        server.shutdown()
-        server.server_close()
 
 
 def client(store: TrackingConfig) -> Any:
@@ -57,19 +39,14 @@ def client(store: TrackingConfig) -> Any:
     return MlflowClient(store.uri)
 
 
-def test_datasets_parent_points_and_files_reach_mlflow(store: TrackingConfig) -> None:
-    with track(store, run("a" * 64)) as first:
-        pass
+def test_datasets_points_and_files_reach_mlflow(store: TrackingConfig) -> None:
     with track(store.model_copy(update={"experiment": "other"}), run("b" * 64)) as second:
-        second.parent("a" * 64)
-        second.parent("c" * 64)  # unknown: no tag, no error
         second.dataset("train", "0123456789abcdef", "s3://bucket/train", "training")
         sender = BackgroundTracker(second)
         sender.metrics({f"term {number}": number for number in range(1202)}, step=8)  # more than fit in a request
         sender.file("validation/000000000008/a.png", b"picture")
         assert sender.close() == 0
     logged = client(store).get_run(second.run_id)
-    assert logged.data.tags["mlflow.parentRunId"] == first.run_id
     (read,) = logged.inputs.dataset_inputs
     assert (read.dataset.name, read.dataset.digest) == ("train", "0123456789abcdef")
     assert json.loads(read.dataset.source) == {"uri": "s3://bucket/train"}
@@ -78,6 +55,71 @@ def test_datasets_parent_points_and_files_reach_mlflow(store: TrackingConfig) ->
     assert client(store).get_metric_history(second.run_id, "term 7")[0].step == 8
     picture = Path(client(store).download_artifacts(second.run_id, "validation/000000000008/a.png"))
     assert picture.read_bytes() == b"picture"
+
+
+def test_one_output_has_one_run_whatever_its_fingerprint(store: TrackingConfig, tmp_path: Path) -> None:
+    config, mlflow = store.model_copy(update={"experiment": "one output"}), client(store)
+
+    def job(output: Path, fingerprint: str = "6" * 64) -> str:
+        with track(config, run(fingerprint), output=str(output)) as tracker:
+            tracker.metrics({"loss/loss": 1.0})
+        return tracker.run_id
+
+    one, two = tmp_path / "one", tmp_path / "two"
+    first = job(one)
+    assert job(one) == job(one, "5" * 64) == first, "a resume, under another version's fingerprint too"
+    mlflow.rename_experiment(mlflow.get_experiment_by_name("one output").experiment_id, "renamed")
+    assert job(one) == first
+    assert mlflow.get_experiment_by_name("one output") is None
+    assert job(two) != first, "the same config into another output"
+    shutil.copytree(one, tmp_path / "copy")
+    assert job(tmp_path / "copy") != first
+    client(store).delete_run(first)
+    again = job(one)
+    assert again != first, "a deleted run is not continued"
+    shutil.rmtree(one)
+    assert job(one) != again, "a new output in an old place"
+    info = client(store).get_run(job(tmp_path / "stage1")).info
+    assert info.run_name == "stage1"
+    assert client(store).get_run(job(two)).info.run_name == "two-stage1"
+
+
+def test_a_failed_run_says_why_until_it_is_resumed(store: TrackingConfig, tmp_path: Path) -> None:
+    error = DataError("the shard is damaged", where="s3://bucket/set", todo="run ccsr verify")
+    with suppress(DataError), track(store, run("4" * 64), output=str(tmp_path)) as tracker:
+        tracker.note("Stage 1", "Output")
+        raise error
+    tags = client(store).get_run(tracker.run_id).data.tags
+    assert tags["ccsr.error"] == str(error)
+    assert tags["mlflow.note.content"].startswith("Stage 1\n\nOutput\n\n**FAILED**")
+    assert str(error) in tags["mlflow.note.content"]
+    assert tags["mlflow.source.name"] == "ccsr train"
+    assert tags["mlflow.user"]
+    with track(store, run("4" * 64), output=str(tmp_path)) as tracker:
+        tracker.note("Stage 1")
+    tags = client(store).get_run(tracker.run_id).data.tags
+    assert "ccsr.error" not in tags
+    assert tags["mlflow.note.content"] == "Stage 1"
+
+
+def test_pictures_have_steps_and_keys_that_mlflow_takes(store: TrackingConfig) -> None:
+    png = encode_png(np.zeros((8, 8, 3), np.uint8))
+    keys = ["validation/a.b-1", "Zürich", "x" * 200]
+    with track(store, run("3" * 64)) as tracker:
+        sender = BackgroundTracker(tracker)
+        for step in (8, 16):
+            for key in keys:
+                sender.image(key, png, step)
+        assert sender.close() == 0
+        tracker.table("scores.json", ["method", "l_std"], [["a", 1.0]])
+        tracker.table("scores.json", ["method", "l_std"], [["a", 2.0], ["b", None]])
+    names = [item.path for item in client(store).list_artifacts(tracker.run_id, "images") if item.path.endswith("png")]
+    stems = {tuple(name.removeprefix("images/").split("+")[:3]) for name in names}
+    assert len(stems) == len(names) == 6
+    assert {stem[0][:20] for stem in stems} == {"validation~a.b-1", "Z-rich-4251685e", "x" * 20}
+    assert {stem[2] for stem in stems} == {"8", "16"}
+    local = client(store).download_artifacts(tracker.run_id, "scores.json")
+    assert json.loads(Path(local).read_text())["data"] == [["a", 2.0], ["b", None]]
 
 
 def test_two_jobs_that_start_in_a_new_experiment_both_begin(
@@ -179,10 +221,10 @@ def test_sigterm_ends_a_commands_run(store: TrackingConfig) -> None:
 
 
 def test_all_parameters_are_logged_and_a_cut_one_is_said(
-    store: TrackingConfig, capsys: pytest.CaptureFixture[str]
+    store: TrackingConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     described = run("8" * 64, **{f"field{number}": number for number in range(250)}, long="x" * 7000, medium="y" * 600)
-    with track(store, described) as tracker:
+    with track(store, described, output=str(tmp_path)) as tracker:
         pass
     assert "6000 characters of a parameter, long is cut there" in capsys.readouterr().err
     logged = client(store).get_run(tracker.run_id).data.params
@@ -192,8 +234,12 @@ def test_all_parameters_are_logged_and_a_cut_one_is_said(
         "long": "x" * 6000,
         "medium": "y" * 600,
     }
-    with track(store, described):  # a resume has nothing to add
+    described["config"]["field0"] = 1
+    with track(store, described, output=str(tmp_path)) as tracker:  # a resume adds what has changed
         assert capsys.readouterr().err == ""
+    resumed = client(store).get_run(tracker.run_id).data
+    assert resumed.params == logged
+    assert resumed.tags["ccsr.changed"] == "field0: 0 -> 1"
 
 
 def test_what_mlflow_refuses_is_dropped_and_holds_up_nothing(
@@ -312,7 +358,7 @@ def test_what_a_server_never_took_is_counted(port: int, caplog: pytest.LogCaptur
     tracker.file("a.png", b"")
     assert tracker.close(1) == 3
     assert "never took 3" in caplog.text
-    Tracker.connect(f"http://127.0.0.1:{port}", "run").end("FINISHED", 0)  # a warning, no error
+    Tracker.connect(f"http://127.0.0.1:{port}", "run").end("FINISHED", seconds=0)  # a warning, no error
 
 
 def test_a_server_that_does_not_answer_holds_up_nobody(port: int) -> None:

@@ -7,17 +7,18 @@ import numpy as np
 import pytest
 import torch
 
-from infra import DataError
+from infra import DataError, ModelError
 from infra.config import parse_config, result_part
 from infra.images import decode_image, resize_bicubic
-from infra.pixels import l_std, psnr_y
+from infra.pixels import l_std, l_std_equal_sharpness, psnr_y
 from infra.shards import read_sample
+from tests.small_networks import seeded_lpips
 from tests.unit.photos import make_shard_set, save_photos, shard_config
 from training.config import ModelConfig, SamplingConfig, TrainConfig
 from training.models import CcsrModel, build_model
 from training.restore.restore import restore_runs
 from training.run.agreement import WorkerContext
-from training.run.validation import Validation
+from training.run.validation import PERCEPTUAL, Perceptual, Validation, _perceptual
 
 
 class Log:
@@ -30,8 +31,8 @@ class Log:
     def metrics(self, values: dict[str, float], step: int) -> None:
         self.points.append((values, step))
 
-    def file(self, place: str, content: bytes) -> None:
-        self.files[place] = content
+    def image(self, key: str, png: bytes, step: int) -> None:
+        self.files[key] = png
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,7 @@ def test_scores_and_pictures_are_those_of_the_restored_runs(held_out: Path, mode
     scores = validation(model, WorkerContext(0, 1, "cpu", {}, tracker=log), 24)
     entries = validation_entries(validation)
     assert [entry.key for entry in entries] == ["set-00-000-0", "set-01-000-0", "set-03-000-0"]  # spread evenly
-    psnrs, stds = [], []
+    psnrs, stds, equal = [], [], []
     for entry in entries:
         members = read_sample(str(held_out), entry)
         lr, hr = (decode_image(members[name], where=name) for name in ("lr.png", "hr.png"))
@@ -80,10 +81,31 @@ def test_scores_and_pictures_are_those_of_the_restored_runs(held_out: Path, mode
         assert not np.array_equal(*runs)
         psnrs.append(np.mean([psnr_y(run, hr) for run in runs]))
         stds.append(l_std(runs))
-        picture = decode_image(log.files[f"validation/000000000024/{entry.key}.png"], where="picture")
-        assert np.array_equal(picture, np.hstack([resize_bicubic(lr, 64, 64), *runs, hr]))
-    assert scores == {"psnr_y": np.mean(psnrs), "l_std": np.mean(stds)}
+        equal.append(l_std_equal_sharpness(runs, resize_bicubic(lr, 64, 64)))
+        names = ("lr", "run_0", "run_1", "hr", "l_std")
+        logged = [decode_image(log.files[f"validation/{entry.key}/{name}"], where=name) for name in names]
+        assert np.array_equal(np.hstack(logged[:4]), np.hstack([resize_bicubic(lr, 64, 64), *runs, hr]))
+        assert logged[4].shape == hr.shape
+        assert len(np.unique(logged[4].reshape(-1, 3), axis=0)) > 9, "a stability map"
+    assert len(log.files) == 3 * 5
+    expected = {"psnr_y": np.mean(psnrs), "l_std": np.mean(stds), "l_std_equal_sharpness": np.mean(equal)}
+    assert scores == {name: value for name, value in expected.items() if np.isfinite(value)}
     assert log.points == [({f"validation/{name}": score for name, score in scores.items()}, 24)]
+
+
+def test_lpips_is_measured_where_its_weights_are_and_can_choose_the_best(
+    held_out: Path, model: CcsrModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CCSR_WEIGHTS", str(tmp_path))
+    _perceptual.cache_clear()
+    with pytest.raises(ModelError):
+        Validation.load(config(held_out, best_by="lpips"))
+    monkeypatch.setitem(PERCEPTUAL, "lpips", Perceptual(seeded_lpips, frozenset(), -1.0))
+    validation = Validation.load(config(held_out, best_by="lpips", num_images=1))
+    scores = validation(model, WorkerContext(0, 1, "cpu", {}), 24)
+    _perceptual.cache_clear()
+    assert scores["lpips"] > 0
+    assert "dists" not in scores
 
 
 def validation_entries(validation: Validation) -> list:

@@ -1,6 +1,5 @@
 """Model directories by path or URI: identity, fetching, publishing, and export of a trained part."""
 
-import hashlib
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from infra.errors import ModelError
 from infra.publish import shared_copy, upload_folder
-from infra.storage import exists, join, read_bytes, remove
+from infra.storage import exists, join, remove, short_hash
 from training.models.ccsr import CcsrModel
 from training.models.directory import check_keys, load_model, load_part, read_record, replacing, save_part, write_record
 
@@ -26,7 +25,7 @@ def model_id(uri: str | None) -> str:
             where=uri,
             todo="give the `model` folder of a finished training run",
         )
-    return hashlib.sha256(read_bytes(place)).hexdigest()[:16]
+    return short_hash(place)
 
 
 def fetch_model(uri: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> CcsrModel:

@@ -58,7 +58,9 @@ def step_tensor(optimizer: torch.optim.Optimizer, parameter: Tensor, num_updates
     return torch.tensor(float(num_updates), device=parameter.device if optimizer.defaults["fused"] else "cpu")
 
 
-def save_checkpoint(output: str, state: TrainingState, *, keep: int, damaged: Collection[str] = ()) -> str:
+def save_checkpoint(
+    output: str, state: TrainingState, *, keep: int, damaged: Collection[str] = (), best_by: str | None = "psnr_y"
+) -> str:
     """Write OUT/checkpoints/POSITION, `complete.json` last, then remove all but the newest `keep` and the best one.
 
     `damaged` checkpoints do not count, and those of later positions stay. What an interrupted save or removal left goes
@@ -89,7 +91,7 @@ def save_checkpoint(output: str, state: TrainingState, *, keep: int, damaged: Co
         write_bytes(join(place, "complete.json"), json.dumps(hashes, indent=1, sort_keys=True).encode())
     damaged = {*damaged} - {place}
     sound = [one for one in complete_checkpoints(output) if one not in damaged]
-    kept = {*sound[-keep:], best_checkpoint(output, damaged), *(one for one in damaged if one > place)}
+    kept = {*sound[-keep:], best_checkpoint(output, damaged, best_by), *(one for one in damaged if one > place)}
     root = join(output, "checkpoints")
     places = {join(root, file.removeprefix(f"{root}/").split("/")[0]) for file in list_files(root)}
     for old in sorted(places - kept):
@@ -97,15 +99,17 @@ def save_checkpoint(output: str, state: TrainingState, *, keep: int, damaged: Co
     return place
 
 
-def best_checkpoint(output: str, damaged: Collection[str] = ()) -> str | None:
-    """The complete checkpoint with the highest PSNR-Y in its facts' `validation`; None where none was validated."""
+def best_checkpoint(output: str, damaged: Collection[str] = (), by: str | None = "psnr_y") -> str | None:
+    """The complete checkpoint with the best `by` in its facts' `validation` (PSNR-Y: the highest; of all others the
+    lowest); None where none has that number, or without `by`."""
     scores = {
-        place: read_json(join(place, "state.json")).get("validation", {}).get("psnr_y")
+        place: read_json(join(place, "state.json")).get("validation", {}).get(by)
         for place in complete_checkpoints(output)
         if place not in damaged
     }
     validated = {place: score for place, score in scores.items() if score is not None}
-    return max(validated, key=lambda place: validated[place]) if validated else None
+    choose = max if by == "psnr_y" else min
+    return choose(validated, key=lambda place: validated[place]) if validated else None
 
 
 def complete_checkpoints(output: str) -> list[str]:

@@ -149,7 +149,13 @@ class Checkpoints:
         runtime = self._config.runtime
         if "fingerprint" in state.facts:
             check_claim(self._config.output, state.facts["fingerprint"])
-        save_checkpoint(self._config.output, state, keep=runtime.keep_checkpoints, damaged=self._damaged)
+        save_checkpoint(
+            self._config.output,
+            state,
+            keep=runtime.keep_checkpoints,
+            damaged=self._damaged,
+            best_by=self._config.best_by,
+        )
         every = runtime.export_every * runtime.checkpoint_every
         if self._context.export and every and state.facts["num_updates"] % every == 0:
             place = join(self._config.output, "exports", f"{state.facts['position']:012d}")

@@ -1,14 +1,13 @@
 """`continue_from`: a run that begins with another run's checkpoint, under a config that may differ."""
 
-import hashlib
 import re
 from typing import Any
 
 from infra.errors import ConfigError, ModelError
+from infra.mlflow_models import run_tag
 from infra.mlflow_server import TrackingConfig
 from infra.run import read_run
-from infra.storage import join, read_bytes, read_json
-from infra.tracking import find_model
+from infra.storage import join, read_json, short_hash
 from training.config import TrainConfig
 from training.run.checkpoint import complete_checkpoints
 
@@ -33,7 +32,7 @@ def find_checkpoint(place: str, tracking: TrackingConfig) -> str:
     found = re.fullmatch(r"(.+?)(?:@(\d+))?", place)
     run, position = found.groups() if found else (place, None)
     if run.startswith("runs:/"):
-        run = find_model(run, tracking).rstrip("/").removesuffix("/model")
+        run = run_tag(run, "ccsr.output", tracking)
     present = complete_checkpoints(run)
     wanted = present[-1:] if position is None else [join(run, "checkpoints", f"{int(position):012d}")]
     if not wanted or wanted[0] not in present:
@@ -67,5 +66,5 @@ def check_continued(place: str, config: TrainConfig, init_from: str | None) -> d
             where=f"continue_from: {place}",
             todo="keep its stage, model and init_from, and raise num_updates; or give its model as init_from",
         )
-    digest = hashlib.sha256(read_bytes(join(place, "complete.json"))).hexdigest()[:16]
+    digest = short_hash(join(place, "complete.json"))
     return {"fingerprint": facts.get("fingerprint"), "position": position, "checkpoint": digest}

@@ -4,17 +4,20 @@ import os
 import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
+from infra.config import parameters
 from infra.display.progress import progress
-from infra.errors import CcsrError, ConfigError, StoppedError, line_of
+from infra.errors import CcsrError, ConfigError, DataError, StoppedError, line_of
 from infra.locations import check_output
 from infra.manifest import Manifest
+from infra.mlflow_models import find_model
 from infra.mlflow_server import check_tracking, tracking_uri
 from infra.ray_runtime import cpus_here, ray_cluster, user_error
 from infra.run import Progress, claim_output, git_commit
 from infra.storage import exists, join, read_json
-from infra.tracking import MODEL_TAG, Tracker, find_model, track
+from infra.tracking import Tracker, track
 from training.config import TrainConfig
 from training.data.batches import check_cpus
 from training.data.samples import check_latents
@@ -27,22 +30,33 @@ from training.run.checkpoint import complete_checkpoints
 from training.run.continued import continued
 from training.run.export import RAW, export_run, initial_model, last_checkpoint, write_model
 from training.run.launch import environment, lost_error, placement
+from training.run.mlflow_log import describe_run, keep_unsent, log_models, try_to_log_models
 from training.run.stages import build_stage
 from training.run.validation import Validation
 
 LIBRARIES = ("torch", "deepspeed", "diffusers", "numpy", "opencv-python-headless", "pillow")
 
 
-def run_train(config: TrainConfig) -> str:
+def run_train(config: TrainConfig, *, log_only: bool = False) -> str:
     """Train one stage and return the URI of its model directory, OUT/model; a finished run returns at once.
 
     What an earlier run of the same config left is continued, to more updates too. Raises before anything starts where
-    the data, the starting model or the output cannot be used; StoppedError after SIGTERM.
+    the data, the starting model or the output cannot be used; StoppedError after SIGTERM. `log_only`: send a
+    finished run's models to MLflow, as a finished run with `tracking.register` does; DataError for an unfinished one.
     """
     config, manifests, inputs, run = _claimed(config)
     model_uri = join(config.output, "model")
     exported, done = _updates_done(config)
+    tags = {"ccsr.stage": str(config.stage), "ccsr.num_updates": str(config.num_updates)}
+    settings = {**parameters(config), "inputs": inputs}
+    tracked = partial(track, config.tracking, run, tags, output=config.output, parameters=settings)
+    if exported < config.num_updates and log_only:
+        raise DataError("this run is not finished", where=config.output, todo="leave --log-only away")
     if exported == config.num_updates:
+        if log_only or config.tracking.register:
+            with tracked() as tracker:
+                describe_run(tracker, config, manifests)
+                log_models(tracker, config)
         return model_uri
     check_tracking(config.tracking)
     facts = {"fingerprint": run["fingerprint"], "config": run["config"], **inputs, "git_commit": git_commit()}
@@ -50,16 +64,16 @@ def run_train(config: TrainConfig) -> str:
     if last is None:
         _check_start(config, manifests)
     num_gpus = config.runtime.num_workers if config.runtime.device == "cuda" else 0
-    tags = {"ccsr.stage": str(config.stage), "git.commit": facts["git_commit"]}
     with (
         ray_cluster(config.runtime.ray, num_gpus=num_gpus) if last is None else nullcontext(),
-        track(config.tracking, run, tags) as tracker,
+        tracked() as tracker,
         sigterm_noted() as sigterm,  # after Ray's start, which sets its own handler
     ):
         if last is None:
             _fit(config, manifests, facts, tracker, sigterm)
             last = last_checkpoint(config)
         export_run(config, last, model_uri)  # after SIGTERM too: what was finished counts
+        try_to_log_models(tracker, config)
     return model_uri
 
 
@@ -155,10 +169,7 @@ def _fit(
                 closed."""
 
         check_cpus(config, {"CPU": cpus_here()})
-        tracker.tag(**{MODEL_TAG: join(config.output, "model"), "ccsr.num_updates": str(config.num_updates)})
-        _log_inputs(tracker, config, manifests)
-        if "continue_from" in facts:
-            tracker.continued(facts["continue_from"]["fingerprint"])
+        describe_run(tracker, config, manifests)
         board = make_board()
         settings = {
             "config": config,
@@ -208,19 +219,6 @@ def _drained(trainer: Any, watch: Watch, config: TrainConfig, sigterm: Callable[
     if failure:
         raise lost_error(failure, config, watch.state.lost) from failure
     return False
-
-
-def _log_inputs(tracker: Tracker, config: TrainConfig, manifests: list[Manifest]) -> None:
-    """What the run reads, and the run that made what it starts from."""
-    for manifest in manifests:
-        tracker.dataset(manifest.uri.rstrip("/").rpartition("/")[2], manifest.dataset_id, manifest.uri, "training")
-    validation = Validation.load(config)
-    for uri, dataset_id in validation.datasets.items() if validation else ():
-        tracker.dataset(uri.rstrip("/").rpartition("/")[2], dataset_id, uri, "validation")
-    if config.init_from:
-        place = join(config.init_from.rstrip("/").rpartition("/")[0] or ".", "run.json")  # of the run's folder
-        if exists(place):
-            tracker.parent(read_json(place).get("fingerprint"))
 
 
 def _worker(settings: dict[str, Any]) -> None:
@@ -281,4 +279,4 @@ def _worker(settings: dict[str, Any]) -> None:
             raise
         finally:
             if tracker is not None:
-                tracker.close()
+                tracker.close(keep=partial(keep_unsent, config.output))

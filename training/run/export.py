@@ -9,7 +9,7 @@ from typing import Any
 
 from infra.errors import ModelError
 from infra.publish import shared_copy, temporary_folder, write_bytes
-from infra.storage import join
+from infra.storage import exists, join, list_files, read_json
 from training.config import TrainConfig
 from training.models import CcsrModel, build_model, export_trained, fetch_model, publish_model, save_model
 from training.run.checkpoint import Newest, best_checkpoint, load_checkpoint, load_newest
@@ -53,7 +53,7 @@ def export_run(config: TrainConfig, last: Newest | None, model_uri: str) -> None
             todo="run the same command again: it resumes from the one before",
         )
     place, state, damaged = last
-    best = best_checkpoint(config.output, damaged)
+    best = best_checkpoint(config.output, damaged, config.best_by)
     if best is not None:
         weights = (state if best == place else load_checkpoint(best)).model_weights
         write_model(config, weights, join(config.output, "best"))
@@ -62,6 +62,19 @@ def export_run(config: TrainConfig, last: Newest | None, model_uri: str) -> None
     write_model(config, state.model_weights, model_uri)
     record = {name: state.facts[name] for name in ("num_updates", "position")}
     write_bytes(join(config.output, "trained.json"), json.dumps(record).encode())
+
+
+def exported_models(config: TrainConfig) -> dict[int, str]:
+    """Position -> model directory of an output; of several at one position the one that stays longest."""
+    output, suffix = config.output, "/ccsr.json"
+    exports = [file.removesuffix(suffix) for file in list_files(join(output, "exports")) if file.endswith(suffix)]
+    models = {int(place.rpartition("/")[2]): place for place in exports}
+    record, best = join(output, "trained.json"), best_checkpoint(output, (), config.best_by)
+    if exists(record):
+        models.setdefault(read_json(record)["position"], join(output, "model"))
+    if best and exists(join(output, f"best{suffix}")):
+        models.setdefault(int(best.rpartition("/")[2]), join(output, "best"))
+    return models
 
 
 def write_model(config: TrainConfig, weights: dict[str, Any], uri: str) -> None:

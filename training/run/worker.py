@@ -20,6 +20,7 @@ from training.run.checkpointer import Checkpoints
 from training.run.engine import averaged, make_engine, step, update_average
 from training.run.health import Spikes, Stopwatch
 from training.run.meter import Meter, Profile
+from training.run.mlflow_log import grouped
 from training.run.requirements import check_memory, step_cost
 from training.run.stages import DecoderStage, Stage, build_stage
 from training.run.validation import Validation
@@ -207,6 +208,6 @@ def _not_finite(
 
 def _report(context: WorkerContext, update: int, values: dict[str, float], *, step: int) -> None:
     if context.tracker is not None:
-        context.tracker.metrics(values, step=step)
+        context.tracker.metrics(grouped(values), step=step)
     if context.on_update is not None:
         context.on_update(update, f"loss {values['loss']:.4f}, {values['samples_per_second']:.1f} samples/s")
