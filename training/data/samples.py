@@ -18,7 +18,7 @@ from infra.manifest import Manifest
 from infra.seeding import rng_for
 from infra.shards import Entry, read_sample
 from training.config import TrainConfig
-from training.data.order import Order
+from training.data.order import FEISTEL, Order
 
 MOMENTS = ("hr.mean", "hr.std", "lr.mean", "lr.std")
 SAMPLED = "sampled"  # the latent that a stage-1 model made of the LR: what StableSR's stage 2 starts from
@@ -47,12 +47,12 @@ class TrainingSample:
 
 
 class SampleReader:
-    """Samples by position from one or several shard sets, in the seeded order over all of them."""
+    """Samples by position from one or several shard sets, in the seeded order over all of them; `form` as of Order."""
 
-    def __init__(self, manifests: Sequence[Manifest], config: TrainConfig) -> None:
+    def __init__(self, manifests: Sequence[Manifest], config: TrainConfig, form: str = FEISTEL) -> None:
         self._entries = [(manifest.uri, entry) for manifest in manifests for entry in manifest.entries]
         sizes = tuple(manifest.num_samples for manifest in manifests)
-        self._order = Order(config.seed, sizes, tuple(part.weight for part in config.data))
+        self._order = Order(config.seed, sizes, tuple(part.weight for part in config.data), form)
         latents = config.inputs == "latents"
         recipe = _recipe(config, manifests)
         self.maker = SampleMaker(
