@@ -12,7 +12,7 @@ from degradation.presets import load_preset
 from infra.display.progress import progress
 from infra.errors import ConfigError, DataError, PartialResultError
 from infra.images import UnusableImageError, gradient_energy
-from infra.manifest import Manifest, Quarantined, ShardRecord, commit_record, committed_records, write_manifest
+from infra.manifest import Manifest, Quarantined, ShardRecord, commit_record, committed, write_manifest
 from infra.process.memory import give_back_memory
 from infra.publish import download, publish_if_absent, staging
 from infra.ray_runtime import on_ray
@@ -60,7 +60,7 @@ def run_shard(config: ShardConfig) -> Manifest:
 def preview_shard(config: ShardConfig) -> Progress:
     """What `run_shard` would do; raises what it would before it starts. Nothing is written."""
     _, files, shards, _ = _claimed(config, write=False)
-    done = len(shards) if exists(join(config.output, "manifest.json")) else len(committed_records(config.output))
+    done = len(shards) if exists(join(config.output, "manifest.json")) else len(committed(config.output))
     what = f"shards, degraded by {config.degradation}" if isinstance(config.degradation, str) else "shards"
     return Progress(done, len(shards), "shards", f"{len(files):,} files", what)
 
@@ -143,7 +143,7 @@ def _facts(config: ShardConfig, recipe: DegradationConfig | None, files: list[So
 
 
 def _write_shards(config: ShardConfig, recipe: DegradationConfig | None, shards: list[PlannedShard]) -> None:
-    done = committed_records(config.output)
+    done = set(committed(config.output))
     pending = [shard for shard in shards if shard.index not in done]
     num_samples = sum(len(shard.samples) for shard in shards)
     num_pending = sum(len(shard.samples) for shard in pending)

@@ -20,7 +20,7 @@ from infra.shards import Entry, read_index
 from infra.storage import is_s3, join, list_files, sha256_file
 from pipelines.sharding.phash import NEAR_BITS, near_pairs
 
-FILES = ("run.json", "index.parquet", "manifest.json", "contact_sheet.jpg", "DATA_CARD.md")
+FILES = ("run.json", "manifest.json", "contact_sheet.jpg", "DATA_CARD.md")
 NUM_THREADS = 8
 
 
@@ -69,7 +69,8 @@ def verify(uri: str) -> Manifest:
     aside = set_aside(records)
     if len(records) == len(shards) and any(manifest.facts.get(name, {}) != aside[name] for name in aside):
         faults.append("the manifest lists other quarantined or dropped samples than the records")
-    known = {*FILES, *(shard["shard"] for shard in shards), *(f"records/{i:06d}.json" for i in range(len(shards)))}
+    known = {*FILES, *(part["name"] for part in manifest.index_parts), *(shard["shard"] for shard in shards)}
+    known |= {f"records/{i:06d}.json" for i in range(len(shards))}
     faults += [f"{name} does not belong" for name in sorted(present - known)]
     if faults:
         raise DataError(

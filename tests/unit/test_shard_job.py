@@ -14,7 +14,7 @@ from PIL import Image
 from degradation import apply
 from infra import ConfigError, DataError, PartialResultError, StorageError
 from infra.images import UnusableImageError, decode_image, encode_png
-from infra.manifest import Manifest, committed_records, record_uri
+from infra.manifest import Manifest, ShardRecord, committed, record_uri
 from infra.publish import publish_if_absent, write_bytes
 from infra.seeding import noise_for
 from infra.shards import read_sample
@@ -147,7 +147,7 @@ def test_another_shard_in_the_place_is_a_loud_error(photos: Path, output: str) -
     with pytest.raises(DataError, match="another shard is already there"):
         write_shard(config, resolve_degradation(config), first_shard(config))
     assert read_bytes(join(output, "shards", "000000.tar")) == b"something else"
-    assert committed_records(output) == {}
+    assert committed(output) == []
 
 
 def test_another_record_in_the_place_is_a_loud_error(photos: Path, tmp_path: Path) -> None:
@@ -168,7 +168,8 @@ def test_an_unreadable_source_loses_nothing_that_is_done(photos: Path, tmp_path:
     (tmp_path / "photos" / "01.png").unlink()
     with pytest.raises(StorageError, match="no such file"):
         write_shard(config, recipe, second)
-    assert committed_records(config.output) == {0: record}
+    assert committed(config.output) == [0]
+    assert ShardRecord.read(record_uri(config.output, 0)) == record
     assert list(list_files(join(config.output, "shards"))) == [join(config.output, first.name)]
 
 

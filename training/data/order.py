@@ -50,8 +50,7 @@ class Order:
     @cached_property
     def _starts(self) -> tuple[list[int], list[int]]:
         """The first slot and the first sample of each set."""
-        first_slot, first_sample = ([0, *accumulate(counts)] for counts in (self.slots, self.sizes))
-        return first_slot, first_sample
+        return list(accumulate(self.slots, initial=0)), list(accumulate(self.sizes, initial=0))
 
     def sample_at(self, position: int) -> tuple[int, int]:
         """(epoch, sample) of the `position`-th sample seen since the run began."""

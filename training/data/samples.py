@@ -2,8 +2,10 @@
 
 import io
 import json
+from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -50,9 +52,10 @@ class SampleReader:
     """Samples by position from one or several shard sets, in the seeded order over all of them; `form` as of Order."""
 
     def __init__(self, manifests: Sequence[Manifest], config: TrainConfig, form: str = FEISTEL) -> None:
-        self._entries = [(manifest.uri, entry) for manifest in manifests for entry in manifest.entries]
+        self._sets = [(manifest.uri, manifest.entries) for manifest in manifests]
         sizes = tuple(manifest.num_samples for manifest in manifests)
         self._order = Order(config.seed, sizes, tuple(part.weight for part in config.data), form)
+        self._firsts = list(accumulate(sizes, initial=0))
         latents = config.inputs == "latents"
         recipe = _recipe(config, manifests)
         self.maker = SampleMaker(
@@ -66,7 +69,10 @@ class SampleReader:
 
     def place(self, position: int) -> Place:
         """Where the sample of a position is stored."""
-        return Place(position, *self._entries[self._order.sample_at(position)[1]])
+        _, sample = self._order.sample_at(position)
+        number = bisect(self._firsts, sample) - 1
+        uri, entries = self._sets[number]
+        return Place(position, uri, entries[sample - self._firsts[number]])
 
     def __call__(self, position: int) -> TrainingSample:
         """The sample at a position."""
