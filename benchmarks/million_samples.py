@@ -46,7 +46,9 @@ def close_from_records(output: str, num_shards: int) -> None:
     before = process.memory_info().rss
     write_manifest(output, num_shards, **FACTS)
     gib = (process.memory_info().rss - before) / 2**30
-    print(f"close: {time.process_time() - cpu:.1f} CPU s, {time.perf_counter() - began:.1f} s, {gib:.2f} GiB", flush=True)
+    print(
+        f"close: {time.process_time() - cpu:.1f} CPU s, {time.perf_counter() - began:.1f} s, {gib:.2f} GiB", flush=True
+    )
 
 
 def make_index(output: str, num_shards: int) -> None:
@@ -105,7 +107,9 @@ def main(millions: list[int]) -> None:
             parts = [path.stat().st_size for path in Path(output).glob("index*")]
             print(f"{len(parts)} parts of {sum(parts) / 2**20:.0f} MiB in all", flush=True)
             ranks = [
-                subprocess.Popen([sys.executable, __file__, "rank", output, str(number)], stdin=-1, stdout=-1, text=True)
+                subprocess.Popen(
+                    [sys.executable, __file__, "rank", output, str(number)], stdin=-1, stdout=-1, text=True
+                )
                 for number in range(2)
             ]
             for step in range(2):

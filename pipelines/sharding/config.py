@@ -53,6 +53,34 @@ class ShardsSource(Described):
     path: Location
 
 
+class ListSource(Described):
+    """The images that a list names: .txt (one path a line), .csv, .json, .jsonl or .parquet with the column `image`.
+    Paths are relative to the list, absolute, or s3:// URIs. With `lr`, the column of LR images, rows are pairs."""
+
+    kind: Literal["list"]
+    path: Location
+    image: str = Field("image", description="the column of (HR) images")
+    lr: str | None = Field(None, description="the column of LR images, which are kept; `degradation` has to be null")
+    scale: int = Field(4, ge=1, le=16, description="with lr: HR px per LR px, along one side")
+
+
+class WebDatasetSource(Described):
+    """The images in WebDataset tars that others made: a tar, a folder of them, or braces (`{000..099}.tar`)."""
+
+    kind: Literal["webdataset"]
+    path: Location
+    member: str | None = Field(None, description="the image's extension (jpg, hr.png) where samples have several")
+
+
+class ParquetSource(Described):
+    """The images in a column of parquet files: a file, a folder of them, or braces. The column holds the files' bytes,
+    plain or as Hugging Face's {bytes, path}."""
+
+    kind: Literal["parquet"]
+    path: Location
+    column: str = "image"
+
+
 class PackageSource(Described):
     """Named files inside an installed Python package: the photographs that come with scikit-image, for one."""
 
@@ -61,7 +89,15 @@ class PackageSource(Described):
     files: Annotated[tuple[str, ...], Field(min_length=1)]
 
 
-Source = Annotated[FolderSource | PairsSource | ShardsSource | PackageSource, Field(discriminator="kind")]
+Source = Annotated[
+    FolderSource | PairsSource | ListSource | WebDatasetSource | ParquetSource | ShardsSource | PackageSource,
+    Field(discriminator="kind"),
+]
+
+
+def brings_lr(source: Source) -> bool:
+    """Whether a source's images have their own LR images."""
+    return isinstance(source, PairsSource) or (isinstance(source, ListSource) and source.lr is not None)
 
 
 class WholeCrop(Config):

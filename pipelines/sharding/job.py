@@ -2,7 +2,7 @@
 
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from infra.run import Progress, claim_output
 from infra.shards import IndexedEntry, write_tar
 from infra.storage import exists, join, sha256_file
 from pipelines.sharding.card import write_card
-from pipelines.sharding.config import CenterCrop, GridCrop, PairsSource, ShardConfig
+from pipelines.sharding.config import CenterCrop, GridCrop, ListSource, PairsSource, ShardConfig, brings_lr
 from pipelines.sharding.plan import PlannedSample, PlannedShard, grid_samples, num_variants, plan_shards, source_id
 from pipelines.sharding.sample import (
     Sample,
@@ -84,7 +84,7 @@ def resolve_degradation(config: ShardConfig) -> DegradationConfig | None:
     ConfigError for an unknown name, a crop that it or existing pairs cannot take, and latents of images of any size.
     """
     recipe = load_preset(config.degradation) if isinstance(config.degradation, str) else config.degradation
-    pairs = [source for source in config.sources if isinstance(source, PairsSource)]
+    pairs = [source for source in config.sources if isinstance(source, PairsSource | ListSource) and brings_lr(source)]
     if pairs:
         _check_pairs(config, pairs)
     size = getattr(config.crop, "size_px", 0)
@@ -104,7 +104,7 @@ def resolve_degradation(config: ShardConfig) -> DegradationConfig | None:
     return recipe
 
 
-def _check_pairs(config: ShardConfig, pairs: list[PairsSource]) -> None:
+def _check_pairs(config: ShardConfig, pairs: Sequence[PairsSource | ListSource]) -> None:
     wrong = None
     if config.degradation is not None:
         wrong = "degradation", "`pairs` sources bring their own LR images", "write `degradation: null`"

@@ -13,13 +13,12 @@ from degradation.pipeline import degrade
 from infra.images import UnusableImageError, decode_image, encode_png, is_plain_png
 from infra.seeding import rng_for
 from infra.shards import read_sample
-from infra.storage import read_bytes
 from pipelines.sharding.config import CenterCrop, GridCrop, RandomCrop, ShardConfig
+from pipelines.sharding.containers import read_source_bytes
 from pipelines.sharding.pairs import check_pair
 from pipelines.sharding.phash import perceptual_hash
 from pipelines.sharding.plan import PlannedSample
 from pipelines.sharding.sources import SourceFile
-from pipelines.sharding.zips import read_member, split_zip
 
 
 @dataclass(frozen=True)
@@ -50,13 +49,8 @@ def read_source(file: SourceFile) -> tuple[bytes, str]:
     if file.entry is not None:
         members = read_sample(file.uri, file.entry)
         return members["hr.png"], json.loads(members["json"])["source_sha256"]
-    data = _read(file.uri)
+    data = read_source_bytes(file.uri)
     return data, hashlib.sha256(data).hexdigest()
-
-
-def _read(uri: str) -> bytes:
-    zipped = split_zip(uri)
-    return read_member(*zipped) if zipped and zipped[1] else read_bytes(uri)
 
 
 def open_source(file: SourceFile, data: bytes, digest: str) -> Opened:
@@ -64,7 +58,7 @@ def open_source(file: SourceFile, data: bytes, digest: str) -> Opened:
     image = decode_image(data, where=file.uri)
     if not file.lr_uri:
         return Opened(data, digest, image)
-    lr_data = _read(file.lr_uri)
+    lr_data = read_source_bytes(file.lr_uri)
     lr = decode_image(lr_data, where=file.lr_uri)
     check_pair(image, lr, file.scale, where=f"{file.uri} and {file.lr_uri}")
     return Opened(data, digest, image, lr_data, lr)
