@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, overload
 from infra.errors import DataError
 from infra.publish import put_if_absent, shared_folder
 from infra.shards import Entry, IndexedEntry
-from infra.storage import exists, join, read_bytes
+from infra.storage import exists, join, read_bytes, resolve
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -64,7 +64,7 @@ def read_parts(uri: str, parts: Sequence[dict[str, Any]]) -> "pa.Table":
 
 
 def _read(uri: str, part: dict[str, Any]) -> bytes:
-    place = join(uri, part["name"])
+    place = resolve(uri, part["name"])
     data = read_bytes(place)
     if hashlib.sha256(data).hexdigest() != part["sha256"]:
         raise DataError(
@@ -92,14 +92,15 @@ class Entries(Sequence[Entry]):
     microseconds, and the processes of a node that are at work at one time share its memory.
 
     The file is made from the parts by the first process that opens it, in the temporary folder, and removed by the
-    last one that ends. `shards`: the manifest's. DataError for a part without its hash.
+    last one that ends. `shards`: name (or absolute URI) and number of samples of each. DataError for a part without its
+    hash.
     """
 
-    def __init__(self, uri: str, parts: Sequence[dict[str, Any]], shards: Sequence[dict[str, Any]]) -> None:
+    def __init__(self, uri: str, parts: Sequence[dict[str, Any]], shards: Sequence[tuple[str, int]]) -> None:
         import pyarrow as pa
 
-        self._shards = [shard["shard"] for shard in shards]
-        self._starts = list(accumulate((shard["num_samples"] for shard in shards), initial=0))
+        self._shards = [name for name, _ in shards]
+        self._starts = list(accumulate((count for _, count in shards), initial=0))
         version = hashlib.sha256("".join(["index-1", *(part["sha256"] for part in parts)]).encode()).hexdigest()[:32]
         with ExitStack() as stack:
             folder = stack.enter_context(shared_folder(version, lambda folder: _write_arrow(uri, parts, folder)))

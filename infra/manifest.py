@@ -212,7 +212,15 @@ class Manifest:
     @cached_property
     def entries(self) -> Entries:
         """The byte index, one entry per sample in shard order; its hash is checked against the manifest's."""
-        return Entries(self.uri, self.index_parts, self.facts["shards"])
+        counts = [shard["num_samples"] for shard in self.facts["shards"]]
+        return Entries(self.uri, self.index_parts, list(zip(self.shards, counts, strict=True)))
+
+    @property
+    def shards(self) -> list[str]:
+        """Where the shards are: below the set, or absolute where `bases` has them in other places."""
+        names = [shard["shard"] for shard in self.facts["shards"]]
+        places = [base["uri"] for base in self.facts.get("bases", []) for _ in range(base["num_shards"])]
+        return [join(place, name) for place, name in zip(places, names, strict=True)] if places else names
 
     def __getstate__(self) -> dict[str, Any]:
         return {"uri": self.uri, "facts": self.facts}  # each process maps the index for itself

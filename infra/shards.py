@@ -8,14 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from infra.errors import DataError
-from infra.storage import read_range
+from infra.images import IMAGE_SUFFIXES
+from infra.storage import read_range, resolve
 
+IMAGES = ("hr.png", "hr.jpg")  # a sample's HR image; an LR image is `lr.` and the same
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,80}")
 
 
 @dataclass(frozen=True, slots=True)  # a training process holds one per sample, millions of them
 class Entry:
-    """Where one sample is stored: `shard` (path below the shard set) and the byte span of its members in the tar."""
+    """Where one sample is stored: `shard` (path below the shard set, or an absolute one elsewhere) and the byte span of
+    its members in the tar."""
 
     key: str
     shard: str
@@ -65,7 +68,7 @@ def read_index(path: Path, shard: str) -> list[Entry]:
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                key = member.name.partition(".")[0]
+                key = split_member(member.name)[0]
                 end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 start = entries.pop().offset_bytes if entries and entries[-1].key == key else member.offset
                 entries.append(Entry(key, shard, start, end - start))
@@ -76,12 +79,13 @@ def read_index(path: Path, shard: str) -> list[Entry]:
 
 def read_sample(base: str, entry: Entry) -> dict[str, bytes]:
     """The members {extension: bytes} of one sample of the shard set at `base`, by one range read."""
-    place = f"{base.rstrip('/')}/{entry.shard}"
+    place = resolve(base, entry.shard)
     span = read_range(place, entry.offset_bytes, entry.length_bytes)
     try:
         with tarfile.open(fileobj=io.BytesIO(span), mode="r:") as tar:
-            names = [member.name.partition(".") for member in tar]
-            members = {name[2]: tar.extractfile("".join(name)).read() for name in names}  # type: ignore[union-attr]
+            found = [member for member in tar if is_member(member)]
+            names = [split_member(member.name) for member in found]
+            members = {name[1]: tar.extractfile(one).read() for name, one in zip(names, found, strict=True)}  # type: ignore[union-attr]
     except (tarfile.TarError, KeyError, AttributeError) as error:
         raise DataError(
             f"sample {entry.key} cannot be read from its shard ({error})", where=place, todo="`ccsr verify` the set"
@@ -93,3 +97,24 @@ def read_sample(base: str, entry: Entry) -> dict[str, bytes]:
             todo="`ccsr verify` the set",
         )
     return members
+
+
+def is_member(header: tarfile.TarInfo) -> bool:
+    """Whether it is a file of a sample: no folder, none that an operating system left (`._NAME`)."""
+    return header.isfile() and not header.name.rpartition("/")[2].startswith(".")
+
+
+def split_member(name: str) -> tuple[str, str]:
+    """WebDataset's key and extension: the base name is cut at its first dot."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return f"{folder}{slash}{stem}", extension
+
+
+def image_of(members: Mapping[str, bytes], side: str = "hr") -> bytes:
+    """A sample's HR or LR image file, a PNG or JPEG; in tars that others made its only image is the HR one. Empty
+    where there is none."""
+    named = [members[name] for name in (image.replace("hr", side) for image in IMAGES) if name in members]
+    if not named and side == "hr":
+        named = [data for name, data in members.items() if Path(f"x.{name}").suffix.lower() in IMAGE_SUFFIXES]
+    return named[0] if named else b""

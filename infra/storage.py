@@ -26,6 +26,11 @@ def join(uri: str, *parts: str) -> str:
     return "/".join([uri.rstrip("/"), *parts])
 
 
+def resolve(uri: str, name: str) -> str:
+    """`name` below `uri`, or itself where it is an absolute path or a URI."""
+    return name if is_s3(name) or os.path.isabs(name) else join(uri, name)
+
+
 @cache
 def _s3() -> Any:
     """The S3 client. StorageError for settings that it does not take."""

@@ -185,7 +185,8 @@ class ValidationConfig(Config):
 
 
 class TrainingSet(Config):
-    """A shard set and how often an epoch takes each of its samples, on average. May be written as its path alone."""
+    """A shard set, or WebDataset tars that others made (a tar, or braces: `{000..099}.tar`), and how often an epoch
+    takes each of its samples, on average. May be written as its path alone."""
 
     path: Location
     weight: float = Field(1.0, gt=0, allow_inf_nan=False)

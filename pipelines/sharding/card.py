@@ -17,7 +17,7 @@ from infra.images import decode_image, gradient_energy
 from infra.manifest import Manifest
 from infra.publish import put_if_absent
 from infra.run import read_run
-from infra.shards import Entry, read_sample
+from infra.shards import Entry, image_of, read_sample
 from infra.storage import join
 from pipelines.sharding.sources import CONTACT_SHEET
 
@@ -62,8 +62,9 @@ def evenly(items: Sequence[ItemT], count: int) -> list[ItemT]:
 
 def _look(uri: str, entry: Entry) -> Look:
     members = read_sample(uri, entry)
-    hr = decode_image(members["hr.png"], where=f"{uri}: {entry.key}")
-    lr = decode_image(members["lr.png"], where=f"{uri}: {entry.key}") if "lr.png" in members else None
+    hr = decode_image(image_of(members), where=f"{uri}: {entry.key}")
+    lr_data = image_of(members, "lr")
+    lr = decode_image(lr_data, where=f"{uri}: {entry.key}") if lr_data else None
     energy = gradient_energy(hr)
     return Look(hr.shape[0], hr.shape[1], float(hr.mean()), energy, _cell(entry.key, hr, lr))
 

@@ -3,26 +3,18 @@
 
 import os
 import re
-import tarfile
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from braceexpand import braceexpand
-
-from infra.errors import ConfigError, DataError, line_of
-from infra.images import IMAGE_SUFFIXES
-from infra.storage import explained, file_size, list_files, open_file, read_bytes, read_range
+from infra.errors import DataError, line_of
+from infra.storage import explained, open_file, read_bytes, read_range
+from infra.tars import expand, tar_samples
 from pipelines.sharding.zips import read_member, split_zip
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-NUM_LISTED = 5
-HEADER_BYTES = 16 * 1024  # of one request: a tar's header, and the small members between two images
 IN_TAR = re.compile(r"(?P<tar>.+)!(?P<offset>\d+)\+(?P<length>\d+)")
 IN_PARQUET = re.compile(r"(?P<file>.+)!(?P<group>\d+)/(?P<row>\d+)/(?P<column>.+)")
 
@@ -47,81 +39,14 @@ def read_source_bytes(uri: str) -> bytes:
     return read_bytes(uri)
 
 
-def expand(path: str, suffix: str) -> list[str]:
-    """The files that `path` names: with braces (`{000..099}`, `{a,b}`) each of them; below a folder those with the
-    suffix; else itself. DataError, with their number, where some or all are missing."""
-    try:
-        files = list(braceexpand(path)) if "{" in path else [path]
-    except ValueError as error:
-        raise ConfigError("a brace is not closed", where=path, todo="write {000..099} or {a,b}") from error
-    if len(files) == 1 and not path.lower().endswith(suffix):
-        files = [file for file in list_files(path) if file.lower().endswith(suffix)]
-        if not files:
-            raise DataError(f"no {suffix} files here", where=path, todo="check the path")
-    check_present(files, path)
-    return files
-
-
-def check_present(files: Sequence[str], where: str) -> list[int]:
-    """The files' sizes in bytes. DataError with the number and the first names of those that are missing."""
-    with ThreadPoolExecutor(32) as pool:  # on S3 each answer is waited for
-        sizes = list(pool.map(file_size, files))
-    missing = [file for file, size in zip(files, sizes, strict=True) if size is None]
-    if missing:
-        raise DataError(
-            f"{len(missing)} of {len(files)} files are missing: {', '.join(missing[:NUM_LISTED])}",
-            where=where,
-            todo="complete them, or take them out",
-        )
-    return [size or 0 for size in sizes]
-
-
 def list_tars(path: str, extension: str | None) -> list[Member]:
-    """The images of WebDataset tars, found by their headers alone, in the tars' order. One image a sample: the member
-    `extension` (`jpg`, `hr.png`), by default the only one whose suffix is an image's. DataError for a tar without
-    images, a damaged or compressed one, and a sample with several images."""
+    """The images of WebDataset tars, in the tars' order; errors as of `tar_samples`."""
     tars = expand(path, ".tar")
-    with ThreadPoolExecutor(16) as pool:
-        return [member for found in pool.map(lambda tar: list(_tar_images(tar, extension)), tars) for member in found]
-
-
-def _tar_images(tar: str, extension: str | None) -> Iterator[Member]:
-    try:
-        with (
-            explained("cannot read", tar),
-            open_file(tar, HEADER_BYTES) as file,
-            tarfile.open(fileobj=file, mode="r:") as archive,
-        ):
-            members = [one for one in archive if one.isfile()]
-    except tarfile.TarError as error:
-        todo = "fetch it again; a compressed tar has to be unpacked"
-        raise DataError(f"the tar cannot be read ({line_of(error)})", where=tar, todo=todo) from error
-    images = [one for one in members if _is_chosen(one.name, extension)]
-    if not images:
-        wanted = f"member .{extension}" if extension else "image"
-        raise DataError(f"{len(members)} members, but no {wanted}", where=tar, todo="check the path, or `member`")
-    for key, group in groupby(images, key=lambda one: _split_member(one.name)[0]):
-        image, *others = group
-        if others:
-            raise DataError(
-                f"sample {key} has {1 + len(others)} images: {', '.join(one.name for one in (image, *others))}",
-                where=tar,
-                todo=f"write `member: {_split_member(image.name)[1]}`, for one",
-            )
-        yield Member(f"{Path(tar).name}/{image.name}", f"{tar}!{image.offset_data}+{image.size}", image.size)
-
-
-def _is_chosen(name: str, extension: str | None) -> bool:
-    if Path(name).name.startswith("."):
-        return False
-    return _split_member(name)[1] == extension if extension else Path(name).suffix.lower() in IMAGE_SUFFIXES
-
-
-def _split_member(name: str) -> tuple[str, str]:
-    """WebDataset's key and extension: the base name is cut at its first dot."""
-    folder, slash, base = name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    return f"{folder}{slash}{stem}", extension
+    return [
+        Member(f"{Path(tar).name}/{one.name}", f"{tar}!{one.offset_data}+{one.size}", one.size)
+        for tar, samples in zip(tars, tar_samples(tars, extension), strict=True)
+        for one in (sample.image for sample in samples)
+    ]
 
 
 def list_parquet(path: str, column: str) -> list[Member]:

@@ -12,7 +12,7 @@ from degradation.config import DegradationConfig
 from degradation.pipeline import degrade
 from infra.images import UnusableImageError, decode_image, encode_png, is_plain_png
 from infra.seeding import rng_for
-from infra.shards import read_sample
+from infra.shards import image_of, read_sample
 from pipelines.sharding.config import CenterCrop, GridCrop, RandomCrop, ShardConfig
 from pipelines.sharding.containers import read_source_bytes
 from pipelines.sharding.pairs import check_pair
@@ -48,7 +48,7 @@ def read_source(file: SourceFile) -> tuple[bytes, str]:
     """A file's bytes and the SHA-256 of its photograph."""
     if file.entry is not None:
         members = read_sample(file.uri, file.entry)
-        return members["hr.png"], json.loads(members["json"])["source_sha256"]
+        return image_of(members), json.loads(members["json"])["source_sha256"]
     data = read_source_bytes(file.uri)
     return data, hashlib.sha256(data).hexdigest()
 

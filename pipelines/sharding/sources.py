@@ -18,6 +18,7 @@ from infra.manifest import Manifest
 from infra.pairing import by_pair_name
 from infra.shards import Entry
 from infra.storage import join
+from infra.tars import NUM_LISTED, sizes_of
 from pipelines.sharding.config import (
     FolderSource,
     ListSource,
@@ -28,7 +29,7 @@ from pipelines.sharding.config import (
     Source,
     WebDatasetSource,
 )
-from pipelines.sharding.containers import NUM_LISTED, check_present, list_parquet, list_tars
+from pipelines.sharding.containers import list_parquet, list_tars
 from pipelines.sharding.lists import read_list, resolved
 from pipelines.sharding.zips import list_members, split_zip
 
@@ -186,7 +187,7 @@ def _list_folder(source: FolderSource) -> list[Found]:
 def _list_rows(source: ListSource) -> list[Found]:
     rows = read_list(source.path, (source.image, *([source.lr] if source.lr else [])))
     files = [[resolved(name, source.path) for name in row] for row in rows]
-    sizes = iter(check_present([file for row in files for file in row], source.path))
+    sizes = iter(sizes_of([file for row in files for file in row], source.path))
     found = []
     for (name, *_), (uri, *lr) in zip(rows, files, strict=True):
         size, lr_sizes = next(sizes), [next(sizes) for _ in lr]

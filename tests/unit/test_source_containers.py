@@ -20,12 +20,16 @@ from test_sources import config_of, listed, save_pairs
 from infra import ConfigError, DataError
 from infra.images import decode_image, encode_png
 from infra.publish import write_bytes
+from infra.run import has_work
 from infra.shards import read_sample
 from infra.storage import join
+from infra.tars import open_set
 from pipelines.sharding.containers import read_source_bytes
 from pipelines.sharding.plan import source_id
 from pipelines.sharding.sources import list_sources
 from pipelines.sharding.verify import verify
+from tests.training_runs import train_config
+from training.data.samples import SampleReader
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -165,15 +169,42 @@ def test_a_tar_is_indexed_by_its_headers_alone(tmp_path: Path, s3: str, monkeypa
 def test_samples_of_several_images_need_a_choice(tmp_path: Path) -> None:
     with webdataset.TarWriter(str(tmp_path / "0.tar"), encoder=False) as writer:
         for number in range(2):
-            hr, lr = (encode_png(photo(side, side, number)) for side in (64, 16))
-            writer.write({"__key__": f"d.d/{number}", "hr.png": hr, "lr.png": lr})
+            one, other = (encode_png(photo(side, side, number)) for side in (64, 16))
+            writer.write({"__key__": f"d.d/{number}", "a.png": one, "b.png": other})
+            writer.write({"__key__": f"d.d/._{number}", "png": b"of macOS"})
     source = {"kind": "webdataset", "path": str(tmp_path / "0.tar")}
-    with pytest.raises(DataError, match=r"sample d.d/0 has 2 images: d.d/0.hr.png, d.d/0.lr.png") as caught:
+    with pytest.raises(DataError, match=r"sample d.d/0 has 2 images: d.d/0.a.png, d.d/0.b.png") as caught:
         listed(**source)
-    assert caught.value.todo == "write `member: hr.png`, for one"
-    assert [file.name for file in listed(**source, member="hr.png")] == ["0.tar/d.d/0.hr.png", "0.tar/d.d/1.hr.png"]
+    assert caught.value.todo == "write `member: a.png`, for one, in a source of `ccsr shard`"
+    assert [file.name for file in listed(**source, member="a.png")] == ["0.tar/d.d/0.a.png", "0.tar/d.d/1.a.png"]
     with pytest.raises(DataError, match=r"4 members, but no member \.jpg"):
         listed(**source, member="jpg")
+
+
+@pytest.mark.parametrize("pattern", ["{00000..00002}.tar", "00001.tar"])
+def test_training_reads_foreign_tars_where_they_are(
+    pattern: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = write_tars(tmp_path / "made")
+    path = join(stored(tmp_path / "made", place), pattern)
+    settings = train_config(path, tmp_path / "run", num_updates=4, crop_px=64, degradation="bicubic")
+    manifest = open_set(path, str(tmp_path / "run" / ".data"))
+    reader = SampleReader([manifest], settings)
+    count = manifest.num_samples
+    assert count == (15 if "{" in pattern else 5)
+    samples = [reader(position) for position in range(count)]
+    assert sorted(sample.key for sample in samples) == [entry.key for entry in manifest.entries]
+    for sample in samples:
+        image = decode_image(images[int(sample.key)], where="")
+        assert any(np.array_equal(sample.hr, turned) for turned in (image, image[:, ::-1]))
+        assert sample.lr.shape == (16, 16, 3)
+    again = open_set(path, str(tmp_path / "other"))
+    assert again.dataset_id == manifest.dataset_id
+    monkeypatch.setattr("infra.tars.tar_samples", None)  # the index is made once
+    assert open_set(path, str(tmp_path / "run" / ".data")) == manifest
+    assert not has_work(str(tmp_path / "run")), "the index claims no output"
+    with pytest.raises(DataError, match="hold no LR images"):
+        SampleReader([manifest], settings.model_copy(update={"degradation": None}))
 
 
 def test_wrong_tars_are_refused(tmp_path: Path) -> None:

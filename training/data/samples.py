@@ -18,7 +18,7 @@ from infra.errors import ConfigError, DataError
 from infra.images import decode_image
 from infra.manifest import Manifest
 from infra.seeding import rng_for
-from infra.shards import Entry, read_sample
+from infra.shards import Entry, image_of, read_sample
 from training.config import TrainConfig
 from training.data.order import FEISTEL, Order
 
@@ -101,9 +101,9 @@ class SampleMaker:
         where = f"{place.uri}/{entry.shard}: {entry.key}"
         if self.latents:
             return self._stored_latents(members, place, where)
-        hr = decode_image(members["hr.png"], where=where)
+        hr = decode_image(image_of(members), where=where)
         rng = rng_for(self.seed, "sample", place.position)
-        lr = decode_image(members["lr.png"], where=where) if self.recipe is None else hr
+        lr = decode_image(image_of(members, "lr"), where=where) if self.recipe is None else hr
         hr, lr = _crop_pair(hr, lr, self.crop_px, rng, where)
         if rng.random() < 0.5:  # before the degradation, whose drift and block grid have a direction
             hr, lr = hr[:, ::-1], lr[:, ::-1]
@@ -121,7 +121,7 @@ class SampleMaker:
 
         if "latent.safetensors" not in members:
             raise DataError("this sample holds no latents", where=where, todo="train with `inputs: pixels`")
-        width, height = Image.open(io.BytesIO(members["hr.png"])).size  # of the header: no pixel is decoded
+        width, height = Image.open(io.BytesIO(image_of(members))).size  # of the header: no pixel is decoded
         if width != self.crop_px or height != self.crop_px:
             raise DataError(
                 f"the stored latents are of {width}x{height} px, not of crop_px = {self.crop_px}",
@@ -131,9 +131,9 @@ class SampleMaker:
         moments = load(members["latent.safetensors"])
         hr = lr = np.zeros((0, 0, 3), np.uint8)
         if self.with_images:
-            hr = decode_image(members["hr.png"], where=where)
+            hr = decode_image(image_of(members), where=where)
             clean = json.loads(members["json"])["degradation"]["clean"]
-            lr = hr if clean else decode_image(members["lr.png"], where=where)
+            lr = hr if clean else decode_image(image_of(members, "lr"), where=where)
         names = (*MOMENTS, SAMPLED) if self.with_sampled else MOMENTS
         return TrainingSample(place.entry.key, place.position, hr, lr, {name: moments[name] for name in names})
 
