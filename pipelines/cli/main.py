@@ -70,6 +70,19 @@ def shard(
 
 
 @app.command()
+def append(
+    base: Annotated[str, typer.Argument(parser=location, help="A finished shard set.")],
+    more: Annotated[list[str], typer.Argument(parser=location, help="Finished sets whose samples follow.")],
+    out: Annotated[str, typer.Option(parser=location, help="Folder or s3:// prefix of the new manifest.")],
+) -> None:
+    """Make one shard set of several by a new manifest; nothing is copied."""
+    from pipelines.sharding.append import append as append_sets
+
+    manifest = append_sets([base, *more], out)
+    typer.echo(f"{manifest.num_samples} samples, dataset {manifest.dataset_id}: {manifest.uri}")
+
+
+@app.command()
 def verify(
     uri: Annotated[str, typer.Argument(parser=location, help="A shard set's folder or s3:// URI.")],
     against: Annotated[

@@ -18,6 +18,7 @@ from infra.manifest import Manifest, ShardRecord, dataset_id_of, index_table, re
 from infra.publish import download
 from infra.shards import Entry, read_index
 from infra.storage import is_s3, join, list_files, sha256_file
+from pipelines.sharding.append import joined
 from pipelines.sharding.phash import NEAR_BITS, near_pairs
 
 FILES = ("run.json", "manifest.json", "contact_sheet.jpg", "DATA_CARD.md")
@@ -31,6 +32,8 @@ def verify(uri: str) -> Manifest:
     index. Raises DataError with every fault; a byte index that the manifest does not know ends the check at once.
     """
     manifest = Manifest.load(uri)
+    if "bases" in manifest.facts:
+        return _verify_appended(manifest)
     shards = manifest.facts["shards"]
     index = manifest.index
     present = set(skip_system_files((below(place, uri) for place in list_files(uri)), uri))
@@ -77,6 +80,22 @@ def verify(uri: str) -> Manifest:
             f"{len(faults)} faults: {'; '.join(faults[:5])}{'; ...' if len(faults) > 5 else ''}",
             where=uri,
             todo="make the set again in a new output; `ccsr verify --clean` names what does not belong",
+        )
+    return manifest
+
+
+def _verify_appended(manifest: Manifest) -> Manifest:
+    """Verify the sets that an appended one was made of, and that it says what they say."""
+    sets = []
+    for base in manifest.facts["bases"]:
+        sets.append(verify(base["uri"]))
+        if sets[-1].dataset_id != base["dataset_id"]:
+            raise DataError("another set is there now", where=base["uri"], todo="`ccsr append` into a new output")
+    expected = joined(sets)
+    if any(manifest.facts[name] != expected[name] for name in expected):
+        wrong = ", ".join(name for name in expected if manifest.facts[name] != expected[name])
+        raise DataError(
+            f"the manifest disagrees with its sets: {wrong}", where=manifest.uri, todo="`ccsr append` into a new output"
         )
     return manifest
 
