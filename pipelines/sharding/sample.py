@@ -10,7 +10,7 @@ from PIL import Image
 
 from degradation.config import DegradationConfig
 from degradation.pipeline import degrade
-from infra.images import UnusableImageError, decode_image, encode_png, is_plain_png
+from infra.images import UnusableImageError, decode_image, encode_png, is_plain_jpeg, is_plain_png
 from infra.seeding import rng_for
 from infra.shards import image_of, read_sample
 from pipelines.sharding.config import CenterCrop, GridCrop, RandomCrop, ShardConfig
@@ -135,7 +135,8 @@ def make_sample(
 ) -> Sample:
     """Degrade and encode a window: hr.png, lr.png where there is a degradation or a pair, json with how they were made.
 
-    An image that is taken whole keeps its file's bytes where that is an 8-bit RGB PNG.
+    An image that is taken whole keeps its file's bytes where that is a plain PNG or JPEG (then hr.jpg, lr.jpg); of a
+    JPEG, whose decoders differ in rounding, the json has the SHA-256 of the pixels.
     """
     facts: dict[str, Any] = {
         "key": planned.key,
@@ -155,14 +156,15 @@ def make_sample(
         pair = degrade(window, recipe, rng_for(config.seed, planned.key, "degradation"))
         hr, lr, clean = pair.hr, pair.lr, bool(pair.trace["clean"])
         facts["degradation"] = pair.trace
-    members = {"hr.png": _encoded(hr, opened.image, opened.data)}
-    if lr is not None:
-        members["lr.png"] = _encoded(lr, opened.lr, opened.lr_data)
+    members: dict[str, bytes] = {}
+    for side, image, whole, data in (("hr", hr, opened.image, opened.data), ("lr", lr, opened.lr, opened.lr_data)):
+        if image is None:
+            continue
+        untouched = whole is not None and image.shape == whole.shape and np.array_equal(image, whole)
+        if untouched and is_plain_jpeg(data):
+            members[f"{side}.jpg"] = data
+            facts[f"{side}_pixels_sha256"] = hashlib.sha256(image.tobytes()).hexdigest()
+        else:
+            members[f"{side}.png"] = data if untouched and is_plain_png(data) else encode_png(image)
     members["json"] = json.dumps(facts, sort_keys=True).encode()
     return Sample(planned.key, members, perceptual_hash(window), opened.digest, hr, hr if clean else lr)
-
-
-def _encoded(image: np.ndarray, whole: np.ndarray | None, data: bytes) -> bytes:
-    """`image` as PNG: the source's own bytes where they are just that."""
-    untouched = whole is not None and image.shape == whole.shape and is_plain_png(data) and np.array_equal(image, whole)
-    return data if untouched else encode_png(image)
