@@ -27,11 +27,12 @@ SAMPLED = "sampled"  # the latent that a stage-1 model made of the LR: what Stab
 
 
 class Place(NamedTuple):
-    """Where the sample of a position is stored: its shard set and its entry there."""
+    """Where the sample of a position is stored: its shard set, its entry there, and the set's number in the config."""
 
     position: int
     uri: str
     entry: Entry
+    number: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,11 @@ class SampleReader:
         self._order = Order(config.seed, sizes, tuple(part.weight for part in config.data), form)
         self._firsts = list(accumulate(sizes, initial=0))
         latents = config.inputs == "latents"
-        recipe = _recipe(config, manifests)
+        recipes = tuple(_recipe(config, number, manifest) for number, manifest in enumerate(manifests))
         self.maker = SampleMaker(
             config.seed,
             config.crop_px,
-            recipe,
+            recipes,
             latents,
             with_images=config.stage == 2,
             with_sampled=config.starts_from_stored_samples,
@@ -72,7 +73,7 @@ class SampleReader:
         _, sample = self._order.sample_at(position)
         number = bisect(self._firsts, sample) - 1
         uri, entries = self._sets[number]
-        return Place(position, uri, entries[sample - self._firsts[number]])
+        return Place(position, uri, entries[sample - self._firsts[number]], number)
 
     def __call__(self, position: int) -> TrainingSample:
         """The sample at a position."""
@@ -83,13 +84,13 @@ class SampleReader:
 class SampleMaker:
     """Reads one sample. It knows neither index nor model, so it travels with a task and loads quickly anywhere.
 
-    `recipe`: None for the stored LR. `latents`: the stored ones, together with the images only where `with_images`,
-    with the sampled latent where `with_sampled`.
+    `recipes`: of each set; None for the stored LR. `latents`: the stored ones, together with the images only where
+    `with_images`, with the sampled latent where `with_sampled`.
     """
 
     seed: int
     crop_px: int
-    recipe: DegradationConfig | None
+    recipes: tuple[DegradationConfig | None, ...]
     latents: bool = False
     with_images: bool = True
     with_sampled: bool = False
@@ -102,16 +103,16 @@ class SampleMaker:
         if self.latents:
             return self._stored_latents(members, place, where)
         hr = decode_image(image_of(members), where=where)
-        rng = rng_for(self.seed, "sample", place.position)
-        lr = decode_image(image_of(members, "lr"), where=where) if self.recipe is None else hr
+        rng, recipe = rng_for(self.seed, "sample", place.position), self.recipes[place.number]
+        lr = decode_image(image_of(members, "lr"), where=where) if recipe is None else hr
         hr, lr = _crop_pair(hr, lr, self.crop_px, rng, where)
         if rng.random() < 0.5:  # before the degradation, whose drift and block grid have a direction
             hr, lr = hr[:, ::-1], lr[:, ::-1]
         hr, lr = np.ascontiguousarray(hr), np.ascontiguousarray(lr)
-        if self.recipe is None:
+        if recipe is None:
             clean = json.loads(members["json"])["degradation"]["clean"]
         else:
-            pair = degrade(hr, self.recipe, rng)
+            pair = degrade(hr, recipe, rng)
             hr, lr, clean = pair.hr, pair.lr, pair.trace["clean"]
         return TrainingSample(entry.key, place.position, hr, hr if clean else lr)
 
@@ -138,15 +139,11 @@ class SampleMaker:
         return TrainingSample(place.entry.key, place.position, hr, lr, {name: moments[name] for name in names})
 
 
-def _recipe(config: TrainConfig, manifests: Sequence[Manifest]) -> DegradationConfig | None:
-    if config.degradation is None:
-        for manifest in manifests:
-            if not manifest.facts["has_lr"]:
-                raise DataError(
-                    "these shards hold no LR images", where=manifest.uri, todo="name a `degradation` to train with"
-                )
-        return None
-    return load_preset(config.degradation) if isinstance(config.degradation, str) else config.degradation
+def _recipe(config: TrainConfig, number: int, manifest: Manifest) -> DegradationConfig | None:
+    chosen = config.data[number].degradation or config.degradation
+    if chosen is None and not manifest.facts["has_lr"]:
+        raise DataError("these shards hold no LR images", where=manifest.uri, todo="name a `degradation` to train with")
+    return load_preset(chosen) if isinstance(chosen, str) else chosen
 
 
 def check_latents(config: TrainConfig, manifests: Sequence[Manifest], encoder_id: str) -> None:
