@@ -172,6 +172,9 @@ class ShardConfig(Config):
     sources: Annotated[tuple[Source, ...], Field(min_length=1)]
     scales: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)] = (1.0,)
     short_side_px: int | None = Field(None, ge=32, description="one more copy of each image, shrunk to this short side")
+    sixteen_bit: Literal["quarantine", "convert"] = Field(
+        "quarantine", description="images of 16 bits a channel; convert: scaled to 8 and rounded"
+    )
     crop: Crop = WholeCrop()
     min_gradient_energy: float = Field(
         0.0, ge=0, description="flatter windows are dropped and counted; about 4 is flat"
@@ -181,3 +184,7 @@ class ShardConfig(Config):
     samples_per_shard: int = Field(256, ge=1, description="with a grid: files per shard")
     latents: LatentsConfig | None = None
     runtime: ShardRuntime = ShardRuntime()
+
+    def unused(self) -> dict[str, str]:
+        # Not in the fingerprint unless it is set: sets that a version without this field began are resumed.
+        return {"sixteen_bit": "unless it is convert"} if self.sixteen_bit == "quarantine" else {}

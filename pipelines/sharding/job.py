@@ -253,7 +253,7 @@ def _samples(
         samples, digest = list(group), ""
         try:
             data, digest = read_source(file)
-            opened = open_source(file, data, digest)
+            opened = open_source(file, data, digest, convert_16_bit=config.sixteen_bit == "convert")
         except UnusableImageError as error:
             quarantined += [Quarantined(one.key, file.name, error.reason, error.what, digest) for one in samples]
             continue

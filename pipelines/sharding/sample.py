@@ -53,13 +53,13 @@ def read_source(file: SourceFile) -> tuple[bytes, str]:
     return data, hashlib.sha256(data).hexdigest()
 
 
-def open_source(file: SourceFile, data: bytes, digest: str) -> Opened:
+def open_source(file: SourceFile, data: bytes, digest: str, *, convert_16_bit: bool = False) -> Opened:
     """Decode a file, of a pair both. UnusableImageError with its reason where that cannot be done."""
-    image = decode_image(data, where=file.uri)
+    image = decode_image(data, where=file.uri, convert_16_bit=convert_16_bit)
     if not file.lr_uri:
         return Opened(data, digest, image)
     lr_data = read_source_bytes(file.lr_uri)
-    lr = decode_image(lr_data, where=file.lr_uri)
+    lr = decode_image(lr_data, where=file.lr_uri, convert_16_bit=convert_16_bit)
     check_pair(image, lr, file.scale, where=f"{file.uri} and {file.lr_uri}")
     return Opened(data, digest, image, lr_data, lr)
 

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from photos import make_shard_set, photo, save_photos, shard_config
@@ -15,6 +16,7 @@ from PIL import Image
 from degradation import apply
 from evaluation.inputs import load_sets
 from infra import ConfigError, DataError, PartialResultError, StorageError
+from infra.config import result_part
 from infra.images import UnusableImageError, decode_image, encode_png, resize_bicubic
 from infra.manifest import Manifest, ShardRecord, committed, record_uri
 from infra.publish import publish_if_absent, write_bytes
@@ -391,6 +393,24 @@ def test_a_png_or_jpeg_that_is_taken_whole_keeps_its_bytes(tmp_path: Path) -> No
                 original = decode_image(sources[f"{name}.jpg"], where=name)
                 assert np.array_equal(hr, original)
     assert kept == {"bicubic": {"plain.png", "jplain.jpg", "jupright.jpg"}, "stablesr": set()}
+
+
+def test_sixteen_bits_are_converted_where_that_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    deep = cv2.imencode(".png", photo(64, 96).astype(np.uint16) * 257)[1].tobytes()
+    (tmp_path / "photos" / "deep.png").write_bytes(deep)
+    (tmp_path / "photos" / "plain.png").write_bytes(encode_png(photo(64, 96)))
+    refused, converted = (
+        make_shard_set(shard_config(tmp_path / "photos", tmp_path / name, degradation=None, sixteen_bit=name))
+        for name in ("quarantine", "convert")
+    )
+    assert [item["reason"] for item in refused.facts["quarantined"]] == ["sixteen_bit"]
+    assert converted.num_samples == 2
+    hr = decode_image(read_sample(converted.uri, converted.entries[0])["hr.png"], where="")
+    assert np.array_equal(hr[..., ::-1], photo(64, 96))  # OpenCV writes BGR
+    parts = [result_part(shard_config("p", "o", sixteen_bit=name)) for name in ("quarantine", "convert")]
+    assert "sixteen_bit" not in parts[0], "a set that an earlier version began is resumed"
+    assert parts[1] == {**parts[0], "sixteen_bit": "convert"}
 
 
 def test_every_reader_takes_whole_jpegs(tmp_path: Path) -> None:
