@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from infra.errors import DataError
 from infra.publish import put_if_absent, shared_folder
-from infra.shards import Entry, IndexedEntry
+from infra.shards import SCORES, Entry, IndexedEntry
 from infra.storage import exists, join, read_bytes, resolve
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 SHARDS_PER_PART = 4096
 ROWS_PER_BATCH = 65536
 COLUMNS = ["key", "offset_bytes", "length_bytes"]  # the shard follows from the row and the manifest's counts
-HASHES = ["phash", "source_hash"]
 
 
 def index_table(entries: Sequence[IndexedEntry]) -> "pa.Table":
@@ -30,6 +29,7 @@ def index_table(entries: Sequence[IndexedEntry]) -> "pa.Table":
     import pyarrow as pa
 
     kinds = {"key": pa.string(), "shard": pa.string(), "phash": pa.uint64(), "source_hash": pa.uint64()}
+    kinds |= dict.fromkeys(SCORES, pa.float32())
     names = [field.name for field in dataclasses.fields(IndexedEntry)]
     return pa.table(
         {name: pa.array([getattr(e, name) for e in entries], kinds.get(name, pa.int64())) for name in names}
@@ -43,7 +43,7 @@ def put_part(output: str, number: int, rows: "pa.Table") -> dict[str, Any]:
     name = f"index-{number:06d}.parquet" if number else "index.parquet"
     place = join(output, name)
     buffer = io.BytesIO()
-    pq.write_table(_whole_hashes(rows), buffer)
+    pq.write_table(_complete(rows), buffer)
     data = buffer.getvalue()
     if exists(place):  # of an interrupted run, maybe by another version of the parquet library
         present = read_bytes(place)
@@ -60,7 +60,7 @@ def read_parts(uri: str, parts: Sequence[dict[str, Any]]) -> "pa.Table":
     """All columns of all parts. DataError unless each has its hash."""
     import pyarrow as pa
 
-    return _whole_hashes(pa.concat_tables([_parse(_read(uri, part)) for part in parts], promote_options="default"))
+    return _complete(pa.concat_tables([_parse(_read(uri, part)) for part in parts], promote_options="default"))
 
 
 def _read(uri: str, part: dict[str, Any]) -> bytes:
@@ -81,10 +81,9 @@ def _parse(data: bytes) -> "pa.Table":
     return pq.read_table(io.BytesIO(data))
 
 
-def _whole_hashes(rows: "pa.Table") -> "pa.Table":
-    """Without hashes where a part of the set was made by an earlier version, which had none."""
-    partial = "phash" in rows.column_names and rows["phash"].null_count
-    return rows.drop_columns(HASHES) if partial else rows
+def _complete(rows: "pa.Table") -> "pa.Table":
+    """Without the columns that a part of the set, made by an earlier version, has no values of."""
+    return rows.drop_columns([name for name in rows.column_names if rows[name].null_count])
 
 
 class Entries(Sequence[Entry]):

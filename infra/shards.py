@@ -3,7 +3,7 @@
 import io
 import re
 import tarfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from infra.images import IMAGE_SUFFIXES
 from infra.storage import read_range, resolve
 
 IMAGES = ("hr.png", "hr.jpg")  # a sample's HR image; an LR image is `lr.` and the same
+SCORES = ("gradient_energy", "blockiness", "sharpness")  # of an HR image; pipelines/sharding/filters.py
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,80}")
 
 
@@ -29,14 +30,18 @@ class Entry:
 @dataclass(frozen=True, slots=True)
 class IndexedEntry(Entry):
     """An entry as records and the index keep it, with two hashes as uint64: `phash` of the HR image and `source_hash`,
-    the first 8 bytes of its source file's SHA-256. None in sets of an earlier version."""
+    the first 8 bytes of its source file's SHA-256; and `SCORES`. None in sets of an earlier version."""
 
     phash: int | None = None
     source_hash: int | None = None
+    gradient_energy: float | None = None
+    blockiness: float | None = None
+    sharpness: float | None = None
 
     @classmethod
-    def of(cls, entry: Entry, phash: int, source_sha256: str) -> "IndexedEntry":
-        return cls(entry.key, entry.shard, entry.offset_bytes, entry.length_bytes, phash, int(source_sha256[:16], 16))
+    def of(cls, entry: Entry, phash: int, source_sha256: str, scores: Sequence[float] = ()) -> "IndexedEntry":
+        span = entry.offset_bytes, entry.length_bytes
+        return cls(entry.key, entry.shard, *span, phash, int(source_sha256[:16], 16), *scores)
 
 
 def write_tar(path: Path, shard: str, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> list[Entry]:

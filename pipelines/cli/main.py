@@ -90,6 +90,7 @@ def verify(
     ] = None,
     distance: Annotated[int, typer.Option(min=0, max=64, help="With --against: bits of 64 that may differ.")] = 6,
     clean: Annotated[bool, typer.Option("--clean", help="Instead name strays; remove stopped writers'.")] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Instead show histograms of what filters go by.")] = False,
 ) -> None:
     """Prove that a shard set is what its manifest says, and shares no picture with another."""
     from pipelines.sharding.verify import verify as check
@@ -98,6 +99,10 @@ def verify(
         from pipelines.sharding.clean import print_cleaned
 
         print_cleaned(uri)
+    elif stats:
+        from pipelines.sharding.filters import print_stats
+
+        print_stats(uri)
     elif against is not None:
         from pipelines.sharding.verify import print_duplicates
 

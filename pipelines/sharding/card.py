@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import yaml
 
+from infra.display.bars import bars
 from infra.display.templating import render
 from infra.errors import printable
 from infra.images import decode_image, gradient_energy
@@ -131,8 +132,8 @@ def card_text(manifest: Manifest, run: dict[str, Any], looks: Sequence[Look]) ->
         quarantined=failed,
         num_looks=len(looks),
         histograms={
-            "mean brightness (0 to 255)": _bars([look.brightness for look in looks], np.arange(0, 257, 32)),
-            "gradient energy (0: flat)": _bars([look.energy for look in looks], 4.0 ** np.arange(-1, 8)),
+            "mean brightness (0 to 255)": bars([look.brightness for look in looks], np.arange(0, 257, 32)),
+            "gradient energy (0: flat)": bars([look.energy for look in looks], 4.0 ** np.arange(-1, 8)),
         },
         shards=f"{{000000..{len(facts['shards']) - 1:06d}}}",
         has_lr=facts["has_lr"],
@@ -151,13 +152,4 @@ def _sources(facts: dict[str, Any], config: dict[str, Any]) -> list[list[Any]]:
     return [
         [one.get(name) or {"dataset": one["kind"]}.get(name, "not stated") for name in names]
         for one in facts.get("sources", config["sources"])
-    ]
-
-
-def _bars(values: Sequence[float], edges: np.ndarray) -> list[str]:
-    """A bar of # for each stretch between edges; what is outside belongs to the outermost."""
-    counts = np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0]
-    return [
-        f"{low:6g} to {high:<6g} {count:5d} {'#' * round(50 * count / counts.max())}".rstrip()
-        for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True)
     ]

@@ -179,6 +179,10 @@ class ShardConfig(Config):
     min_gradient_energy: float = Field(
         0.0, ge=0, description="flatter windows are dropped and counted; about 4 is flat"
     )
+    max_blockiness: float | None = Field(None, gt=1, description="more visible JPEG blocks; 1: none, 1.3: clearly")
+    min_sharpness: float = Field(0.0, ge=0, description="less blurred; see the histograms of `ccsr verify --stats`")
+    min_side_px: int = Field(0, ge=0, description="images with a shorter side are dropped and counted, so is the next")
+    max_aspect: float | None = Field(None, ge=1, description="long side over short side")
     degradation: str | DegradationConfig | None = "ccsr"
     draws: int = Field(1, ge=1, description="degradations of each crop")
     samples_per_shard: int = Field(256, ge=1, description="with a grid: files per shard")
@@ -187,4 +191,6 @@ class ShardConfig(Config):
 
     def unused(self) -> dict[str, str]:
         # Not in the fingerprint unless it is set: sets that a version without this field began are resumed.
-        return {"sixteen_bit": "unless it is convert"} if self.sixteen_bit == "quarantine" else {}
+        later = ("sixteen_bit", "max_blockiness", "min_sharpness", "min_side_px", "max_aspect")
+        fields = type(self).model_fields
+        return {name: "unless it is set" for name in later if getattr(self, name) == fields[name].default}

@@ -11,7 +11,7 @@ from degradation.config import DegradationConfig
 from degradation.presets import load_preset
 from infra.display.progress import progress
 from infra.errors import ConfigError, DataError, PartialResultError
-from infra.images import UnusableImageError, gradient_energy
+from infra.images import UnusableImageError
 from infra.manifest import Manifest, Quarantined, ShardRecord, commit_record, committed, write_manifest
 from infra.process.memory import give_back_memory
 from infra.publish import download, publish_if_absent, staging
@@ -21,6 +21,7 @@ from infra.shards import IndexedEntry, write_tar
 from infra.storage import exists, join, sha256_file
 from pipelines.sharding.card import write_card
 from pipelines.sharding.config import CenterCrop, GridCrop, ListSource, PairsSource, ShardConfig, brings_lr
+from pipelines.sharding.filters import scores_of, unwanted, unwanted_file
 from pipelines.sharding.plan import PlannedSample, PlannedShard, grid_samples, num_variants, plan_shards, source_id
 from pipelines.sharding.sample import (
     Sample,
@@ -196,8 +197,8 @@ def write_shard(
     """Make one shard's tar locally, publish it unless it is there, then commit its record. Safe to repeat and to race.
 
     The tar's bytes depend on the plan, the config and the library versions (latents: on the device too). Samples that
-    cannot be made are quarantined with their reason; flat ones, and those of a smaller size without room for a window,
-    are counted as dropped. `encoder` adds the latents.
+    cannot be made are quarantined with their reason; those that a filter leaves out, and those of a smaller size
+    without room for a window, are counted as dropped. `encoder` adds the latents.
     """
     import cv2
 
@@ -206,19 +207,19 @@ def write_shard(
     dropped: Counter[str] = Counter()
     place = join(config.output, shard.name)
     with staging(place) as tar:
-        hashes: list[tuple[int, str]] = []
+        indexed: list[tuple[int, str, tuple[float, ...]]] = []
         sides: list[int] = []
 
         def members(samples: Iterable[Sample]) -> Iterator[tuple[str, dict[str, bytes]]]:
             for sample in samples:
-                hashes.append((sample.phash, sample.digest))
+                indexed.append((sample.phash, sample.digest, sample.scores))
                 sides.append(min(sample.hr.shape[:2]))
                 yield sample.key, sample.members
                 give_back_memory()
 
         samples = _samples(config, recipe, shard.samples, quarantined, dropped)
         written = write_tar(tar, shard.name, members(encoder(samples) if encoder else samples))
-        entries = [IndexedEntry.of(entry, *pair) for entry, pair in zip(written, hashes, strict=True)]
+        entries = [IndexedEntry.of(entry, *more) for entry, more in zip(written, indexed, strict=True)]
         record = ShardRecord(
             shard.index,
             shard.name,
@@ -257,6 +258,9 @@ def _samples(
         except UnusableImageError as error:
             quarantined += [Quarantined(one.key, file.name, error.reason, error.what, digest) for one in samples]
             continue
+        if reason := unwanted_file(opened.image, config):
+            dropped[reason] += len(samples)
+            continue
         if isinstance(config.crop, GridCrop):
             sizes = [variant_size(opened.image, variant, config) for variant in range(num_variants(config))]
             samples = grid_samples(samples[0], config.crop, sizes, config.draws)
@@ -273,10 +277,11 @@ def _samples(
                     continue
                 if image.shape != opened.image.shape:
                     crop["resized"] = [image.shape[1], image.shape[0]]
-                if config.min_gradient_energy and gradient_energy(window) < config.min_gradient_energy:
-                    dropped["flat"] += 1
+                scores = scores_of(window)
+                if reason := unwanted(scores, config):
+                    dropped[reason] += 1
                     continue
-                yield make_sample(opened, window, crop, one, config, recipe)
+                yield make_sample(opened, window, crop, one, config, recipe, scores)
 
 
 def _report_quarantine(config: ShardConfig, manifest: Manifest) -> None:

@@ -29,6 +29,7 @@ class Sample:
     members: dict[str, bytes]
     phash: int
     digest: str
+    scores: tuple[float, ...]
     hr: np.ndarray
     condition: np.ndarray | None
 
@@ -132,6 +133,7 @@ def make_sample(
     planned: PlannedSample,
     config: ShardConfig,
     recipe: DegradationConfig | None,
+    scores: tuple[float, ...],
 ) -> Sample:
     """Degrade and encode a window: hr.png, lr.png where there is a degradation or a pair, json with how they were made.
 
@@ -167,4 +169,4 @@ def make_sample(
         else:
             members[f"{side}.png"] = data if untouched and is_plain_png(data) else encode_png(image)
     members["json"] = json.dumps(facts, sort_keys=True).encode()
-    return Sample(planned.key, members, perceptual_hash(window), opened.digest, hr, hr if clean else lr)
+    return Sample(planned.key, members, perceptual_hash(window), opened.digest, scores, hr, hr if clean else lr)

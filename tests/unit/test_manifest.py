@@ -35,7 +35,12 @@ FACTS: dict[str, Any] = {"scale": 4, "has_lr": True, "source_id": "s", "fingerpr
 def record(index: int, num_samples: int = 2, sha256: str = "5" * 64) -> ShardRecord:
     shard = f"shards/{index:06d}.tar"
     entries = [
-        IndexedEntry.of(Entry(f"k-{index}-{number}", shard, 1024 * number, 1024), 2**64 - 1 - number, f"{index:064x}")
+        IndexedEntry.of(
+            Entry(f"k-{index}-{number}", shard, 1024 * number, 1024),
+            2**64 - 1 - number,
+            f"{index:064x}",
+            (index, 1, 2.5),
+        )
         for number in range(num_samples)
     ]
     failed = [Quarantined(f"bad-{index}", "x.png", "empty", "the file is empty", "0" * 64)] if index == 1 else []

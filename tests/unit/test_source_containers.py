@@ -21,7 +21,7 @@ from infra import ConfigError, DataError
 from infra.images import decode_image, encode_png
 from infra.publish import write_bytes
 from infra.run import has_work
-from infra.shards import read_sample
+from infra.shards import image_of, read_sample
 from infra.storage import join
 from infra.tars import open_set
 from pipelines.sharding.containers import read_source_bytes
@@ -267,7 +267,7 @@ def test_sets_of_containers_are_whole_and_verify(tmp_path: Path) -> None:
     assert verify(made.uri) == made
     assert made.num_samples == 1 + 5 + 1
     assert [item["reason"] for item in made.facts["quarantined"]] == ["empty", "unreadable", "empty"]
-    hr = decode_image(read_sample(made.uri, made.entries[3])["hr.png"], where="")
+    hr = decode_image(image_of(read_sample(made.uri, made.entries[3])), where="")
     assert np.array_equal(hr, decode_image(images[2], where=""))
     files = list_sources(config.sources)
     assert source_id(files) == made.facts["source_id"]

@@ -20,6 +20,7 @@ from infra.publish import write_bytes
 from infra.shards import read_index
 from infra.storage import _s3, join, list_files, read_bytes, sha256_file
 from pipelines.sharding.clean import clean, print_cleaned
+from pipelines.sharding.filters import print_stats
 from pipelines.sharding.job import resolve_degradation, write_shard
 from pipelines.sharding.plan import plan_shards
 from pipelines.sharding.sources import list_sources
@@ -248,6 +249,7 @@ def test_sets_without_hashes_still_verify_but_cannot_be_compared(photos: Path, t
         values = json.loads(read_bytes(place))
         for entry in values["entries"]:
             del entry["phash"], entry["source_hash"]
+            del entry["gradient_energy"], entry["blockiness"], entry["sharpness"]
         write_bytes(place, json.dumps(values).encode())
     for name in ("index.parquet", "manifest.json"):
         Path(new.uri, name).unlink()
@@ -262,6 +264,8 @@ def test_sets_without_hashes_still_verify_but_cannot_be_compared(photos: Path, t
     write_bytes(join(old.uri, "manifest.json"), json.dumps(old.facts).encode())
     assert list(old.entries) == entries
     assert verify(old.uri) == old
+    with pytest.raises(DataError, match="its index holds no scores"):
+        print_stats(old.uri)
     with pytest.raises(DataError, match="holds no hashes to compare by") as caught:
         list(find_duplicates(old.uri, old.uri))
     assert "ccsr shard" in caught.value.todo
