@@ -10,6 +10,7 @@ import pytest
 import webdataset
 from shard_jobs import KEYS, NUM_SHARDS, ShardJob, num_records, require_undisturbed, wait, wait_until, writing_workers
 
+from pipelines.sharding.clean import clean
 from pipelines.sharding.verify import verify
 
 
@@ -81,6 +82,7 @@ def test_lists_and_foreign_tars_are_sharded_exactly_once_too(
     assert not (tmp_path / "out" / "manifest.json").exists(), "killed too late"
     code, printed = again.run()
     assert code == 0, printed
+    assert all(stray.removed for stray in clean(output))
     made, undisturbed = verify(output), verify(whole)
     assert [entry.key for entry in made.entries] == KEYS
     assert made.index["source_hash"] == undisturbed.index["source_hash"]
