@@ -83,6 +83,18 @@ def append(
 
 
 @app.command()
+def export(
+    uri: Annotated[str, typer.Argument(metavar="SET", parser=location, help="A finished shard set.")],
+    folder: Annotated[str, typer.Argument(parser=location, help="Folder or s3:// prefix for the images.")],
+    layout: Annotated[str, typer.Option(help="pairs: hr/, lr/; basicsr: GT/, LQ/, meta_info.txt.")] = "pairs",
+) -> None:
+    """Write a shard set's images as folders that other trainers read."""
+    from pipelines.sharding.export import export as export_set
+
+    typer.echo(f"{export_set(uri, folder, layout)} samples: {folder}")
+
+
+@app.command()
 def verify(
     uri: Annotated[str, typer.Argument(parser=location, help="A shard set's folder or s3:// URI.")],
     against: Annotated[

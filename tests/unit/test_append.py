@@ -1,19 +1,23 @@
-"""`ccsr append`: a grown set is one set over others' shards, read, verified and trained like any."""
+"""`ccsr append`: a grown set is one set over others' shards, read and verified like any; `ccsr export`."""
 
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
-from photos import make_shard_set, save_photos, shard_config
+from photos import make_shard_set, photo, save_photos, shard_config
+from PIL import Image
 from typer.testing import CliRunner
 
 from infra import ConfigError, DataError
+from infra.images import decode_image
 from infra.manifest import Manifest
 from infra.publish import write_bytes
-from infra.shards import read_sample
-from infra.storage import join, list_files
+from infra.shards import image_of, read_sample
+from infra.storage import join, list_files, read_bytes
 from pipelines.cli.main import app
 from pipelines.sharding.append import append
+from pipelines.sharding.export import LAYOUTS, export
 from pipelines.sharding.verify import verify
 
 
@@ -73,3 +77,36 @@ def test_a_base_that_changed_is_found(tmp_path: Path) -> None:
     Path(sets[1].uri, sets[1].facts["shards"][0]["shard"]).unlink()
     with pytest.raises(DataError, match=r"000000\.tar is missing"):
         verify(new)
+
+
+@pytest.mark.parametrize("layout", ["pairs", "basicsr"])
+def test_an_exported_set_is_folders_of_its_images(layout: str, output: str, tmp_path: Path) -> None:
+    made = small_set(tmp_path, output, "a")
+    folder = join(output, "out", layout)
+    result = CliRunner().invoke(app, ["export", made.uri, folder, "--layout", layout])
+    assert result.output.endswith(f"3 samples: {folder}\n")
+    hr, lr = LAYOUTS[layout]
+    keys = [entry.key for entry in made.entries]
+    names = [f"{side}/{key}.png" for side in (hr, lr) for key in keys] + ["meta_info.txt"] * (layout == "basicsr")
+    assert [file.removeprefix(f"{folder}/") for file in list_files(folder)] == names
+    for entry in made.entries:
+        members = read_sample(made.uri, entry)
+        for side, name in (("hr", hr), ("lr", lr)):
+            assert read_bytes(join(folder, name, f"{entry.key}.png")) == image_of(members, side)
+    if layout == "basicsr":
+        lines = read_bytes(join(folder, "meta_info.txt")).decode().splitlines()
+        assert lines == [f"{key}.png ({size},3)" for key, size in zip(keys, ("48,48", "40,64", "64,40"), strict=True)]
+    with pytest.raises(DataError, match="no layout 'x'"):
+        export(made.uri, folder, "x")
+
+
+def test_whole_jpegs_are_exported_as_they_are_and_to_basicsr_as_png(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(photo(64, 48)).save(tmp_path / "photos" / "j.jpg")
+    made = make_shard_set(shard_config(tmp_path / "photos", tmp_path / "set", degradation=None))
+    for layout, name in (("pairs", "hr/set-j-000-0.jpg"), ("basicsr", "GT/set-j-000-0.png")):
+        assert export(made.uri, str(tmp_path / layout), layout) == 1
+        data = (tmp_path / layout / name).read_bytes()
+        source = (tmp_path / "photos" / "j.jpg").read_bytes()
+        assert (data == source) == (layout == "pairs")
+        assert np.array_equal(decode_image(data, where=""), decode_image(source, where=""))
