@@ -43,7 +43,7 @@ def joined(sets: Sequence[Manifest]) -> dict[str, Any]:
         "shards": [shard for facts in every for shard in facts["shards"]],
         "index": [{**part, "name": resolve(one.uri, part["name"])} for one in sets for part in one.index_parts],
         "bases": [base for one in sets for base in one.facts.get("bases", [_base(one)])],
-        "sources": [source for facts in every for source in facts["sources"]],
+        "sources": [source for facts in every for source in facts.get("sources", [])],
         "quarantined": [item for facts in every for item in facts["quarantined"]],
         "dropped": dict(dropped),
         "min_side_px": None if None in sides else min(filter(None, sides)),

@@ -3,7 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 
 from infra.display.progress import progress
-from infra.errors import DataError
+from infra.errors import ConfigError
 from infra.images import decode_image, encode_png
 from infra.locations import check_output
 from infra.manifest import Manifest
@@ -20,10 +20,10 @@ def export(uri: str, folder: str, layout: str) -> int:
 
     `pairs`: hr/KEY.png and lr/KEY.png as they are stored (a whole JPEG is KEY.jpg), which a `pairs` source reads.
     `basicsr`: GT/KEY.png, LQ/KEY.png, always PNG, and meta_info.txt ("KEY.png (height,width,3)" of each GT image), as
-    BasicSR's PairedImageDataset reads. LR only where the set has it. DataError for another layout.
+    BasicSR's PairedImageDataset reads. LR only where the set has it. ConfigError for another layout.
     """
     if layout not in LAYOUTS:
-        raise DataError(f"no layout {layout!r}", where="--layout", todo=f"one of {', '.join(LAYOUTS)}")
+        raise ConfigError(f"no layout {layout!r}", where="--layout", todo=f"one of {', '.join(LAYOUTS)}")
     check_output(folder, [uri])
     manifest = Manifest.load(uri)
     sides = list(zip(("hr", "lr"), LAYOUTS[layout], strict=True))[: 1 + manifest.facts["has_lr"]]

@@ -88,6 +88,9 @@ def _verify_appended(manifest: Manifest) -> Manifest:
     """Verify the sets that an appended one was made of, and that it says what they say."""
     sets = []
     for base in manifest.facts["bases"]:
+        if "dataset_id" not in base:
+            what = "this is an index over tars that others made, which carry no hashes"
+            raise DataError(what, where=manifest.uri, todo="shard them, for a set that can be verified")
         sets.append(verify(base["uri"]))
         if sets[-1].dataset_id != base["dataset_id"]:
             raise DataError("another set is there now", where=base["uri"], todo="`ccsr append` into a new output")

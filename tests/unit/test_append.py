@@ -96,7 +96,7 @@ def test_an_exported_set_is_folders_of_its_images(layout: str, output: str, tmp_
     if layout == "basicsr":
         lines = read_bytes(join(folder, "meta_info.txt")).decode().splitlines()
         assert lines == [f"{key}.png ({size},3)" for key, size in zip(keys, ("48,48", "40,64", "64,40"), strict=True)]
-    with pytest.raises(DataError, match="no layout 'x'"):
+    with pytest.raises(ConfigError, match="no layout 'x'"):
         export(made.uri, folder, "x")
 
 

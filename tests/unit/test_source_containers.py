@@ -203,6 +203,8 @@ def test_training_reads_foreign_tars_where_they_are(
     monkeypatch.setattr("infra.tars.tar_samples", None)  # the index is made once
     assert open_set(path, str(tmp_path / "run" / ".data")) == manifest
     assert not has_work(str(tmp_path / "run")), "the index claims no output"
+    with pytest.raises(DataError, match="tars that others made"):
+        verify(manifest.uri)
     with pytest.raises(DataError, match="hold no LR images"):
         SampleReader([manifest], settings.model_copy(update={"degradation": None}))
 
