@@ -145,3 +145,4 @@ def _write_arrow(uri: str, parts: Sequence[dict[str, Any]], folder: Path) -> Non
         for part in parts:
             for batch in pq.ParquetFile(io.BytesIO(_read(uri, part))).iter_batches(ROWS_PER_BATCH, columns=COLUMNS):
                 file.write_batch(batch)
+    pa.default_memory_pool().release_unused()  # what decoding took: a training process lives long
