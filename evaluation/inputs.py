@@ -16,7 +16,7 @@ from infra.images import below, decode_image, list_images, read_image
 from infra.keys import key_of, keys_of
 from infra.manifest import Manifest
 from infra.pairing import by_pair_name
-from infra.shards import Entry, read_sample
+from infra.shards import Entry, image_of, read_sample
 from infra.storage import join, read_bytes
 
 _OF_A_RUN = re.compile(r"(?:sample|runs/)(\d+)/(.+)")
@@ -40,7 +40,7 @@ class EvaluationImage:
         """uint8 RGB LR, HR or None, and the HR's (height, width) in px. DataError where the sizes do not fit."""
         if self.entry is not None:
             members = read_sample(self.lr, self.entry)
-            lr, hr = (decode_image(members[f"{m}.png"], where=f"{self.lr}: {self.key}.{m}") for m in ("lr", "hr"))
+            lr, hr = (decode_image(image_of(members, m), where=f"{self.lr}: {self.key}.{m}") for m in ("lr", "hr"))
             return lr, hr, hr.shape[:2]
         lr = decode_image(read_bytes(self.lr), where=self.lr)
         if self.hr is None:

@@ -8,6 +8,7 @@ import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import cv2
@@ -17,11 +18,12 @@ from PIL import Image, ImageOps
 from infra.errors import DataError, line_of, printable
 from infra.storage import exists, join, list_files, read_bytes
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # Pillow's other readers stay shut: one runs Ghostscript
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "AVIF")  # Pillow's other readers stay shut: one runs Ghostscript
 OBJECT = re.compile(r" ?<[^>]* at 0x[0-9a-f]+>")
 SYSTEM_NAMES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", ".ds_store"}
 MAX_PIXELS = 256_000_000
+ORIENTATION = 0x0112  # the EXIF tag
 Image.MAX_IMAGE_PIXELS = None  # our own limit below applies before any pixel is decoded
 
 
@@ -37,7 +39,8 @@ class UnusableImageError(DataError):
 CONVERSIONS = {
     "transparent": "flatten it onto a background: magick IN -background white -alpha remove -alpha off OUT.png",
     "cmyk": "convert it to RGB: magick IN -colorspace sRGB OUT.png",
-    "sixteen_bit": "convert it to 8 bits a channel: magick IN -depth 8 OUT.png",
+    "sixteen_bit": "shard it with `sixteen_bit: convert`, or convert it: magick IN -depth 8 OUT.png",
+    "heic": "pip install 'ccsr-cluster[heic]' on every node, or convert it: magick IN OUT.png",
     "animated": "take a frame or page of it: magick 'IN[0]' OUT.png",
     "too_large": "cut it into parts: magick IN -crop 8192x8192 OUT_%d.png",
 }
@@ -60,18 +63,32 @@ def refusing(reason: str, what: str, where: str) -> Iterator[None]:
         raise _refuse(reason, f"{what} ({type(error).__name__}: {detail})", where) from error
 
 
-def decode_image(data: bytes, *, where: str) -> np.ndarray:
+@cache
+def _formats() -> tuple[str, ...]:
+    try:
+        import pillow_heif
+    except ImportError:
+        return FORMATS
+    pillow_heif.register_heif_opener()
+    return (*FORMATS, "HEIF")
+
+
+def decode_image(data: bytes, *, where: str, convert_16_bit: bool = False) -> np.ndarray:
     """Decode an image file to uint8 RGB (H, W, 3), turned upright by its EXIF orientation.
 
-    PNG, JPEG, WebP, BMP and TIFF. Greyscale is repeated on three channels, palettes are resolved, a fully opaque alpha
-    channel is dropped; of a camera's multi-picture JPEG the first picture, which is the photograph, is taken.
-    Raises UnusableImageError (reason `empty`, `unreadable`, `too_large`, `animated`, `sixteen_bit`, `cmyk`,
+    PNG, JPEG, WebP, BMP, TIFF and AVIF; HEIC with the package pillow-heif. Greyscale is repeated on three channels,
+    palettes are resolved, a fully opaque alpha channel is dropped; of a camera's multi-picture JPEG the first picture,
+    which is the photograph, is taken. `convert_16_bit`: 16-bit integers a channel are scaled by 1/257 and rounded.
+    Raises UnusableImageError (reason `empty`, `unreadable`, `heic`, `too_large`, `animated`, `sixteen_bit`, `cmyk`,
     `transparent` or `truncated`) for anything else.
     """
     if not data:
         raise _refuse("empty", "the file is empty", where)
+    formats = _formats()
+    if data[4:11] == b"ftyphei" and "HEIF" not in formats:
+        raise _refuse("heic", "HEIC is read by the package pillow-heif, which is not installed", where)
     with refusing("unreadable", f"the file is not a readable {', '.join(FORMATS[:-1])} or {FORMATS[-1]}", where):
-        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image: Image.Image = Image.open(io.BytesIO(data), formats=formats)
         num_frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
     if image.width * image.height > MAX_PIXELS:
         raise _refuse("too_large", f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels", where)
@@ -79,7 +96,11 @@ def decode_image(data: bytes, *, where: str) -> np.ndarray:
         raise _refuse("animated", f"the file holds {num_frames} frames", where)
     # Pillow opens 16-bit colour as RGB and drops the lower byte; only the decoder's raw mode tells.
     if image.mode.startswith(("I", "F")) or ";16" in str(image.tile):  # type: ignore[attr-defined]
-        raise _refuse("sixteen_bit", f"mode {image.mode} is stored with more than 8 bits a channel", where)
+        if not convert_16_bit or image.mode.startswith("F"):
+            raise _refuse("sixteen_bit", f"mode {image.mode} is stored with more than 8 bits a channel", where)
+        with refusing("truncated", "the picture data is damaged", where):
+            image.load()  # raises on damage, which OpenCV fills with grey
+            image = _eight_bits(data, image.getexif().get(ORIENTATION, 1))
     if image.mode not in ("RGB", "L", "P", "RGBA", "LA", "1"):
         raise _refuse("cmyk", f"colour mode {image.mode} is not RGB", where)
     with refusing("truncated", "the picture data is damaged", where):
@@ -89,6 +110,19 @@ def decode_image(data: bytes, *, where: str) -> np.ndarray:
             if np.asarray(image)[..., 3].min() < 255:
                 raise _refuse("transparent", "the picture has transparent pixels", where)
         return np.asarray(image.convert("RGB"))
+
+
+def _eight_bits(data: bytes, orientation: int) -> Image.Image:
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if pixels is None or pixels.dtype != np.uint16:
+        raise ValueError("not of 16-bit integers")
+    pixels = np.rint(pixels / 257).astype(np.uint8)
+    if pixels.ndim == 3:
+        pixels = cv2.cvtColor(pixels, cv2.COLOR_BGRA2RGBA if pixels.shape[2] == 4 else cv2.COLOR_BGR2RGB)
+    image, exif = Image.fromarray(pixels), Image.Exif()
+    exif[ORIENTATION] = orientation
+    image.info["exif"] = exif.tobytes()
+    return image
 
 
 def read_image(uri: str) -> np.ndarray:
@@ -101,7 +135,7 @@ def icc_profile(data: bytes) -> bytes | None:
 
     `data`: a file that `decode_image` takes; that function's pixels stay in the profile's colours.
     """
-    profile = Image.open(io.BytesIO(data), formats=FORMATS).info.get("icc_profile")
+    profile = Image.open(io.BytesIO(data), formats=_formats()).info.get("icc_profile")
     return profile if isinstance(profile, bytes) and profile[16:20] == b"RGB " else None
 
 
@@ -137,6 +171,15 @@ def is_plain_png(data: bytes) -> bool:
             return False
         at += 12 + size
     return kind == b"IEND" and at == len(data)
+
+
+def is_plain_jpeg(data: bytes) -> bool:
+    """Whether a file that decodes is a colour JPEG that any reader shows as `decode_image` does, but for rounding in
+    the decoder: not turned by EXIF, one picture, nothing behind its end."""
+    if data[:3] != b"\xff\xd8\xff" or data[-2:] != b"\xff\xd9":
+        return False
+    image = Image.open(io.BytesIO(data), formats=["JPEG"])
+    return image.format == "JPEG" and image.mode == "RGB" and image.getexif().get(ORIENTATION, 1) == 1
 
 
 def gradient_energy(image: np.ndarray) -> float:

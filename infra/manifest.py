@@ -2,25 +2,24 @@
 
 import dataclasses
 import hashlib
-import io
 import json
-import sys
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
+from infra.byte_index import SHARDS_PER_PART, Entries, index_table, put_part, read_parts
 from infra.errors import DataError, PartialResultError
 from infra.publish import put_if_absent
-from infra.shards import Entry, IndexedEntry
+from infra.shards import IndexedEntry
 from infra.storage import exists, join, list_files, read_bytes, read_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-ResultT = TypeVar("ResultT")
 FORMAT = "ccsr-shards-1"
 
 
@@ -86,74 +85,76 @@ def commit_record(output: str, record: ShardRecord) -> None:
             )
 
 
-def committed_records(output: str) -> dict[int, ShardRecord]:
-    """Every committed record by shard index."""
-    return {record.index: record for record in _from_records(output, ShardRecord.read)}
-
-
-def _from_records(output: str, read: Callable[[str], ResultT]) -> Iterator[ResultT]:
-    places = [place for place in list_files(join(output, "records")) if place.endswith(".json")]
-    with ThreadPoolExecutor(16) as pool:  # on S3 each read waits for an answer, and there may be thousands
-        yield from pool.map(read, places)
+def committed(output: str) -> list[int]:
+    """The shards that have a record, from its name alone."""
+    names = (place.rpartition("/")[2] for place in list_files(join(output, "records")))
+    return sorted(int(name[:-5]) for name in names if re.fullmatch(r"\d+\.json", name))
 
 
 def write_manifest(output: str, num_shards: int, **facts: Any) -> "Manifest":
-    """Close a shard set: index.parquet, then manifest.json, from the records of all `num_shards` shards.
+    """Close a shard set: the parts of its index, then manifest.json, from the records of all `num_shards` shards.
 
-    Safe to repeat and to race; DataError where another manifest is already there.
+    One part's records are in memory at a time. Safe to repeat and to race; DataError where another manifest is already
+    there.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    def read(place: str) -> tuple[ShardRecord, pa.Table]:
-        record = ShardRecord.read(place)
-        return dataclasses.replace(record, entries=[]), index_table(record.entries)  # a million entries are heavy
-
-    found = {record.index: (record, table) for record, table in _from_records(output, read)}
-    missing = sorted(set(range(num_shards)) - found.keys())
+    missing = sorted(set(range(num_shards)) - set(committed(output)))
     if missing:
         raise PartialResultError(
             f"{len(missing)} of {num_shards} shards are missing (first: {missing[0]})",
             where=output,
             todo="run the same command again: it makes only what is missing",
         )
-    records = [found[index][0] for index in range(num_shards)]
-    tables = [found[index][1] for index in range(num_shards)]
-    rows = pa.concat_tables(tables)
-    if not rows.num_rows:
+
+    def read(index: int) -> tuple[ShardRecord, pa.Table]:
+        record = ShardRecord.read(record_uri(output, index))
+        return dataclasses.replace(record, entries=[]), index_table(record.entries)  # a million entries are heavy
+
+    records: list[ShardRecord] = []
+    shards: list[dict[str, Any]] = []
+    parts: list[dict[str, Any]] = []
+    with ThreadPoolExecutor(16) as pool:  # on S3 each read waits for an answer, and there may be thousands
+        for start in range(0, num_shards, SHARDS_PER_PART):
+            found = list(pool.map(read, range(start, min(start + SHARDS_PER_PART, num_shards))))
+            rows = pa.concat_tables([table for _, table in found])
+            if rows.num_rows:
+                parts.append(put_part(output, len(parts), rows))
+            records += [record for record, _ in found]
+            shards += [
+                {"shard": r.shard, "sha256": r.sha256, "num_bytes": r.num_bytes, "num_samples": table.num_rows}
+                for r, table in found
+            ]
+    if not parts:
         raise DataError("no sample could be used", where=output, todo="see the reasons in records/*.json")
-    if rows["phash"].null_count:  # a part of the set was made by an earlier version
-        rows = rows.drop_columns(["phash", "source_hash"])
-    buffer = io.BytesIO()
-    pq.write_table(rows, buffer)
-    index = buffer.getvalue()
-    if exists(join(output, "index.parquet")):  # of an interrupted run, maybe by another version of the parquet library
-        present = read_bytes(join(output, "index.parquet"))
-        if _read_index(present).equals(rows):
-            index = present
-    shards = [
-        {"shard": r.shard, "sha256": r.sha256, "num_bytes": r.num_bytes, "num_samples": table.num_rows}
-        for r, table in zip(records, tables, strict=True)
-    ]
-    sides = [record.min_side_px for record, table in zip(records, tables, strict=True) if table.num_rows]
+    sides = [record.min_side_px for record, shard in zip(records, shards, strict=True) if shard["num_samples"]]
+    return put_manifest(
+        output,
+        {
+            "shards": shards,
+            "index": parts,
+            **set_aside(records),
+            "min_side_px": None if None in sides else min(filter(None, sides)),
+            **facts,
+        },
+    )
+
+
+def put_manifest(output: str, facts: dict[str, Any]) -> "Manifest":
+    """Write manifest.json: `facts` and what follows from their shards. DataError where another one is there."""
+    shards = facts["shards"]
     manifest = {
         "format": FORMAT,
         "dataset_id": dataset_id_of(shards),
-        "num_samples": rows.num_rows,
-        "num_bytes": sum(record.num_bytes for record in records),
-        "index_sha256": hashlib.sha256(index).hexdigest(),
-        **set_aside(records),
-        "shards": shards,
-        "min_side_px": None if None in sides else min(filter(None, sides)),
+        "num_samples": sum(shard["num_samples"] for shard in shards),
+        "num_bytes": sum(shard["num_bytes"] for shard in shards),
         **facts,
     }
-    data = json.dumps(manifest, indent=1, sort_keys=True).encode()
-    for name, content in (("index.parquet", index), ("manifest.json", data)):
-        place = join(output, name)
-        if not put_if_absent(place, content) and read_bytes(place) != content:
-            raise DataError(
-                f"another {name} is already there", where=place, todo="`ccsr verify` the set, or use a new output"
-            )
+    data, place = json.dumps(manifest, indent=1, sort_keys=True).encode(), join(output, "manifest.json")
+    if not put_if_absent(place, data) and read_bytes(place) != data:
+        raise DataError(
+            "another manifest.json is already there", where=place, todo="`ccsr verify` the set, or use a new output"
+        )
     return Manifest.load(output)
 
 
@@ -202,38 +203,29 @@ class Manifest:
     def num_samples(self) -> int:
         return self.facts["num_samples"]
 
+    @property
+    def index_parts(self) -> list[dict[str, Any]]:
+        """name, sha256 and num_samples of each part of the index; an earlier version's sets have one."""
+        one = {"name": "index.parquet", "sha256": self.facts.get("index_sha256"), "num_samples": self.num_samples}
+        return self.facts.get("index", [one])
+
     @cached_property
-    def entries(self) -> list[Entry]:
+    def entries(self) -> Entries:
         """The byte index, one entry per sample in shard order; its hash is checked against the manifest's."""
-        names = [field.name for field in dataclasses.fields(Entry)]
-        columns = [column.to_pylist() for column in self.index.select(names).columns]
-        return [Entry(key, sys.intern(shard), *span) for key, shard, *span in zip(*columns, strict=True)]
+        counts = [shard["num_samples"] for shard in self.facts["shards"]]
+        return Entries(self.uri, self.index_parts, list(zip(self.shards, counts, strict=True)))
+
+    @property
+    def shards(self) -> list[str]:
+        """Where the shards are: below the set, or absolute where `bases` has them in other places."""
+        names = [shard["shard"] for shard in self.facts["shards"]]
+        places = [base["uri"] for base in self.facts.get("bases", []) for _ in range(base["num_shards"])]
+        return [join(place, name) for place, name in zip(places, names, strict=True)] if places else names
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"uri": self.uri, "facts": self.facts}  # each process maps the index for itself
 
     @property
     def index(self) -> "pa.Table":
-        """index.parquet as a table, read anew each time. DataError unless it has the hash in the manifest."""
-        data = read_bytes(join(self.uri, "index.parquet"))
-        if hashlib.sha256(data).hexdigest() != self.facts["index_sha256"]:
-            raise DataError(
-                "the byte index is not the one that the manifest was written with",
-                where=join(self.uri, "index.parquet"),
-                todo="`ccsr verify` the set",
-            )
-        return _read_index(data)
-
-
-def index_table(entries: Sequence[IndexedEntry]) -> "pa.Table":
-    """Entries as rows of index.parquet."""
-    import pyarrow as pa
-
-    kinds = {"key": pa.string(), "shard": pa.string(), "phash": pa.uint64(), "source_hash": pa.uint64()}
-    names = [field.name for field in dataclasses.fields(IndexedEntry)]
-    return pa.table(
-        {name: pa.array([getattr(e, name) for e in entries], kinds.get(name, pa.int64())) for name in names}
-    )
-
-
-def _read_index(data: bytes) -> "pa.Table":
-    import pyarrow.parquet as pq
-
-    return pq.read_table(io.BytesIO(data))
+        """The index as a table, read anew each time. DataError unless it has the hash in the manifest."""
+        return read_parts(self.uri, self.index_parts)

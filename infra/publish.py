@@ -160,11 +160,21 @@ def shared_copy(uri: str, record: str, *, again: bool = False) -> Iterator[Path]
         yield Path(uri)
         return
     version = hashlib.sha256(uri.encode() + read_bytes(join(uri, record))).hexdigest()[:32]
+    with shared_folder(version, lambda copy: download_folder(uri, copy), again=again) as copy:
+        yield copy
+
+
+@contextmanager
+def shared_folder(version: str, fill: Callable[[Path], object], *, again: bool = False) -> Iterator[Path]:
+    """A folder in the temporary folder that the processes of a node share while their blocks run.
+
+    One of them fills it, the last one to leave removes it; `version` names its content. `again`: fill it once more.
+    """
     home = Path(tempfile.gettempdir()) / f"ccsr-copies-{os.getuid()}"
     copy, lock = home / version, home / f"{version}.lock"
 
-    def fill(marker: Path) -> None:
-        download_folder(uri, copy)
+    def make(marker: Path) -> None:
+        fill(copy)
         marker.touch()
 
     with explained("cannot write", str(home)):
@@ -175,7 +185,7 @@ def shared_copy(uri: str, record: str, *, again: bool = False) -> Iterator[Path]
         try:
             if again:
                 (copy / WHOLE).unlink(missing_ok=True)
-            make_once(copy / WHOLE, fill)
+            make_once(copy / WHOLE, make)
             yield copy
         finally:
             with suppress(BlockingIOError):  # others still use it

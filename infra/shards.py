@@ -3,19 +3,23 @@
 import io
 import re
 import tarfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from infra.errors import DataError
-from infra.storage import read_range
+from infra.images import IMAGE_SUFFIXES
+from infra.storage import read_range, resolve
 
+IMAGES = ("hr.png", "hr.jpg")  # a sample's HR image; an LR image is `lr.` and the same
+SCORES = ("gradient_energy", "blockiness", "sharpness")  # of an HR image; pipelines/sharding/filters.py
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,80}")
 
 
 @dataclass(frozen=True, slots=True)  # a training process holds one per sample, millions of them
 class Entry:
-    """Where one sample is stored: `shard` (path below the shard set) and the byte span of its members in the tar."""
+    """Where one sample is stored: `shard` (path below the shard set, or an absolute one elsewhere) and the byte span of
+    its members in the tar."""
 
     key: str
     shard: str
@@ -26,14 +30,18 @@ class Entry:
 @dataclass(frozen=True, slots=True)
 class IndexedEntry(Entry):
     """An entry as records and the index keep it, with two hashes as uint64: `phash` of the HR image and `source_hash`,
-    the first 8 bytes of its source file's SHA-256. None in sets of an earlier version."""
+    the first 8 bytes of its source file's SHA-256; and `SCORES`. None in sets of an earlier version."""
 
     phash: int | None = None
     source_hash: int | None = None
+    gradient_energy: float | None = None
+    blockiness: float | None = None
+    sharpness: float | None = None
 
     @classmethod
-    def of(cls, entry: Entry, phash: int, source_sha256: str) -> "IndexedEntry":
-        return cls(entry.key, entry.shard, entry.offset_bytes, entry.length_bytes, phash, int(source_sha256[:16], 16))
+    def of(cls, entry: Entry, phash: int, source_sha256: str, scores: Sequence[float] = ()) -> "IndexedEntry":
+        span = entry.offset_bytes, entry.length_bytes
+        return cls(entry.key, entry.shard, *span, phash, int(source_sha256[:16], 16), *scores)
 
 
 def write_tar(path: Path, shard: str, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> list[Entry]:
@@ -65,7 +73,7 @@ def read_index(path: Path, shard: str) -> list[Entry]:
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                key = member.name.partition(".")[0]
+                key = split_member(member.name)[0]
                 end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 start = entries.pop().offset_bytes if entries and entries[-1].key == key else member.offset
                 entries.append(Entry(key, shard, start, end - start))
@@ -76,12 +84,13 @@ def read_index(path: Path, shard: str) -> list[Entry]:
 
 def read_sample(base: str, entry: Entry) -> dict[str, bytes]:
     """The members {extension: bytes} of one sample of the shard set at `base`, by one range read."""
-    place = f"{base.rstrip('/')}/{entry.shard}"
+    place = resolve(base, entry.shard)
     span = read_range(place, entry.offset_bytes, entry.length_bytes)
     try:
         with tarfile.open(fileobj=io.BytesIO(span), mode="r:") as tar:
-            names = [member.name.partition(".") for member in tar]
-            members = {name[2]: tar.extractfile("".join(name)).read() for name in names}  # type: ignore[union-attr]
+            found = [member for member in tar if is_member(member)]
+            names = [split_member(member.name) for member in found]
+            members = {name[1]: tar.extractfile(one).read() for name, one in zip(names, found, strict=True)}  # type: ignore[union-attr]
     except (tarfile.TarError, KeyError, AttributeError) as error:
         raise DataError(
             f"sample {entry.key} cannot be read from its shard ({error})", where=place, todo="`ccsr verify` the set"
@@ -93,3 +102,24 @@ def read_sample(base: str, entry: Entry) -> dict[str, bytes]:
             todo="`ccsr verify` the set",
         )
     return members
+
+
+def is_member(header: tarfile.TarInfo) -> bool:
+    """Whether it is a file of a sample: no folder, none that an operating system left (`._NAME`)."""
+    return header.isfile() and not header.name.rpartition("/")[2].startswith(".")
+
+
+def split_member(name: str) -> tuple[str, str]:
+    """WebDataset's key and extension: the base name is cut at its first dot."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return f"{folder}{slash}{stem}", extension
+
+
+def image_of(members: Mapping[str, bytes], side: str = "hr") -> bytes:
+    """A sample's HR or LR image file, a PNG or JPEG; in tars that others made its only image is the HR one. Empty
+    where there is none."""
+    named = [members[name] for name in (image.replace("hr", side) for image in IMAGES) if name in members]
+    if not named and side == "hr":
+        named = [data for name, data in members.items() if Path(f"x.{name}").suffix.lower() in IMAGE_SUFFIXES]
+    return named[0] if named else b""

@@ -26,6 +26,11 @@ def join(uri: str, *parts: str) -> str:
     return "/".join([uri.rstrip("/"), *parts])
 
 
+def resolve(uri: str, name: str) -> str:
+    """`name` below `uri`, or itself where it is an absolute path or a URI."""
+    return name if is_s3(name) or os.path.isabs(name) else join(uri, name)
+
+
 @cache
 def _s3() -> Any:
     """The S3 client. StorageError for settings that it does not take."""
@@ -116,13 +121,19 @@ def disk_error(error: OSError, path: Path | str) -> StorageError | None:
 
 def exists(uri: str) -> bool:
     """Whether a file (not a folder) is there."""
+    return file_size(uri) is not None
+
+
+def file_size(uri: str) -> int | None:
+    """A file's size in bytes; None where there is none, or a folder."""
     with explained("cannot look", uri):
-        if not is_s3(uri):
-            return os.path.isfile(uri)
-        try:  # not `isfile`, which takes a server that does not answer for a file that is not there
-            return on_s3(lambda s3: s3.info(uri))["type"] == "file"
+        try:  # not s3fs's `isfile`, which takes a server that does not answer for a file that is not there
+            if is_s3(uri):
+                info = on_s3(lambda s3: s3.info(uri))
+                return info["size"] if info["type"] == "file" else None
+            return os.stat(uri).st_size if os.path.isfile(uri) else None
         except FileNotFoundError:
-            return False
+            return None
 
 
 def read_bytes(uri: str) -> bytes:
@@ -131,10 +142,10 @@ def read_bytes(uri: str) -> bytes:
         return on_s3(lambda s3: s3.cat_file(uri)) if is_s3(uri) else Path(uri).read_bytes()
 
 
-def open_file(uri: str) -> BinaryIO:
-    """The file, open to be read and sought in: on S3 by ranges, a few MiB at a time."""
+def open_file(uri: str, block_bytes: int | None = None) -> BinaryIO:
+    """The file, open to be read and sought in: on S3 by ranges of `block_bytes`, by default a few MiB."""
     with explained("cannot read", uri):
-        return on_s3(lambda s3: s3.open(uri, "rb")) if is_s3(uri) else open(uri, "rb")
+        return on_s3(lambda s3: s3.open(uri, "rb", block_size=block_bytes)) if is_s3(uri) else open(uri, "rb")
 
 
 def read_range(uri: str, offset: int, length: int) -> bytes:

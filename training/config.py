@@ -150,10 +150,16 @@ class ValidationConfig(Config):
 
 
 class TrainingSet(Config):
-    """A shard set and how often an epoch takes each of its samples, on average. May be written as its path alone."""
+    """A shard set, or WebDataset tars that others made (a tar, or braces: `{000..099}.tar`), and how often an epoch
+    takes each of its samples, on average. May be written as its path alone."""
 
     path: Location
     weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+    degradation: str | DegradationConfig | None = Field(None, description="of this set; none: the run's")
+
+    def unused(self) -> dict[str, str]:
+        # Not in the fingerprint unless it is set: runs of a version without this field resume.
+        return {"degradation": "unless it names one"} if self.degradation is None else {}
 
     @model_validator(mode="before")
     @classmethod
@@ -179,7 +185,7 @@ class TrainConfig(Config):
     )
     model: ModelConfig = ModelConfig()
     crop_px: int = Field(512, ge=32)
-    degradation: str | DegradationConfig | None = Field(None, description="none: the LR that the shards store")
+    degradation: str | DegradationConfig | None = Field(None, description="of sets without one; none: the stored LR")
     start_from: Literal["hr", "lr"] = Field("hr", description="which latent is noised to T")
     num_steps: int = Field(45, ge=1, description="stage 2: steps of the whole chain (CCSR truncates it)")
     t_max: float = Field(0.6667, gt=0, le=1)
@@ -245,7 +251,7 @@ class TrainConfig(Config):
                 "`discriminator: dino` reduces images by area, whose backward no GPU computes deterministically: "
                 "numerics.deterministic: false"
             )
-        if self.inputs == "latents" and self.degradation is not None:
+        if self.inputs == "latents" and (self.degradation or any(part.degradation for part in self.data)):
             raise ValueError("`inputs: latents` are of the LR that the shards store: leave `degradation` out")
         return self
 

@@ -11,13 +11,14 @@ import cv2
 import numpy as np
 import yaml
 
+from infra.display.bars import bars
 from infra.display.templating import render
 from infra.errors import printable
 from infra.images import decode_image, gradient_energy
 from infra.manifest import Manifest
 from infra.publish import put_if_absent
 from infra.run import read_run
-from infra.shards import Entry, read_sample
+from infra.shards import Entry, image_of, read_sample
 from infra.storage import join
 from pipelines.sharding.sources import CONTACT_SHEET
 
@@ -62,8 +63,9 @@ def evenly(items: Sequence[ItemT], count: int) -> list[ItemT]:
 
 def _look(uri: str, entry: Entry) -> Look:
     members = read_sample(uri, entry)
-    hr = decode_image(members["hr.png"], where=f"{uri}: {entry.key}")
-    lr = decode_image(members["lr.png"], where=f"{uri}: {entry.key}") if "lr.png" in members else None
+    hr = decode_image(image_of(members), where=f"{uri}: {entry.key}")
+    lr_data = image_of(members, "lr")
+    lr = decode_image(lr_data, where=f"{uri}: {entry.key}") if lr_data else None
     energy = gradient_energy(hr)
     return Look(hr.shape[0], hr.shape[1], float(hr.mean()), energy, _cell(entry.key, hr, lr))
 
@@ -130,8 +132,8 @@ def card_text(manifest: Manifest, run: dict[str, Any], looks: Sequence[Look]) ->
         quarantined=failed,
         num_looks=len(looks),
         histograms={
-            "mean brightness (0 to 255)": _bars([look.brightness for look in looks], np.arange(0, 257, 32)),
-            "gradient energy (0: flat)": _bars([look.energy for look in looks], 4.0 ** np.arange(-1, 8)),
+            "mean brightness (0 to 255)": bars([look.brightness for look in looks], np.arange(0, 257, 32)),
+            "gradient energy (0: flat)": bars([look.energy for look in looks], 4.0 ** np.arange(-1, 8)),
         },
         shards=f"{{000000..{len(facts['shards']) - 1:06d}}}",
         has_lr=facts["has_lr"],
@@ -150,13 +152,4 @@ def _sources(facts: dict[str, Any], config: dict[str, Any]) -> list[list[Any]]:
     return [
         [one.get(name) or {"dataset": one["kind"]}.get(name, "not stated") for name in names]
         for one in facts.get("sources", config["sources"])
-    ]
-
-
-def _bars(values: Sequence[float], edges: np.ndarray) -> list[str]:
-    """A bar of # for each stretch between edges; what is outside belongs to the outermost."""
-    counts = np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0]
-    return [
-        f"{low:6g} to {high:<6g} {count:5d} {'#' * round(50 * count / counts.max())}".rstrip()
-        for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True)
     ]

@@ -11,7 +11,8 @@ from infra.storage import abort_upload, exists, is_s3, join, list_files, modifie
 from pipelines.sharding.verify import FILES
 
 SECONDS_AT_WORK = 3600.0  # of an unfinished set: what is younger may belong to a writer that is at work
-OURS = re.compile(rf"shards/\d+\.tar|records/\d+\.json|{'|'.join(map(re.escape, FILES))}")
+INDEX = re.compile(r"index(-\d{6})?\.parquet")
+OURS = re.compile(rf"shards/\d+\.tar|records/\d+\.json|{INDEX.pattern}|{'|'.join(map(re.escape, FILES))}")
 TEMPORARY = re.compile(r"(?P<folder>(?:.*/)?)\.(?P<name>[^/]+)\.[0-9a-f]{12}\.tmp")
 PROBE = re.compile(r"\.writable-[0-9a-f]{12}")
 
@@ -39,8 +40,11 @@ def clean(uri: str) -> list[Stray]:
     names = skip_system_files((below(place, uri) for place in list_files(uri)), uri)
     records = {name for name in names if name.startswith("records/") and OURS.fullmatch(name)}
     shards = {name.replace("records", "shards").replace(".json", ".tar") for name in records}
+    parts = set(filter(INDEX.fullmatch, names))
     if finished:
-        shards = {shard["shard"] for shard in Manifest.load(uri).facts["shards"]}
+        manifest = Manifest.load(uri)
+        shards = {shard["shard"] for shard in manifest.facts["shards"]}
+        parts = {part["name"] for part in manifest.index_parts}
         records = {name.replace("shards", "records").replace(".tar", ".json") for name in shards}
     strays = []
     for name in names:
@@ -52,7 +56,7 @@ def clean(uri: str) -> list[Stray]:
             strays.append(_leftover(name, "temporary file of a stopped writer", removed=old))
         elif not finished and OURS.fullmatch(name) and name.endswith(".tar") and name not in shards:
             strays.append(Stray(name, "shard without a record: the next run takes it over"))
-        elif name not in {*FILES, *shards, *records}:
+        elif name not in {*FILES, *parts, *shards, *records}:
             strays.append(Stray(name, "unknown: no writer of this project made it", unknown=True))
     for name, upload, started in unfinished_uploads(uri) if is_s3(uri) else []:
         if not OURS.fullmatch(name):

@@ -54,6 +54,34 @@ class ShardsSource(Described):
     path: Location
 
 
+class ListSource(Described):
+    """The images that a list names: .txt (one path a line), .csv, .json, .jsonl or .parquet with the column `image`.
+    Paths are relative to the list, absolute, or s3:// URIs. With `lr`, the column of LR images, rows are pairs."""
+
+    kind: Literal["list"]
+    path: Location
+    image: str = Field("image", description="the column of (HR) images")
+    lr: str | None = Field(None, description="the column of LR images, which are kept; `degradation` has to be null")
+    scale: int = Field(4, ge=1, le=16, description="with lr: HR px per LR px, along one side")
+
+
+class WebDatasetSource(Described):
+    """The images in WebDataset tars that others made: a tar, a folder of them, or braces (`{000..099}.tar`)."""
+
+    kind: Literal["webdataset"]
+    path: Location
+    member: str | None = Field(None, description="the image's extension (jpg, hr.png) where samples have several")
+
+
+class ParquetSource(Described):
+    """The images in a column of parquet files: a file, a folder of them, or braces. The column holds the files' bytes,
+    plain or as Hugging Face's {bytes, path}."""
+
+    kind: Literal["parquet"]
+    path: Location
+    column: str = "image"
+
+
 class PackageSource(Described):
     """Named files inside an installed Python package: the photographs that come with scikit-image, for one."""
 
@@ -62,7 +90,15 @@ class PackageSource(Described):
     files: Annotated[tuple[str, ...], Field(min_length=1)]
 
 
-Source = Annotated[FolderSource | PairsSource | ShardsSource | PackageSource, Field(discriminator="kind")]
+Source = Annotated[
+    FolderSource | PairsSource | ListSource | WebDatasetSource | ParquetSource | ShardsSource | PackageSource,
+    Field(discriminator="kind"),
+]
+
+
+def brings_lr(source: Source) -> bool:
+    """Whether a source's images have their own LR images."""
+    return isinstance(source, PairsSource) or (isinstance(source, ListSource) and source.lr is not None)
 
 
 class WholeCrop(Config):
@@ -137,13 +173,26 @@ class ShardConfig(Config):
     sources: Annotated[tuple[Source, ...], Field(min_length=1)]
     scales: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)] = (1.0,)
     short_side_px: int | None = Field(None, ge=32, description="one more copy of each image, shrunk to this short side")
+    sixteen_bit: Literal["quarantine", "convert"] = Field(
+        "quarantine", description="images of 16 bits a channel; convert: scaled to 8 and rounded"
+    )
     crop: Crop = WholeCrop()
     min_gradient_energy: float = Field(
         0.0, ge=0, description="flatter windows are dropped and counted; about 4 is flat"
     )
+    max_blockiness: float | None = Field(None, gt=1, description="more visible JPEG blocks; 1: none, 1.3: clearly")
+    min_sharpness: float = Field(0.0, ge=0, description="less blurred; see the histograms of `ccsr verify --stats`")
+    min_side_px: int = Field(0, ge=0, description="images with a shorter side are dropped and counted, so is the next")
+    max_aspect: float | None = Field(None, ge=1, description="long side over short side")
     degradation: str | DegradationConfig | None = "ccsr"
     draws: int = Field(1, ge=1, description="degradations of each crop")
     samples_per_shard: int = Field(256, ge=1, description="with a grid: files per shard")
     latents: LatentsConfig | None = None
     tracking: TrackingConfig | None = Field(None, description="log the set as a run of MLflow; none: not logged")
     runtime: ShardRuntime = ShardRuntime()
+
+    def unused(self) -> dict[str, str]:
+        # Not in the fingerprint unless it is set: sets that a version without this field began are resumed.
+        later = ("sixteen_bit", "max_blockiness", "min_sharpness", "min_side_px", "max_aspect")
+        fields = type(self).model_fields
+        return {name: "unless it is set" for name in later if getattr(self, name) == fields[name].default}

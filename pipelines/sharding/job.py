@@ -3,7 +3,7 @@
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +12,8 @@ from degradation.config import DegradationConfig
 from degradation.presets import load_preset
 from infra.display.progress import progress
 from infra.errors import ConfigError, DataError, PartialResultError
-from infra.images import UnusableImageError, gradient_energy
-from infra.manifest import Manifest, Quarantined, ShardRecord, commit_record, committed_records, write_manifest
+from infra.images import UnusableImageError
+from infra.manifest import Manifest, Quarantined, ShardRecord, commit_record, committed, write_manifest
 from infra.mlflow_server import check_tracking
 from infra.process.memory import give_back_memory
 from infra.publish import download, publish_if_absent, staging
@@ -22,7 +22,8 @@ from infra.run import Progress, claim_output
 from infra.shards import IndexedEntry, write_tar
 from infra.storage import exists, join, sha256_file
 from pipelines.sharding.card import write_card
-from pipelines.sharding.config import CenterCrop, GridCrop, PairsSource, ShardConfig
+from pipelines.sharding.config import CenterCrop, GridCrop, ListSource, PairsSource, ShardConfig, brings_lr
+from pipelines.sharding.filters import scores_of, unwanted, unwanted_file
 from pipelines.sharding.mlflow_log import log_shard_set
 from pipelines.sharding.plan import PlannedSample, PlannedShard, grid_samples, num_variants, plan_shards, source_id
 from pipelines.sharding.sample import (
@@ -68,7 +69,7 @@ def run_shard(config: ShardConfig) -> Manifest:
 def preview_shard(config: ShardConfig) -> Progress:
     """What `run_shard` would do; raises what it would before it starts. Nothing is written."""
     _, files, shards, _ = _claimed(config, write=False)
-    done = len(shards) if exists(join(config.output, "manifest.json")) else len(committed_records(config.output))
+    done = len(shards) if exists(join(config.output, "manifest.json")) else len(committed(config.output))
     what = f"shards, degraded by {config.degradation}" if isinstance(config.degradation, str) else "shards"
     return Progress(done, len(shards), "shards", f"{len(files):,} files", what)
 
@@ -92,7 +93,7 @@ def resolve_degradation(config: ShardConfig) -> DegradationConfig | None:
     ConfigError for an unknown name, a crop that it or existing pairs cannot take, and latents of images of any size.
     """
     recipe = load_preset(config.degradation) if isinstance(config.degradation, str) else config.degradation
-    pairs = [source for source in config.sources if isinstance(source, PairsSource)]
+    pairs = [source for source in config.sources if isinstance(source, PairsSource | ListSource) and brings_lr(source)]
     if pairs:
         _check_pairs(config, pairs)
     size = getattr(config.crop, "size_px", 0)
@@ -112,7 +113,7 @@ def resolve_degradation(config: ShardConfig) -> DegradationConfig | None:
     return recipe
 
 
-def _check_pairs(config: ShardConfig, pairs: list[PairsSource]) -> None:
+def _check_pairs(config: ShardConfig, pairs: Sequence[PairsSource | ListSource]) -> None:
     wrong = None
     if config.degradation is not None:
         wrong = "degradation", "`pairs` sources bring their own LR images", "write `degradation: null`"
@@ -152,7 +153,7 @@ def _facts(config: ShardConfig, recipe: DegradationConfig | None, files: list[So
 
 def _write_shards(config: ShardConfig, recipe: DegradationConfig | None, shards: list[PlannedShard]) -> int:
     """Write what is missing; the number of its samples."""
-    done = committed_records(config.output)
+    done = set(committed(config.output))
     pending = [shard for shard in shards if shard.index not in done]
     num_samples = sum(len(shard.samples) for shard in shards)
     num_pending = sum(len(shard.samples) for shard in pending)
@@ -206,8 +207,8 @@ def write_shard(
     """Make one shard's tar locally, publish it unless it is there, then commit its record. Safe to repeat and to race.
 
     The tar's bytes depend on the plan, the config and the library versions (latents: on the device too). Samples that
-    cannot be made are quarantined with their reason; flat ones, and those of a smaller size without room for a window,
-    are counted as dropped. `encoder` adds the latents.
+    cannot be made are quarantined with their reason; those that a filter leaves out, and those of a smaller size
+    without room for a window, are counted as dropped. `encoder` adds the latents.
     """
     import cv2
 
@@ -216,19 +217,19 @@ def write_shard(
     dropped: Counter[str] = Counter()
     place = join(config.output, shard.name)
     with staging(place) as tar:
-        hashes: list[tuple[int, str]] = []
+        indexed: list[tuple[int, str, tuple[float, ...]]] = []
         sides: list[int] = []
 
         def members(samples: Iterable[Sample]) -> Iterator[tuple[str, dict[str, bytes]]]:
             for sample in samples:
-                hashes.append((sample.phash, sample.digest))
+                indexed.append((sample.phash, sample.digest, sample.scores))
                 sides.append(min(sample.hr.shape[:2]))
                 yield sample.key, sample.members
                 give_back_memory()
 
         samples = _samples(config, recipe, shard.samples, quarantined, dropped)
         written = write_tar(tar, shard.name, members(encoder(samples) if encoder else samples))
-        entries = [IndexedEntry.of(entry, *pair) for entry, pair in zip(written, hashes, strict=True)]
+        entries = [IndexedEntry.of(entry, *more) for entry, more in zip(written, indexed, strict=True)]
         record = ShardRecord(
             shard.index,
             shard.name,
@@ -263,9 +264,12 @@ def _samples(
         samples, digest = list(group), ""
         try:
             data, digest = read_source(file)
-            opened = open_source(file, data, digest)
+            opened = open_source(file, data, digest, convert_16_bit=config.sixteen_bit == "convert")
         except UnusableImageError as error:
             quarantined += [Quarantined(one.key, file.name, error.reason, error.what, digest) for one in samples]
+            continue
+        if reason := unwanted_file(opened.image, config):
+            dropped[reason] += len(samples)
             continue
         if isinstance(config.crop, GridCrop):
             sizes = [variant_size(opened.image, variant, config) for variant in range(num_variants(config))]
@@ -283,10 +287,11 @@ def _samples(
                     continue
                 if image.shape != opened.image.shape:
                     crop["resized"] = [image.shape[1], image.shape[0]]
-                if config.min_gradient_energy and gradient_energy(window) < config.min_gradient_energy:
-                    dropped["flat"] += 1
+                scores = scores_of(window)
+                if reason := unwanted(scores, config):
+                    dropped[reason] += 1
                     continue
-                yield make_sample(opened, window, crop, one, config, recipe)
+                yield make_sample(opened, window, crop, one, config, recipe, scores)
 
 
 def _report_quarantine(config: ShardConfig, manifest: Manifest) -> None:

@@ -10,16 +10,15 @@ from PIL import Image
 
 from degradation.config import DegradationConfig
 from degradation.pipeline import degrade
-from infra.images import UnusableImageError, decode_image, encode_png, is_plain_png
+from infra.images import UnusableImageError, decode_image, encode_png, is_plain_jpeg, is_plain_png
 from infra.seeding import rng_for
-from infra.shards import read_sample
-from infra.storage import read_bytes
+from infra.shards import image_of, read_sample
 from pipelines.sharding.config import CenterCrop, GridCrop, RandomCrop, ShardConfig
+from pipelines.sharding.containers import read_source_bytes
 from pipelines.sharding.pairs import check_pair
 from pipelines.sharding.phash import perceptual_hash
 from pipelines.sharding.plan import PlannedSample
 from pipelines.sharding.sources import SourceFile
-from pipelines.sharding.zips import read_member, split_zip
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,7 @@ class Sample:
     members: dict[str, bytes]
     phash: int
     digest: str
+    scores: tuple[float, ...]
     hr: np.ndarray
     condition: np.ndarray | None
 
@@ -49,23 +49,18 @@ def read_source(file: SourceFile) -> tuple[bytes, str]:
     """A file's bytes and the SHA-256 of its photograph."""
     if file.entry is not None:
         members = read_sample(file.uri, file.entry)
-        return members["hr.png"], json.loads(members["json"])["source_sha256"]
-    data = _read(file.uri)
+        return image_of(members), json.loads(members["json"])["source_sha256"]
+    data = read_source_bytes(file.uri)
     return data, hashlib.sha256(data).hexdigest()
 
 
-def _read(uri: str) -> bytes:
-    zipped = split_zip(uri)
-    return read_member(*zipped) if zipped and zipped[1] else read_bytes(uri)
-
-
-def open_source(file: SourceFile, data: bytes, digest: str) -> Opened:
+def open_source(file: SourceFile, data: bytes, digest: str, *, convert_16_bit: bool = False) -> Opened:
     """Decode a file, of a pair both. UnusableImageError with its reason where that cannot be done."""
-    image = decode_image(data, where=file.uri)
+    image = decode_image(data, where=file.uri, convert_16_bit=convert_16_bit)
     if not file.lr_uri:
         return Opened(data, digest, image)
-    lr_data = _read(file.lr_uri)
-    lr = decode_image(lr_data, where=file.lr_uri)
+    lr_data = read_source_bytes(file.lr_uri)
+    lr = decode_image(lr_data, where=file.lr_uri, convert_16_bit=convert_16_bit)
     check_pair(image, lr, file.scale, where=f"{file.uri} and {file.lr_uri}")
     return Opened(data, digest, image, lr_data, lr)
 
@@ -138,10 +133,12 @@ def make_sample(
     planned: PlannedSample,
     config: ShardConfig,
     recipe: DegradationConfig | None,
+    scores: tuple[float, ...],
 ) -> Sample:
     """Degrade and encode a window: hr.png, lr.png where there is a degradation or a pair, json with how they were made.
 
-    An image that is taken whole keeps its file's bytes where that is an 8-bit RGB PNG.
+    An image that is taken whole keeps its file's bytes where that is a plain PNG or JPEG (then hr.jpg, lr.jpg); of a
+    JPEG, whose decoders differ in rounding, the json has the SHA-256 of the pixels.
     """
     facts: dict[str, Any] = {
         "key": planned.key,
@@ -161,14 +158,15 @@ def make_sample(
         pair = degrade(window, recipe, rng_for(config.seed, planned.key, "degradation"))
         hr, lr, clean = pair.hr, pair.lr, bool(pair.trace["clean"])
         facts["degradation"] = pair.trace
-    members = {"hr.png": _encoded(hr, opened.image, opened.data)}
-    if lr is not None:
-        members["lr.png"] = _encoded(lr, opened.lr, opened.lr_data)
+    members: dict[str, bytes] = {}
+    for side, image, whole, data in (("hr", hr, opened.image, opened.data), ("lr", lr, opened.lr, opened.lr_data)):
+        if image is None:
+            continue
+        untouched = whole is not None and image.shape == whole.shape and np.array_equal(image, whole)
+        if untouched and is_plain_jpeg(data):
+            members[f"{side}.jpg"] = data
+            facts[f"{side}_pixels_sha256"] = hashlib.sha256(image.tobytes()).hexdigest()
+        else:
+            members[f"{side}.png"] = data if untouched and is_plain_png(data) else encode_png(image)
     members["json"] = json.dumps(facts, sort_keys=True).encode()
-    return Sample(planned.key, members, perceptual_hash(window), opened.digest, hr, hr if clean else lr)
-
-
-def _encoded(image: np.ndarray, whole: np.ndarray | None, data: bytes) -> bytes:
-    """`image` as PNG: the source's own bytes where they are just that."""
-    untouched = whole is not None and image.shape == whole.shape and is_plain_png(data) and np.array_equal(image, whole)
-    return data if untouched else encode_png(image)
+    return Sample(planned.key, members, perceptual_hash(window), opened.digest, scores, hr, hr if clean else lr)

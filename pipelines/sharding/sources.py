@@ -18,11 +18,22 @@ from infra.manifest import Manifest
 from infra.pairing import by_pair_name
 from infra.shards import Entry
 from infra.storage import join
-from pipelines.sharding.config import FolderSource, PackageSource, PairsSource, ShardsSource, Source
+from infra.tars import NUM_LISTED, sizes_of
+from pipelines.sharding.config import (
+    FolderSource,
+    ListSource,
+    PackageSource,
+    PairsSource,
+    ParquetSource,
+    ShardsSource,
+    Source,
+    WebDatasetSource,
+)
+from pipelines.sharding.containers import list_parquet, list_tars
+from pipelines.sharding.lists import read_list, resolved
 from pipelines.sharding.zips import list_members, split_zip
 
 WILDCARDS = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-NUM_LISTED = 5
 MAX_KEY_BYTES = 48
 CONTACT_SHEET = "contact_sheet.jpg"
 
@@ -78,7 +89,7 @@ def list_sources(sources: Sequence[Source]) -> list[SourceFile]:
             one.uri,
             one.num_bytes,
             one.lr_uri,
-            source.scale if isinstance(source, PairsSource) else 1,
+            source.scale if isinstance(source, PairsSource | ListSource) and one.lr_uri else 1,
             one.entry,
             one.identity,
         )
@@ -145,6 +156,12 @@ def _list_source(source: Source) -> list[Found]:
         manifest = Manifest.load(source.path.rstrip("/"))
         identity = manifest.dataset_id
         return [Found(e.key, manifest.uri, e.length_bytes, "", e, identity) for e in manifest.entries]
+    if isinstance(source, ListSource):
+        return _list_rows(source)
+    if isinstance(source, WebDatasetSource):
+        return [Found(*member) for member in list_tars(source.path, source.member)]
+    if isinstance(source, ParquetSource):
+        return [Found(*member) for member in list_parquet(source.path, source.column)]
     if isinstance(source, PairsSource):
         found, where = _list_pairs(source), f"{source.hr} and {source.lr}"
     else:
@@ -164,6 +181,17 @@ def _list_folder(source: FolderSource) -> list[Found]:
     if source.dataset:
         pattern = re.compile(_layout(source.dataset, source.name)["files"])
         found = [one for one in found if pattern.fullmatch(one.name)]
+    return found
+
+
+def _list_rows(source: ListSource) -> list[Found]:
+    rows = read_list(source.path, (source.image, *([source.lr] if source.lr else [])))
+    files = [[resolved(name, source.path) for name in row] for row in rows]
+    sizes = iter(sizes_of([file for row in files for file in row], source.path))
+    found = []
+    for (name, *_), (uri, *lr) in zip(rows, files, strict=True):
+        size, lr_sizes = next(sizes), [next(sizes) for _ in lr]
+        found.append(Found(name, uri, size, "".join(lr), None, " ".join(map(str, lr_sizes))))
     return found
 
 

@@ -19,9 +19,10 @@ from infra.publish import download
 from infra.run import MLFLOW_FILE
 from infra.shards import Entry, read_index
 from infra.storage import is_s3, join, list_files, sha256_file
+from pipelines.sharding.append import joined
 from pipelines.sharding.phash import NEAR_BITS, near_pairs
 
-FILES = ("run.json", MLFLOW_FILE, "index.parquet", "manifest.json", "contact_sheet.jpg", "DATA_CARD.md")
+FILES = ("run.json", MLFLOW_FILE, "manifest.json", "contact_sheet.jpg", "DATA_CARD.md")
 NUM_THREADS = 8
 
 
@@ -32,6 +33,8 @@ def verify(uri: str) -> Manifest:
     index. Raises DataError with every fault; a byte index that the manifest does not know ends the check at once.
     """
     manifest = Manifest.load(uri)
+    if "bases" in manifest.facts:
+        return _verify_appended(manifest)
     shards = manifest.facts["shards"]
     index = manifest.index
     present = set(skip_system_files((below(place, uri) for place in list_files(uri)), uri))
@@ -70,13 +73,33 @@ def verify(uri: str) -> Manifest:
     aside = set_aside(records)
     if len(records) == len(shards) and any(manifest.facts.get(name, {}) != aside[name] for name in aside):
         faults.append("the manifest lists other quarantined or dropped samples than the records")
-    known = {*FILES, *(shard["shard"] for shard in shards), *(f"records/{i:06d}.json" for i in range(len(shards)))}
+    known = {*FILES, *(part["name"] for part in manifest.index_parts), *(shard["shard"] for shard in shards)}
+    known |= {f"records/{i:06d}.json" for i in range(len(shards))}
     faults += [f"{name} does not belong" for name in sorted(present - known)]
     if faults:
         raise DataError(
             f"{len(faults)} faults: {'; '.join(faults[:5])}{'; ...' if len(faults) > 5 else ''}",
             where=uri,
             todo="make the set again in a new output; `ccsr verify --clean` names what does not belong",
+        )
+    return manifest
+
+
+def _verify_appended(manifest: Manifest) -> Manifest:
+    """Verify the sets that an appended one was made of, and that it says what they say."""
+    sets = []
+    for base in manifest.facts["bases"]:
+        if "dataset_id" not in base:
+            what = "this is an index over tars that others made, which carry no hashes"
+            raise DataError(what, where=manifest.uri, todo="shard them, for a set that can be verified")
+        sets.append(verify(base["uri"]))
+        if sets[-1].dataset_id != base["dataset_id"]:
+            raise DataError("another set is there now", where=base["uri"], todo="`ccsr append` into a new output")
+    expected = joined(sets)
+    if any(manifest.facts[name] != expected[name] for name in expected):
+        wrong = ", ".join(name for name in expected if manifest.facts[name] != expected[name])
+        raise DataError(
+            f"the manifest disagrees with its sets: {wrong}", where=manifest.uri, todo="`ccsr append` into a new output"
         )
     return manifest
 

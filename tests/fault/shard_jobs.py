@@ -42,7 +42,8 @@ def save_photos(folder: Path) -> None:
 class ShardJob:
     """One `ccsr shard` into `output`, on the Ray at `address` or one of its own; `environment` is added to its.
 
-    `source` is where its photographs are to be read instead of `photos`; `inside` goes before the command.
+    `source` is where its photographs are to be read instead of `photos`, by a source of `kind`; `inside` goes before
+    the command.
     """
 
     photos: Path
@@ -51,13 +52,14 @@ class ShardJob:
     num_actors: int = 1
     environment: dict[str, str] = field(default_factory=dict)
     source: str | None = None
+    kind: str = "folder"
     inside: Sequence[str] = ()
 
     def start(self) -> subprocess.Popen[str]:
         values = {
             "job": "shard",
             "output": self.output,
-            "sources": [{"kind": "folder", "name": "set", "path": self.source or str(self.photos)}],
+            "sources": [{"kind": self.kind, "name": "set", "path": self.source or str(self.photos)}],
             "degradation": "realesrgan",
             "draws": DRAWS,
             "samples_per_shard": PER_SHARD,

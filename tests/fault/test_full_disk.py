@@ -9,7 +9,7 @@ import pytest
 from shard_jobs import NUM_SHARDS, ShardJob, num_records, require_undisturbed, tmpfs
 
 from infra import StorageError
-from infra.manifest import committed_records
+from infra.manifest import ShardRecord, committed, record_uri
 from infra.publish import download, staging, write_bytes
 from infra.storage import sha256_file
 from tests.training_runs import noise_shards, run_workers, train_config
@@ -41,7 +41,7 @@ def test_a_full_disk_stops_the_job_and_more_space_finishes_it(
     assert todo.strip().startswith("to do: ")
     assert "Traceback" not in printed
     assert 0 < num_records(output) < NUM_SHARDS
-    for record in committed_records(output).values():
+    for record in (ShardRecord.read(record_uri(output, index)) for index in committed(output)):
         assert sha256_file(Path(output, record.shard)) == record.sha256
     subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
     code, printed = ShardJob(photos, output, address).run()

@@ -7,7 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from shard_jobs import NUM_SHARDS, ShardJob, num_records, require_undisturbed, wait, wait_until, writing_workers
+import webdataset
+from shard_jobs import KEYS, NUM_SHARDS, ShardJob, num_records, require_undisturbed, wait, wait_until, writing_workers
+
+from pipelines.sharding.clean import clean
+from pipelines.sharding.verify import verify
 
 
 @pytest.mark.parametrize("num_kills", [2, pytest.param(10, marks=pytest.mark.slow)])
@@ -50,3 +54,36 @@ def test_the_same_command_finishes_after_kill_9_of_the_driver(
     code, printed = ShardJob(photos, output, address).run()
     assert code == 0, printed
     require_undisturbed(output, whole)
+
+
+@pytest.mark.parametrize("kind", ["list", "webdataset"])
+def test_lists_and_foreign_tars_are_sharded_exactly_once_too(
+    kind: str, photos: Path, whole: str, address: str, tmp_path: Path
+) -> None:
+    files = sorted(photos.iterdir())
+    if kind == "list":
+        source = photos.with_suffix(".txt")
+        source.write_text("".join(f"{file}\n" for file in files))
+    else:
+        source = tmp_path / "tars"
+        source.mkdir()
+        for number in range(2):
+            with webdataset.TarWriter(str(source / f"{number}.tar"), encoder=False) as writer:
+                for file in files[12 * number : 12 * number + 12]:
+                    writer.write({"__key__": file.stem, "png": file.read_bytes()})
+    output = str(tmp_path / "out")
+    again = ShardJob(photos, output, address, num_actors=2, source=str(source), kind=kind)
+    job = again.start()
+    wait_until(job, lambda: num_records(output) >= 3)
+    os.kill(wait_until(job, writing_workers)[0].pid, signal.SIGKILL)
+    wait_until(job, lambda: num_records(output) >= 9)
+    os.kill(job.pid, signal.SIGKILL)
+    job.wait()
+    assert not (tmp_path / "out" / "manifest.json").exists(), "killed too late"
+    code, printed = again.run()
+    assert code == 0, printed
+    assert all(stray.removed for stray in clean(output))
+    made, undisturbed = verify(output), verify(whole)
+    assert [entry.key for entry in made.entries] == KEYS
+    assert made.index["source_hash"] == undisturbed.index["source_hash"]
+    assert made.index["phash"] == undisturbed.index["phash"]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from infra import rng_for
 from training.config import TrainConfig
+from training.data.order import SORTED
 from training.run.agreement import WorkerContext
 from training.run.checkpoint import complete_checkpoints, load_checkpoint
 from training.run.checkpointer import Checkpoints
@@ -90,6 +91,7 @@ def test_training_goes_on_from_it() -> None:
     run = Run(str(FOLDER))
     with run.checkpoints as checkpoints:
         assert checkpoints.resume() == 3
+        assert checkpoints.order == SORTED, "it names none: it was made before there was another"
         for number in (3, 4):
             run.update(number)
     expected = json.loads((FOLDER / "after.json").read_text())

@@ -25,6 +25,7 @@ from diffusers.models.attention import BasicTransformerBlock
 import training.run.checkpointer
 from infra.errors import ConfigError, ModelError, StoppedError, StorageError
 from infra.manifest import Manifest
+from infra.storage import sha256_file
 from tests.small_networks import seeded_lpips, small_dino, smaller_tiny
 from tests.training_runs import (
     Losses,
@@ -37,6 +38,7 @@ from tests.training_runs import (
     with_bad_gradient,
 )
 from training.data.batches import updates
+from training.data.order import SORTED
 from training.data.samples import SampleReader
 from training.models import load_model
 from training.run.checkpoint import TrainingState, complete_checkpoints, load_checkpoint
@@ -215,6 +217,23 @@ def test_losses_are_those_of_the_committed_run(process_group, data, tmp_path, re
     golden = json.loads((GOLDEN / f"stage{stage}.json").read_text())
     assert len(set(golden)) == LONG
     assert_near(losses, golden)
+
+
+def test_a_checkpoint_of_the_sorted_order_resumes_in_it(process_group, data, tmp_path, monkeypatch):
+    """An earlier version's checkpoints name no order. The losses were recorded by that version."""
+    golden = json.loads((GOLDEN / "stage1_sorted.json").read_text())
+    with monkeypatch.context() as patch:
+        patch.setattr("training.run.checkpointer.FEISTEL", SORTED)
+        losses = train_here(train_config(data, tmp_path, num_updates=10))
+    place = tmp_path / "checkpoints" / f"{40:012d}"
+    facts = json.loads((place / "state.json").read_text())
+    assert facts.pop("order") == SORTED
+    (place / "state.json").write_text(json.dumps(facts))
+    hashes = json.loads((place / "complete.json").read_text()) | {"state.json": sha256_file(place / "state.json")}
+    (place / "complete.json").write_text(json.dumps(hashes))
+    losses += train_here(train_config(data, tmp_path, num_updates=len(golden)))
+    assert losses == pytest.approx(golden, rel=1e-4)
+    assert checkpoint_at(tmp_path, len(golden)).facts["order"] == SORTED
 
 
 def assert_near(losses: list[float], expected: list[float]) -> None:

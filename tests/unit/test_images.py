@@ -7,15 +7,18 @@ from typing import Any
 
 import cv2
 import numpy as np
+import pillow_heif
 import pytest
 from PIL import Image
 
 from infra import DataError, rng_for
 from infra.images import (
+    FORMATS,
     UnusableImageError,
     decode_image,
     encode_png,
     icc_profile,
+    is_plain_jpeg,
     is_plain_png,
     list_images,
     read_image,
@@ -145,6 +148,40 @@ def test_exif_orientation_is_applied(orientation: int, upright: Callable[[np.nda
     assert (decode_image(saved(picture(), "PNG", exif=exif), where="x") == upright(PHOTO)).all()
 
 
+def test_avif_and_heic_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    avif, heic = saved(picture(), "AVIF", quality=95), io.BytesIO()
+    pillow_heif.from_pillow(picture()).save(heic, quality=95)
+    for data in (avif, heic.getvalue()):
+        assert np.abs(decode_image(data, where="x").astype(int) - PHOTO).mean() < 6
+    monkeypatch.setattr("infra.images._formats", lambda: FORMATS)
+    with pytest.raises(UnusableImageError, match="pillow-heif") as caught:
+        decode_image(heic.getvalue(), where="x")
+    assert caught.value.reason == "heic"
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tiff"])
+def test_sixteen_bits_are_converted_on_request(suffix: str) -> None:
+    for pixels in (np.maximum(SIXTEEN_RGB, 100) - np.uint16(100), SIXTEEN_RGB[..., 0]):
+        data = cv2.imencode(suffix, pixels)[1].tobytes()
+        expected = np.rint(pixels / 257).astype(np.uint8)
+        expected = expected[..., ::-1] if pixels.ndim == 3 else np.stack([expected] * 3, -1)
+        assert np.array_equal(decode_image(data, where="x", convert_16_bit=True), expected)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    grey = Image.fromarray(SIXTEEN_RGB[..., 0])
+    upright = decode_image(saved(grey, "PNG", exif=turned), where="x", convert_16_bit=True)
+    assert upright.shape[:2] == SIXTEEN_RGB.shape[1::-1]
+    clear = np.dstack([SIXTEEN_RGB, np.zeros(SIXTEEN_RGB.shape[:2], np.uint16)])
+    for data, reason in (
+        (saved(picture("F"), "TIFF"), "sixteen_bit"),
+        (cv2.imencode(".png", clear)[1].tobytes(), "transparent"),
+        (cv2.imencode(".png", SIXTEEN_RGB)[1].tobytes()[:-60], "truncated"),
+    ):
+        with pytest.raises(UnusableImageError) as caught:
+            decode_image(data, where="x", convert_16_bit=True)
+        assert caught.value.reason == reason
+
+
 def test_of_a_cameras_multi_picture_jpeg_the_photograph_is_taken() -> None:
     preview = picture().resize((8, 8))
     data = saved(picture(), "MPO", save_all=True, append_images=[preview], quality=95)
@@ -201,6 +238,7 @@ def looked_at(data: bytes) -> str:
     assert (image.dtype, image.shape[2]) == (np.uint8, 3)
     icc_profile(data)
     is_plain_png(data)
+    is_plain_jpeg(data)
     return ""
 
 

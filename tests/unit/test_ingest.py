@@ -5,7 +5,7 @@ import sys
 import threading
 import time
 from contextlib import nullcontext
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +137,33 @@ def test_hr_and_lr_show_the_same_place(stored: list[Manifest]) -> None:
     assert flips == {1, -1}
 
 
+def test_stored_pairs_and_synthetic_ones_mix(stored: list[Manifest], bare: list[Manifest]) -> None:
+    data = [stored[0].uri, {"path": bare[0].uri, "degradation": "bicubic"}]
+    settings, alone = config(data=data), config(degradation="bicubic")
+    reader = SampleReader([stored[0], bare[0]], settings)
+    kept = {entry.key for entry in stored[0].entries}
+    for position in range(12):
+        sample, place = reader(position), reader.place(position)
+        recipe = None if sample.key in kept else "bicubic"
+        one = SampleReader([stored[0] if recipe is None else bare[0]], alone if recipe else config())
+        assert_samples_equal(sample, one.maker(place._replace(number=0)))
+    assert {reader(position).key in kept for position in range(12)} == {True, False}
+    without, plain = (
+        result_part(config(data=each)) for each in (["d", "e"], ["d", {"path": "e", "degradation": None}])
+    )
+    assert without == plain == {**without, "data": [{"weight": 1.0}] * 2}, "as before there was such a field"
+    assert result_part(settings)["data"][1] == {"weight": 1.0, "degradation": "bicubic"}
+    with pytest.raises(DataError, match="hold no LR images") as caught:
+        SampleReader([stored[0], bare[0]], config(data=["d", "e"]))
+    assert caught.value.where == bare[0].uri
+
+
+def assert_samples_equal(one: TrainingSample, other: TrainingSample) -> None:
+    assert one.key == other.key
+    assert np.array_equal(one.hr, other.hr)
+    assert np.array_equal(one.lr, other.lr)
+
+
 def test_degradation_on_the_fly_needs_no_lr(bare: list[Manifest]) -> None:
     sample = reader_of(bare, config(degradation="ccsr"))(0)
     assert sample.hr.shape == (32, 32, 3)
@@ -225,7 +252,7 @@ class CountedMaker(SampleMaker):
 def test_a_slow_loop_stops_the_ingest_at_its_window(stored: list[Manifest]) -> None:
     settings = config(num_updates=100, global_batch_size=8, runtime={"prefetch_batches": 2})
     reader = reader_of(stored, settings)
-    maker = CountedMaker(0, 32, None)
+    maker = CountedMaker(0, 32, (None, None))
     reader.maker = maker
     batches = updates(reader, settings, start=0, rank=0, world_size=1)
     assert window(settings, 1) == 8
@@ -343,9 +370,9 @@ def test_a_shard_that_changed_is_told(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="damaged") as caught:
         reader(0)
     assert place.entry.key in caught.value.where
-    shard.write_bytes(whole[place.entry.length_bytes :] + whole)
-    with pytest.raises(DataError, match="the index promises sample"):
-        list(map(reader, range(4)))
+    shard.write_bytes(whole)
+    with pytest.raises(DataError, match="the index promises sample other"):
+        reader.maker(place._replace(entry=replace(place.entry, key="other")))
 
 
 def test_a_dataset_that_changed_since_the_run_began_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

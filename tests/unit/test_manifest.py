@@ -1,7 +1,12 @@
 """The manifest: what is committed once stays, what disagrees is loud, and a set is the same wherever it lies."""
 
 import dataclasses
+import gc
 import json
+import os
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +20,7 @@ from infra.manifest import (
     Quarantined,
     ShardRecord,
     commit_record,
-    committed_records,
+    committed,
     index_table,
     record_uri,
     write_manifest,
@@ -30,7 +35,12 @@ FACTS: dict[str, Any] = {"scale": 4, "has_lr": True, "source_id": "s", "fingerpr
 def record(index: int, num_samples: int = 2, sha256: str = "5" * 64) -> ShardRecord:
     shard = f"shards/{index:06d}.tar"
     entries = [
-        IndexedEntry.of(Entry(f"k-{index}-{number}", shard, 1024 * number, 1024), 2**64 - 1 - number, f"{index:064x}")
+        IndexedEntry.of(
+            Entry(f"k-{index}-{number}", shard, 1024 * number, 1024),
+            2**64 - 1 - number,
+            f"{index:064x}",
+            (index, 1, 2.5),
+        )
         for number in range(num_samples)
     ]
     failed = [Quarantined(f"bad-{index}", "x.png", "empty", "the file is empty", "0" * 64)] if index == 1 else []
@@ -48,7 +58,7 @@ def test_a_set_is_what_was_committed(output: str) -> None:
     manifest = write_manifest(output, 3, **FACTS)
     expected = [entry for index in range(3) for entry in record(index).entries]
     assert manifest.index.to_pylist() == [dataclasses.asdict(entry) for entry in expected]
-    assert manifest.entries == [Entry(e.key, e.shard, e.offset_bytes, e.length_bytes) for e in expected]
+    assert list(manifest.entries) == [Entry(e.key, e.shard, e.offset_bytes, e.length_bytes) for e in expected]
     assert manifest.index["phash"].to_numpy().dtype == np.uint64
     assert manifest.num_samples == 6
     assert manifest.facts["num_bytes"] == 3 * 2048
@@ -65,7 +75,8 @@ def test_committing_the_same_twice_is_quiet_and_another_record_is_loud(output: s
         commit_record(output, record(0, sha256="6" * 64))
     with pytest.raises(DataError, match="different bytes"):
         commit_record(output, record(0, num_samples=1))
-    assert committed_records(output) == {0: record(0)}
+    assert committed(output) == [0]
+    assert ShardRecord.read(record_uri(output, 0)) == record(0)
 
 
 def test_records_come_back_whole(output: str) -> None:
@@ -132,6 +143,44 @@ def test_an_index_of_an_interrupted_run_is_taken_over_if_it_says_the_same(tmp_pa
     assert (tmp_path / "index.parquet").read_bytes() == before
 
 
+def test_an_index_in_parts_is_one_index(output: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("infra.manifest.SHARDS_PER_PART", 2)
+    monkeypatch.setattr("infra.byte_index.ROWS_PER_BATCH", 2)
+    counts = (3, 1, 0, 0, 2)  # the second part has no rows and is not written
+    for index, count in enumerate(counts):
+        commit_record(output, record(index, count))
+    manifest = write_manifest(output, len(counts), **FACTS)
+    expected = [entry for index, count in enumerate(counts) for entry in record(index, count).entries]
+    assert [part["name"] for part in manifest.facts["index"]] == ["index.parquet", "index-000001.parquet"]
+    assert [part["num_samples"] for part in manifest.index_parts] == [4, 2]
+    assert manifest.index.to_pylist() == [dataclasses.asdict(entry) for entry in expected]
+    entries = manifest.entries
+    plain = [Entry(e.key, e.shard, e.offset_bytes, e.length_bytes) for e in expected]
+    assert list(entries) == [entries[number] for number in range(6)] == plain
+    assert (entries[-1], entries[1:6:2], len(entries)) == (plain[-1], plain[1:6:2], 6)
+    with pytest.raises(IndexError):
+        entries[6]
+
+
+def test_processes_of_a_node_share_one_copy_that_the_last_one_removes(
+    output: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    commit_record(output, record(0))
+    manifest = write_manifest(output, 1, **FACTS)
+    first = manifest.entries
+    (copy,) = tmp_path.glob("ccsr-copies-*/*/index.arrow")
+    script = "import sys, pickle; print(pickle.load(sys.stdin.buffer).entries[1].key)"
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    write_bytes(join(output, "index.parquet"), b"")  # whoever reads it again fails
+    other = subprocess.run([sys.executable, "-c", script], input=pickle.dumps(manifest), env=environment, stdout=-1)
+    assert other.stdout.decode().split() == [first[1].key]
+    assert copy.exists(), "the first one still uses it"
+    del first, manifest
+    gc.collect()
+    assert not copy.exists()
+
+
 def test_an_index_that_says_something_else_is_refused(tmp_path: Path) -> None:
     commit_record(str(tmp_path), record(0))
     pq.write_table(index_table(record(1).entries), tmp_path / "index.parquet")
@@ -164,5 +213,5 @@ def test_a_damaged_record_is_told(tmp_path: Path) -> None:
     for content in (b"{", b"[]", b'{"index": 0}'):
         write_bytes(record_uri(str(tmp_path), 0), content)
         with pytest.raises(DataError, match="record is damaged") as caught:
-            committed_records(str(tmp_path))
+            write_manifest(str(tmp_path), 1, **FACTS)
         assert caught.value.where == record_uri(str(tmp_path), 0)

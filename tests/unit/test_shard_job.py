@@ -1,30 +1,37 @@
 """A shard's making, without Ray: equal bytes each time, bad files set aside, and `verify` finds every change."""
 
+import hashlib
 import io
 import json
 import subprocess
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from photos import make_shard_set, photo, save_photos, shard_config
 from PIL import Image
 
 from degradation import apply
+from evaluation.inputs import load_sets
 from infra import ConfigError, DataError, PartialResultError, StorageError
-from infra.images import UnusableImageError, decode_image, encode_png
-from infra.manifest import Manifest, committed_records, record_uri
+from infra.config import result_part
+from infra.images import UnusableImageError, decode_image, encode_png, resize_bicubic
+from infra.manifest import Manifest, ShardRecord, committed, record_uri
 from infra.publish import publish_if_absent, write_bytes
 from infra.seeding import noise_for
-from infra.shards import read_sample
+from infra.shards import image_of, read_sample
 from infra.storage import exists, join, list_files, read_bytes
+from pipelines.sharding.card import _look
 from pipelines.sharding.config import LatentsConfig, ShardConfig
 from pipelines.sharding.job import _report_quarantine, resolve_degradation, write_shard
 from pipelines.sharding.plan import plan_shards
 from pipelines.sharding.sample import crop_image
 from pipelines.sharding.sources import SourceFile, list_sources
 from pipelines.sharding.verify import verify
+from tests.training_runs import train_config
+from training.data.samples import SampleReader
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +154,7 @@ def test_another_shard_in_the_place_is_a_loud_error(photos: Path, output: str) -
     with pytest.raises(DataError, match="another shard is already there"):
         write_shard(config, resolve_degradation(config), first_shard(config))
     assert read_bytes(join(output, "shards", "000000.tar")) == b"something else"
-    assert committed_records(output) == {}
+    assert committed(output) == []
 
 
 def test_another_record_in_the_place_is_a_loud_error(photos: Path, tmp_path: Path) -> None:
@@ -168,7 +175,8 @@ def test_an_unreadable_source_loses_nothing_that_is_done(photos: Path, tmp_path:
     (tmp_path / "photos" / "01.png").unlink()
     with pytest.raises(StorageError, match="no such file"):
         write_shard(config, recipe, second)
-    assert committed_records(config.output) == {0: record}
+    assert committed(config.output) == [0]
+    assert ShardRecord.read(record_uri(config.output, 0)) == record
     assert list(list_files(join(config.output, "shards"))) == [join(config.output, first.name)]
 
 
@@ -342,36 +350,92 @@ def test_flat_windows_are_dropped_and_counted(tmp_path: Path) -> None:
     _report_quarantine(config, manifest)  # no error
 
 
-def png(image: np.ndarray, mode: str = "RGB", **options: Any) -> bytes:
+def encoded(image: np.ndarray, kind: str = "PNG", mode: str = "RGB", **options: Any) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(image).convert(mode).save(buffer, "PNG", **options)
+    Image.fromarray(image).convert(mode).save(buffer, kind, **options)
     return buffer.getvalue()
 
 
-def test_a_png_that_is_taken_whole_keeps_its_bytes(tmp_path: Path) -> None:
-    turned = Image.Exif()
-    turned[0x0112] = 6
+def test_a_png_or_jpeg_that_is_taken_whole_keeps_its_bytes(tmp_path: Path) -> None:
+    turned, upright = Image.Exif(), Image.Exif()
+    turned[0x0112], upright[0x0112] = 6, 1
     image = photo(64, 96)
     sources = {
-        "plain": png(image, compress_level=9),
-        "grey": png(image, "L"),
-        "alpha": png(image, "RGBA"),
-        "turned": png(image, exif=turned),
-        "tail": png(image) + b"more",
-        "odd": png(photo(66, 96)),
+        "plain.png": encoded(image, compress_level=9),
+        "grey.png": encoded(image, mode="L"),
+        "alpha.png": encoded(image, mode="RGBA"),
+        "turned.png": encoded(image, exif=turned),
+        "tail.png": encoded(image) + b"more",
+        "odd.png": encoded(photo(66, 96)),
+        "jplain.jpg": encoded(image, "JPEG"),
+        "jupright.jpg": encoded(image, "JPEG", exif=upright, progressive=True),
+        "jgrey.jpg": encoded(image, "JPEG", mode="L"),
+        "jturned.jpg": encoded(image, "JPEG", exif=turned),
+        "jtail.jpg": encoded(image, "JPEG") + b"more",
+        "jodd.jpg": encoded(photo(66, 96), "JPEG"),
+        "jframes.jpg": encoded(image, "MPO", save_all=True, append_images=[Image.fromarray(image)]),
     }
     (tmp_path / "photos").mkdir()
     for name, data in sources.items():
-        (tmp_path / "photos" / f"{name}.png").write_bytes(data)
-    Image.fromarray(image).save(tmp_path / "photos" / "jpeg.jpg")
+        (tmp_path / "photos" / name).write_bytes(data)
     kept = {}
     for preset in ("bicubic", "stablesr"):  # StableSR's preset sharpens HR
         made = make_shard_set(shard_config(tmp_path / "photos", tmp_path / preset, degradation=preset))
-        stored = {entry.key.split("-")[1]: read_sample(made.uri, entry)["hr.png"] for entry in made.entries}
-        assert stored.keys() == {*sources, "jpeg"}
-        kept[preset] = {name for name, data in sources.items() if stored[name] == data}
-        assert all(data.startswith(b"\x89PNG") for data in stored.values())
-    assert kept == {"bicubic": {"plain"}, "stablesr": set()}
+        assert verify(made.uri) == made
+        stored = {entry.key.split("-")[1]: read_sample(made.uri, entry) for entry in made.entries}
+        assert stored.keys() == {name[:-4] for name in sources}
+        kept[preset] = {name for name, data in sources.items() if image_of(stored[name[:-4]]) == data}
+        for name, members in stored.items():
+            hr, facts = decode_image(image_of(members), where=name), json.loads(members["json"])
+            assert ("hr.jpg" in members) == (f"{name}.jpg" in kept[preset])
+            if "hr.jpg" in members:
+                assert facts["hr_pixels_sha256"] == hashlib.sha256(hr.tobytes()).hexdigest()
+                original = decode_image(sources[f"{name}.jpg"], where=name)
+                assert np.array_equal(hr, original)
+    assert kept == {"bicubic": {"plain.png", "jplain.jpg", "jupright.jpg"}, "stablesr": set()}
+
+
+def test_sixteen_bits_are_converted_where_that_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    deep = cv2.imencode(".png", photo(64, 96).astype(np.uint16) * 257)[1].tobytes()
+    (tmp_path / "photos" / "deep.png").write_bytes(deep)
+    (tmp_path / "photos" / "plain.png").write_bytes(encode_png(photo(64, 96)))
+    refused, converted = (
+        make_shard_set(shard_config(tmp_path / "photos", tmp_path / name, degradation=None, sixteen_bit=name))
+        for name in ("quarantine", "convert")
+    )
+    assert [item["reason"] for item in refused.facts["quarantined"]] == ["sixteen_bit"]
+    assert converted.num_samples == 2
+    hr = decode_image(read_sample(converted.uri, converted.entries[0])["hr.png"], where="")
+    assert np.array_equal(hr[..., ::-1], photo(64, 96))  # OpenCV writes BGR
+    parts = [result_part(shard_config("p", "o", sixteen_bit=name)) for name in ("quarantine", "convert")]
+    assert "sixteen_bit" not in parts[0], "a set that an earlier version began is resumed"
+    assert parts[1] == {**parts[0], "sixteen_bit": "convert"}
+
+
+def test_every_reader_takes_whole_jpegs(tmp_path: Path) -> None:
+    """Training, evaluation, another sharding, the card; an LR image too."""
+    hr = photo(64, 96)
+    for folder, image in (("hr", hr), ("lr", resize_bicubic(hr, 24, 16))):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.jpg").write_bytes(encoded(image, "JPEG", quality=95))
+    pairs = {"kind": "pairs", "name": "p", "hr": str(tmp_path / "hr"), "lr": str(tmp_path / "lr")}
+    values = {"job": "shard", "output": str(tmp_path / "set"), "sources": [pairs], "degradation": None}
+    made = make_shard_set(ShardConfig.model_validate(values))
+    assert set(read_sample(made.uri, made.entries[0])) == {"hr.jpg", "lr.jpg", "json"}
+    expected = [decode_image((tmp_path / side / "a.jpg").read_bytes(), where="") for side in ("hr", "lr")]
+    sample = SampleReader([made], train_config(made.uri, "o", num_updates=1))(0)
+    assert sample.hr.shape == (32, 32, 3)
+    (one,) = load_sets([made.uri]).images
+    lr, read, _ = one.read()
+    assert np.array_equal(read, expected[0])
+    assert np.array_equal(lr, expected[1])
+    again = {"kind": "shards", "name": "again", "path": made.uri}
+    values |= {"output": str(tmp_path / "again"), "sources": [again]}
+    other = make_shard_set(ShardConfig.model_validate(values))
+    assert image_of(read_sample(other.uri, other.entries[0])) == (tmp_path / "hr" / "a.jpg").read_bytes()
+    card = _look(made.uri, made.entries[0])
+    assert (card.height, card.width) == (64, 96)
 
 
 def test_other_programs_read_a_shard(photos: Path, tmp_path: Path) -> None:

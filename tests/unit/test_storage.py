@@ -381,7 +381,7 @@ class Refusing:
         self.calls += 1
         if self.calls <= self.times:
             raise self.error
-        return {"type": "file"}
+        return {"type": "file", "size": 0}
 
     pipe_file = put_file = get_file = lambda self, *args, **kwargs: self.info("")
 

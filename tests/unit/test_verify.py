@@ -20,6 +20,7 @@ from infra.publish import write_bytes
 from infra.shards import read_index
 from infra.storage import _s3, join, list_files, read_bytes, sha256_file
 from pipelines.sharding.clean import clean, print_cleaned
+from pipelines.sharding.filters import print_stats
 from pipelines.sharding.job import resolve_degradation, write_shard
 from pipelines.sharding.plan import plan_shards
 from pipelines.sharding.sources import list_sources
@@ -243,22 +244,28 @@ def test_near_duplicates_and_crops_of_the_same_file_are_found(
 def test_sets_without_hashes_still_verify_but_cannot_be_compared(photos: Path, tmp_path: Path) -> None:
     """As an earlier version wrote them: neither records nor index know hashes."""
     new = make_shard_set(shard_config(photos, tmp_path / "set", degradation="bicubic", samples_per_shard=2))
-    entries = new.entries
+    entries = list(new.entries)
     for place in list_files(join(new.uri, "records")):
         values = json.loads(read_bytes(place))
         for entry in values["entries"]:
             del entry["phash"], entry["source_hash"]
+            del entry["gradient_energy"], entry["blockiness"], entry["sharpness"]
         write_bytes(place, json.dumps(values).encode())
     for name in ("index.parquet", "manifest.json"):
         Path(new.uri, name).unlink()
     config = shard_config(photos, tmp_path / "set", degradation="bicubic", samples_per_shard=2)
-    written = ("format", "dataset_id", "num_samples", "num_bytes", "index_sha256", "quarantined", "dropped", "shards")
+    written = ("format", "dataset_id", "num_samples", "num_bytes", "index", "quarantined", "dropped", "shards")
     facts = {name: value for name, value in new.facts.items() if name not in written}
     old = write_manifest(config.output, 2, **facts)
     assert old.index.column_names == ["key", "shard", "offset_bytes", "length_bytes"]
     assert old.dataset_id == new.dataset_id
-    assert old.entries == entries
+    (part,) = old.facts.pop("index")
+    old.facts["index_sha256"] = part["sha256"]
+    write_bytes(join(old.uri, "manifest.json"), json.dumps(old.facts).encode())
+    assert list(old.entries) == entries
     assert verify(old.uri) == old
+    with pytest.raises(DataError, match="its index holds no scores"):
+        print_stats(old.uri)
     with pytest.raises(DataError, match="holds no hashes to compare by") as caught:
         list(find_duplicates(old.uri, old.uri))
     assert "ccsr shard" in caught.value.todo

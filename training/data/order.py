@@ -1,12 +1,23 @@
 """Which sample is at which position of the training stream, and which rank takes it: pure functions of integers."""
 
+from bisect import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import accumulate
+from math import isqrt
+from typing import TypeVar
 
 import numpy as np
 
 from infra.errors import ConfigError
 from infra.seeding import rng_for
+
+Index = TypeVar("Index", int, np.ndarray)
+FEISTEL, SORTED = "feistel", "sorted"
+"""How an epoch is permuted: a keyed bijection; a sorted table, in checkpoints that do not name their order."""
+NUM_ROUNDS = 4
+MASK = 2**64 - 1
 
 
 @dataclass(frozen=True)
@@ -21,6 +32,7 @@ class Order:
     seed: int
     sizes: tuple[int, ...]
     weights: tuple[float, ...]
+    form: str = FEISTEL
 
     @cached_property
     def slots(self) -> tuple[int, ...]:
@@ -35,32 +47,65 @@ class Order:
             )
         return slots
 
+    @cached_property
+    def _starts(self) -> tuple[list[int], list[int]]:
+        """The first slot and the first sample of each set."""
+        return list(accumulate(self.slots, initial=0)), list(accumulate(self.sizes, initial=0))
+
     def sample_at(self, position: int) -> tuple[int, int]:
         """(epoch, sample) of the `position`-th sample seen since the run began."""
-        epoch, offset = divmod(position, sum(self.slots))
-        return epoch, int(_epoch(self, epoch)[offset])
+        first_slot, first_sample = self._starts
+        epoch, offset = divmod(position, first_slot[-1])
+        slot = self._permuted(offset, first_slot[-1], "order", epoch)
+        number = bisect(first_slot, slot) - 1
+        size, count = self.sizes[number], self.slots[number]
+        sample = slot - first_slot[number]
+        if count != size:
+            lap, place = divmod(epoch * count + sample, size)
+            sample = self._permuted(place, size, "order", "set", number, lap)
+        return epoch, first_sample[number] + sample
+
+    def _permuted(self, index: int, size: int, *keys: str | int) -> int:
+        if self.form == SORTED:
+            return int(_table(size, self.seed, *keys)[index])
+        rounds = _round_keys(self.seed, *keys)
+        while (index := feistel(index, size, rounds)) >= size:
+            pass
+        return index
 
 
-@lru_cache(maxsize=4)
-def _epoch(order: Order, epoch: int) -> np.ndarray:
-    samples, first = [], 0
-    for number, (size, count) in enumerate(zip(order.sizes, order.slots, strict=True)):
-        stretch = np.arange(size) if count == size else _stretch(order.seed, number, size, epoch * count, count)
-        samples.append(first + stretch)
-        first += size
-    return np.concatenate(samples)[_permutation(sum(order.slots), order.seed, "order", epoch)]
-
-
-def _stretch(seed: int, number: int, size: int, start: int, count: int) -> np.ndarray:
-    """`count` samples from place `start` on in the row of permutations of set `number`."""
-    first, last = start // size, (start + count - 1) // size
-    laps = [_permutation(size, seed, "order", "set", number, lap) for lap in range(first, last + 1)]
-    return np.concatenate(laps)[start - first * size :][:count]
-
-
-def _permutation(size: int, seed: int, *keys: str | int) -> np.ndarray:
-    # Sorting raw Philox words, because NumPy keeps those (unlike `permutation`) the same from release to release.
+@lru_cache(maxsize=64)
+def _table(size: int, seed: int, *keys: str | int) -> np.ndarray:
     return np.argsort(rng_for(seed, *keys).bit_generator.random_raw(size), kind="stable")
+
+
+@lru_cache(maxsize=1024)
+def _round_keys(seed: int, *keys: str | int) -> tuple[tuple[int, int], ...]:
+    # Raw Philox words, because NumPy keeps those the same from release to release.
+    words = rng_for(seed, *keys).bit_generator.random_raw((NUM_ROUNDS, 2)).tolist()
+    return tuple((one, other) for one, other in words)
+
+
+def feistel(index: Index, size: int, rounds: Sequence[tuple[int, int]]) -> Index:
+    """A keyed bijection of [0, rows * columns), which holds [0, size) and hardly more: repeated until the result is
+    below `size`, it is one of [0, size) (cycle walking).
+
+    A generalised Feistel network (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002, section 5) whose
+    round function is SplitMix64's finaliser. `index`: an int, or an array of uint64.
+    """
+    columns = isqrt(size - 1) + 1
+    rows = -(-size // columns)
+    row, column = index // columns, index % columns
+    for one, other in rounds:
+        row = (row + _mixed(column ^ one)) % rows
+        column = (column + _mixed(row ^ other)) % columns
+    return row * columns + column
+
+
+def _mixed(word: Index) -> Index:
+    word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9 & MASK
+    word = (word ^ word >> 27) * 0x94D049BB133111EB & MASK
+    return word ^ word >> 31
 
 
 def positions_of(

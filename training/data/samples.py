@@ -2,8 +2,10 @@
 
 import io
 import json
+from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -16,20 +18,21 @@ from infra.errors import ConfigError, DataError
 from infra.images import decode_image
 from infra.manifest import Manifest
 from infra.seeding import rng_for
-from infra.shards import Entry, read_sample
+from infra.shards import Entry, image_of, read_sample
 from training.config import TrainConfig
-from training.data.order import Order
+from training.data.order import FEISTEL, Order
 
 MOMENTS = ("hr.mean", "hr.std", "lr.mean", "lr.std")
 SAMPLED = "sampled"  # the latent that a stage-1 model made of the LR: what StableSR's stage 2 starts from
 
 
 class Place(NamedTuple):
-    """Where the sample of a position is stored: its shard set and its entry there."""
+    """Where the sample of a position is stored: its shard set, its entry there, and the set's number in the config."""
 
     position: int
     uri: str
     entry: Entry
+    number: int = 0
 
 
 @dataclass(frozen=True)
@@ -47,18 +50,19 @@ class TrainingSample:
 
 
 class SampleReader:
-    """Samples by position from one or several shard sets, in the seeded order over all of them."""
+    """Samples by position from one or several shard sets, in the seeded order over all of them; `form` as of Order."""
 
-    def __init__(self, manifests: Sequence[Manifest], config: TrainConfig) -> None:
-        self._entries = [(manifest.uri, entry) for manifest in manifests for entry in manifest.entries]
+    def __init__(self, manifests: Sequence[Manifest], config: TrainConfig, form: str = FEISTEL) -> None:
+        self._sets = [(manifest.uri, manifest.entries) for manifest in manifests]
         sizes = tuple(manifest.num_samples for manifest in manifests)
-        self._order = Order(config.seed, sizes, tuple(part.weight for part in config.data))
+        self._order = Order(config.seed, sizes, tuple(part.weight for part in config.data), form)
+        self._firsts = list(accumulate(sizes, initial=0))
         latents = config.inputs == "latents"
-        recipe = _recipe(config, manifests)
+        recipes = tuple(_recipe(config, number, manifest) for number, manifest in enumerate(manifests))
         self.maker = SampleMaker(
             config.seed,
             config.crop_px,
-            recipe,
+            recipes,
             latents,
             with_images=config.stage == 2,
             with_sampled=config.starts_from_stored_samples,
@@ -66,7 +70,10 @@ class SampleReader:
 
     def place(self, position: int) -> Place:
         """Where the sample of a position is stored."""
-        return Place(position, *self._entries[self._order.sample_at(position)[1]])
+        _, sample = self._order.sample_at(position)
+        number = bisect(self._firsts, sample) - 1
+        uri, entries = self._sets[number]
+        return Place(position, uri, entries[sample - self._firsts[number]], number)
 
     def __call__(self, position: int) -> TrainingSample:
         """The sample at a position."""
@@ -77,13 +84,13 @@ class SampleReader:
 class SampleMaker:
     """Reads one sample. It knows neither index nor model, so it travels with a task and loads quickly anywhere.
 
-    `recipe`: None for the stored LR. `latents`: the stored ones, together with the images only where `with_images`,
-    with the sampled latent where `with_sampled`.
+    `recipes`: of each set; None for the stored LR. `latents`: the stored ones, together with the images only where
+    `with_images`, with the sampled latent where `with_sampled`.
     """
 
     seed: int
     crop_px: int
-    recipe: DegradationConfig | None
+    recipes: tuple[DegradationConfig | None, ...]
     latents: bool = False
     with_images: bool = True
     with_sampled: bool = False
@@ -95,17 +102,17 @@ class SampleMaker:
         where = f"{place.uri}/{entry.shard}: {entry.key}"
         if self.latents:
             return self._stored_latents(members, place, where)
-        hr = decode_image(members["hr.png"], where=where)
-        rng = rng_for(self.seed, "sample", place.position)
-        lr = decode_image(members["lr.png"], where=where) if self.recipe is None else hr
+        hr = decode_image(image_of(members), where=where)
+        rng, recipe = rng_for(self.seed, "sample", place.position), self.recipes[place.number]
+        lr = decode_image(image_of(members, "lr"), where=where) if recipe is None else hr
         hr, lr = _crop_pair(hr, lr, self.crop_px, rng, where)
         if rng.random() < 0.5:  # before the degradation, whose drift and block grid have a direction
             hr, lr = hr[:, ::-1], lr[:, ::-1]
         hr, lr = np.ascontiguousarray(hr), np.ascontiguousarray(lr)
-        if self.recipe is None:
+        if recipe is None:
             clean = json.loads(members["json"])["degradation"]["clean"]
         else:
-            pair = degrade(hr, self.recipe, rng)
+            pair = degrade(hr, recipe, rng)
             hr, lr, clean = pair.hr, pair.lr, pair.trace["clean"]
         return TrainingSample(entry.key, place.position, hr, hr if clean else lr)
 
@@ -115,7 +122,7 @@ class SampleMaker:
 
         if "latent.safetensors" not in members:
             raise DataError("this sample holds no latents", where=where, todo="train with `inputs: pixels`")
-        width, height = Image.open(io.BytesIO(members["hr.png"])).size  # of the header: no pixel is decoded
+        width, height = Image.open(io.BytesIO(image_of(members))).size  # of the header: no pixel is decoded
         if width != self.crop_px or height != self.crop_px:
             raise DataError(
                 f"the stored latents are of {width}x{height} px, not of crop_px = {self.crop_px}",
@@ -125,22 +132,18 @@ class SampleMaker:
         moments = load(members["latent.safetensors"])
         hr = lr = np.zeros((0, 0, 3), np.uint8)
         if self.with_images:
-            hr = decode_image(members["hr.png"], where=where)
+            hr = decode_image(image_of(members), where=where)
             clean = json.loads(members["json"])["degradation"]["clean"]
-            lr = hr if clean else decode_image(members["lr.png"], where=where)
+            lr = hr if clean else decode_image(image_of(members, "lr"), where=where)
         names = (*MOMENTS, SAMPLED) if self.with_sampled else MOMENTS
         return TrainingSample(place.entry.key, place.position, hr, lr, {name: moments[name] for name in names})
 
 
-def _recipe(config: TrainConfig, manifests: Sequence[Manifest]) -> DegradationConfig | None:
-    if config.degradation is None:
-        for manifest in manifests:
-            if not manifest.facts["has_lr"]:
-                raise DataError(
-                    "these shards hold no LR images", where=manifest.uri, todo="name a `degradation` to train with"
-                )
-        return None
-    return load_preset(config.degradation) if isinstance(config.degradation, str) else config.degradation
+def _recipe(config: TrainConfig, number: int, manifest: Manifest) -> DegradationConfig | None:
+    chosen = config.data[number].degradation or config.degradation
+    if chosen is None and not manifest.facts["has_lr"]:
+        raise DataError("these shards hold no LR images", where=manifest.uri, todo="name a `degradation` to train with")
+    return load_preset(chosen) if isinstance(chosen, str) else chosen
 
 
 def check_latents(config: TrainConfig, manifests: Sequence[Manifest], encoder_id: str) -> None:

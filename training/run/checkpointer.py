@@ -13,6 +13,7 @@ from infra.errors import CcsrError, DataError, line_of
 from infra.run import check_claim
 from infra.storage import join
 from training.config import TrainConfig
+from training.data.order import FEISTEL, SORTED
 from training.run.agreement import WorkerContext, agree, attempt, from_rank_0
 from training.run.checkpoint import (
     TrainingState,
@@ -31,7 +32,8 @@ from training.run.health import check_replicas
 class Checkpoints:
     """The checkpoints of a running engine; a block, at whose end the last write is waited for.
 
-    `discriminator`: stage 2's module and its optimiser.
+    `discriminator`: stage 2's module and its optimiser. `order`: the form of the run's sample order, which a resumed
+    checkpoint keeps.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Checkpoints:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
         self._saved = 0
+        self.order = FEISTEL
         self._damaged: list[str] = []  # of rank 0
 
     def __enter__(self) -> "Checkpoints":
@@ -87,6 +90,7 @@ class Checkpoints:
             )
             agree(context, error)
         self._saved = state.facts["position"] // config.global_batch_size
+        self.order = state.facts.get("order", SORTED)
         restore_engine(self._engine, self._optimizer, state.tensors, self._saved, averaged=config.ema is not None)
         if self._discriminator is not None:
             restore_module(*self._discriminator, state.tensors["discriminator"], self._saved)
@@ -126,7 +130,8 @@ class Checkpoints:
             return
         if discriminator:
             tensors["discriminator"] = discriminator
-        facts = {"position": num_updates * config.global_batch_size, "num_updates": num_updates, **context.facts}
+        position = num_updates * config.global_batch_size
+        facts = {"position": position, "num_updates": num_updates, "order": self.order, **context.facts}
         if validation:
             facts["validation"] = dict(validation)
         failed = self.failure()

@@ -17,6 +17,7 @@ from infra.mlflow_server import check_tracking, tracking_uri
 from infra.ray_runtime import cpus_here, ray_cluster, user_error
 from infra.run import Progress, claim_output, git_commit
 from infra.storage import exists, join, read_json
+from infra.tars import open_set
 from infra.tracking import Tracker, track
 from training.config import TrainConfig
 from training.data.batches import check_cpus
@@ -94,7 +95,7 @@ def _claimed(
 ) -> tuple[TrainConfig, list[Manifest], dict[str, Any], dict[str, Any]]:
     """The config with the places that it names found, what it reads and its identity, and run.json."""
     config = config.model_copy(update={"init_from": find_model(config.init_from, config.tracking)})
-    manifests = [Manifest.load(part.path) for part in config.data]
+    manifests = [open_set(part.path, join(config.output, ".data"), write=write) for part in config.data]
     _check_crop(config, manifests)
     validation = config.validation.data if config.validation else ()
     check_output(config.output, [*(part.path for part in config.data), *validation])

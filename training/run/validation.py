@@ -13,7 +13,7 @@ from infra.errors import DataError
 from infra.images import decode_image, encode_png, resize_bicubic
 from infra.manifest import Manifest
 from infra.pixels import CROP_BORDER, StabilityAccumulator, coloured, l_std_equal_sharpness, psnr_y
-from infra.shards import Entry, read_sample
+from infra.shards import Entry, image_of, read_sample
 from infra.weights import list_weights
 from training.config import SamplingConfig, TrainConfig, ValidationConfig
 from training.models import CcsrModel, load_dists, load_lpips
@@ -84,7 +84,7 @@ class Validation:
     def _score(self, model: CcsrModel, place: int) -> tuple[int, dict[str, float], dict[str, bytes]]:
         uri, entry = self.images[place]
         members = read_sample(uri, entry)
-        lr, hr = (decode_image(members[f"{m}.png"], where=f"{uri}: {entry.key}.{m}") for m in ("lr", "hr"))
+        lr, hr = (decode_image(image_of(members, m), where=f"{uri}: {entry.key}.{m}") for m in ("lr", "hr"))
         height, width = hr.shape[:2]
         runs = range(self.settings.num_runs)
         images = list(

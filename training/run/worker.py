@@ -42,7 +42,7 @@ def train(config: TrainConfig, manifests: list[Manifest], model: CcsrModel, cont
     with ExitStack() as ends:
         checkpoints = ends.enter_context(Checkpoints(config, engine, optimizer, discriminator, context))
         done = checkpoints.resume()
-        reader = SampleReader(manifests, config)
+        reader = SampleReader(manifests, config, checkpoints.order)
         stream = updates(reader, config, start=done, rank=context.rank, world_size=context.world_size)
         ends.enter_context(closing(stream))
         validation, error = attempt(lambda: Validation.load(config))
