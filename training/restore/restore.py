@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from infra.errors import ConfigError, DataError, ModelError
+from infra.pictures import resized
 from infra.process.memory import free_memory
 from infra.seeding import Noise, noise_for
 from infra.storage import join, read_json
@@ -37,13 +38,14 @@ UNET_MAPS = 32  # activations of the first level's size live at once in ControlN
 @dataclass(frozen=True)
 class PreparedImage:
     """What all runs of an image share. `enlarged`: the LR at the networks' size (1, 3, H, W) in [0, 1]; `mean`, `std`:
-    its scaled latent's moments (1, 4, h, w), of the padded image; `size`: the output's (H, W)."""
+    its scaled latent's moments (1, 4, h, w), of the padded image; `size`: the output's (H, W); `levels`: its white."""
 
     key: str
     size: tuple[int, int]
     enlarged: Tensor
     mean: Tensor
     std: Tensor
+    levels: int = 255
 
 
 def check_sampling(uri: str, config: SamplingConfig) -> None:
@@ -87,8 +89,9 @@ def prepare_image(
     num_runs: int = 1,
     vae_bytes: int | None = None,
 ) -> PreparedImage:
-    """Enlarge `lr`, uint8 (h, w, 3) RGB, to `size` = (H, W), pad it by reflection, and encode it once.
+    """Enlarge `lr`, uint8 or uint16 (h, w, 3) RGB, to `size` = (H, W), pad it by reflection, and encode it once.
 
+    uint16 is never rounded to 8 bits; its restorations are uint16 too (only with `sizes: pad`, else DataError).
     `vae_bytes`: budget of the VAE's activations, default VAE_BYTES. DataError for an output under 2 px, and where
     `num_runs` runs together or the VAE's temporary files would not fit what is free.
     """
@@ -99,15 +102,17 @@ def prepare_image(
             where=key,
             todo="use a larger image",
         )
+    if lr.dtype != np.uint8 and config.sizes != "pad":
+        raise DataError("published size rules are of 8-bit images", where=key, todo="use --set sampling.sizes=pad")
     device = next(model.vae.parameters()).device
     budget = VAE_BYTES[device.type] if vae_bytes is None else vae_bytes
     _check_memory(model, size, config, num_runs, budget, key)
     if config.sizes == "pad":
-        filter_ = Image.Resampling[config.enlargement.upper()]
-        pixels = np.asarray(Image.fromarray(lr).resize((width, height), filter_))
+        pixels = resized(lr, size, Image.Resampling[config.enlargement.upper()])
     else:
         pixels = published_input(lr, size, config.sizes, where=key)
-    enlarged = torch.from_numpy(pixels.copy()).to(device).permute(2, 0, 1)[None] / 255
+    levels = np.iinfo(pixels.dtype).max
+    enlarged = torch.from_numpy(pixels.astype(np.float32)).to(device).permute(2, 0, 1)[None] / levels
     unit = model.factor * (_unit(model) if config.sizes == "pad" else 1)
     padded = _reflect(enlarged, -enlarged.shape[-2] % unit, -enlarged.shape[-1] % unit)
     encoder = model.vae if model.condition_encoder is None else model.condition_encoder
@@ -115,7 +120,7 @@ def prepare_image(
         mean, std = model.encode_condition(padded)
     else:
         mean, std = encode_in_bands(encoder, padded, budget)
-    return PreparedImage(key, size, enlarged, mean, std)
+    return PreparedImage(key, size, enlarged, mean, std, levels)
 
 
 @torch.inference_mode()
@@ -127,7 +132,7 @@ def restore_batch(
     seed: int,
     vae_bytes: int | None = None,
 ) -> Iterator[np.ndarray]:
-    """Yield one uint8 (H, W, 3) RGB image per row = (image, run); all images' latents have one shape.
+    """Yield one (H, W, 3) RGB image, uint8 or uint16 as its LR, per row = (image, run); all latents have one shape.
 
     The latents of all rows are computed together; they are decoded as many at a time as fit `vae_bytes`.
     """
@@ -156,13 +161,16 @@ def decode_images(
     config: SamplingConfig,
     vae_bytes: int | None = None,
 ) -> Iterator[np.ndarray]:
-    """The images, uint8 (H, W, 3) RGB, of one latent each."""
+    """The images, (H, W, 3) RGB, uint8 or uint16 as their LR, of one latent each. DataError where one is not finite."""
     padded = torch.cat([_padded(model, image) for image in images]) if _wrapped(model, config) else None
     for image, pixels in zip(images, decode_rows(model, latents, vae_bytes, padded, config.wrapping), strict=True):
         height, width = image.enlarged.shape[-2:]
         epsilon = METHODS[model.config.family].color_epsilon
         pixels = color_fix(pixels[..., :height, :width], image.enlarged, config.color_fix, epsilon)
-        levels = pixels[0].clamp(0, 1).mul_(255).round_().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+        if not pixels.isfinite().all():
+            raise DataError("the networks' numbers overflowed", where=image.key, todo="use --dtype bfloat16 or float32")
+        dtype = torch.uint8 if image.levels == 255 else torch.uint16
+        levels = pixels[0].clamp(0, 1).mul_(image.levels).round_().to(dtype).permute(1, 2, 0).cpu().numpy()
         yield levels if config.sizes == "pad" else published_output(levels, image.size, config.sizes)
 
 
