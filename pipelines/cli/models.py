@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from infra.locations import location
+from infra.locations import location, model_location
 from pipelines.cli.options import AsJson, ConfigCommand, Overrides
 from pipelines.cli.registry import load_any
 
@@ -39,6 +39,29 @@ def convert(
     files = {"v1": v1, "stablesr": stablesr, "wrapping": wrapping, "controlnet": controlnet, "vae": vae}
     place = run_convert(output, **files, base=base, family=family, fetch=fetch)
     typer.echo(f"model: {place}")
+
+
+@app.command()
+def export(
+    model: Annotated[
+        str, typer.Argument(parser=model_location, help="A model directory, a run's folder, or runs:/ID.")
+    ],
+    output: Annotated[str, typer.Argument(metavar="OUTPUT", parser=location, help="The directory to write.")],
+    to: Annotated[str, typer.Option(help="The form: diffusers.")] = "diffusers",
+    data: Annotated[list[str] | None, typer.Option(parser=location, help="For the card: a shard set it saw.")] = None,
+    metrics: Annotated[str | None, typer.Option(help="For the card: an evaluation's folder[:METHOD].")] = None,
+    licence: Annotated[str, typer.Option(help="Of the weights, for the card: an identifier of the hub.")] = "other",
+) -> None:
+    """Write a model for other programs: diffusers loads it without this project."""
+    from infra.errors import ConfigError
+
+    if to != "diffusers":
+        raise ConfigError(f"no form is called {to!r}", where="--to", todo="write --to diffusers")
+    from pipelines.export import export_diffusers
+
+    typer.echo(
+        f"diffusers pipeline: {export_diffusers(model, output, data=data or [], metrics=metrics, licence=licence)}"
+    )
 
 
 @app.command(cls=ConfigCommand)
