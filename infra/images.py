@@ -22,6 +22,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".a
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "AVIF")  # Pillow's other readers stay shut: one runs Ghostscript
 OBJECT = re.compile(r" ?<[^>]* at 0x[0-9a-f]+>")
 SYSTEM_NAMES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", ".ds_store"}
+MODES = ("RGB", "L", "P", "RGBA", "LA", "1")  # of 8 bits, or fewer, that become RGB without a choice
 MAX_PIXELS = 256_000_000
 ORIENTATION = 0x0112  # the EXIF tag
 Image.MAX_IMAGE_PIXELS = None  # our own limit below applies before any pixel is decoded
@@ -46,8 +47,9 @@ CONVERSIONS = {
 }
 
 
-def _refuse(reason: str, what: str, where: str) -> UnusableImageError:
-    todo = CONVERSIONS.get(reason, "replace or remove the file")
+def refuse(reason: str, what: str, where: str, *, todo: str | None = None) -> UnusableImageError:
+    """The error for a file; `todo`: by default the command that converts it."""
+    todo = todo or CONVERSIONS.get(reason, "replace or remove the file")
     return UnusableImageError(what, where=where, todo=todo, reason=reason)
 
 
@@ -60,7 +62,7 @@ def refusing(reason: str, what: str, where: str) -> Iterator[None]:
         raise
     except Exception as error:
         detail = OBJECT.sub("", line_of(error))  # a reason is part of a shard's record: the same in each process
-        raise _refuse(reason, f"{what} ({type(error).__name__}: {detail})", where) from error
+        raise refuse(reason, f"{what} ({type(error).__name__}: {detail})", where) from error
 
 
 @cache
@@ -82,34 +84,48 @@ def decode_image(data: bytes, *, where: str, convert_16_bit: bool = False) -> np
     Raises UnusableImageError (reason `empty`, `unreadable`, `heic`, `too_large`, `animated`, `sixteen_bit`, `cmyk`,
     `transparent` or `truncated`) for anything else.
     """
-    if not data:
-        raise _refuse("empty", "the file is empty", where)
-    formats = _formats()
-    if data[4:11] == b"ftyphei" and "HEIF" not in formats:
-        raise _refuse("heic", "HEIC is read by the package pillow-heif, which is not installed", where)
-    with refusing("unreadable", f"the file is not a readable {', '.join(FORMATS[:-1])} or {FORMATS[-1]}", where):
-        image: Image.Image = Image.open(io.BytesIO(data), formats=formats)
-        num_frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-    if image.width * image.height > MAX_PIXELS:
-        raise _refuse("too_large", f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels", where)
-    if num_frames > 1:
-        raise _refuse("animated", f"the file holds {num_frames} frames", where)
-    # Pillow opens 16-bit colour as RGB and drops the lower byte; only the decoder's raw mode tells.
-    if image.mode.startswith(("I", "F")) or ";16" in str(image.tile):  # type: ignore[attr-defined]
+    image = open_image(data, where)
+    if is_deep(image):
         if not convert_16_bit or image.mode.startswith("F"):
-            raise _refuse("sixteen_bit", f"mode {image.mode} is stored with more than 8 bits a channel", where)
+            raise refuse("sixteen_bit", f"mode {image.mode} is stored with more than 8 bits a channel", where)
         with refusing("truncated", "the picture data is damaged", where):
             image.load()  # raises on damage, which OpenCV fills with grey
             image = _eight_bits(data, image.getexif().get(ORIENTATION, 1))
-    if image.mode not in ("RGB", "L", "P", "RGBA", "LA", "1"):
-        raise _refuse("cmyk", f"colour mode {image.mode} is not RGB", where)
+    if image.mode not in MODES:
+        raise refuse("cmyk", f"colour mode {image.mode} is not RGB", where)
     with refusing("truncated", "the picture data is damaged", where):
         image = ImageOps.exif_transpose(image)
         if image.mode in ("RGBA", "LA") or "transparency" in image.info:
             image = image.convert("RGBA")
             if np.asarray(image)[..., 3].min() < 255:
-                raise _refuse("transparent", "the picture has transparent pixels", where)
+                raise refuse("transparent", "the picture has transparent pixels", where)
         return np.asarray(image.convert("RGB"))
+
+
+def open_image(data: bytes, where: str) -> Image.Image:
+    """A file's only picture, not decoded yet. UnusableImageError: `empty`, `heic`, `unreadable`, `too_large`,
+    `animated`."""
+    if not data:
+        raise refuse("empty", "the file is empty", where)
+    formats = _formats()
+    if data[4:11] == b"ftyphei" and "HEIF" not in formats:
+        raise refuse("heic", "HEIC is read by the package pillow-heif, which is not installed", where)
+    with refusing("unreadable", f"the file is not a readable {', '.join(FORMATS[:-1])} or {FORMATS[-1]}", where):
+        image: Image.Image = Image.open(io.BytesIO(data), formats=formats)
+        num_frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+    if image.width * image.height > MAX_PIXELS:
+        raise refuse("too_large", f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels", where)
+    if num_frames > 1:
+        raise refuse("animated", f"the file holds {num_frames} frames", where)
+    return image
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Whether an image that is not decoded yet is stored with more than 8 bits a channel.
+
+    Pillow opens 16-bit colour as RGB and drops the lower byte; only the decoder's raw mode tells.
+    """
+    return image.mode.startswith(("I", "F")) or ";16" in str(image.tile)  # type: ignore[attr-defined]
 
 
 def _eight_bits(data: bytes, orientation: int) -> Image.Image:
@@ -130,18 +146,10 @@ def read_image(uri: str) -> np.ndarray:
     return decode_image(read_bytes(uri), where=uri)
 
 
-def icc_profile(data: bytes) -> bytes | None:
-    """The RGB colour profile that an image file carries; None where it has none, or one of other colours.
-
-    `data`: a file that `decode_image` takes; that function's pixels stay in the profile's colours.
-    """
-    profile = Image.open(io.BytesIO(data), formats=_formats()).info.get("icc_profile")
-    return profile if isinstance(profile, bytes) and profile[16:20] == b"RGB " else None
-
-
-def encode_png(image: np.ndarray, profile: bytes | None = None) -> bytes:
-    """Encode uint8 RGB (H, W, 3) or uint16 grey (H, W), with an ICC profile; the same input gives the same bytes."""
-    pixels = image[..., ::-1] if image.ndim == 3 else image
+def encode_png(image: np.ndarray, profile: bytes | None = None, exif: bytes | None = None) -> bytes:
+    """Encode uint8 or uint16 RGB(A) (H, W, 3 | 4) or grey (H, W), with an ICC profile and EXIF (as in a JPEG); the same
+    input gives the same bytes."""
+    pixels = image[..., [2, 1, 0, 3][: image.shape[2]]] if image.ndim == 3 else image
     # On photographs, files and time are smaller than at any zlib level of their quality (benchmarks/png.md).
     flags = [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE]
     done, data = cv2.imencode(".png", pixels, flags)
@@ -150,12 +158,17 @@ def encode_png(image: np.ndarray, profile: bytes | None = None) -> bytes:
             f"an array of shape {image.shape} cannot be written as PNG", where="encode_png", todo="check the image"
         )
     png = data.tobytes()
-    if profile is None:
-        return png
-    chunk = b"iCCPICC profile\0\0" + zlib.compress(profile)
+    chunks = b""
+    if profile is not None:
+        chunks += _png_chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(profile))
+    if exif is not None:
+        chunks += _png_chunk(b"eXIf", exif.removeprefix(b"Exif\0\0"))
     end_of_header = 8 + 4 + 4 + 13 + 4  # signature, then the first chunk: length, name, content, checksum
-    length, checksum = struct.pack(">I", len(chunk) - 4), struct.pack(">I", zlib.crc32(chunk))
-    return png[:end_of_header] + length + chunk + checksum + png[end_of_header:]
+    return png[:end_of_header] + chunks + png[end_of_header:]
+
+
+def _png_chunk(name: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
 
 def is_plain_png(data: bytes) -> bool:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -10,10 +11,11 @@ from pydantic import Field
 from infra.config import Config, apply_overrides, parse_config
 from infra.display.progress import progress
 from infra.errors import CcsrError, ConfigError, printable
-from infra.images import UnusableImageError, decode_image, encode_png, icc_profile
+from infra.images import refuse
 from infra.locations import location, model_location
 from infra.mlflow_models import find_model
 from infra.mlflow_server import TrackingConfig
+from infra.pictures import FORMATS_OF, MAX_SIDE, Picture, PictureFormat, decode_picture, encode_picture
 from infra.process.numerics import NumericsConfig, set_numerics
 from infra.publish import put_if_absent
 from infra.ray_runtime import RayConfig, on_ray
@@ -47,21 +49,37 @@ class RestoreConfig(Config):
     num_runs: int = Field(1, ge=1)
     seed: int = 0
     scale: float = Field(4, ge=1, le=8)
-    dtype: Literal["auto", "float32", "bfloat16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    format: PictureFormat | Literal["input"] = Field("png", description="of the results; input: each as its source")
+    quality: int = Field(95, ge=1, le=100, description="of JPEG and WebP")
+    convert: bool = Field(False, description="convert what the results cannot hold: CMYK, alpha in JPEG, 16 bits")
+    gps: bool = Field(False, description="keep the position in EXIF")
+    side_by_side: bool = Field(False, description="each result beside its enlarged source, in one picture")
     sampling: SamplingConfig = SamplingConfig()
     numerics: NumericsConfig = NumericsConfig()
     runtime: RestoreRuntime = RestoreRuntime()
+
+    def unused(self) -> dict[str, str]:
+        return {"quality": f"with format: {self.format}"} if self.format in ("png", "tiff") else {}
 
 
 def restore_config(options: Mapping[str, Any]) -> RestoreConfig:
     """The config that the options of `ccsr restore` make. Raises ConfigError."""
     sampling = {name: options[name] for name in ("t_max", "t_min")}
+    if options["fp16"]:
+        if options["dtype"] not in ("auto", "float16"):
+            raise ConfigError("--fp16 and --dtype differ", where="command line", todo="give one of them")
+        options = {**options, "dtype": "float16"}
     sampling |= {
         "num_steps": options["steps"],
         "tile": options["tile"] or None,
         "color_fix": options["color"],
     }
-    values = {name: options[name] for name in ("seed", "scale", "dtype")} | {
+    if options["format"] is None:  # the suffix of an OUTPUT that is a file
+        options = {**options, "format": FORMATS_OF.get(Path(options["output"]).suffix.lower())}
+    named = ("seed", "scale", "dtype", "convert", "gps", "side_by_side")
+    values = {name: options[name] for name in named} | {
+        **{name: options[name] for name in ("format", "quality") if options[name] is not None},
         "num_runs": options["runs"],
         "sampling": sampling,
         "runtime": {"device": options["device"], "use_ray": options["ray"]},
@@ -90,8 +108,10 @@ def pick_device(runtime: RestoreRuntime) -> Literal["cpu", "cuda"]:
 
 
 def _resolved(config: RestoreConfig) -> RestoreConfig:
-    """`config` without `auto`; a GPU's dtype is bfloat16, a CPU's float32."""
+    """`config` without `auto`; a GPU's dtype is bfloat16, a CPU's float32. ConfigError for float16 on a CPU."""
     device = pick_device(config.runtime)
+    if config.dtype == "float16" and device == "cpu":
+        raise ConfigError("float16 needs a GPU", where="dtype", todo="use --dtype float32, or --device cuda")
     dtype = {"cpu": "float32", "cuda": "bfloat16"}[device] if config.dtype == "auto" else config.dtype
     runtime = config.runtime.model_copy(update={"device": device})
     return config.model_copy(update={"dtype": dtype, "runtime": runtime})
@@ -101,17 +121,17 @@ def restore(source: str, output: str, model_uri: str, config: RestoreConfig) -> 
     """Restore one file, or all images below a folder or s3:// prefix; returns how many images there are.
 
     `model_uri`: a model directory, the folder of the run that trained one, or runs:/ID.
-    Writes OUT/NAME.png, or OUT/runs/NN/NAME.png for several runs, OUT/run.json, and per image OUT/records/KEY.json with
-    the size and hash of its file. OUT may be a file, NAME.png, if INPUT is one; NAME.png.run.json is beside it. What is
-    there is kept if it was made from the same content. A file that cannot be used, or that has changed since, is
-    passed over; PartialResultError names them at the end.
+    Writes OUT/NAME.png (or the suffix of another `format`), or OUT/runs/NN/NAME.png for several runs, OUT/run.json, and
+    per image OUT/records/KEY.json with the size and hash of its file. OUT may be a file if INPUT is one: its suffix is
+    then the format, and NAME.png.run.json is beside it. What is there is kept if it was made from the same content. A
+    file that cannot be used, or that has changed since, is passed over; PartialResultError names them at the end.
     """
     config = _resolved(config)
     source, output = map(location, (source, output))
     model_uri = find_model(model_location(model_uri), TrackingConfig())
     inputs: dict[str, Any] = {"model": model_id(model_uri)}
     check_sampling(model_uri, config.sampling)
-    folder, tasks = plan(source, output, config.num_runs)
+    folder, tasks = plan(source, output, config.num_runs, config.format)
     name = "run.json"
     if folder != output:
         inputs["source"] = identity(read_bytes(source))
@@ -160,7 +180,7 @@ def _outcomes(
 class _Row(NamedTuple):
     image: PreparedImage
     run: int
-    profile: bytes | None
+    picture: Picture
     task: dict[str, Any]
 
 
@@ -179,7 +199,7 @@ class Restorer:
         rows: list[_Row] = []
         for task in images:
             try:
-                image, profile = self._prepare(task)
+                image, picture = self._prepare(task)
             except (CcsrError, MemoryError, RuntimeError) as error:
                 yield task["uri"], *_failure(error)
                 continue
@@ -188,19 +208,25 @@ class Restorer:
                 if rows and (full or rows[0].image.mean.shape != image.mean.shape):
                     yield from self._write(rows)
                     rows = []
-                rows.append(_Row(image, run, profile, task))
+                rows.append(_Row(image, run, picture, task))
         yield from self._write(rows)
 
-    def _prepare(self, task: dict[str, Any]) -> tuple[PreparedImage, bytes | None]:
-        data = read_bytes(task["uri"])
-        lr = decode_image(data, where=task["uri"])
-        if min(lr.shape[:2]) < MIN_SIDE:
-            what = f"{lr.shape[1]}x{lr.shape[0]} px is too small, a side needs {MIN_SIDE}"
-            raise UnusableImageError(what, where=task["uri"], todo="use a larger image", reason="too_small")
-        height, width = (math.ceil(round(side * self._config.scale, 6)) for side in lr.shape[:2])
-        image = prepare_image(self._model, lr, (height, width), self._config.sampling, key=task["key"])
+    def _prepare(self, task: dict[str, Any]) -> tuple[PreparedImage, Picture]:
+        config, uri = self._config, task["uri"]
+        data = read_bytes(uri)
+        form = FORMATS_OF[task["suffix"].lower()]
+        picture = decode_picture(data, where=uri, form=form, convert=config.convert, gps=config.gps)
+        sides = picture.rgb.shape[:2]
+        if min(sides) < MIN_SIDE:
+            what = f"{sides[1]}x{sides[0]} px is too small, a side needs {MIN_SIDE}"
+            raise refuse("too_small", what, uri, todo="use a larger image")
+        height, width = (math.ceil(round(side * config.scale, 6)) for side in sides)
+        if max(height, width * (1 + config.side_by_side)) > MAX_SIDE.get(form, math.inf):
+            what = f"{width}x{height} px is more than a {form} holds"
+            raise refuse("too_large", what, uri, todo="use --format png or tiff, or a smaller scale")
+        image = prepare_image(self._model, picture.rgb, (height, width), config.sampling, key=task["key"])
         record_source(task, data)
-        return image, icc_profile(data)
+        return image, picture
 
     def _rows_at_once(self, image: PreparedImage) -> int:
         runtime, tile = self._config.runtime, self._config.sampling.tile
@@ -220,8 +246,9 @@ class Restorer:
             for row, picture in zip(
                 rows, restore_batch(self._model, pairs, config.sampling, seed=config.seed), strict=True
             ):
-                place = place_of(self._output, row.task["name"], row.run, config.num_runs)
-                put_if_absent(place, encode_png(picture, row.profile))
+                form = FORMATS_OF[row.task["suffix"].lower()]
+                data = encode_picture(picture, row.picture, form, config.quality, side_by_side=config.side_by_side)
+                put_if_absent(place_of(self._output, row.task, row.run, config.num_runs), data)
                 written += 1
                 if row.run == row.task["runs"][-1]:
                     yield row.task["uri"], "", ""

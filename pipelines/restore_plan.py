@@ -12,47 +12,54 @@ from infra.errors import CcsrError, ConfigError, DataError, PartialResultError, 
 from infra.images import IMAGE_SUFFIXES, UnusableImageError, below, list_images
 from infra.keys import key_of, keys_of, output_name
 from infra.locations import check_output, is_inside
+from infra.pictures import FORMATS_OF
 from infra.publish import put_if_absent, write_bytes
 from infra.storage import exists, is_s3, join, read_bytes, read_json
 
-PNG = ".png"
+SUFFIXES = {"png": ".png", "jpg": ".jpg", "webp": ".webp", "tiff": ".tif"}
 RECORDS = "records"
 
 
-def plan(source: str, output: str, num_runs: int) -> tuple[str, list[dict[str, Any]]]:
-    """The folder to write to and a task per image: `uri`, `key` (seeds its noise), `name` (of its outputs, without
-    suffix), `record` ("" for the single file of an OUTPUT that is one).
+def plan(source: str, output: str, num_runs: int, form: str = "png") -> tuple[str, list[dict[str, Any]]]:
+    """The folder to write to and a task per image: `uri`, `key` (seeds its noise), `name` and `suffix` of its outputs,
+    `record` ("" for the single file of an OUTPUT that is one). `form`: of the outputs, "input" for each one's own.
 
     ConfigError for an output that is the input, or that a later run would take as its input.
     """
     is_file = exists(source)
     if Path(output).suffix.lower() in IMAGE_SUFFIXES and (is_s3(output) or not Path(output).is_dir()):
-        _check_file_output(source, output, num_runs, is_file=is_file)
+        _check_file_output(source, output, num_runs, form, is_file=is_file)
         folder, _, name = output.rpartition("/")
-        return folder, [_task(source, key_of(Path(source).name), name.removesuffix(PNG), "")]
+        stem, dot, suffix = name.rpartition(".")
+        return folder, [_task(source, key_of(Path(source).name), stem, dot + suffix, "")]
     if is_file:
         files = {Path(source).name: source}
     else:
         files = {below(uri, source): uri for uri in list_images(source)}
         check_output(output, [source])
     tasks = [
-        _task(uri, key_of(path), output_name(path, key), join(output, RECORDS, f"{key}.json"))
+        _task(uri, key_of(path), output_name(path, key), _suffix(path, form), join(output, RECORDS, f"{key}.json"))
         for (path, uri), key in zip(files.items(), keys_of(list(files)), strict=True)
     ]
     if is_file or is_inside(source, output):
         for task in tasks:
-            check_output(place_of(output, task["name"], 0, num_runs), [source])
+            check_output(place_of(output, task, 0, num_runs), [source])
     return output, tasks
 
 
-def _task(uri: str, key: str, name: str, record: str) -> dict[str, Any]:
-    return {"uri": uri, "key": key, "name": name, "record": record}
+def _task(uri: str, key: str, name: str, suffix: str, record: str) -> dict[str, Any]:
+    return {"uri": uri, "key": key, "name": name, "suffix": suffix, "record": record}
 
 
-def _check_file_output(source: str, output: str, num_runs: int, *, is_file: bool) -> None:
+def _suffix(path: str, form: str) -> str:
+    own = Path(path).suffix.lower()
+    return SUFFIXES.get(form) or (own if own in FORMATS_OF else SUFFIXES["png"])
+
+
+def _check_file_output(source: str, output: str, num_runs: int, form: str, *, is_file: bool) -> None:
     problems = {
         "INPUT is no file, OUTPUT is one": not is_file,
-        "results are PNG files": not output.endswith(PNG),
+        f"results are {form.upper()} files": form not in ("input", FORMATS_OF.get(Path(output).suffix.lower())),
         "several runs of an image need several files": num_runs > 1,
         "OUTPUT is INPUT": is_inside(output, source),
     }
@@ -61,9 +68,10 @@ def _check_file_output(source: str, output: str, num_runs: int, *, is_file: bool
             raise ConfigError(what, where=output, todo="give a folder as OUTPUT, or NAME.png for one run of one file")
 
 
-def place_of(output: str, name: str, run: int, num_runs: int) -> str:
+def place_of(output: str, task: dict[str, Any], run: int, num_runs: int) -> str:
     """Where run `run` of an image goes."""
-    return join(output, f"{name}{PNG}") if num_runs == 1 else join(output, "runs", f"{run:02d}", f"{name}{PNG}")
+    name = f"{task['name']}{task['suffix']}"
+    return join(output, name) if num_runs == 1 else join(output, "runs", f"{run:02d}", name)
 
 
 def identity(data: bytes) -> dict[str, Any]:
@@ -88,7 +96,7 @@ def pending(
     """
 
     def check(task: dict[str, Any]) -> dict[str, Any]:
-        runs = [run for run in range(num_runs) if place_of(output, task["name"], run, num_runs) not in done]
+        runs = [run for run in range(num_runs) if place_of(output, task, run, num_runs) not in done]
         known, some = task["record"] in done, len(runs) < num_runs
         try:
             stale = known and not _is_of(task["record"], identity(read_bytes(task["uri"])))

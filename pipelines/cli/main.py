@@ -85,18 +85,6 @@ def append(
 
 
 @app.command()
-def export(
-    uri: Annotated[str, typer.Argument(metavar="SET", parser=location, help="A finished shard set.")],
-    folder: Annotated[str, typer.Argument(parser=location, help="Folder or s3:// prefix for the images.")],
-    layout: Annotated[str, typer.Option(help="pairs: hr/, lr/; basicsr: GT/, LQ/, meta_info.txt.")] = "pairs",
-) -> None:
-    """Write a shard set's images as folders that other trainers read."""
-    from pipelines.sharding.export import export as export_set
-
-    typer.echo(f"{export_set(uri, folder, layout)} samples: {folder}")
-
-
-@app.command()
 def verify(
     uri: Annotated[str, typer.Argument(parser=location, help="A shard set's folder or s3:// URI.")],
     against: Annotated[
@@ -240,7 +228,8 @@ def restore(
     context: typer.Context,
     source: Annotated[str, typer.Argument(metavar="INPUT", help="An image, a folder or an s3:// prefix.")],
     output: Annotated[
-        str, typer.Argument(metavar="OUTPUT", help="Folder or s3:// prefix for the results; NAME.png for one.")
+        str,
+        typer.Argument(metavar="OUTPUT", help="Folder or s3:// prefix for the results; NAME.png, .jpg, ... for one."),
     ],
     model: Annotated[str, typer.Option(help="A model directory, a run's folder, runs:/ID or models:/NAME@ALIAS.")],
     runs: Annotated[int, typer.Option(help="Seeded runs per image.")] = 1,
@@ -252,7 +241,19 @@ def restore(
     tile: Annotated[int, typer.Option(help="Pixels of a tile for larger outputs; 0: never tile.")] = 512,
     color: Annotated[str, typer.Option(help="Colours from the input: adain, wavelet or none.")] = "adain",
     device: Annotated[str, typer.Option(help="cpu or cuda; auto: what this machine has, not with --ray.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16; auto: bfloat16 on CUDA.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; auto: bfloat16 on CUDA.")] = "auto",
+    fp16: Annotated[bool, typer.Option("--fp16", help="--dtype float16, on a GPU.")] = False,
+    format: Annotated[
+        str | None, typer.Option(help="png, jpg, webp or tiff; input: as each input. Default png, or OUTPUT's suffix.")
+    ] = None,
+    quality: Annotated[int | None, typer.Option(help="Of JPEG and WebP, 1 to 100; default 95.")] = None,
+    convert: Annotated[
+        bool, typer.Option("--convert", help="Take CMYK, and alpha and 16 bits in formats without, by converting.")
+    ] = False,
+    gps: Annotated[bool, typer.Option("--gps", help="Keep the position in EXIF.")] = False,
+    side_by_side: Annotated[
+        bool, typer.Option("--side-by-side", help="Write each result beside its enlarged input, in one picture.")
+    ] = False,
     ray: Annotated[bool, typer.Option("--ray", help="Use a Ray cluster; --set runtime.num_actors=N.")] = False,
     set_: Overrides = None,
 ) -> None:

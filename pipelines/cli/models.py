@@ -1,11 +1,11 @@
-"""The `ccsr` commands about models and runs: convert, estimate, runs, weights."""
+"""The `ccsr` commands about models and runs: convert, export, estimate, runs, weights."""
 
 from typing import Annotated
 
 import typer
 
 from infra.config import parse_config
-from infra.locations import location, tracking_location
+from infra.locations import location, model_location, tracking_location
 from pipelines.cli.options import AsJson, ConfigCommand, Overrides
 from pipelines.cli.registry import load_any
 
@@ -58,6 +58,42 @@ def convert(
     files = {"v1": v1, "stablesr": stablesr, "wrapping": wrapping, "controlnet": controlnet, "vae": vae}
     place = run_convert(output, **files, base=base, family=family, fetch=fetch)
     typer.echo(f"model: {place}")
+
+
+@app.command()
+def export(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SET|MODEL", parser=model_location, help="A finished shard set, or a model as `init_from`."
+        ),
+    ],
+    output: Annotated[str, typer.Argument(metavar="OUTPUT", parser=location, help="The directory to write.")],
+    layout: Annotated[
+        str | None,
+        typer.Option(help="Of a shard set's folders: pairs (hr/, lr/) or basicsr (GT/, LQ/, meta_info.txt)."),
+    ] = None,
+    to: Annotated[str, typer.Option(help="Of a model: diffusers.")] = "diffusers",
+    data: Annotated[
+        list[str] | None, typer.Option(parser=location, help="For a model's card: a shard set it saw.")
+    ] = None,
+    metrics: Annotated[str | None, typer.Option(help="For a model's card: an evaluation's folder[:METHOD].")] = None,
+    licence: Annotated[str, typer.Option(help="Of the weights, for the card: an identifier of the hub.")] = "other",
+) -> None:
+    """Write a shard set as folders that other trainers read, or a model that diffusers runs without this project."""
+    if layout is not None:
+        from pipelines.sharding.export import export as export_set
+
+        typer.echo(f"{export_set(source, output, layout)} samples: {output}")
+        return
+    from infra.errors import ConfigError
+
+    if to != "diffusers":
+        raise ConfigError(f"no form is called {to!r}", where="--to", todo="write --to diffusers")
+    from pipelines.export import export_diffusers
+
+    place = export_diffusers(source, output, data=data or [], metrics=metrics, licence=licence)
+    typer.echo(f"diffusers pipeline: {place}")
 
 
 @app.command(cls=ConfigCommand)

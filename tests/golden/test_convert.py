@@ -243,6 +243,27 @@ def test_v1_prefix_of_data_parallel_and_safetensors_are_read(
     assert all(torch.equal(found[key], value) for key, value in converted.unet.state_dict().items())
 
 
+def test_a_pruned_half_precision_v1_file_is_read_and_what_it_lacks_is_named(
+    v1_state: dict[str, Tensor], base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As people share it: safetensors, float16, without schedules, losses, text tower and the copied encoder."""
+    networks = ("model.diffusion_model.", "control_model.", "first_stage_model.")
+    pruned = {key: value.half().contiguous() for key, value in v1_state.items() if key.startswith(networks)}
+    save_file(pruned, tmp_path / "pruned.safetensors")
+    convert_v1(tmp_path / "pruned.safetensors", base, tmp_path / "model")
+    assert "no cond_encoder" in capsys.readouterr().err
+    model = load_model(tmp_path / "model")
+    assert model.condition_encoder is None
+    expected = pruned["model.diffusion_model.input_blocks.0.0.weight"].float()
+    assert torch.equal(model.unet.conv_in.weight, expected)
+    with pytest.raises(ModelError, match="text tower"):
+        convert_v1(tmp_path / "pruned.safetensors", None, tmp_path / "other")
+    save_file({key: value for key, value in pruned.items() if key.startswith("control")}, tmp_path / "c.safetensors")
+    with pytest.raises(ModelError, match=r"lacks its UNet \(model.diffusion_model.\*\), its VAE \(first_stage"):
+        convert_v1(tmp_path / "c.safetensors", base, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
 def _without(key: str) -> dict:
     return {"drop": key}
 

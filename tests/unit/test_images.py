@@ -17,13 +17,13 @@ from infra.images import (
     UnusableImageError,
     decode_image,
     encode_png,
-    icc_profile,
     is_plain_jpeg,
     is_plain_png,
     list_images,
     read_image,
     resize_bicubic,
 )
+from infra.pictures import decode_picture
 from infra.publish import write_bytes
 
 
@@ -236,7 +236,7 @@ def looked_at(data: bytes) -> str:
     except UnusableImageError as error:
         return error.reason
     assert (image.dtype, image.shape[2]) == (np.uint8, 3)
-    icc_profile(data)
+    assert decode_picture(data, where="x", form="png").rgb.shape == image.shape
     is_plain_png(data)
     is_plain_jpeg(data)
     return ""

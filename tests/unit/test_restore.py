@@ -294,14 +294,14 @@ def test_a_folder_with_bad_files(tmp_path: Path) -> None:
     picture.convert("CMYK").save(photos / "cmyk.jpg")
     picture.crop((0, 0, 15, 20)).save(photos / "small.png")
     picture.save(photos / "moving.webp", save_all=True, append_images=[picture.rotate(90)])
-    Image.fromarray(np.zeros((20, 20), np.uint16)).save(photos / "deeper.png")
+    Image.fromarray(np.zeros((20, 20), np.float32)).save(photos / "deeper.tif")
     data = (photos / "same.png").read_bytes()
     (photos / "cut.png").write_bytes(data[: len(data) // 2])
     config = RestoreConfig(num_runs=2, scale=1.6, sampling=SamplingConfig(num_steps=3))
     arguments = (str(photos), str(tmp_path / "out"), str(tmp_path / "model"), config)
     with pytest.raises(PartialResultError, match="5 of 8 images") as error:
         run_restore(*arguments)
-    for name in ("cmyk.jpg", "small.png", "moving.webp", "deeper.png", "cut.png"):
+    for name in ("cmyk.jpg", "small.png", "moving.webp", "deeper.tif", "cut.png"):
         assert name in error.value.what
     written = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.png"))
     assert written[0] == "runs/00/deep/a.png"
@@ -313,7 +313,7 @@ def test_a_folder_with_bad_files(tmp_path: Path) -> None:
     with Image.open(tmp_path / "out" / written[1]) as without:
         assert "icc_profile" not in without.info
 
-    for name in ("cmyk.jpg", "small.png", "moving.webp", "deeper.png", "cut.png"):
+    for name in ("cmyk.jpg", "small.png", "moving.webp", "deeper.tif", "cut.png"):
         (photos / name).unlink()
     again = tmp_path / "out" / "runs" / "01" / "deep" / "a.png"
     before = again.read_bytes()

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,17 +49,18 @@ _UNET = "model.diffusion_model."
 
 
 def convert_v1(checkpoint: Path | str, base: Path | str | None, out: Path | str) -> None:
-    """Write `out` from a published v1 checkpoint (`.ckpt` or `.safetensors`); strict, all or nothing.
+    """Write `out` from a v1 checkpoint (`.ckpt` or `.safetensors`, also in half precision); strict, all or nothing.
 
     `base`: a Stable Diffusion 2.1-base directory in diffusers' layout, or a model directory. Its configs give the
     architecture, and its text encoder or cached prompts the empty prompt's embedding; with None the architecture is
     SD 2.1-base's and the text tower the checkpoint's own. Every tensor must have a place: UNet, ControlNet (whose first
-    convolution over concat([x_t, z_lr]) is split in two), VAE, and the condition encoder, which is dropped where it is
-    the VAE's own, as in the published files, and kept where it differs; schedules and losses are dropped.
+    convolution over concat([x_t, z_lr]) is split in two), VAE, and the condition encoder, which is kept where it is not
+    the VAE's own, as it is in the published files (pruned safetensors may lack it); schedules and losses are dropped.
     Raises ModelError naming the first difference.
     """
     path, base = Path(checkpoint), None if base is None else Path(base)
     source = LdmCheckpoint(path, "control_model.", "CCSR v1")
+    source.check_parts({"UNet": _UNET, "VAE": "first_stage_model."})
     unet, vae = _architecture(base)
     with torch.device("meta"):
         controlnet = latent_controlnet(unet)
@@ -232,6 +234,9 @@ def _condition_encoder(vae: AutoencoderKL, state: Mapping[str, Tensor], path: Pa
     places = {f"cond_encoder.{source}": key for key, source in sources.items() if re.match(r"(quant_conv|enc)", source)}
     originals = {name: state[name.replace("cond_encoder.", "first_stage_model.")] for name in places}
     copies = {name: value for name, value in state.items() if name.startswith("cond_encoder.")}
+    if not copies and path.suffix == ".safetensors":  # people share pruned ones; of the published .ckpt it is damage
+        print(f"note: no cond_encoder.* in {path.name}: the VAE's own encoder takes its place", file=sys.stderr)
+        return None
     check_keys(originals, copies, path)
     if all(torch.equal(originals[name], value) for name, value in copies.items()):
         return None

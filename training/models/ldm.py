@@ -56,12 +56,22 @@ class LdmCheckpoint:
         """ModelError unless some tensor's name starts with `must_have`: the file is then none of `kind`."""
         self.path, self.kind, self.state = path, kind, read_checkpoint(path)
         self.taken: set[str] = set()
-        if not any(key.startswith(must_have) for key in self.state):
+        if not any_start(self.state, must_have):
             raise ModelError(
                 f"not a {kind} checkpoint: no {must_have}* among its {len(self.state)} tensors "
                 f"(first: {min(self.state)})",
                 where=str(path),
                 todo=f"give the published {kind} checkpoint",
+            )
+
+    def check_parts(self, parts: Mapping[str, str]) -> None:
+        """ModelError naming all parts (name -> prefix) of which a (pruned, partial) file holds no tensor."""
+        missing = [f"{name} ({prefix}*)" for name, prefix in parts.items() if not any_start(self.state, prefix)]
+        if missing:
+            raise ModelError(
+                f"the checkpoint lacks its {', its '.join(missing)}",
+                where=str(self.path),
+                todo=f"give a complete {self.kind} checkpoint; a base gives sizes and text, not weights",
             )
 
     def take(self, network: nn.Module, names: Mapping[str, str], prefix: str) -> None:
@@ -93,6 +103,10 @@ class LdmCheckpoint:
                 where=str(self.path),
                 todo=f"give the published {self.kind} checkpoint; another family's cannot be converted",
             )
+
+
+def any_start(names: Iterable[str], prefix: str) -> bool:
+    return any(name.startswith(prefix) for name in names)
 
 
 def unet_names(state: Mapping[str, Any], layers_per_block: int) -> dict[str, str]:

@@ -1,16 +1,57 @@
-"""From an LR image to what the networks see: by reflection to a whole number of latent pixels, or as published."""
+"""From an LR image to what the networks see, by reflection to whole latent pixels or as published, and back."""
 
 import math
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
+from torch.nn.functional import pad
 
-from infra.errors import ConfigError
-from training.config import SizeRule
+from infra.errors import ConfigError, DataError
+from infra.pictures import resized
+from training.config import SamplingConfig, SizeRule
+from training.sampling import color_fix
 
 SHORT_SIDE = 512  # px that the published scripts enlarge smaller images to
 _Step = tuple[int, int, Image.Resampling]
+
+
+def enlarge(lr: np.ndarray, size: tuple[int, int], config: SamplingConfig, *, where: str) -> Tensor:
+    """The LR, uint8 or uint16 (h, w, 3), at the networks' size: float32 (1, 3, H, W) in [0, 1], on the CPU.
+
+    DataError for uint16 under a published size rule.
+    """
+    if config.sizes == "pad":
+        pixels = resized(lr, size, Image.Resampling[config.enlargement.upper()])
+    elif lr.dtype == np.uint8:
+        pixels = published_input(lr, size, config.sizes, where=where)
+    else:
+        raise DataError("published size rules are of 8-bit images", where=where, todo="use --set sampling.sizes=pad")
+    return torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1)[None] / np.iinfo(pixels.dtype).max
+
+
+def finish(
+    decoded: Tensor, enlarged: Tensor, size: tuple[int, int], config: SamplingConfig, epsilon: float, levels: int = 255
+) -> np.ndarray:
+    """The output (H, W, 3) of `size`, uint8 or, with 65535 levels, uint16, from a decoded image (1, 3, h, w) around
+    [0, 1]: padding cut off, colours of `enlarged`, AdaIN's `epsilon`. DataError where it is not finite."""
+    pixels = color_fix(decoded[..., : enlarged.shape[-2], : enlarged.shape[-1]], enlarged, config.color_fix, epsilon)
+    if not pixels.isfinite().all():
+        raise DataError("the networks' numbers overflowed", where="decoder", todo="use --dtype bfloat16 or float32")
+    dtype = torch.uint8 if levels == 255 else torch.uint16
+    image = pixels[0].clamp(0, 1).mul_(levels).round_().to(dtype).permute(1, 2, 0).cpu().numpy()
+    return image if config.sizes == "pad" else published_output(image, size, config.sizes)
+
+
+def reflect(image: Tensor, bottom: int, right: int) -> Tensor:
+    """Pad at bottom and right by reflection, repeatedly where the image is smaller than the padding."""
+    while bottom or right:
+        step_h, step_w = min(bottom, image.shape[-2] - 1), min(right, image.shape[-1] - 1)
+        image = pad(image, (0, step_w, 0, step_h), mode="reflect")
+        bottom, right = bottom - step_h, right - step_w
+    return image
 
 
 def published_input(lr: np.ndarray, size: tuple[int, int], rule: SizeRule, *, where: str) -> np.ndarray:

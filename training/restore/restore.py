@@ -6,9 +6,7 @@ from itertools import repeat
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.nn.functional import pad
 
 from infra.errors import ConfigError, DataError, ModelError
 from infra.process.memory import free_memory
@@ -27,8 +25,8 @@ from training.restore.banded_vae import (
     plane_bytes,
     rows_at_once,
 )
-from training.restore.published_sizes import published_input, published_output
-from training.sampling import Denoise, color_fix, guided, predict_x0, tiled
+from training.restore.published_sizes import enlarge, finish, reflect
+from training.sampling import Denoise, guided, predict_x0, tiled
 
 IMAGE_BYTES = 60  # per pixel: five float32 RGB images live at once
 UNET_MAPS = 32  # activations of the first level's size live at once in ControlNet and UNet
@@ -37,13 +35,14 @@ UNET_MAPS = 32  # activations of the first level's size live at once in ControlN
 @dataclass(frozen=True)
 class PreparedImage:
     """What all runs of an image share. `enlarged`: the LR at the networks' size (1, 3, H, W) in [0, 1]; `mean`, `std`:
-    its scaled latent's moments (1, 4, h, w), of the padded image; `size`: the output's (H, W)."""
+    its scaled latent's moments (1, 4, h, w), of the padded image; `size`: the output's (H, W); `levels`: its white."""
 
     key: str
     size: tuple[int, int]
     enlarged: Tensor
     mean: Tensor
     std: Tensor
+    levels: int = 255
 
 
 def check_sampling(uri: str, config: SamplingConfig) -> None:
@@ -87,8 +86,9 @@ def prepare_image(
     num_runs: int = 1,
     vae_bytes: int | None = None,
 ) -> PreparedImage:
-    """Enlarge `lr`, uint8 (h, w, 3) RGB, to `size` = (H, W), pad it by reflection, and encode it once.
+    """Enlarge `lr`, uint8 or uint16 (h, w, 3) RGB, to `size` = (H, W), pad it by reflection, and encode it once.
 
+    uint16 is never rounded to 8 bits; its restorations are uint16 too (only with `sizes: pad`, else DataError).
     `vae_bytes`: budget of the VAE's activations, default VAE_BYTES. DataError for an output under 2 px, and where
     `num_runs` runs together or the VAE's temporary files would not fit what is free.
     """
@@ -102,20 +102,15 @@ def prepare_image(
     device = next(model.vae.parameters()).device
     budget = VAE_BYTES[device.type] if vae_bytes is None else vae_bytes
     _check_memory(model, size, config, num_runs, budget, key)
-    if config.sizes == "pad":
-        filter_ = Image.Resampling[config.enlargement.upper()]
-        pixels = np.asarray(Image.fromarray(lr).resize((width, height), filter_))
-    else:
-        pixels = published_input(lr, size, config.sizes, where=key)
-    enlarged = torch.from_numpy(pixels.copy()).to(device).permute(2, 0, 1)[None] / 255
-    unit = model.factor * (_unit(model) if config.sizes == "pad" else 1)
-    padded = _reflect(enlarged, -enlarged.shape[-2] % unit, -enlarged.shape[-1] % unit)
+    enlarged = enlarge(lr, size, config, where=key).to(device)
+    unit = model.factor * (latent_unit(model) if config.sizes == "pad" else 1)
+    padded = reflect(enlarged, -enlarged.shape[-2] % unit, -enlarged.shape[-1] % unit)
     encoder = model.vae if model.condition_encoder is None else model.condition_encoder
     if rows_at_once(encoder, padded.shape[-2], padded.shape[-1], budget):
         mean, std = model.encode_condition(padded)
     else:
         mean, std = encode_in_bands(encoder, padded, budget)
-    return PreparedImage(key, size, enlarged, mean, std)
+    return PreparedImage(key, size, enlarged, mean, std, np.iinfo(lr.dtype).max)
 
 
 @torch.inference_mode()
@@ -127,7 +122,7 @@ def restore_batch(
     seed: int,
     vae_bytes: int | None = None,
 ) -> Iterator[np.ndarray]:
-    """Yield one uint8 (H, W, 3) RGB image per row = (image, run); all images' latents have one shape.
+    """Yield one (H, W, 3) RGB image, uint8 or uint16 as its LR, per row = (image, run); all latents have one shape.
 
     The latents of all rows are computed together; they are decoded as many at a time as fit `vae_bytes`.
     """
@@ -156,20 +151,17 @@ def decode_images(
     config: SamplingConfig,
     vae_bytes: int | None = None,
 ) -> Iterator[np.ndarray]:
-    """The images, uint8 (H, W, 3) RGB, of one latent each."""
+    """The images, (H, W, 3) RGB, uint8 or uint16 as their LR, of one latent each. DataError where one is not finite."""
     padded = torch.cat([_padded(model, image) for image in images]) if _wrapped(model, config) else None
     for image, pixels in zip(images, decode_rows(model, latents, vae_bytes, padded, config.wrapping), strict=True):
-        height, width = image.enlarged.shape[-2:]
         epsilon = METHODS[model.config.family].color_epsilon
-        pixels = color_fix(pixels[..., :height, :width], image.enlarged, config.color_fix, epsilon)
-        levels = pixels[0].clamp(0, 1).mul_(255).round_().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-        yield levels if config.sizes == "pad" else published_output(levels, image.size, config.sizes)
+        yield finish(pixels, image.enlarged, image.size, config, epsilon, image.levels)
 
 
 def _padded(model: CcsrModel, image: PreparedImage) -> Tensor:
     """The enlarged LR (1, 3, H, W) at the size that was encoded."""
     (height, width), (h, w) = image.enlarged.shape[-2:], image.mean.shape[-2:]
-    return _reflect(image.enlarged, h * model.factor - height, w * model.factor - width)
+    return reflect(image.enlarged, h * model.factor - height, w * model.factor - width)
 
 
 def decode_rows(
@@ -267,20 +259,11 @@ def _denoiser(model: CcsrModel, z_lr: Tensor, config: SamplingConfig, text: str)
     denoise = model.denoiser(z_lr, model.prompts[text])
     if config.tile is None or max(z_lr.shape[-2:]) * model.factor <= config.tile:
         return denoise
-    unit = _unit(model)
+    unit = latent_unit(model)
     tile = max(config.tile // (model.factor * unit), 2) * unit
     return tiled(denoise, tile, tile // 2)
 
 
-def _unit(model: CcsrModel) -> int:
+def latent_unit(model: CcsrModel) -> int:
     """Latent pixels that the UNet's coarsest level sees as one."""
     return 2 ** (len(model.unet.config.block_out_channels) - 1)
-
-
-def _reflect(image: Tensor, bottom: int, right: int) -> Tensor:
-    """Pad at bottom and right by reflection, repeatedly where the image is smaller than the padding."""
-    while bottom or right:
-        step_h, step_w = min(bottom, image.shape[-2] - 1), min(right, image.shape[-1] - 1)
-        image = pad(image, (0, step_w, 0, step_h), mode="reflect")
-        bottom, right = bottom - step_h, right - step_w
-    return image
