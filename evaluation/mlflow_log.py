@@ -1,4 +1,4 @@
-"""An evaluation's result in MLflow: a run with report, tables and pictures, and a run per method below it."""
+"""An evaluation's result in MLflow: a run with report, tables and pictures, and a run per method."""
 
 import tempfile
 from collections.abc import Sequence
@@ -36,8 +36,8 @@ def log_result(config: EvaluateConfig, result: EvaluationResult) -> None:
             _log_data(tracker, config, result)
             folders = ", ".join(f"`{folder}`" for part in config.data for folder in folders_of(part))
             tracker.note(
-                f"{next(iter(summary.values()))['num_images']} images, {config.num_runs} runs each. A run per method "
-                "is below this one; the artifact report.html has pictures and intervals.",
+                f"{next(iter(summary.values()))['num_images']} images, {config.num_runs} runs each. Each method "
+                "has its own run; the artifact report.html has pictures and intervals.",
                 "\n".join(lines),
                 f"Data: {folders} ({result.run['dataset_id']})",
                 f"Output: `{config.output}`",

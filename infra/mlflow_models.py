@@ -146,4 +146,5 @@ def register(tracker: Tracker, logged: Any, target: str) -> None:
         source = f"models:/{logged.model_id}"
     about = {"run_id": tracker.run_id, "tags": tags, "model_id": logged.model_id, "await_creation_for": 0}
     version = present[0] if present else client.create_model_version(name, source, **about)
-    client.set_registered_model_alias(name, alias or NEWEST, version.version)
+    for one in {NEWEST, alias or NEWEST}:
+        client.set_registered_model_alias(name, one, version.version)

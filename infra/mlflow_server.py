@@ -78,6 +78,7 @@ def fail_soon() -> None:
     for a variable that it cannot read."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # two lines a run, in `--json` too
     from mlflow import environment_variables
 
     for name in (name for name in sorted(os.environ) if name.startswith("MLFLOW_")):

@@ -26,7 +26,7 @@ from infra.publish import write_bytes
 from infra.run import MLFLOW_FILE, git_commit
 from infra.storage import exists, join, name_of, read_json
 
-PARENT_TAG = "mlflow.parentRunId"
+EVALUATION_TAG = "ccsr.evaluation"
 NOTE_TAG = "mlflow.note.content"
 METHOD_TAG = "ccsr.method"
 ERROR_TAG = "ccsr.error"
@@ -139,15 +139,15 @@ class Tracker:
             self.client.log_table(self.run_id, dict(zip(columns, zip(*rows, strict=True), strict=True)), place)
 
     def child(self, method: str, tags: Mapping[str, str], parameters: Mapping[str, Any]) -> "Tracker":
-        """The run of a method below this one: the one that is there, else a new one."""
+        """The run of a method of this evaluation, made unless it is there. Not nested: MLflow's charts hide those."""
         parent = self.client.get_run(self.run_id).info
         name, tags = f"{parent.run_name}/{method}", {METHOD_TAG: method, **tags}
-        below = f"tags.`{PARENT_TAG}` = '{self.run_id}' AND tags.`{METHOD_TAG}` = '{method}'"
+        below = f"tags.`{EVALUATION_TAG}` = '{self.run_id}' AND tags.`{METHOD_TAG}` = '{method}'"
         found = self.client.search_runs([parent.experiment_id], below, max_results=1)
         if not found:
             found = [self.client.create_run(parent.experiment_id, run_name=name)]
         child = Tracker(self.client, found[0].info.run_id)
-        child.tag(**{PARENT_TAG: self.run_id}, **tags)
+        child.tag(**{EVALUATION_TAG: self.run_id}, **tags)
         child.describe(parameters, found[0].data.params)
         return child
 

@@ -119,9 +119,7 @@ def train(
     config: ConfigFile,
     set_: Overrides = None,
     profile: Annotated[bool, typer.Option("--profile", help="Profile a few updates into OUT/profile.")] = False,
-    register: Annotated[
-        str | None, typer.Option(help="NAME[@ALIAS] of the best model in MLflow's registry; default alias: newest.")
-    ] = None,
+    register: Annotated[str | None, typer.Option(help="NAME[@ALIAS] of the best model in MLflow's registry.")] = None,
     log_only: Annotated[bool, typer.Option("--log-only", help="Only send a finished run to MLflow.")] = False,
     dry_run: DryRun = False,
 ) -> None:

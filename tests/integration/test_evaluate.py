@@ -202,7 +202,7 @@ def test_mlflow_knows_model_and_parent_and_a_result_can_be_sent_later(place: Pat
     (training,) = client.search_runs(experiments, "run_name = 'training'")
     (logged,) = client.search_runs(experiments, "run_name = 'first'")
     run = load_result(first).run
-    below = f"tags.`mlflow.parentRunId` = '{logged.info.run_id}'"
+    below = f"tags.`ccsr.evaluation` = '{logged.info.run_id}'"
     methods = {child.data.tags["ccsr.method"]: child for child in client.search_runs(experiments, below)}
     assert set(methods) == {"bicubic", "v2"}
     v2 = methods["v2"].data

@@ -68,7 +68,7 @@ def test_the_most_stable_model_is_found_and_the_best_registered_once(finished: T
     assert version.run_id == run.info.run_id
     tracking = finished.tracking
     best = f"{finished.output}/best"
-    assert find_model("models:/sr@champion", tracking) == best
+    assert find_model("models:/sr@champion", tracking) == find_model("models:/sr@newest", tracking) == best
     assert find_model(f"models:/sr/{version.version}", tracking) == best
     assert find_model(f"models:/{models[0].model_id}", tracking) == best
     assert find_model(f"runs:/{run.info.run_id}", tracking) == f"{finished.output}/model"
