@@ -1,7 +1,8 @@
-"""How much an output changes with the noise sample: G-STD of scores, L-STD at equal sharpness (docs/metrics.md)."""
+"""How much outputs change with the noise sample or from frame to frame: G-STD, L-STD at equal sharpness, flicker."""
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import cv2
 import numpy as np
@@ -87,3 +88,29 @@ def _low_passed(plane: np.ndarray, sigma: float) -> np.ndarray:
         return plane
     kernel = cv2.getGaussianKernel(2 * max(1, math.ceil(4 * sigma)) + 1, sigma, cv2.CV_32F)
     return cv2.sepFilter2D(plane, -1, kernel, kernel, borderType=cv2.BORDER_REFLECT)
+
+
+def temporal_std(
+    frames: Sequence[np.ndarray], inputs: Sequence[np.ndarray], *, crop_border: int = CROP_BORDER
+) -> float:
+    """Flicker of a sequence: |(y[t+1] - y[t]) - (x[t+1] - x[t])|, averaged over pixels, channels and neighbours.
+
+    `frames` y and `inputs` x, the LR frames enlarged to the same size: uint8 RGB (num_frames, H, W, 3); values in
+    [0, 1], `crop_border` px cut from every side. 0 where outputs change exactly as their inputs do. It also counts
+    detail that moves with the picture, so compare sequences of equal sharpness. DataError for fewer than two frames,
+    unlike numbers and sizes.
+    """
+    if len(frames) < 2 or len(frames) != len(inputs):
+        raise DataError(
+            f"temporal_std takes as many inputs as frames, two or more, not {len(inputs)} and {len(frames)}",
+            where="frames",
+            todo="give one enlarged input per output",
+        )
+    residuals = [
+        np.subtract(*cropped_pair(y, x, crop_border), dtype=np.int16) for y, x in zip(frames, inputs, strict=True)
+    ]
+    for residual in residuals:
+        if residual.shape != residuals[0].shape:
+            raise DataError("frames differ in size", where=f"{residual.shape}", todo="give frames of one size")
+    changes = [np.abs(after - before).mean() for before, after in pairwise(residuals)]
+    return float(np.mean(changes) / 255)
