@@ -15,6 +15,7 @@ _PLACES = {
     "psnr_y": "infra.pixels",
     "sharpness": "evaluation.metrics.image",
     "ssim_y": "evaluation.metrics.image",
+    "temporal_std": "evaluation.metrics.stability",
 }
 __all__ = list(_PLACES)
 

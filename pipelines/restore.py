@@ -27,6 +27,7 @@ from training.models import CcsrModel, fetch_model, model_id
 from training.restore.restore import PreparedImage, check_sampling, prepare_image, restore_batch
 
 MIN_SIDE = 16
+SHARED_KEY = "frames"  # the key of all images under `noise: shared`
 IMAGES_PER_TASK = 8
 BATCH_PIXELS = 16 * 512**2
 
@@ -55,6 +56,9 @@ class RestoreConfig(Config):
     convert: bool = Field(False, description="convert what the results cannot hold: CMYK, alpha in JPEG, 16 bits")
     gps: bool = Field(False, description="keep the position in EXIF")
     side_by_side: bool = Field(False, description="each result beside its enlarged source, in one picture")
+    noise: Literal["image", "shared"] = Field(
+        "image", description="shared: one noise field for all, the frames of a film"
+    )
     sampling: SamplingConfig = SamplingConfig()
     numerics: NumericsConfig = NumericsConfig()
     runtime: RestoreRuntime = RestoreRuntime()
@@ -77,7 +81,7 @@ def restore_config(options: Mapping[str, Any]) -> RestoreConfig:
     }
     if options["format"] is None:  # the suffix of an OUTPUT that is a file
         options = {**options, "format": FORMATS_OF.get(Path(options["output"]).suffix.lower())}
-    named = ("seed", "scale", "dtype", "convert", "gps", "side_by_side")
+    named = ("seed", "scale", "dtype", "convert", "gps", "side_by_side", "noise")
     values = {name: options[name] for name in named} | {
         **{name: options[name] for name in ("format", "quality") if options[name] is not None},
         "num_runs": options["runs"],
@@ -136,6 +140,9 @@ def restore(source: str, output: str, model_uri: str, config: RestoreConfig) -> 
     if folder != output:
         inputs["source"] = identity(read_bytes(source))
         name = f"{output.removeprefix(join(folder, ''))}.run.json"
+    if config.noise == "shared":
+        frame_size = _frame_size(tasks[0]["uri"])
+        tasks = [task | {"key": SHARED_KEY, "frame_size": frame_size} for task in tasks]
     libraries = ("torch", "diffusers", "numpy", "pillow")
     claim_output(folder, config, job="restore", inputs=inputs, libraries=libraries, name=name)
     failures = Failures()
@@ -148,6 +155,11 @@ def restore(source: str, output: str, model_uri: str, config: RestoreConfig) -> 
             advance(1, printable(uri.rpartition("/")[2]))
     failures.report(len(tasks), source)
     return len(tasks)
+
+
+def _frame_size(uri: str) -> tuple[int, int]:
+    """(height, width) of the first frame, upright."""
+    return decode_picture(read_bytes(uri), where=uri, form="png", convert=True).rgb.shape[:2]
 
 
 def _outcomes(
@@ -220,6 +232,10 @@ class Restorer:
         if min(sides) < MIN_SIDE:
             what = f"{sides[1]}x{sides[0]} px is too small, a side needs {MIN_SIDE}"
             raise refuse("too_small", what, uri, todo="use a larger image")
+        if sides != task.get("frame_size", sides):
+            expected = "{1}x{0}".format(*task["frame_size"])
+            what = f"{sides[1]}x{sides[0]} px is not the first frame's size, {expected}"
+            raise refuse("frame_size", what, uri, todo="bring all frames to one size, or use --noise image")
         height, width = (math.ceil(round(side * config.scale, 6)) for side in sides)
         if max(height, width * (1 + config.side_by_side)) > MAX_SIDE.get(form, math.inf):
             what = f"{width}x{height} px is more than a {form} holds"

@@ -221,6 +221,21 @@ def test_what_is_passed_over_is_counted_by_kind(model: str, tmp_path: Path, caps
     str(caught.value).encode()
 
 
+def test_frames_share_one_noise_field_and_one_size(model: str, tmp_path: Path) -> None:
+    """Equal frames give equal pictures, with the posterior's sample too (v2); a frame of another size is left out."""
+    for name in ("0001.png", "0002.png"):
+        save(tmp_path / "in" / name)
+    Image.fromarray(photo(20, 20)).save(tmp_path / "in" / "0003.png")
+    config = CONFIG.model_copy(update={"noise": "shared"})
+    with pytest.raises(PartialResultError, match=r"1 of 3 .* 1 frame_size \(0003.png\)"):
+        restore(f"{tmp_path}/in", f"{tmp_path}/shared", model, config)
+    (tmp_path / "in" / "0003.png").unlink()
+    restore(f"{tmp_path}/in", f"{tmp_path}/own", model, CONFIG)
+    shared, own = written(tmp_path / "shared"), written(tmp_path / "own")
+    assert shared["0001.png"] == shared["0002.png"]
+    assert own["0001.png"] != own["0002.png"]
+
+
 def test_from_s3_with_names_of_any_script(s3: str, model: str) -> None:
     upload_folder(Path(model), f"{s3}/model", last="ccsr.json")
     write_bytes(f"{s3}/in/夕/焼 け.png", encode_png(photo(16, 20)))

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from result_folder import photographs
 
-from evaluation import StabilityAccumulator, g_std, l_std, l_std_equal_sharpness, sharpness
+from evaluation import StabilityAccumulator, g_std, l_std, l_std_equal_sharpness, sharpness, temporal_std
 from evaluation.config import Perturbation
 from evaluation.metrics.perturbations import perturb, perturbation_border, undo
 from infra import DataError, rng_for
@@ -200,3 +200,17 @@ def test_perturbations_are_tiny_and_bicubic_undoes_them(name: str) -> None:
     outputs = [resize_bicubic(lr, 96, 96), undo(resize_bicubic(changed, 96, 96), name, 3)]
     left = l_std(outputs, crop_border=perturbation_border(4, 3))
     assert left == 0 if name in ("shift", "brightness") else 0 < left < 0.01
+
+
+def test_temporal_std_is_the_change_that_the_input_does_not_have() -> None:
+    """By hand: outputs that change by six levels more than their inputs, between the first two of four frames."""
+    inputs = np.stack([np.full((20, 20, 3), level, np.uint8) for level in (50, 54, 58, 58)])
+    frames = inputs + np.array([7, 7, 7, 7], np.uint8)[:, None, None, None]
+    assert temporal_std(frames, inputs) == 0
+    frames[1:] += 6
+    assert temporal_std(frames, inputs) == pytest.approx(6 / 3 / 255)
+    frames[0, 1] = 255  # in the border
+    assert temporal_std(frames, inputs) == pytest.approx(6 / 3 / 255)
+    for wrong in (frames[:1], frames[:2]):
+        with pytest.raises(DataError, match="as many inputs as frames"):
+            temporal_std(wrong, inputs)
