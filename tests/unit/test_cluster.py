@@ -234,7 +234,9 @@ def test_what_is_missing_for_a_kind_is_told(changes, kind, message):
 STAND_INS = {
     "srun": 'echo "srun $*" >> calls; exec sleep 60',
     "ray": 'echo "ray $* token ${#RAY_AUTH_TOKEN}" >> calls; [ "$1" = health-check ] || exec sleep 60',
-    "python": "exit 0",
+    # Waits for all nodes, as the script's own program does.
+    "python": r'nodes="^srun\|^ray start"; until [ "$(grep -c "$nodes" calls)" = "$(grep -c "$nodes" ccsr.sbatch)" ]; '
+    "do sleep 0.1; done",
     "scontrol": 'echo "scontrol $*" >> calls',
     "ccsr": 'echo "ccsr $*" >> calls; trap "exit ${CODE_AT_TERM:-0}" TERM\n'
     '[ -z "${CODE_AT_TERM:-}" ] && exit ${CODE:-0}\n'
