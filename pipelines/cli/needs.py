@@ -56,7 +56,7 @@ def _job(name: str, options: dict[str, Any]) -> Need:
     _check_output(config.output, result_part(config), name)
     # As it was written: the config has made a relative one absolute here.
     output = apply_overrides(load_yaml(options["config"]), options["set_"] or [])["output"]
-    tracked = not hasattr(config, "tracking") or config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    tracked = config.tracking is None or config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
     lost = "without tracking.uri or MLFLOW_TRACKING_URI what this job logs to MLflow is lost at its end"
     return Need(JOBS[name].num_gpus(config), (output,), () if tracked else (lost,))
 

@@ -87,7 +87,7 @@ def outside(exported: str, tmp_path: Path, settings: list[dict[str, Any]]) -> su
     )
 
 
-@pytest.mark.parametrize("family", ["v1", "v2", "stablesr"])
+@pytest.mark.parametrize("family", ["v2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("v1", "stablesr"))])
 def test_diffusers_alone_restores_as_we_do(family: str, tmp_path: Path) -> None:
     source = made(tmp_path / "model", family)
     exported = export_diffusers(source, f"{tmp_path}/out")
