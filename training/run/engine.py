@@ -97,6 +97,8 @@ def step(engine: Any) -> Tensor | float | None:
         return None
     if _is_partitioned(engine):
         engine.step()
+        if engine.global_steps == 1:  # DeepSpeed links after the first group's step, when the others have no state
+            _link_state(engine)
         return engine.get_global_grad_norm()
     # DeepSpeed keeps no norm under ZeRO 0, and what `step` leaves of the gradients is zero.
     norm = nn.utils.get_total_norm([p.grad for p in engine.module.trained.parameters() if p.grad is not None])
