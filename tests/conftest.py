@@ -1,4 +1,4 @@
-"""Fixtures of all tests: an S3 server in a process of its own and an MLflow server in a thread, where a test asks."""
+"""Fixtures of all tests, started on first use: an S3 server in its own process, an MLflow server in a thread."""
 
 import os
 import secrets

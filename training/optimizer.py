@@ -1,7 +1,7 @@
 """What users write about the optimiser: AdamW, its learning rate at each update, the average of the weights it trains.
 
-A schedule is a pure function of the update, from 0, and of its own fields, never of `num_updates`: a run may be made
-longer, and what it did before stays what it would have done.
+A schedule depends on the update, counted from 0, and on the schedule's fields alone, never on `num_updates`: extending
+a run changes no update that it has done.
 """
 
 import math

@@ -623,7 +623,7 @@ def test_the_host_reads_two_rows_of_numbers_an_update(process_group, data, tmp_p
         def counted(tensor: torch.Tensor, *inputs: Any, real: Any = real, name: str = name, **named: Any) -> Any:
             caller = sys._getframe(1).f_code
             ours = re.search("/(training|infra|diffusers)/", caller.co_filename)
-            if ours and threading.current_thread() is threading.main_thread():  # the ingest has threads of its own
+            if ours and threading.current_thread() is threading.main_thread():  # ingest threads read values too
                 read.append(f"{caller.co_name}: {name}")
             return real(tensor, *inputs, **named)
 

@@ -76,7 +76,7 @@ def test_what_is_written_is_read_again(form: Any, bits: int, kind: str) -> None:
     source = Picture(rgb, alpha, profile, exif.tobytes(), grey, kind == "single")
     data = encode_picture(rgb, source, form, 100)
     found = decode_picture(data, where="x", form=form)
-    if form == "webp":  # which has no grey of its own and rounds through luma and chroma
+    if form == "webp":  # no grey mode: rounded through luma and chroma
         assert not grey or np.ptp(found.rgb, axis=2).max() <= 2
     else:
         assert (found.grey, found.single) == (grey, kind == "single")

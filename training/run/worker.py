@@ -74,7 +74,7 @@ def train(config: TrainConfig, manifests: list[Manifest], model: CcsrModel, cont
             finished = update + 1
             position = finished * config.global_batch_size
             if (marks := spikes(terms)) and context.tracker is not None:
-                context.tracker.metrics(marks, step=position)
+                context.tracker.metrics(grouped(marks), step=position)
             if finished % config.runtime.log_every == 0 or finished == config.num_updates:
                 terms["learning_rate"] = learning_rate
                 _report(context, finished, terms | meter.values(), step=position)
