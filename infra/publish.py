@@ -93,7 +93,10 @@ def upload(local: Path, uri: str) -> None:
 
 
 def upload_folder(local: Path, uri: str, *, last: str) -> None:
-    """Upload a folder's files, `last` (the one whose presence says that the rest is there) after all others."""
+    """Put a folder's files in place of those at `uri`, which is incomplete meanwhile: `last`, whose presence says that
+    the rest is there, is removed first and written after all others."""
+    if exists(join(uri, last)):
+        remove(join(uri, last))
     files = sorted(path.relative_to(local).as_posix() for path in local.rglob("*") if path.is_file())
     for name in sorted(files, key=lambda name: (name == last, name)):
         upload(local / name, join(uri, name))

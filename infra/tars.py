@@ -31,9 +31,9 @@ class TarSample(NamedTuple):
     image: tarfile.TarInfo
 
 
-def expand(path: str, suffix: str) -> list[str]:
-    """The files that `path` names: with braces (`{000..099}`, `{a,b}`) each of them; below a folder those with the
-    suffix; else itself. DataError, with their number, where some or all are missing."""
+def expand(path: str, suffix: str) -> dict[str, int]:
+    """The files that `path` names, with their sizes in bytes: with braces (`{000..099}`, `{a,b}`) each of them; below a
+    folder those with the suffix; else itself. DataError, with their number, where some or all are missing."""
     try:
         files = list(braceexpand(path)) if "{" in path else [path]
     except ValueError as error:
@@ -42,8 +42,7 @@ def expand(path: str, suffix: str) -> list[str]:
         files = [file for file in list_files(path) if file.lower().endswith(suffix)]
         if not files:
             raise DataError(f"no {suffix} files here", where=path, todo="check the path")
-    sizes_of(files, path)
-    return files
+    return dict(zip(files, sizes_of(files, path), strict=True))
 
 
 def sizes_of(files: Sequence[str], where: str) -> list[int]:
@@ -117,8 +116,8 @@ def open_set(path: str, cache: str, *, write: bool = True) -> Manifest:
 def _index(path: str, cache: str) -> Manifest:
     import pyarrow as pa
 
-    tars = expand(path, ".tar")
-    sizes = sizes_of(tars, path)
+    found = expand(path, ".tar")
+    tars, sizes = list(found), list(found.values())
     output = join(cache, hashlib.sha256(json.dumps([tars, sizes]).encode()).hexdigest()[:16])
     if exists(join(output, "manifest.json")):
         return Manifest.load(output)

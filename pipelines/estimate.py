@@ -154,6 +154,7 @@ class TrainEstimate:
     hours: float
     gpu_hours: float
     cost: float
+    step: "StepCost | None" = None
 
 
 def estimate_training(config: TrainConfig, assumed: Assumed, sizes: Sequence[int]) -> list[TrainEstimate]:
@@ -213,6 +214,7 @@ def _estimate(
         hours=hours,
         gpu_hours=hours * num_gpus,
         cost=hours * num_gpus * assumed.price,
+        step=cost,
     )
 
 

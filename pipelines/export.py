@@ -17,7 +17,7 @@ from infra.locations import check_output
 from infra.manifest import Manifest
 from infra.mlflow_models import find_model
 from infra.mlflow_server import TrackingConfig
-from infra.publish import shared_copy, sync, upload_folder
+from infra.publish import shared_copy, upload_folder
 from infra.storage import exists, is_s3, join, list_files, read_json
 from training.models.directory import PROMPTS, load_part, read_record, read_weights
 from training.restore.pipeline import BESIDE, SAMPLING
@@ -73,7 +73,7 @@ def export_diffusers(
         )
         (folder / "README.md").write_text(card)
         (folder / INDEX).write_text(json.dumps(_index(record, names), indent=2) + "\n")
-        _publish(folder, out)
+        upload_folder(folder, out, last=INDEX)
     return out
 
 
@@ -88,18 +88,6 @@ def _index(record: Any, names: set[str]) -> dict[str, Any]:
         "beside": sorted(names & set(BESIDE)),
         **parts,
     }
-
-
-def _publish(folder: Path, out: str) -> None:
-    if is_s3(out):
-        upload_folder(folder, out, last=INDEX)
-        return
-    target = Path(out)
-    target.mkdir(parents=True, exist_ok=True)
-    (target / INDEX).unlink(missing_ok=True)
-    shutil.copytree(folder, target, dirs_exist_ok=True, ignore=lambda at, _: [INDEX] if at == str(folder) else [])
-    shutil.copyfile(folder / INDEX, target / INDEX)
-    sync(target)
 
 
 def _training_data(model: str, uris: Sequence[str]) -> list[dict[str, Any]]:

@@ -1,16 +1,22 @@
 """`ccsr estimate`: the micro-batch with which a training config fits cards of 24, 40 and 80 GB, and by which switch."""
 
+from typing import TYPE_CHECKING
+
 from infra.display.table import Cell, Table, cell
 from training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from training.run.requirements import StepCost
 
 CARDS_GIB = (24, 40, 80)
 USABLE = 0.9
 SWITCHES = ("activation_checkpointing", "offload_optimizer")
 
 
-def fit_table(config: TrainConfig) -> Table:
+def fit_table(config: TrainConfig, counted: "StepCost | None" = None) -> Table:
     """A row for each choice of `SWITCHES`: bytes on one GPU by `step_cost`, and for each card the largest micro-batch,
-    up to the config's, that fits. In stage 2, whose result depends on it, the config's or none."""
+    up to the config's, that fits. In stage 2, whose result depends on it, the config's or none. `counted`: the
+    config's own step cost, where it is known."""
     from training.run.requirements import GIB, memory_needed, step_cost
 
     largest = config.runtime.micro_batch_size
@@ -29,7 +35,9 @@ def fit_table(config: TrainConfig) -> Table:
     def switched(**switches: object) -> TrainConfig:
         return config.model_copy(update={"runtime": config.runtime.model_copy(update=switches)})
 
-    costs = [step_cost(switched(activation_checkpointing=on)) for on in (False, True)]
+    costs = {config.runtime.activation_checkpointing: counted or step_cost(config)}
+    other = not config.runtime.activation_checkpointing
+    costs[other] = step_cost(switched(activation_checkpointing=other))
     for chosen in ((False, False), (True, False), (False, True), (True, True)):
         switches = dict(zip(SWITCHES, chosen, strict=True))
         one, cost = switched(**switches, zero_stage=max(int(chosen[1]), config.runtime.zero_stage)), costs[chosen[0]]

@@ -130,8 +130,8 @@ def estimate(
         tables = [shard_table(estimate_shards(values))]
     else:
         assumed = Assumed(card, mfu, price)
-        tables = train_tables(values, assumed, estimate_training(values, assumed, gpus or [8, 32]))
-        tables.append(fit_table(values))
+        estimates = estimate_training(values, assumed, gpus or [8, 32])
+        tables = [*train_tables(values, assumed, estimates), fit_table(values, estimates[0].step)]
     print_report(tables, as_json=as_json)
 
 

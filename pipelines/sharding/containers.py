@@ -41,7 +41,7 @@ def read_source_bytes(uri: str) -> bytes:
 
 def list_tars(path: str, extension: str | None) -> list[Member]:
     """The images of WebDataset tars, in the tars' order; errors as of `tar_samples`."""
-    tars = expand(path, ".tar")
+    tars = list(expand(path, ".tar"))
     return [
         Member(f"{Path(tar).name}/{one.name}", f"{tar}!{one.offset_data}+{one.size}", one.size)
         for tar, samples in zip(tars, tar_samples(tars, extension), strict=True)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from infra.errors import ModelError
 from infra.publish import shared_copy, upload_folder
-from infra.storage import exists, join, remove, short_hash
+from infra.storage import exists, join, short_hash
 from training.models.ccsr import CcsrModel
 from training.models.directory import check_keys, load_model, load_part, read_record, replacing, save_part, write_record
 
@@ -40,8 +40,6 @@ def fetch_model(uri: str, device: str = "cpu", dtype: torch.dtype = torch.float3
 
 def publish_model(directory: Path, uri: str) -> None:
     """Put a local model directory in place of the one at `uri`, which is incomplete while files are replaced."""
-    if exists(join(uri, "ccsr.json")):
-        remove(join(uri, "ccsr.json"))
     upload_folder(directory, uri, last="ccsr.json")
 
 
