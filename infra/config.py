@@ -52,6 +52,9 @@ TrackingLocation = Annotated[str, "location", AfterValidator(parse_tracking)]
 EXTENDABLE = "extendable"
 """Marks a field that says where a result ends, not what it is: it stays out of the fingerprint, so that a run can be
 extended."""
+LATER = "later"
+"""Marks a field that earlier versions lack: at its default it stays out of the fingerprint, so that the outputs they
+began can be resumed."""
 
 RENAMED = {
     "use_gpu": "device",
@@ -270,7 +273,8 @@ def _without_locations(value: Any, skip: frozenset[str] | set[str] = frozenset()
             name: _without_locations(getattr(value, name))
             for name, field in type(value).model_fields.items()
             if name not in skip
-            and not {"location", EXTENDABLE} & {item for item in field.metadata if isinstance(item, str)}
+            and not {"location", EXTENDABLE} & (marks := {item for item in field.metadata if isinstance(item, str)})
+            and not (LATER in marks and getattr(value, name) == field.default)
             and not _names_location(field.annotation)
         }
     if isinstance(value, list | tuple):

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -25,6 +26,15 @@ SYSTEM_NAMES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir",
 MODES = ("RGB", "L", "P", "RGBA", "LA", "1")  # of 8 bits, or fewer, that become RGB without a choice
 MAX_PIXELS = 256_000_000
 ORIENTATION = 0x0112  # the EXIF tag
+_TURNS: dict[int, Any] = {
+    2: np.fliplr,
+    3: lambda image: np.rot90(image, 2),
+    4: np.flipud,
+    5: lambda image: image.swapaxes(0, 1),
+    6: lambda image: np.rot90(image, -1),
+    7: lambda image: np.rot90(image, 2).swapaxes(0, 1),
+    8: np.rot90,
+}
 Image.MAX_IMAGE_PIXELS = None  # our own limit below applies before any pixel is decoded
 
 
@@ -89,8 +99,10 @@ def decode_image(data: bytes, *, where: str, convert_16_bit: bool = False) -> np
         if not convert_16_bit or image.mode.startswith("F"):
             raise refuse("sixteen_bit", f"mode {image.mode} is stored with more than 8 bits a channel", where)
         with refusing("truncated", "the picture data is damaged", where):
-            image.load()  # raises on damage, which OpenCV fills with grey
-            image = _eight_bits(data, image.getexif().get(ORIENTATION, 1))
+            pixels = deep_pixels(data, image)
+            if pixels is None:
+                raise ValueError("not of 16-bit integers")
+            image = Image.fromarray(to_8_bit(pixels))
     if image.mode not in MODES:
         raise refuse("cmyk", f"colour mode {image.mode} is not RGB", where)
     with refusing("truncated", "the picture data is damaged", where):
@@ -128,17 +140,23 @@ def is_deep(image: Image.Image) -> bool:
     return image.mode.startswith(("I", "F")) or ";16" in str(image.tile)  # type: ignore[attr-defined]
 
 
-def _eight_bits(data: bytes, orientation: int) -> Image.Image:
+def deep_pixels(data: bytes, image: Image.Image) -> np.ndarray | None:
+    """uint16 grey (H, W), or (H, W, 2 | 3 | 4) in RGB order, upright, of a file whose `image` is deep; None where that
+    is CMYK or not of 16-bit integers. Raises what the decoder raises for damage."""
+    image.load()  # raises on damage, which OpenCV fills with grey
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    if pixels is None or pixels.dtype != np.uint16:
-        raise ValueError("not of 16-bit integers")
-    pixels = np.rint(pixels / 257).astype(np.uint8)
-    if pixels.ndim == 3:
-        pixels = cv2.cvtColor(pixels, cv2.COLOR_BGRA2RGBA if pixels.shape[2] == 4 else cv2.COLOR_BGR2RGB)
-    image, exif = Image.fromarray(pixels), Image.Exif()
-    exif[ORIENTATION] = orientation
-    image.info["exif"] = exif.tobytes()
-    return image
+    if pixels is None or pixels.dtype != np.uint16 or image.mode == "CMYK":
+        return None
+    if pixels.ndim == 3 and pixels.shape[2] >= 3:
+        pixels = pixels[..., [2, 1, 0, 3][: pixels.shape[2]]]
+    turned = {} if image.format == "TIFF" else _TURNS  # OpenCV turns a TIFF, as Pillow does
+    turn = turned.get(image.getexif().get(ORIENTATION, 1))
+    return pixels if turn is None else turn(pixels)
+
+
+def to_8_bit(image: np.ndarray) -> np.ndarray:
+    """uint8 of uint8 or uint16."""
+    return image if image.dtype == np.uint8 else ((image.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
 def read_image(uri: str) -> np.ndarray:

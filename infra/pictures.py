@@ -6,12 +6,11 @@ import zlib
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import cv2
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-from infra.images import MODES, encode_png, is_deep, open_image, refuse, refusing
+from infra.images import MODES, deep_pixels, encode_png, is_deep, open_image, refuse, refusing, to_8_bit
 
 PictureFormat = Literal["png", "jpg", "webp", "tiff"]
 FORMATS_OF: dict[str, PictureFormat] = {
@@ -31,15 +30,6 @@ _KEPT_TAGS = (
     *(_BASE.Software, _BASE.DateTime, _BASE.Artist, _BASE.Copyright),
 )
 _OLD_SIZE = (_BASE.ExifImageWidth, _BASE.ExifImageHeight, _BASE.ExifInteroperabilityOffset)
-_TURNS: dict[int, Any] = {
-    2: np.fliplr,
-    3: lambda image: np.rot90(image, 2),
-    4: np.flipud,
-    5: lambda image: image.swapaxes(0, 1),
-    6: lambda image: np.rot90(image, -1),
-    7: lambda image: np.rot90(image, 2).swapaxes(0, 1),
-    8: np.rot90,
-}
 
 
 @dataclass(frozen=True)
@@ -74,7 +64,10 @@ def decode_picture(
         raise refuse("cmyk", f"colour mode {image.mode} is not RGB", where)
     with refusing("truncated", "the picture data is damaged", where):
         if deep:
-            pixels = _deep_pixels(data, image, where)
+            found = deep_pixels(data, image)
+            if found is None:
+                raise refuse("sixteen_bit", "of deep pictures only grey and RGB with 16-bit integers are taken", where)
+            pixels = found
         else:
             image = ImageOps.exif_transpose(image)
             if image.mode == "CMYK":
@@ -113,11 +106,6 @@ def _fitted(picture: Picture, form: PictureFormat, convert: bool, where: str) ->
         alpha = None if picture.alpha is None else to_8_bit(picture.alpha)
         picture = replace(picture, rgb=to_8_bit(picture.rgb), alpha=alpha)
     return picture
-
-
-def to_8_bit(image: np.ndarray) -> np.ndarray:
-    """uint8 of uint8 or uint16."""
-    return image if image.dtype == np.uint8 else ((image.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
 def resized(image: np.ndarray, size: tuple[int, int], resampling: Image.Resampling) -> np.ndarray:
@@ -159,18 +147,6 @@ def encode_picture(
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, quality=quality, **kind, **beside)
     return file.getvalue()
-
-
-def _deep_pixels(data: bytes, image: Image.Image, where: str) -> np.ndarray:
-    """uint16 (H, W) or (H, W, 2 | 3 | 4), upright."""
-    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    if pixels is None or pixels.dtype != np.uint16 or image.mode == "CMYK":
-        raise refuse("sixteen_bit", "of deep pictures only grey and RGB with 16-bit integers are taken", where)
-    if pixels.ndim == 3 and pixels.shape[2] >= 3:
-        pixels = pixels[..., [2, 1, 0, 3][: pixels.shape[2]]]
-    turned = {} if image.format == "TIFF" else _TURNS  # OpenCV turns a TIFF, as Pillow does
-    turn = turned.get(image.getexif().get(_BASE.Orientation, 1))
-    return pixels if turn is None else turn(pixels)
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:

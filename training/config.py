@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from degradation.config import DegradationConfig
-from infra.config import EXTENDABLE, Config, FieldError, Location, ModelLocation
+from infra.config import EXTENDABLE, LATER, Config, FieldError, Location, ModelLocation
 from infra.mlflow_server import TrainTracking
 from infra.process.numerics import NumericsConfig
 from training.optimizer import EmaConfig, OptimizerConfig
@@ -155,11 +155,9 @@ class TrainingSet(Config):
 
     path: Location
     weight: float = Field(1.0, gt=0, allow_inf_nan=False)
-    degradation: str | DegradationConfig | None = Field(None, description="of this set; none: the run's")
-
-    def unused(self) -> dict[str, str]:
-        # Not in the fingerprint unless it is set: runs of a version without this field resume.
-        return {"degradation": "unless it names one"} if self.degradation is None else {}
+    degradation: Annotated[str | DegradationConfig | None, LATER] = Field(
+        None, description="of this set; none: the run's"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -195,7 +193,7 @@ class TrainConfig(Config):
     global_batch_size: int = Field(96, ge=1)
     num_updates: Annotated[int, EXTENDABLE] = Field(ge=1)
     optimizer: OptimizerConfig = OptimizerConfig()
-    ema: EmaConfig | None = None
+    ema: Annotated[EmaConfig | None, LATER] = None
     decoder_loss: DecoderLossConfig = DecoderLossConfig()
     validation: ValidationConfig | None = None
     tracking: TrainTracking = TrainTracking()

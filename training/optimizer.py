@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from infra.config import Config
+from infra.config import LATER, Config
 
 
 class Constant(Config):
@@ -85,10 +85,10 @@ class OptimizerConfig(Config):
     learning_rate: float = Field(5e-5, gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = Field(1e-2, ge=0)
-    no_decay: bool = Field(False, description="no weight decay on norms and biases")
+    no_decay: Annotated[bool, LATER] = Field(False, description="no weight decay on norms and biases")
     clip_norm: float = Field(1.0, ge=0, description="0: no clipping")
     warmup_updates: int = Field(0, ge=0)
-    schedule: Annotated[Constant | Linear | Cosine | Wsd | Multistep, Field(discriminator="kind")] = Constant()
+    schedule: Annotated[Constant | Linear | Cosine | Wsd | Multistep, Field(discriminator="kind"), LATER] = Constant()
 
     def unused(self) -> dict[str, str]:
         return {} if self.weight_decay else {"no_decay": "with weight_decay: 0"}

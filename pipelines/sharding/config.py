@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from degradation.config import DegradationConfig
-from infra.config import Config, Location
+from infra.config import LATER, Config, Location
 from infra.mlflow_server import TrackingConfig
 from infra.process.numerics import NumericsConfig
 from infra.ray_runtime import RayConfig
@@ -173,26 +173,26 @@ class ShardConfig(Config):
     sources: Annotated[tuple[Source, ...], Field(min_length=1)]
     scales: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)] = (1.0,)
     short_side_px: int | None = Field(None, ge=32, description="one more copy of each image, shrunk to this short side")
-    sixteen_bit: Literal["quarantine", "convert"] = Field(
+    sixteen_bit: Annotated[Literal["quarantine", "convert"], LATER] = Field(
         "quarantine", description="images of 16 bits a channel; convert: scaled to 8 and rounded"
     )
     crop: Crop = WholeCrop()
     min_gradient_energy: float = Field(
         0.0, ge=0, description="flatter windows are dropped and counted; about 4 is flat"
     )
-    max_blockiness: float | None = Field(None, gt=1, description="more visible JPEG blocks; 1: none, 1.3: clearly")
-    min_sharpness: float = Field(0.0, ge=0, description="less blurred; see the histograms of `ccsr verify --stats`")
-    min_side_px: int = Field(0, ge=0, description="images with a shorter side are dropped and counted, so is the next")
-    max_aspect: float | None = Field(None, ge=1, description="long side over short side")
+    max_blockiness: Annotated[float | None, LATER] = Field(
+        None, gt=1, description="more visible JPEG blocks; 1: none, 1.3: clearly"
+    )
+    min_sharpness: Annotated[float, LATER] = Field(
+        0.0, ge=0, description="less blurred; see the histograms of `ccsr verify --stats`"
+    )
+    min_side_px: Annotated[int, LATER] = Field(
+        0, ge=0, description="images with a shorter side are dropped and counted, so is the next"
+    )
+    max_aspect: Annotated[float | None, LATER] = Field(None, ge=1, description="long side over short side")
     degradation: str | DegradationConfig | None = "ccsr"
     draws: int = Field(1, ge=1, description="degradations of each crop")
     samples_per_shard: int = Field(256, ge=1, description="with a grid: files per shard")
     latents: LatentsConfig | None = None
     tracking: TrackingConfig | None = Field(None, description="log the set as a run of MLflow; none: not logged")
     runtime: ShardRuntime = ShardRuntime()
-
-    def unused(self) -> dict[str, str]:
-        # Not in the fingerprint unless it is set: sets that a version without this field began are resumed.
-        later = ("sixteen_bit", "max_blockiness", "min_sharpness", "min_side_px", "max_aspect")
-        fields = type(self).model_fields
-        return {name: "unless it is set" for name in later if getattr(self, name) == fields[name].default}

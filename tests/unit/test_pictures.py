@@ -132,6 +132,15 @@ def test_deep_pictures_are_turned_as_eight_bits_are(form: str, orientation: int)
     np.testing.assert_array_equal(to_8_bit(picture.rgb), upright.rgb)
 
 
+@pytest.mark.parametrize("convert", [False, True])
+def test_a_damaged_deep_picture_is_refused(convert: bool) -> None:
+    """OpenCV would fill what is missing with grey."""
+    whole = encode_png(np.random.default_rng(0).integers(0, 65_536, (40, 40, 3), dtype=np.uint16))
+    with pytest.raises(UnusableImageError) as caught:
+        decode_picture(whole[: len(whole) // 2], where="x", form="png", convert=convert)
+    assert caught.value.reason == "truncated"
+
+
 def test_interpolation_at_16_bits_is_the_one_at_8() -> None:
     size = (52, 71)
     for image in (LR, LR[..., 0]):
