@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from infra.errors import ModelError
 from infra.publish import shared_copy, temporary_folder, upload, write_bytes
-from infra.storage import exists, join, list_files, read_json, remove, sha256_file
+from infra.storage import exists, join, list_files, name_of, read_json, remove, sha256_file
 from training.models.directory import write_weights
 
 FORMAT = "ccsr-checkpoint-1"
@@ -110,6 +110,11 @@ def best_checkpoint(output: str, damaged: Collection[str] = (), by: str | None =
     validated = {place: score for place, score in scores.items() if score is not None}
     choose = max if by == "psnr_y" else min
     return choose(validated, key=lambda place: validated[place]) if validated else None
+
+
+def position_of(place: str) -> int:
+    """The position in the name of a checkpoint or of an exported model."""
+    return int(name_of(place))
 
 
 def complete_checkpoints(output: str) -> list[str]:

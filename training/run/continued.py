@@ -9,7 +9,7 @@ from infra.mlflow_server import TrackingConfig
 from infra.run import read_run
 from infra.storage import join, read_json, short_hash
 from training.config import TrainConfig
-from training.run.checkpoint import complete_checkpoints
+from training.run.checkpoint import complete_checkpoints, position_of
 
 
 def continued(config: TrainConfig, init_from: str | None) -> tuple[str, dict[str, Any]]:
@@ -36,7 +36,7 @@ def find_checkpoint(place: str, tracking: TrackingConfig) -> str:
     present = complete_checkpoints(run)
     wanted = present[-1:] if position is None else [join(run, "checkpoints", f"{int(position):012d}")]
     if not wanted or wanted[0] not in present:
-        positions = ", ".join(str(int(one.rpartition("/")[2])) for one in present)
+        positions = ", ".join(str(position_of(one)) for one in present)
         raise ModelError(
             f"this run has no complete checkpoint{f' at position {position}' if position else ''}",
             where=join(run, "checkpoints"),

@@ -27,7 +27,7 @@ from training.models import (
 )
 from training.run.agreement import OtherRankError, WorkerContext, agree, attempt, sigterm_noted
 from training.run.board import Pulse, Watch, make_board
-from training.run.checkpoint import complete_checkpoints
+from training.run.checkpoint import complete_checkpoints, position_of
 from training.run.continued import continued
 from training.run.export import RAW, export_run, initial_model, last_checkpoint, write_model
 from training.run.launch import environment, lost_error, placement
@@ -114,7 +114,7 @@ def _updates_done(config: TrainConfig) -> tuple[int, int]:
     models = ["model", RAW] if config.runtime.export_raw else ["model"]
     complete = exists(record) and all(exists(join(config.output, name, "ccsr.json")) for name in models)
     exported = read_json(record)["num_updates"] if complete else 0
-    positions = [int(place.rpartition("/")[2]) for place in complete_checkpoints(config.output)]
+    positions = [position_of(place) for place in complete_checkpoints(config.output)]
     done = max(positions, default=0) // config.global_batch_size
     if max(exported, done) > config.num_updates:
         raise ConfigError(

@@ -12,7 +12,7 @@ from infra.publish import shared_copy, temporary_folder, write_bytes
 from infra.storage import exists, join, list_files, read_json
 from training.config import TrainConfig
 from training.models import CcsrModel, build_model, export_trained, fetch_model, publish_model, save_model
-from training.run.checkpoint import Newest, best_checkpoint, load_checkpoint, load_newest
+from training.run.checkpoint import Newest, best_checkpoint, load_checkpoint, load_newest, position_of
 
 RAW = "model_raw"
 
@@ -68,12 +68,12 @@ def exported_models(config: TrainConfig) -> dict[int, str]:
     """Position -> model directory of an output; of several at one position the one that stays longest."""
     output, suffix = config.output, "/ccsr.json"
     exports = [file.removesuffix(suffix) for file in list_files(join(output, "exports")) if file.endswith(suffix)]
-    models = {int(place.rpartition("/")[2]): place for place in exports}
+    models = {position_of(place): place for place in exports}
     record, best = join(output, "trained.json"), best_checkpoint(output, (), config.best_by)
     if exists(record):
         models.setdefault(read_json(record)["position"], join(output, "model"))
     if best and exists(join(output, f"best{suffix}")):
-        models.setdefault(int(best.rpartition("/")[2]), join(output, "best"))
+        models.setdefault(position_of(best), join(output, "best"))
     return models
 
 

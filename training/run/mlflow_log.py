@@ -15,7 +15,7 @@ from infra.publish import write_bytes
 from infra.storage import exists, join, name_of, read_bytes, remove
 from infra.tracking import Tracker, link, run_of
 from training.config import TrainConfig
-from training.run.checkpoint import best_checkpoint
+from training.run.checkpoint import best_checkpoint, position_of
 from training.run.export import exported_models
 from training.run.validation import Validation
 
@@ -101,7 +101,7 @@ def log_models(tracker: Tracker, config: TrainConfig) -> None:
         }
         if config.tracking.register:
             best = best_checkpoint(config.output, (), config.best_by)
-            register(tracker, logged[int(best.rpartition("/")[2]) if best else max(logged)], config.tracking.register)
+            register(tracker, logged[position_of(best) if best else max(logged)], config.tracking.register)
 
 
 def try_to_log_models(tracker: Tracker, config: TrainConfig) -> None:
