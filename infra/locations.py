@@ -11,6 +11,7 @@ from infra.errors import ConfigError
 from infra.storage import is_s3
 
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 VARIABLE = re.compile(r"\$[A-Za-z_{(]")
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 TRACKING_SCHEMES = ("http", "https", *DATABASES, "databricks", "databricks-uc", "uc")
@@ -51,8 +52,9 @@ def parse_location(text: str, *, others: Collection[str] = ()) -> str:
 
 
 def parse_model(text: str) -> str:
-    """As `parse_location`, or MLflow's `runs:/ID` or `models:/NAME@ALIAS`; see `infra.mlflow_models.find_model`."""
-    return parse_location(text, others=("runs", "models"))
+    """As `parse_location`, or MLflow's `runs:/ID` or `models:/NAME@ALIAS`. USER/NAME stays as it is: a relative path or
+    a hub id, which `infra.mlflow_models.find_model` tells apart."""
+    return text if HUB_ID.fullmatch(text) else parse_location(text, others=("runs", "models"))
 
 
 def parse_tracking(text: str) -> str:

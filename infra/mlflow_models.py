@@ -4,10 +4,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, overload
 
-from infra.errors import ConfigError
+from infra.errors import ConfigError, ModelError
+from infra.locations import HUB_ID, location
 from infra.mlflow_server import TrackingConfig, mlflow_errors, tracking_uri
 from infra.storage import exists, is_s3, join, short_hash
 from infra.tracking import Tracker, run_of
+from infra.weights import weights_folder
 
 MODEL_TAG = "ccsr.model"
 """Of a run, a LoggedModel and a registered version: the model directory, set once that is complete."""
@@ -20,10 +22,12 @@ def find_model(place: str, config: TrackingConfig) -> str: ...
 @overload
 def find_model(place: str | None, config: TrackingConfig) -> str | None: ...
 def find_model(place: str | None, config: TrackingConfig) -> str | None:
-    """The model directory that `place` names: itself, the `model` folder of a run's output, that of MLflow's run
-    `runs:/ID`, or a registered one: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, `models:/ID` of a LoggedModel.
+    """The model directory that `place` names: itself (`ccsr export` writes one too), the `model` folder of a run's
+    output, USER/NAME below the weights folder, that of MLflow's run `runs:/ID`, or a registered one:
+    `models:/NAME@ALIAS`, `models:/NAME/VERSION`, `models:/ID` of a LoggedModel.
 
-    ConfigError where none was written, or another one since; ClusterError where MLflow does not answer or knows none.
+    ModelError where none is there, ConfigError where none was written, or another one since; ClusterError where MLflow
+    does not answer or knows none.
     """
     if place is None:
         return None
@@ -31,8 +35,22 @@ def find_model(place: str | None, config: TrackingConfig) -> str | None:
         return run_tag(place, MODEL_TAG, config)
     if place.startswith("models:/"):
         return _registered(place, config)
-    inside = join(place, "model")
-    return inside if not exists(join(place, "ccsr.json")) and exists(join(inside, "ccsr.json")) else place
+    path = location(place)
+    places = [path, join(path, "model")]
+    if HUB_ID.fullmatch(place):
+        places.append(join(weights_folder(), place))
+    for found in places:
+        if exists(join(found, "ccsr.json")):
+            return found
+    foreign = any(exists(join(looked_at, "model_index.json")) for looked_at in places)
+    raise ModelError(
+        "this is a diffusers pipeline of another program" if foreign else "there is no complete model directory here",
+        where=f"no ccsr.json in {', '.join(places)}",
+        todo="take one that ccsr export wrote, or convert its weights: ccsr convert"
+        if foreign
+        else "give a model directory, the folder of a finished run, runs:/ID, models:/NAME@ALIAS, or a hub id whose "
+        "files are below the weights folder (CCSR_WEIGHTS)",
+    )
 
 
 def run_tag(place: str, tag: str, config: TrackingConfig) -> str:

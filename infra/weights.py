@@ -64,7 +64,7 @@ def find_weights(name: str, folder: str | None = None) -> Path:
     missing or where its sha256 is not the published one.
     """
     files = _named(name)
-    place = _place(folder)
+    place = weights_folder(folder)
     for file in files:
         path = _local(place) / file.path
         if is_s3(place) and not path.is_file() and exists(join(place, file.path)):
@@ -86,7 +86,7 @@ def _verify(file: WeightFile, path: Path) -> None:
 
 def list_weights(folder: str | None = None) -> list[dict[str, str]]:
     """One row per file: name, purpose, path, source, licence, sha256, state ("present" or "missing")."""
-    place = _place(folder)
+    place = weights_folder(folder)
     return [
         {
             "name": file.name,
@@ -107,7 +107,7 @@ def check_weights(folder: str | None = None) -> list[dict[str, str]]:
     States: "ok" (the sha256 is the published one, or the one recorded when it was fetched), "unverified" (present, no
     sha256 known), "wrong", "missing". Files in S3 are read to be checked, one after another.
     """
-    place = _place(folder)
+    place = weights_folder(folder)
     recorded = _recorded(place)
     rows = []
     with progress("checking weights", len(weight_files())) as advance:
@@ -136,7 +136,7 @@ def fetch_weights(name: str, folder: str | None = None, mirror: str | None = Non
     file that is there is kept. Raises StorageError where a place cannot be reached, ModelError where the bytes are not
     the published ones; neither leaves a part of a file.
     """
-    place = _place(folder)
+    place = weights_folder(folder)
     root = _local(place)
     for file in _named(name):
         if exists(join(place, file.path)):
@@ -208,7 +208,8 @@ def _from_hub(file: WeightFile, hub_id: str) -> WeightFile:
     return replace(file, name=hub_id, path=path, url=url, source=source, licence="see its page", sha256=None)
 
 
-def _place(folder: str | None) -> str:
+def weights_folder(folder: str | None = None) -> str:
+    """`folder`, else where CCSR_WEIGHTS points, else the user's cache: a local path or an s3:// prefix."""
     return location(folder or os.environ.get(ENVIRONMENT) or str(_cache()))
 
 

@@ -188,7 +188,7 @@ def restore(
         str,
         typer.Argument(metavar="OUTPUT", help="Folder or s3:// prefix for the results; NAME.png, .jpg, ... for one."),
     ],
-    model: Annotated[str, typer.Option(help="A model directory, a run's folder, runs:/ID or models:/NAME@ALIAS.")],
+    model: Annotated[str, typer.Option(help="A model or run's folder, runs:/ID, models:/NAME@ALIAS, or a hub id.")],
     runs: Annotated[int, typer.Option(help="Seeded runs per image.")] = 1,
     seed: Annotated[int, typer.Option(help="Run r of an image depends on this, the image's name and r alone.")] = 0,
     scale: Annotated[float, typer.Option(help="Enlargement, 1 to 8, fractions too.")] = 4,

@@ -84,7 +84,7 @@ def export(
     if layout is not None:
         from pipelines.sharding.export import export as export_set
 
-        typer.echo(f"{export_set(source, output, layout)} samples: {output}")
+        typer.echo(f"{export_set(location(source), output, layout)} samples: {output}")
         return
     from infra.errors import ConfigError
 

@@ -4,14 +4,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
-from infra import ClusterError, ConfigError
+from evaluation.config import ModelMethod
+from infra import ClusterError, ConfigError, ModelError
 from infra.images import encode_png
+from infra.locations import model_location
 from infra.mlflow_models import MODEL_TAG, find_model
 from infra.mlflow_server import TrackingConfig
 from infra.publish import write_bytes
 from infra.storage import join
 from infra.tracking import track
+from pipelines.cli.main import app
 from pipelines.restore import RestoreConfig, restore
 from training.config import ModelConfig, SamplingConfig
 from training.models import build_model, save_model
@@ -21,11 +25,39 @@ def test_a_model_directory_a_runs_folder_and_nothing(s3: str, tmp_path: Path) ->
     tracking = TrackingConfig()
     for run in (s3, str(tmp_path / "run")):
         model = join(run, "model")
-        assert find_model(run, tracking) == run, "without a model there the place itself is told of"
+        with pytest.raises(ModelError, match="no complete model directory") as caught:
+            find_model(run, tracking)
+        assert f"{run}, {model}" in caught.value.where, "both places are named"
         write_bytes(join(model, "ccsr.json"), b"{}")
         assert find_model(model, tracking) == model
         assert find_model(run, tracking) == model
     assert find_model(None, tracking) is None
+
+
+def test_a_hub_id_is_a_directory_below_the_weights_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracking, weights = TrackingConfig(), tmp_path / "weights"
+    monkeypatch.setenv("CCSR_WEIGHTS", str(weights))
+    monkeypatch.chdir(tmp_path)
+    assert model_location("user/name") == "user/name"
+    assert ModelMethod(kind="model", name="x", model="user/name").model == "user/name"
+    write_bytes(str(weights / "user/name/model_index.json"), b"{}")
+    with pytest.raises(ModelError, match="diffusers pipeline of another program"):
+        find_model("user/name", tracking)
+    write_bytes(str(weights / "user/name/ccsr.json"), b"{}")
+    assert find_model("user/name", tracking) == f"{weights}/user/name"
+    write_bytes(str(tmp_path / "user/name/model/ccsr.json"), b"{}")
+    assert find_model("user/name", tracking) == f"{tmp_path}/user/name/model", "what the path names comes first"
+    for command in (["restore", "in", "out", "--model", "user/other"], ["export", "user/other", "out"]):
+        done = CliRunner().invoke(app, command)
+        places = [tmp_path / "user/other", tmp_path / "user/other/model", weights / "user/other"]
+        assert str(done.exception) == "\n  ".join(
+            (
+                "there is no complete model directory here",
+                f"where: no ccsr.json in {', '.join(map(str, places))}",
+                "to do: give a model directory, the folder of a finished run, runs:/ID, models:/NAME@ALIAS, or a hub id "
+                "whose files are below the weights folder (CCSR_WEIGHTS)",
+            )
+        )
 
 
 def test_a_run_of_mlflow_by_its_id(tmp_path: Path) -> None:
