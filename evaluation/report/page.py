@@ -48,8 +48,8 @@ class _Window:
 
 
 @dataclass(frozen=True)
-class _Picture:
-    """A figure of the report; its name is what the sliders' lists show."""
+class Figure:
+    """A picture in a page; its name is what the sliders' lists show."""
 
     name: str
     caption: str
@@ -82,7 +82,7 @@ def write_report(result: str | Path | EvaluationResult, target: str | None = Non
 
 def _pictures(result: EvaluationResult, num_images: int) -> dict[str, Any]:
     """What the page shows of up to `num_images` images; no images where a result has none stored."""
-    keys = _chosen_keys(result, num_images)
+    keys = stored_keys(result, num_images)
     maps = {
         (name, key): read_map(result.picture(name, key))
         for name, method in result.methods.items()
@@ -92,14 +92,19 @@ def _pictures(result: EvaluationResult, num_images: int) -> dict[str, Any]:
     # One scale for all maps; the top half per cent may saturate so that single pixels do not darken the rest.
     top = max((float(np.percentile(stds, 99.5)) for stds in maps.values()), default=0.0)
     top = max(math.ceil(top * 100) / 100, 0.01)
-    strip = cv2.applyColorMap(np.arange(256, dtype=np.uint8)[None], COLORMAP)[0, ::15, ::-1]
     return {
         "images": [_image(result, key, maps, top) for key in keys],
         "num_images": len(next(iter(result.methods.values())).keys),
         "side_px": _SIDE_PX,
-        "colours": ", ".join(f"rgb({r} {g} {b})" for r, g, b in strip) if maps else "",
+        "colours": map_colours() if maps else "",
         "top": top,
     }
+
+
+def map_colours() -> str:
+    """The colours of stability maps from 0 to their top, as CSS writes a gradient."""
+    strip = cv2.applyColorMap(np.arange(256, dtype=np.uint8)[None], COLORMAP)[0, ::15, ::-1]
+    return ", ".join(f"rgb({r} {g} {b})" for r, g, b in strip)
 
 
 def report_results(places: Sequence[str], target: str | None, tracking: TrackingConfig) -> tuple[EvaluationResult, str]:
@@ -128,7 +133,8 @@ def _metrics(result: EvaluationResult) -> list[str]:
     return [name for name in names if any(np.isfinite(m.scores[name]).any() for m in methods if name in m.scores)]
 
 
-def _chosen_keys(result: EvaluationResult, num_images: int) -> list[str]:
+def stored_keys(result: EvaluationResult, num_images: int) -> list[str]:
+    """Up to `num_images` images whose pictures are there, from the most to the least stable."""
     methods = list(result.methods.values())
     leader = next((method for method in methods if method.num_runs > 1), methods[0])
     folders = {method.pictures for method in methods}  # an MLflow run has the pictures of its first images alone
@@ -167,19 +173,20 @@ def _image(result: EvaluationResult, key: str, maps: dict[tuple[str, str], np.nd
     scale = height // lr.shape[0]
     side_y, side_x = (min(side, _SIDE_PX) // scale * scale for side in (height, width))
     window = _Window((height - side_y) // 2 // scale * scale, (width - side_x) // 2 // scale * scale, side_y, side_x)
-    hr = result.picture("hr", key)
-    has_hr = exists(hr)
-    methods = list(result.methods.values())
-    stochastic = (i for i, method in enumerate(methods) if method.num_runs > 1)
-    return {
-        "key": key,
-        # LR pixels are kept exact and enlarged by the browser.
-        "lr": _Picture("LR", f"LR, {lr.shape[1]} × {lr.shape[0]} px", _data_uri(".png", window.cut(lr, scale))),
-        "hr": _Picture("HR", f"HR, {width} × {height} px", _jpeg(window.cut(read_image(hr)))) if has_hr else None,
-        "methods": {method.name: _method_pictures(result, method, key, window, maps, top) for method in methods},
-        # The slider starts with LR against the first stochastic method's best run; a method before it has one picture.
-        "start": 1 + has_hr + next(stochastic, 0),
-    }
+    # LR pixels are kept exact and enlarged by the browser.
+    inputs = [Figure("LR", f"LR, {lr.shape[1]} × {lr.shape[0]} px", _data_uri(".png", window.cut(lr, scale)))]
+    if exists(hr := result.picture("hr", key)):
+        inputs.append(Figure("HR", f"HR, {width} × {height} px", _jpeg(window.cut(read_image(hr)))))
+    methods = result.methods.values()
+    columns = {method.name: _method_pictures(result, method, key, window, maps, top) for method in methods}
+    return {"key": key, "columns": {"input": inputs, **columns}, "start": first_shown(result, len(inputs))}
+
+
+def first_shown(result: EvaluationResult, num_before: int) -> int:
+    """Number of the figure that a slider shows at first against LR: of the first stochastic method, before which come
+    `num_before` figures and one of each method."""
+    stochastic = (i for i, method in enumerate(result.methods.values()) if method.num_runs > 1)
+    return num_before + next(stochastic, 0)
 
 
 def _method_pictures(
@@ -189,15 +196,15 @@ def _method_pictures(
     window: _Window,
     maps: dict[tuple[str, str], np.ndarray],
     top: float,
-) -> list[_Picture]:
+) -> list[Figure]:
     """The only run of a deterministic method; else best run, worst run and stability map."""
     index = _index(result, key)
     psnr = method.scores.get("psnr_y")
 
-    def run_picture(run: int, label: str) -> _Picture:
+    def run_picture(run: int, label: str) -> Figure:
         picture = window.cut(read_image(result.picture(method.name, key, run)))
         score = f" · {psnr[index, run]:.2f} dB" if psnr is not None and np.isfinite(psnr[index, run]) else ""
-        return _Picture(f"{method.name} {label}", f"{label}{score}", _jpeg(picture))
+        return Figure(f"{method.name} {label}", f"{label}{score}", _jpeg(picture))
 
     if method.num_runs == 1:
         return [run_picture(0, "only run")]
@@ -215,7 +222,7 @@ def _method_pictures(
             caption += f" · {label} {values[index]:{form}}"
     return [
         *pictures,
-        _Picture(f"{method.name} stability map", caption, _jpeg(coloured(window.cut(maps[method.name, key]), top))),
+        Figure(f"{method.name} stability map", caption, _jpeg(coloured(window.cut(maps[method.name, key]), top))),
     ]
 
 

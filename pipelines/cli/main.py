@@ -181,6 +181,24 @@ def report(
 
 
 @app.command()
+def view(
+    result: Annotated[
+        str, typer.Argument(metavar="RESULT|OUT", help="A result folder, an MLflow run, or an OUTPUT of restore.")
+    ],
+    source: Annotated[
+        str | None, typer.Option("--input", parser=location, help="INPUT of restore, shown beside its OUTPUT.")
+    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="On 127.0.0.1; 0: a free one.")] = 8777,
+    mlflow: Annotated[str | None, typer.Option(help="MLflow's address; default as for the other commands.")] = None,
+) -> None:
+    """Look at results in a browser: every run and stability map beside any other, by keyboard."""
+    from infra.tracking import TrackingConfig
+    from pipelines.view import view as run_view
+
+    run_view(result, port, TrackingConfig(uri=mlflow), source)
+
+
+@app.command()
 def restore(
     context: typer.Context,
     source: Annotated[str, typer.Argument(metavar="INPUT", help="An image, a folder or an s3:// prefix.")],

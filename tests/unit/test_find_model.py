@@ -54,8 +54,8 @@ def test_a_hub_id_is_a_directory_below_the_weights_folder(tmp_path: Path, monkey
             (
                 "there is no complete model directory here",
                 f"where: no ccsr.json in {', '.join(map(str, places))}",
-                "to do: give a model directory, the folder of a finished run, runs:/ID, models:/NAME@ALIAS, or a hub id "
-                "whose files are below the weights folder (CCSR_WEIGHTS)",
+                "to do: give a model directory, the folder of a finished run, runs:/ID, models:/NAME@ALIAS, or a hub "
+                "id whose files are below the weights folder (CCSR_WEIGHTS)",
             )
         )
 
