@@ -111,7 +111,7 @@ def pick_device(runtime: RestoreRuntime) -> Literal["cpu", "cuda"]:
     return runtime.device
 
 
-def _resolved(config: RestoreConfig) -> RestoreConfig:
+def resolved(config: RestoreConfig) -> RestoreConfig:
     """`config` without `auto`; a GPU's dtype is bfloat16, a CPU's float32. ConfigError for float16 on a CPU."""
     device = pick_device(config.runtime)
     if config.dtype == "float16" and device == "cpu":
@@ -130,7 +130,7 @@ def restore(source: str, output: str, model_uri: str, config: RestoreConfig) -> 
     then the format, and NAME.png.run.json is beside it. What is there is kept if it was made from the same content. A
     file that cannot be used, or that has changed since, is passed over; PartialResultError names them at the end.
     """
-    config = _resolved(config)
+    config = resolved(config)
     source, output = map(location, (source, output))
     model_uri = find_model(model_location(model_uri), TrackingConfig())
     inputs: dict[str, Any] = {"model": model_id(model_uri)}

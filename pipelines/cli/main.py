@@ -201,10 +201,10 @@ def view(
 @app.command()
 def restore(
     context: typer.Context,
-    source: Annotated[str, typer.Argument(metavar="INPUT", help="An image, a folder or an s3:// prefix.")],
+    source: Annotated[str, typer.Argument(metavar="INPUT", help="An image, a video, a folder or an s3:// prefix.")],
     output: Annotated[
         str,
-        typer.Argument(metavar="OUTPUT", help="Folder or s3:// prefix for the results; NAME.png, .jpg, ... for one."),
+        typer.Argument(metavar="OUTPUT", help="Folder or s3:// prefix for the results; NAME.png, .mp4, ... for one."),
     ],
     model: Annotated[str, typer.Option(help="A model or run's folder, runs:/ID, models:/NAME@ALIAS, or a hub id.")],
     runs: Annotated[int, typer.Option(help="Seeded runs per image.")] = 1,
@@ -238,8 +238,12 @@ def restore(
     """Enlarge photographs with a trained model."""
     from pipelines.restore import restore as run_restore
     from pipelines.restore import restore_config
+    from pipelines.restore_video import is_video, restore_video
 
     config = restore_config(context.params)
+    if is_video(source) or is_video(output):
+        typer.echo(f"{restore_video(source, output, model, config)} frames: {output}")
+        return
     typer.echo(f"{run_restore(source, output, model, config)} images: {output}")
 
 

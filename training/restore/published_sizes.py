@@ -1,7 +1,7 @@
 """From an LR image to what the networks see, by reflection to whole latent pixels or as published, and back."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from training.config import SamplingConfig, SizeRule
 from training.sampling import color_fix
 
 SHORT_SIDE = 512  # px that the published scripts enlarge smaller images to
+ColorFix = Callable[..., Tensor]
+"""`color_fix`, or what replaces it for the frames of a sequence."""
 _Step = tuple[int, int, Image.Resampling]
 
 
@@ -33,11 +35,17 @@ def enlarge(lr: np.ndarray, size: tuple[int, int], config: SamplingConfig, *, wh
 
 
 def finish(
-    decoded: Tensor, enlarged: Tensor, size: tuple[int, int], config: SamplingConfig, epsilon: float, levels: int = 255
+    decoded: Tensor,
+    enlarged: Tensor,
+    size: tuple[int, int],
+    config: SamplingConfig,
+    epsilon: float,
+    levels: int = 255,
+    fix: ColorFix = color_fix,
 ) -> np.ndarray:
     """The output (H, W, 3) of `size`, uint8 or, with 65535 levels, uint16, from a decoded image (1, 3, h, w) around
     [0, 1]: padding cut off, colours of `enlarged`, AdaIN's `epsilon`. DataError where it is not finite."""
-    pixels = color_fix(decoded[..., : enlarged.shape[-2], : enlarged.shape[-1]], enlarged, config.color_fix, epsilon)
+    pixels = fix(decoded[..., : enlarged.shape[-2], : enlarged.shape[-1]], enlarged, config.color_fix, epsilon)
     if not pixels.isfinite().all():
         raise DataError("the networks' numbers overflowed", where="decoder", todo="use --dtype bfloat16 or float32")
     dtype = torch.uint8 if levels == 255 else torch.uint16

@@ -25,8 +25,8 @@ from training.restore.banded_vae import (
     plane_bytes,
     rows_at_once,
 )
-from training.restore.published_sizes import enlarge, finish, reflect
-from training.sampling import Denoise, guided, predict_x0, tiled
+from training.restore.published_sizes import ColorFix, enlarge, finish, reflect
+from training.sampling import Denoise, color_fix, guided, predict_x0, tiled
 
 IMAGE_BYTES = 60  # per pixel: five float32 RGB images live at once
 UNET_MAPS = 32  # activations of the first level's size live at once in ControlNet and UNet
@@ -121,13 +121,15 @@ def restore_batch(
     *,
     seed: int,
     vae_bytes: int | None = None,
+    fix: ColorFix = color_fix,
 ) -> Iterator[np.ndarray]:
     """Yield one (H, W, 3) RGB image, uint8 or uint16 as its LR, per row = (image, run); all latents have one shape.
 
-    The latents of all rows are computed together; they are decoded as many at a time as fit `vae_bytes`.
+    The latents of all rows are computed together; they are decoded as many at a time as fit `vae_bytes`. `fix`: of the
+    colours.
     """
     latents = sample_rows(model, rows, config, seed)
-    yield from decode_images(model, latents, [image for image, _ in rows], config, vae_bytes)
+    yield from decode_images(model, latents, [image for image, _ in rows], config, vae_bytes, fix)
 
 
 def sample_rows(
@@ -150,12 +152,13 @@ def decode_images(
     images: Sequence[PreparedImage],
     config: SamplingConfig,
     vae_bytes: int | None = None,
+    fix: ColorFix = color_fix,
 ) -> Iterator[np.ndarray]:
     """The images, (H, W, 3) RGB, uint8 or uint16 as their LR, of one latent each. DataError where one is not finite."""
     padded = torch.cat([_padded(model, image) for image in images]) if _wrapped(model, config) else None
     for image, pixels in zip(images, decode_rows(model, latents, vae_bytes, padded, config.wrapping), strict=True):
         epsilon = METHODS[model.config.family].color_epsilon
-        yield finish(pixels, image.enlarged, image.size, config, epsilon, image.levels)
+        yield finish(pixels, image.enlarged, image.size, config, epsilon, image.levels, fix)
 
 
 def _padded(model: CcsrModel, image: PreparedImage) -> Tensor:

@@ -1,6 +1,6 @@
 """Samplers, schedules, tiles and colour correction: free functions in plain PyTorch."""
 
-from training.sampling.color import color_fix
+from training.sampling.color import SmoothedColorFix, color_fix
 from training.sampling.samplers import (
     Denoise,
     DrawNoise,
@@ -16,6 +16,7 @@ from training.sampling.tiles import tile_grid, tile_weights, tiled
 __all__ = [
     "Denoise",
     "DrawNoise",
+    "SmoothedColorFix",
     "add_noise",
     "ccsr_v1_timesteps",
     "ccsr_v2_timesteps",

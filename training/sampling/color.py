@@ -31,6 +31,32 @@ def color_fix(image: Tensor, reference: Tensor, method: str, epsilon: float = 1e
     return (image - mean) / std * reference_std + reference_mean
 
 
+class SmoothedColorFix:
+    """`color_fix` of the frames of a sequence, one image (1, C, H, W) a call, in their order.
+
+    "adain" is then: y = (x - mean_x) g_t + mean_r, with the frame's own means of image x and reference r, and per
+    channel g_t = a g_(t-1) + (1 - a) std_r / std_x, a = `memory`. It begins anew at the first frame and where the
+    reference changes by more than CUT from one frame to the next. The means are not smoothed: the reference's are those
+    of the input.
+    """
+
+    CUT = 0.1  # mean absolute difference, of values in [0, 1]
+
+    def __init__(self, memory: float = 0.8) -> None:
+        self._memory, self._gain, self._before = memory, torch.empty(0), torch.empty(0)
+
+    def __call__(self, image: Tensor, reference: Tensor, method: str, epsilon: float = 1e-5) -> Tensor:
+        if method != "adain":
+            return color_fix(image, reference, method, epsilon)
+        mean, std = _statistics(image, epsilon)
+        reference_mean, reference_std = _statistics(reference, epsilon)
+        gain = reference_std / std
+        if self._before.shape == reference.shape and (reference - self._before).abs().mean() <= self.CUT:
+            gain = self._memory * self._gain + (1 - self._memory) * gain
+        self._gain, self._before = gain, reference
+        return (image - mean) * gain + reference_mean
+
+
 def _statistics(image: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """Mean and deviation, (N, C, 1, 1)."""
     variance, mean = torch.var_mean(image, dim=(2, 3), keepdim=True)

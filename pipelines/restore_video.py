@@ -1,0 +1,99 @@
+"""`ccsr restore film.mp4 large.mp4`: a video enlarged frame by frame with one noise field, its audio copied."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from infra.display.progress import progress
+from infra.errors import ConfigError, DataError
+from infra.locations import location, model_location
+from infra.mlflow_models import find_model
+from infra.mlflow_server import TrackingConfig
+from infra.pictures import resized
+from infra.process.numerics import set_numerics
+from infra.publish import download, publish_if_absent, staging, temporary_folder
+from infra.run import claim_output
+from infra.storage import exists, sha256_file
+from infra.video import VIDEO_SUFFIXES, WRITTEN, convert, probe
+from pipelines.restore import MIN_SIDE, SHARED_KEY, RestoreConfig, resolved
+from training.models import fetch_model, model_id
+from training.restore.restore import check_sampling, prepare_image, restore_batch
+from training.sampling import SmoothedColorFix
+
+
+def is_video(uri: str) -> bool:
+    """Whether a file's suffix is a video's."""
+    return Path(uri).suffix.lower() in VIDEO_SUFFIXES
+
+
+def restore_video(source: str, output: str, model_uri: str, config: RestoreConfig) -> int:
+    """Restore the video file `source` to `output`, a video file too; returns the number of frames.
+
+    All frames draw from one noise (that of `noise: shared`, the posterior's sample included), share one tile grid, and
+    AdaIN's gain is smoothed over time (`SmoothedColorFix`). The whole file is the unit: one process restores it in
+    order, it appears when complete, and NAME.mp4.run.json is beside it. An output that is there is kept if it was made
+    from the same content. ConfigError for options without effect, and errors as of `probe` and `convert`.
+    """
+    config = resolved(config).model_copy(update={"noise": "shared"})
+    _check(source, output, config)
+    source, output = map(location, (source, output))
+    model_uri = find_model(model_location(model_uri), TrackingConfig())
+    check_sampling(model_uri, config.sampling)
+    with temporary_folder("video") as scratch:
+        file = download(source, scratch)
+        info = probe(file, source)
+        size = _size(info.size, config, source)
+        found = {"num_bytes": file.stat().st_size, "sha256": sha256_file(file)}
+        inputs = {"model": model_id(model_uri), "source": found}
+        folder, _, name = output.rpartition("/")
+        libraries = ("torch", "diffusers", "numpy", "pillow", "av")
+        claim_output(folder, config, job="restore", inputs=inputs, libraries=libraries, name=f"{name}.run.json")
+        if exists(output):
+            return info.num_frames
+        set_numerics(config.numerics)
+        model = fetch_model(model_uri, config.runtime.device, getattr(torch, config.dtype))
+        fix = SmoothedColorFix()
+        with staging(output) as target, progress("restoring", info.num_frames) as advance:
+
+            def change(frame: np.ndarray) -> np.ndarray:
+                image = prepare_image(model, frame, size, config.sampling, key=SHARED_KEY)
+                (large,) = restore_batch(model, [(image, 0)], config.sampling, seed=config.seed, fix=fix)
+                advance()
+                if config.side_by_side:
+                    large = np.concatenate([resized(frame, size, Image.Resampling.BICUBIC), large], axis=1)
+                return large
+
+            written = (size[0], size[1] * (1 + config.side_by_side))
+            convert(file, target, WRITTEN[Path(output).suffix.lower()], written, change, info.rate, source)
+            publish_if_absent(target, output)
+    return info.num_frames
+
+
+def _check(source: str, output: str, config: RestoreConfig) -> None:
+    problems = {
+        "INPUT is no video, OUTPUT is one": not is_video(source),
+        f"OUTPUT is no {', '.join(WRITTEN)}": Path(output).suffix.lower() not in WRITTEN,
+        "OUTPUT is INPUT": location(source) == location(output),
+        "several runs need several files": config.num_runs > 1,
+        "a video is restored by one process, in order": config.runtime.use_ray,
+        "--format, --convert and --gps are of pictures": config.format != "png" or config.convert or config.gps,
+    }
+    for what, wrong in problems.items():
+        if wrong:
+            todo = "give a video and NAME.mp4 without these options, or a folder of its frames"
+            raise ConfigError(what, where=output, todo=todo)
+
+
+def _size(sides: tuple[int, int], config: RestoreConfig, where: str) -> tuple[int, int]:
+    """(height, width) of the enlarged frames."""
+    height, width = (math.ceil(round(side * config.scale, 6)) for side in sides)
+    shape = f"{width}x{height} px"
+    if min(sides) < MIN_SIDE:
+        what = f"{sides[1]}x{sides[0]} px is too small, a side needs {MIN_SIDE}"
+        raise DataError(what, where=where, todo="use a larger video")
+    if height % 2 or width % 2:
+        raise DataError(f"{shape}: H.264 holds even sides only", where=where, todo="use another --scale")
+    return height, width
