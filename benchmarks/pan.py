@@ -1,6 +1,7 @@
-"""Flicker on a pan over a photograph: one noise field for all frames against one per frame, CCSR and uniform sampling.
+"""Flicker on a pan over a photograph: one noise field for all frames against one per frame, CCSR and uniform sampling,
+and AdaIN of each frame against AdaIN smoothed over time.
 
-PYTHONPATH=. python benchmarks/pan.py
+PYTHONPATH=. python benchmarks/pan.py [--photos coffee.png] [--steps-px 1]
 """
 
 import argparse
@@ -10,13 +11,15 @@ from pathlib import Path
 import numpy as np
 import skimage
 from PIL import Image
+from torch import Tensor
 
 from evaluation.metrics.image import sharpness
 from evaluation.metrics.stability import temporal_std
 from infra.pixels import psnr_y
 from training.config import SamplingConfig
-from training.models import load_model
-from training.restore.restore import restore_runs
+from training.models import CcsrModel, load_model
+from training.restore.restore import prepare_image, restore_batch
+from training.sampling import SmoothedColorFix, color_fix
 
 SCALE, SIDE = 4, 192
 MODEL = Path(__file__).parents[1] / "training" / "models" / "tiny_base"
@@ -37,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--photos", nargs="+", default=["coffee.png", "chelsea.png"])
     parser.add_argument("--frames", type=int, default=8)
+    parser.add_argument("--steps-px", nargs="+", type=int, default=[0, 1, 4])  # HR px; at 4 the LR moves by a pixel
     parser.add_argument("--model", default=str(MODEL))
     options = parser.parse_args(arguments)
     model = load_model(options.model)
@@ -44,28 +48,41 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "ccsr, 15 steps": SamplingConfig(num_steps=15),
         "uniform, 15 steps": SamplingConfig(num_steps=15, sampler="uniform"),
     }
-    print(
-        "| photo | px a frame | sampling | noise | temporal_std | sharpness | PSNR-Y |\n|---|---|---|---|---|---|---|"
-    )
+    columns = ("photo", "px a frame", "sampling", "noise", "colours", "temporal_std", "sharpness", "PSNR-Y")
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for photo in options.photos:
-        for step in (0, 1, 4):  # HR px; at 4 the LR frame moves by a whole pixel
+        for step in options.steps_px:
             truth = pan(photo, step, options.frames)
             lrs = [scaled(image, SIDE // SCALE) for image in truth]
             inputs = [scaled(lr, SIDE) for lr in lrs]
             for name, config in samplings.items():
                 for noise in ("image", "shared"):
                     keys = ["frames" if noise == "shared" else f"{n:04d}" for n in range(len(lrs))]
-                    frames = [
-                        next(restore_runs(model, lr, (SIDE, SIDE), config, seed=0, key=key, runs=[0]))
-                        for lr, key in zip(lrs, keys, strict=True)
-                    ]
-                    sharp = np.mean([sharpness(*pair) for pair in zip(frames, truth, strict=True)])
-                    psnr = np.mean([psnr_y(*pair) for pair in zip(frames, truth, strict=True)])
-                    flicker = temporal_std(frames, inputs)
-                    print(
-                        f"| {photo} | {step} | {name} | {noise} | {flicker:.4f} | {sharp:.3f} | {psnr:.2f} |",
-                        flush=True,
-                    )
+                    decoded = [decode(model, lr, config, key) for lr, key in zip(lrs, keys, strict=True)]
+                    for colours, fix in (("each frame", color_fix), ("smoothed", SmoothedColorFix())):
+                        frames = [as_bytes(fix(*pair, "adain")) for pair in decoded]
+                        sharp = np.mean([sharpness(*pair) for pair in zip(frames, truth, strict=True)])
+                        psnr = np.mean([psnr_y(*pair) for pair in zip(frames, truth, strict=True)])
+                        flicker = temporal_std(frames, inputs)
+                        row = (photo, step, name, noise, colours, f"{flicker:.4f}", f"{sharp:.3f}", f"{psnr:.2f}")
+                        print(f"| {' | '.join(map(str, row))} |", flush=True)
+
+
+def decode(model: CcsrModel, lr: np.ndarray, config: SamplingConfig, key: str) -> tuple[Tensor, Tensor]:
+    """The decoded frame and its enlarged LR before the colours are fixed, (1, 3, SIDE, SIDE)."""
+    pair: list[tuple[Tensor, Tensor]] = []
+
+    def keep(image: Tensor, reference: Tensor, method: str, epsilon: float) -> Tensor:
+        pair.append((image, reference))
+        return image
+
+    image = prepare_image(model, lr, (SIDE, SIDE), config, key=key)
+    list(restore_batch(model, [(image, 0)], config, seed=0, fix=keep))
+    return pair[0]
+
+
+def as_bytes(image: Tensor) -> np.ndarray:
+    return image[0].clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).numpy()
 
 
 if __name__ == "__main__":

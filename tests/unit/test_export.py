@@ -10,11 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from photos import photo
+from huggingface_hub import ModelCard
+from photos import make_shard_set, photo, save_photos, shard_config
 from PIL import Image
+from result_folder import noisy, photographs, write_result
+from typer.testing import CliRunner
 
-from infra.errors import ConfigError, ModelError
-from infra.images import encode_png
+from evaluation.report.tables import interval_table
+from evaluation.results import load_result
+from infra.errors import CcsrError, ConfigError, ModelError
+from infra.images import encode_png, read_image
+from pipelines.cli.main import app
 from pipelines.export import export_diffusers
 from tests.small_networks import smaller_tiny
 from training.config import ModelConfig, SamplingConfig
@@ -107,6 +113,68 @@ def test_diffusers_alone_restores_as_we_do(family: str, tmp_path: Path) -> None:
         assert (difference <= 1).mean() >= 0.999, (setting, difference.max())
     again = load_model(exported)
     assert again.config == model.config, "an exported directory is a model directory too"
+
+
+def test_the_command_writes_a_card_and_a_model_that_restore_takes(tmp_path: Path) -> None:
+    """The card in the hub's form: licence, the sets with their licences, the chosen method's means with intervals."""
+    source = made(tmp_path / "model", "v2")
+    save_photos(tmp_path / "photos", [(48, 48), (40, 64)])
+    config = shard_config(tmp_path / "photos", tmp_path / "set", name="garden", degradation="bicubic")
+    config = config.model_copy(update={"sources": [config.sources[0].model_copy(update={"licence": "CC0 | own"})]})
+    data = make_shard_set(config).uri
+    result = write_result(tmp_path / "result", photographs(3), {"bicubic": (1, noisy(0)), "ours": (2, noisy(5))})
+    command = ["export", source, f"{tmp_path}/out", "--to", "diffusers", "--licence", "apache-2.0"]
+    command += ["--data", data, "--metrics"]
+    done = CliRunner().invoke(app, [*command, f"{result}:ours"])
+    assert done.exit_code == 0, done.exception
+    card = ModelCard.load(f"{tmp_path}/out/README.md")
+    assert (card.data.license, card.data.library_name, card.data.pipeline_tag) == (
+        "apache-2.0",
+        "diffusers",
+        "image-to-image",
+    )
+    assert "| garden | 2 | CC0 \\| own |" in card.text
+    rows = interval_table({"ours": load_result(result).methods["ours"]}).rows
+    cells = [["".join(text for text, _ in cell.parts) for cell in row] for row in rows]
+    assert len(cells) > 2
+    assert all(f"| {metric} | {value} |" in card.text for metric, value in cells)
+    assert "Means over 3 images with 95 % bootstrap intervals" in card.text
+    assert 'custom_pipeline="out"' in card.text
+
+    plain = CliRunner().invoke(app, ["export", source, f"{tmp_path}/plain"])
+    assert plain.exit_code == 0, plain.exception
+    text = (tmp_path / "plain" / "README.md").read_text()
+    assert "Not recorded: `ccsr export --data SHARDS`" in text
+    assert "None given: `ccsr export --metrics RESULT`" in text
+
+    (tmp_path / "a.png").write_bytes(encode_png(LR))
+    for name, model in (("one", source), ("two", f"{tmp_path}/out")):
+        command_of = ["restore", f"{tmp_path}/a.png", f"{tmp_path}/{name}.png", "--model", model, "--device", "cpu"]
+        assert CliRunner().invoke(app, [*command_of, "--steps", "3", "--scale", "2"]).exit_code == 0
+    np.testing.assert_array_equal(read_image(f"{tmp_path}/one.png"), read_image(f"{tmp_path}/two.png"))
+
+    for options, what in (
+        ([*command, f"{result}:theirs"], "no method is called theirs"),
+        (["export", source, f"{tmp_path}/other", "--to", "onnx"], "no form is called 'onnx'"),
+        (["export", source, f"{source}/inside"], "inside an input"),
+    ):
+        error = CliRunner().invoke(app, options).exception
+        assert isinstance(error, CcsrError), error
+        assert what in str(error)
+        assert str(error).count("\n") == 2
+
+
+def test_a_set_that_the_run_did_not_see_is_no_training_data(tmp_path: Path) -> None:
+    source = made(tmp_path / "run" / "model", "v2")
+    inputs = {"dataset_ids": ["0123456789abcdef"]}
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"job": "train", "inputs": inputs}))
+    export_diffusers(source, f"{tmp_path}/out")
+    assert "| dataset 0123456789abcdef |  | not stated |" in (tmp_path / "out" / "README.md").read_text()
+    save_photos(tmp_path / "photos", [(48, 48)])
+    other = make_shard_set(shard_config(tmp_path / "photos", tmp_path / "set", degradation="bicubic")).uri
+    with pytest.raises(ConfigError, match="not trained on this set"):
+        export_diffusers(source, f"{tmp_path}/second", data=[other])
+    assert not (tmp_path / "second").exists()
 
 
 def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
