@@ -35,14 +35,12 @@ _OLD_SIZE = (_BASE.ExifImageWidth, _BASE.ExifImageHeight, _BASE.ExifInteroperabi
 @dataclass(frozen=True)
 class Picture:
     """`rgb`: uint8 or uint16 (H, W, 3), upright, in the colours of `profile` (None: sRGB, or not said); `alpha`: (H, W)
-    of the same dtype, None where all is opaque; `exif`: as in a JPEG. `grey`: its three channels are equal;
-    `single`: the file has one."""
+    of the same dtype, None where all is opaque; `exif`: as in a JPEG. `single`: the file has one channel of colours."""
 
     rgb: np.ndarray
     alpha: np.ndarray | None = None
     profile: bytes | None = None
     exif: bytes | None = None
-    grey: bool = False
     single: bool = False
 
 
@@ -85,8 +83,7 @@ def decode_picture(
         alpha = None
     colours = b"GRAY" if single and alpha is None else b"RGB "
     profile = profile if isinstance(profile, bytes) and profile[16:20] == colours else None
-    grey = single or bool((rgb == rgb[..., :1]).all())
-    return _fitted(Picture(rgb, alpha, profile, exif, grey, single), form, convert, where)
+    return _fitted(Picture(rgb, alpha, profile, exif, single), form, convert, where)
 
 
 def _fitted(picture: Picture, form: PictureFormat, convert: bool, where: str) -> Picture:
@@ -118,17 +115,20 @@ def resized(image: np.ndarray, size: tuple[int, int], resampling: Image.Resampli
     return levels[0] if image.ndim == 2 else np.ascontiguousarray(np.moveaxis(levels, 0, -1))
 
 
+def luma(image: np.ndarray) -> np.ndarray:
+    """The luma (BT.601) of RGB (H, W, 3), uint8 or uint16, rounded, on three channels; the same dtype."""
+    return np.rint(image @ LUMA).astype(image.dtype)[..., None].repeat(3, axis=2)
+
+
 def encode_picture(
     restored: np.ndarray, source: Picture, form: PictureFormat, quality: int, *, side_by_side: bool = False
 ) -> bytes:
     """`restored`, (H, W, 3) of the dtype of `source.rgb`, as a file with what `source` has beside its colours.
 
-    Alpha is enlarged by bicubic interpolation; the colours of a grey source become their luma (BT.601).
+    Alpha is enlarged by bicubic interpolation; of a source with one channel one is written.
     `side_by_side`: the source, enlarged so, to the left of the result.
     """
     size = restored.shape[:2]
-    if source.grey:
-        restored = np.rint(restored @ LUMA).astype(restored.dtype)[..., None].repeat(3, axis=2)
     alpha = None if source.alpha is None else resized(source.alpha, size, Image.Resampling.BICUBIC)
     if side_by_side:
         restored = np.concatenate([resized(source.rgb, size, Image.Resampling.BICUBIC), restored], axis=1)

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from photos import photo
 from PIL import Image
@@ -13,7 +14,7 @@ from evaluation.config import EvaluateConfig
 from evaluation.inputs import load_sets
 from evaluation.scoring import Scorer, ScoreTask
 from infra import ConfigError, DataError, PartialResultError
-from infra.images import encode_png
+from infra.images import encode_png, read_image
 from infra.publish import upload_folder, write_bytes
 from infra.storage import list_files, read_bytes
 from pipelines.restore import RestoreConfig, restore
@@ -81,6 +82,8 @@ def test_files_that_differ_in_their_suffix_keep_it_and_their_noise(model: str, t
 def test_restore_and_evaluate_make_the_same_pictures(model: str, tmp_path: Path) -> None:
     for number, name in enumerate(["deep/a b.png", "photo.png", "photo.jpg", "夕焼け.png", f"{LONG}.png"]):
         save(tmp_path / "in" / name, number)
+    grey = photo(24, 20, seed=9)[..., :1].repeat(3, axis=2)
+    (tmp_path / "in" / "grey.png").write_bytes(encode_png(grey))
     sampling = CONFIG.sampling.model_dump()
     values: dict[str, Any] = {
         "job": "evaluate",
@@ -99,13 +102,15 @@ def test_restore_and_evaluate_make_the_same_pictures(model: str, tmp_path: Path)
     restore(f"{tmp_path}/in", f"{tmp_path}/out", model, RestoreConfig.model_validate(ours))
     restored = {picture for name, picture in written(tmp_path / "out").items()}
     evaluated = written(tmp_path / "evaluation" / "images" / "ours")
-    assert len(restored) == 10
+    assert len(restored) == 12
+    assert np.ptp(read_image(f"{tmp_path}/evaluation/images/ours/00/grey.png"), axis=2).max() == 0, "grey stays grey"
     assert restored == {picture for name, picture in evaluated.items() if not name.startswith("l_std")}
-    assert [image.key for image in images][:4] == [
+    assert [image.key for image in images][:5] == [
         "deep-a-b",
+        "grey",
         "photo.jpg",
         "photo.png",
-        f"{'x' * 191}-{images[3].key[-8:]}",
+        f"{'x' * 191}-{images[4].key[-8:]}",
     ]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from infra.errors import ConfigError, DataError
-from infra.pictures import resized
+from infra.pictures import luma, resized
 from training.config import SamplingConfig, SizeRule
 from training.sampling import color_fix
 
@@ -44,12 +44,15 @@ def finish(
     fix: ColorFix = color_fix,
 ) -> np.ndarray:
     """The output (H, W, 3) of `size`, uint8 or, with 65535 levels, uint16, from a decoded image (1, 3, h, w) around
-    [0, 1]: padding cut off, colours of `enlarged`, AdaIN's `epsilon`. DataError where it is not finite."""
+    [0, 1]: padding cut off, colours of `enlarged`, AdaIN's `epsilon`; of a grey `enlarged` (its channels are equal) the
+    luma. DataError where it is not finite."""
     pixels = fix(decoded[..., : enlarged.shape[-2], : enlarged.shape[-1]], enlarged, config.color_fix, epsilon)
     if not pixels.isfinite().all():
         raise DataError("the networks' numbers overflowed", where="decoder", todo="use --dtype bfloat16 or float32")
     dtype = torch.uint8 if levels == 255 else torch.uint16
     image = pixels[0].clamp(0, 1).mul_(levels).round_().to(dtype).permute(1, 2, 0).cpu().numpy()
+    if (enlarged == enlarged[:, :1]).all():
+        image = luma(image)
     return image if config.sizes == "pad" else published_output(image, size, config.sizes)
 
 
