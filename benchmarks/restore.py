@@ -3,6 +3,7 @@
 python benchmarks/restore.py [--preset tiny] [--runs 10] [--rounds 5]      # latents to decoded tensors, on a CPU
 python benchmarks/restore.py --memory 4096                                 # one output of 4096 x 4096 px
 python benchmarks/restore.py --table2 --preset sd21                        # the paper's Table 2; a GPU if there is one
+python benchmarks/restore.py --table2 --preset sd21 --rounds 0 --steps 3   # whether it runs: one picture in few steps
 """
 
 import argparse
@@ -47,7 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="tiny", choices=["tiny", "sd21"])
     parser.add_argument("--runs", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, help="of the chain; default: 6, of --table2 the published 45 and 200")
     parser.add_argument("--side", type=int, default=256, help="px of the output of the speed comparison")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory", type=int, help="px of a side of the output whose memory is measured")
@@ -57,7 +58,7 @@ def main() -> None:
         f"{date.today()}  {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {options}"
     )
     if options.table2:
-        print_report([table2(options.preset, options.rounds)])
+        print_report([table2(options.preset, options.rounds, options.steps)])
         return
     model = build_model(ModelConfig(preset=options.preset), seed=0)
     for network in model.networks.values():
@@ -68,10 +69,11 @@ def main() -> None:
         compare_speed(model, options)
 
 
-def table2(preset: str, rounds: int) -> Table:
-    """Seconds of one picture after another, 128 -> 512 px in float32: CCSR v1 in 15 of 45 steps, StableSR in 200; the
-    median of `rounds`. Random weights: they cost what trained ones do. Parameters: of the networks that are loaded;
-    `ccsr estimate --model sd21` adds the text encoder, which the cached prompt replaces here."""
+def table2(preset: str, rounds: int, num_steps: int | None = None) -> Table:
+    """Seconds of one picture after another, 128 -> 512 px in float32: CCSR v1 in 15 of 45 steps, StableSR in 200, or
+    `num_steps` of each; the median of `rounds` after one that warms up, with 0 that one. Random weights: they cost what
+    trained ones do. Parameters: of the networks that are loaded; `ccsr estimate --model sd21` adds the text encoder,
+    which the cached prompt replaces here."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     table = Table(
         ("method", "seconds", "million parameters", "paper: seconds", "paper: parameters"), f"Table 2, {device}"
@@ -79,8 +81,12 @@ def table2(preset: str, rounds: int) -> Table:
     lr = rng_for(0, "lr").integers(0, 256, (128, 128, 3), dtype=np.uint8)
     measured = {}
     for name, config, sampling in (
-        ("StableSR", ModelConfig(preset=preset, family="stablesr"), SamplingConfig(sampler="uniform", num_steps=200)),
-        ("CCSR", ModelConfig(preset=preset, family="v1"), SamplingConfig(num_steps=45)),
+        (
+            "StableSR",
+            ModelConfig(preset=preset, family="stablesr"),
+            SamplingConfig(sampler="uniform", num_steps=num_steps or 200),
+        ),
+        ("CCSR", ModelConfig(preset=preset, family="v1"), SamplingConfig(num_steps=num_steps or 45)),
     ):
         model = build_model(config, seed=0)
         for network in model.networks.values():
@@ -91,7 +97,7 @@ def table2(preset: str, rounds: int) -> Table:
             list(restore_runs(model, lr, (512, 512), sampling, seed=0, key="x", runs=[run]))  # ends on the CPU
             took.append(time.perf_counter() - began)
         parameters = sum(p.numel() for network in model.networks.values() for p in network.parameters()) / 1e6
-        measured[name] = (statistics.median(took[1:]), parameters)
+        measured[name] = (statistics.median(took[1:] or took), parameters)
     for name, published in TABLE2.items():
         ours = measured.get(name, (None, None))
         table.add(name, cell(ours[0], ".2f"), cell(ours[1], ".2f"), *(cell(value, ".2f") for value in published))
@@ -101,7 +107,7 @@ def table2(preset: str, rounds: int) -> Table:
 @torch.inference_mode()
 def compare_speed(model: CcsrModel, options: argparse.Namespace) -> None:
     """`restore_batch`'s two halves against a loop of the same calls of ControlNet, UNet and decoder."""
-    config = SamplingConfig(num_steps=options.steps, t_min=0.5)
+    config = SamplingConfig(num_steps=options.steps or 6, t_min=0.5)
     lr = rng_for(0, "lr").integers(0, 256, (options.side // 4, options.side // 4, 3), dtype=np.uint8)
     image = prepare_image(model, lr, (options.side, options.side), config, key="x")
     num_calls = 1 if config.num_steps == 1 else len(ccsr_v2_timesteps(config.num_steps, config.t_max, config.t_min))
