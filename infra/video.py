@@ -127,6 +127,8 @@ def _opened(path: Path, where: str) -> Iterator[Any]:
                 raise DataError("the file has no video stream", where=where, todo="give a file that a player shows")
             yield source
     except av.FFmpegError as error:
+        if isinstance(error, OSError) and error.filename != str(path):  # of the output: a full disk
+            raise
         raise DataError(f"not a readable video ({line_of(error)})", where=where, todo="copy the file again") from error
 
 

@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -224,6 +225,6 @@ def view(place: str, port: int, tracking: TrackingConfig, source: str | None = N
     """Serve the pictures of `place` (see `album_of`) until Ctrl-C, after printing the address."""
     with tempfile.TemporaryDirectory(prefix="ccsr-view-") as scratch:
         album = album_of(place, Path(scratch), tracking, source)
-        with serve(album, port) as server:
+        with serve(album, port) as server, suppress(KeyboardInterrupt):
             print(f"{len(album.keys)} images: http://127.0.0.1:{server.server_port}/ (Ctrl-C ends)", flush=True)
             server.serve_forever()

@@ -1,6 +1,8 @@
 """Videos: what is read, refused and written, and a film through `ccsr restore`."""
 
+import resource
 import struct
+import sys
 import wave
 from collections.abc import Sequence
 from fractions import Fraction
@@ -15,9 +17,10 @@ from photos import photo
 from typer.testing import CliRunner
 
 from evaluation import temporal_std
-from infra.errors import CcsrError, ConfigError, DataError
+from infra.errors import CcsrError, ConfigError, DataError, StorageError
 from infra.images import encode_png, read_image
 from infra.pictures import resized
+from infra.publish import staging
 from infra.video import convert, probe
 from pipelines.cli.main import app
 from tests.small_networks import smaller_tiny
@@ -214,8 +217,21 @@ def test_audio_that_the_output_cannot_hold_is_named(tmp_path: Path) -> None:
     converted(source, tmp_path / "b.mkv", "matroska")
 
 
+def test_a_full_disk_is_the_outputs_error_and_leaves_nothing(tmp_path: Path) -> None:
+    source, target = write(tmp_path / "a.mkv", pan(9)), tmp_path / "b.mp4"
+    info, limits = probe(source, "film"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(StorageError, match="cannot write") as caught, staging(str(target)) as partial:
+            convert(source, partial, "mp4", (64, 72), enlarge, info.rate, "film")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.where == str(target)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mkv"]
+
+
 def test_without_pyav_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "av", None)
+    monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(ConfigError, match=r"package av.*\n.*\n.*ccsr-cluster\[video\]"):
         probe(tmp_path / "a.mp4", "a.mp4")
 
@@ -273,7 +289,7 @@ def test_a_film_through_the_command(tmp_path: Path) -> None:
     large = frames_of(tmp_path / "large.mp4")
     assert [frame.shape for frame in large] == [(64, 72, 3)] * 24
     assert packets_of(tmp_path / "large.mp4") == packets_of(source)
-    assert [path.name for path in tmp_path.glob("large.mp4*")] == ["large.mp4", "large.mp4.run.json"]
+    assert sorted(path.name for path in tmp_path.glob("large.mp4*")) == ["large.mp4", "large.mp4.run.json"]
     before = (tmp_path / "large.mp4").stat().st_mtime_ns
     assert CliRunner().invoke(app, command).exit_code == 0
     assert (tmp_path / "large.mp4").stat().st_mtime_ns == before

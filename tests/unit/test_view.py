@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,16 @@ def test_what_cannot_be_shown_is_three_lines(tmp_path: Path, result: Path) -> No
             assert isinstance(error, CcsrError), error
             assert what in str(error)
             assert str(error).count("\n") == 2
+
+
+def test_ctrl_c_ends_it_after_it_said_where(result: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ThreadingHTTPServer, "serve_forever", interrupted)
+    done = CliRunner().invoke(app, ["view", str(result), "--port", "0"])
+    assert done.exit_code == 0, done.exception
+    assert re.fullmatch(r"3 images: http://127\.0\.0\.1:\d+/ \(Ctrl-C ends\)\n", done.output)
 
 
 class Browser:
