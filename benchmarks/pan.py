@@ -1,10 +1,11 @@
 """Flicker on a pan over a photograph: one noise field for all frames against one per frame, CCSR and uniform sampling,
 and AdaIN of each frame against AdaIN smoothed over time.
 
-PYTHONPATH=. python benchmarks/pan.py [--photos coffee.png] [--steps-px 1]
+PYTHONPATH=. python benchmarks/pan.py [--photos coffee.png] [--steps-px 1 4] [--noise shared] [--jpeg 40]
 """
 
 import argparse
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,11 +37,21 @@ def scaled(image: np.ndarray, side: int) -> np.ndarray:
     return np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC))
 
 
+def compressed(image: np.ndarray, quality: int | None) -> np.ndarray:
+    if quality is None:
+        return image
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "JPEG", quality=quality)
+    return np.asarray(Image.open(file))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--photos", nargs="+", default=["coffee.png", "chelsea.png"])
     parser.add_argument("--frames", type=int, default=8)
     parser.add_argument("--steps-px", nargs="+", type=int, default=[0, 1, 4])  # HR px; at 4 the LR moves by a pixel
+    parser.add_argument("--noise", nargs="+", default=["image", "shared"])
+    parser.add_argument("--jpeg", type=int, help="quality at which the LR frames are compressed, each alone")
     parser.add_argument("--model", default=str(MODEL))
     options = parser.parse_args(arguments)
     model = load_model(options.model)
@@ -53,10 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for photo in options.photos:
         for step in options.steps_px:
             truth = pan(photo, step, options.frames)
-            lrs = [scaled(image, SIDE // SCALE) for image in truth]
+            lrs = [compressed(scaled(image, SIDE // SCALE), options.jpeg) for image in truth]
             inputs = [scaled(lr, SIDE) for lr in lrs]
             for name, config in samplings.items():
-                for noise in ("image", "shared"):
+                for noise in options.noise:
                     keys = ["frames" if noise == "shared" else f"{n:04d}" for n in range(len(lrs))]
                     decoded = [decode(model, lr, config, key) for lr, key in zip(lrs, keys, strict=True)]
                     for colours, fix in (("each frame", color_fix), ("smoothed", SmoothedColorFix())):
