@@ -1,9 +1,11 @@
-"""Size, encoding and decoding time of PNG encoders on 512 px photographs, and their LRs'; prints a Markdown table.
+"""Size, encoding and decoding time of PNG encoders on 512 px photographs, and their LRs', beside other lossless
+formats; prints a Markdown table. QOI is in it where the package qoi is installed.
 
 python benchmarks/png.py [--rounds 3]
 """
 
 import argparse
+import importlib.util
 import io
 import platform
 import sys
@@ -38,6 +40,23 @@ def pillow(level: int) -> Callable[[np.ndarray], bytes]:
     return encode
 
 
+def webp(method: int) -> Callable[[np.ndarray], bytes]:
+    def encode(image: np.ndarray) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, "WEBP", lossless=True, quality=0, method=method)
+        return buffer.getvalue()
+
+    return encode
+
+
+def decode(data: bytes) -> np.ndarray:
+    return decode_image(data, where="benchmark")
+
+
+def decode_by_opencv(data: bytes) -> np.ndarray:
+    return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+
+
 def measure(crops: list[np.ndarray], rounds: int) -> list[str]:
     """A row per encoder: mean KiB, CPU ms to encode and to decode; the encoders are timed in turn on each picture."""
     compression, strategy = cv2.IMWRITE_PNG_COMPRESSION, cv2.IMWRITE_PNG_STRATEGY
@@ -51,20 +70,30 @@ def measure(crops: list[np.ndarray], rounds: int) -> list[str]:
     }
     encoders |= {f"Pillow, level {level}": pillow(level) for level in (1, 3, 6)}
     encoders = {"`encode_png`, the default": encode_png, **encoders}
+    codecs = {name: (encode, decode) for name, encode in encoders.items()}
+    codecs["`encode_png`, decoded by OpenCV"] = encode_png, decode_by_opencv
+    for method in (0, 4):
+        codecs[f"WebP, lossless, method {method}"] = webp(method), decode
+        codecs[f"WebP, lossless, method {method}, decoded by OpenCV"] = webp(method), decode_by_opencv
+    if importlib.util.find_spec("qoi"):
+        import qoi
+
+        codecs["QOI"] = qoi.encode, qoi.decode
     sizes: dict[str, int] = defaultdict(int)
     encoding: dict[str, float] = defaultdict(float)
     decoding: dict[str, float] = defaultdict(float)
     for crop in crops * rounds:
-        for name, encode in encoders.items():
+        for name, (encode, read) in codecs.items():
             start = time.process_time()
             data = encode(crop)
             encoding[name] += time.process_time() - start
             start = time.process_time()
-            assert (decode_image(data, where=name) == crop).all()
+            pixels = read(data)
             decoding[name] += time.process_time() - start
+            assert (pixels == crop).all()
             sizes[name] += len(data)
     rows = []
-    for name in encoders:
+    for name in codecs:
         kib, encode_ms, decode_ms = (
             total[name] * unit / (len(crops) * rounds)
             for total, unit in ((sizes, 1 / 1024), (encoding, 1e3), (decoding, 1e3))

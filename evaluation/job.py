@@ -40,10 +40,12 @@ from infra.publish import download, put_if_absent, write_bytes
 from infra.ray_runtime import on_ray
 from infra.run import Progress, claim_output
 from infra.storage import exists, join, list_files, read_bytes, read_json, sha256_file
+from training.config import ModelConfig
 from training.models import model_id
 from training.restore.restore import check_sampling
 
 TRACED_IMAGES = 2
+NUM_SIZED = 8
 LIBRARIES = ("torch", "diffusers", "numpy", "opencv-python-headless", "pillow")
 
 
@@ -91,7 +93,20 @@ def preview_evaluate(config: EvaluateConfig) -> Progress:
         check_tracking(config.tracking)
         done = len(list_files(join(config.output, "records")))
     what = f"{', '.join(config.metrics)} of {len(config.methods)} methods, {runs * len(data.images):,} pictures"
-    return Progress(done, total, "records", f"{len(data.images):,} images", what)
+    return Progress(done, total, "records", f"{len(data.images):,} images", what, _flops(config, data))
+
+
+def _flops(config: EvaluateConfig, data: EvaluationSet) -> float:
+    """Of all restorations by models; the pictures' mean size is that of the first few."""
+    from training.run.requirements import restore_flops
+
+    sizes = [image.read()[2] for image in data.images[:NUM_SIZED]]
+    pixels = round(sum(height * width for height, width in sizes) / len(sizes))
+    models = [method for method in config.methods if isinstance(method, ModelMethod)]
+    records = [read_json(join(method.model, "ccsr.json")) for method in models]
+    configs = [ModelConfig(**{name: record[name] for name in ModelConfig.model_fields}) for record in records]
+    picture = sum(restore_flops(model, method.sampling, pixels) for model, method in zip(configs, models, strict=True))
+    return picture * len(data.images) * (config.num_runs + len(config.perturbations))
 
 
 def _num_runs(method: Method, config: EvaluateConfig) -> int:

@@ -66,13 +66,15 @@ def claim_output(
 
 
 class Progress(NamedTuple):
-    """What a job would do: `done` of `total` are in its output; `reads` and `what` are for people."""
+    """What a job would do: `done` of `total` are in its output; `reads` and `what` are for people; `flops`: of the
+    networks in all, 0 where others take the time."""
 
     done: int
     total: int
     unit: str
     reads: str
     what: str
+    flops: float = 0.0
 
 
 def check_config(output: str, result: Mapping[str, Any], *, job: str) -> None:

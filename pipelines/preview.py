@@ -1,5 +1,6 @@
 """`--dry-run`: what a job would do, where, for how long, and what of it is there already."""
 
+import math
 import os
 from typing import Any
 
@@ -10,8 +11,8 @@ from infra.run import Progress
 def preview_table(config: Any, progress: Progress, num_gpus: int, where: str | None = None) -> Table:
     """One job; `where`: the cluster that it is to be submitted to, else the one that this process would use.
 
-    Shards are timed by making the samples of a few files in a temporary folder; training by counted FLOPs on an
-    assumed card.
+    Shards are timed by making the samples of a few files in a temporary folder; training and evaluation by the counted
+    FLOPs of their networks, on an assumed card or on CPUs as fast as this one.
     """
     table = Table(("what", "value"), f"{config.job}: a dry run, nothing is written")
     table.add("reads", progress.reads)
@@ -19,7 +20,7 @@ def preview_table(config: Any, progress: Progress, num_gpus: int, where: str | N
     table.add("output", config.output)
     table.add("there already", f"{progress.done:,} of {progress.total:,} {progress.unit}")
     table.add("runs on", where or _place(config, num_gpus))
-    table.add("takes", _time(config, 1 - progress.done / max(1, progress.total)))
+    table.add("takes", _time(config, progress))
     return table
 
 
@@ -31,19 +32,32 @@ def _place(config: Any, num_gpus: int) -> str:
     return f"{power} of {f'the cluster {address}' if address else 'this machine, by a Ray that is started here'}"
 
 
-def _time(config: Any, share: float) -> str:
-    """Of the `share` that is left."""
-    from pipelines.estimate import Assumed, estimate_shards, estimate_training
+def _time(config: Any, progress: Progress) -> str:
+    """Of what is left."""
+    from pipelines.estimate import Assumed, estimate_shards
+    from training.run.requirements import measured_flops
 
+    share = 1 - progress.done / max(1, progress.total)
     if share <= 0:
         return "nothing is left to compute"
+    runtime = config.runtime
     if config.job == "shard":
         estimate = estimate_shards(config)
         workers = min(estimate.num_workers, estimate.num_shards)
         hours = share * estimate.seconds.value / workers / 3600
-        return f"about {hours:.2g} hours with {workers} workers as fast as this machine"
-    if config.job == "train" and config.runtime.device == "cuda":
+        return f"about {_amount(hours)} with {workers} workers as fast as this machine"
+    if not progress.flops:
+        return "as long as the metrics take: no network restores"
+    processes = runtime.num_workers if config.job == "train" else runtime.num_actors
+    if runtime.device == "cuda":
         assumed = Assumed()
-        hours = share * estimate_training(config, assumed, [])[0].hours
-        return f"about {hours:.2g} hours, assuming {assumed.card} at {assumed.mfu:.0%} of its peak; see `ccsr estimate`"
-    return "unknown: there is no estimate for " + ("training on CPUs" if config.job == "train" else config.job)
+        speed, by = assumed.flops_per_second, f"{assumed.card} at {assumed.mfu:.0%} of its peak"
+    else:
+        speed, by = measured_flops(runtime.threads), f"CPUs as fast as this one, {runtime.threads} thread{'s' * (runtime.threads > 1)} a process"
+    hours = share * progress.flops / (speed * processes) / 3600
+    return f"about {_amount(hours)} for the networks alone, assuming {by}"
+
+
+def _amount(hours: float) -> str:
+    minutes = math.ceil(60 * hours)
+    return f"{hours:,.3g} hours" if minutes > 60 else f"{minutes} minutes" if minutes > 1 else "a minute"

@@ -19,6 +19,8 @@ from infra.publish import write_bytes
 from infra.storage import list_files
 from pipelines.cli import main as cli
 from tests.training_runs import noise_shards
+from training.config import ModelConfig
+from training.models import build_model, save_model
 from training.run.checkpoint import TrainingState, save_checkpoint
 
 SHARD = """\
@@ -364,7 +366,7 @@ def test_a_dry_run_says_what_where_and_how_much_is_there_and_writes_nothing(
     assert "3 files" in shown
     assert "0 of 2 shards" in shown
     assert "this machine" in shown
-    assert "hours with" in shown
+    assert "a minute with 2 workers as fast as this machine" in shown
     assert list_files(str(tmp_path)) == before
 
     make_shard_set(shard_config(tmp_path / "photos", tmp_path / "set", degradation="bicubic"))
@@ -375,11 +377,11 @@ def test_a_dry_run_says_what_where_and_how_much_is_there_and_writes_nothing(
     assert "stage 1 from random weights" in shown
     assert "0 of 2 updates" in shown
     assert "1 CPUs of the cluster head:6379" in shown
-    assert "there is no estimate for training on CPUs" in shown
+    assert "a minute for the networks alone, assuming CPUs as fast as this one, 1 thread a process" in shown
     on_gpus = ["runtime.device=cuda", "runtime.num_workers=2", "runtime.micro_batch_size=2"]
     shown = squeezed(ccsr("train", "--dry-run", config, *RANDOM, *(word for s in on_gpus for word in ("--set", s))))
     assert "2 GPUs of this machine" in shown
-    assert "hours, assuming H100" in shown
+    assert "a minute for the networks alone, assuming H100 at 40% of its peak" in shown
     assert list_files(str(tmp_path)) == before
     save_checkpoint(str(tmp_path / "out"), TrainingState({"position": 4, "num_updates": 1}, {"weights": {}}), keep=2)
     assert "1 of 2 updates" in squeezed(ccsr("train", "--dry-run", config, *RANDOM))
@@ -389,6 +391,12 @@ def test_a_dry_run_says_what_where_and_how_much_is_there_and_writes_nothing(
     shown = squeezed(ccsr("evaluate", "--dry-run", config, "--set", f"output={tmp_path / 'scores'}"))
     assert "psnr_y, ssim_y of 1 methods, 3 pictures" in shown
     assert "0 of 3 records" in shown
+    assert "no network restores" in shown
+    save_model(build_model(ModelConfig(preset="tiny"), 0), tmp_path / "model")
+    before = list_files(str(tmp_path))
+    method = f"methods=[{{kind: model, name: ours, model: {tmp_path / 'model'}}}]"
+    shown = squeezed(ccsr("evaluate", "--dry-run", config, "--set", f"output={tmp_path / 'scores'}", "--set", method))
+    assert "a minute for the networks alone" in shown
     assert list_files(str(tmp_path)) == before
 
 

@@ -273,7 +273,7 @@ def test_whatever_a_decoder_raises_is_a_reason(error: Exception, monkeypatch: py
     def broken(*_: Any, **__: Any) -> None:
         raise error
 
-    data = saved(picture(), "PNG")
+    data = saved(picture(), "BMP")
     for place, reason in (("Image.open", "unreadable"), ("ImageOps.exif_transpose", "truncated")):
         with monkeypatch.context() as patched:
             patched.setattr(f"infra.images.{place}", broken)
@@ -281,6 +281,16 @@ def test_whatever_a_decoder_raises_is_a_reason(error: Exception, monkeypatch: py
             patched.setattr(f"infra.images.{place}", lambda *_, **__: (_ for _ in ()).throw(MemoryError))
             with pytest.raises(MemoryError):
                 decode_image(data, where="x")
+
+
+def test_a_bare_png_is_decoded_as_pillow_does_and_refused_as_pillow_says() -> None:
+    data = encode_png(PHOTO)
+    assert (decode_image(data, where="x") == np.asarray(Image.open(io.BytesIO(data)))).all()
+    assert looked_at(data + b"behind its end") == ""
+    assert looked_at(data[: len(data) // 2]) == "truncated"
+    at = data.index(b"IDAT") + 100
+    assert looked_at(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]) == "truncated"
+    assert looked_at(data[:8]) == looked_at(data[:26]) == looked_at(data[:33]) == "unreadable"
 
 
 def test_png_is_exact_and_the_same_each_time(tmp_path: Path) -> None:

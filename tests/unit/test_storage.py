@@ -524,17 +524,26 @@ def test_a_real_right_is_still_asked_for(tmp_path: Path, monkeypatch: pytest.Mon
         put_if_absent(str(tmp_path / "a.json"), b"")
 
 
-def test_an_output_on_vfat(tmp_path: Path) -> None:
-    """A real file system without hard links, where this machine may mount one."""
+@pytest.mark.parametrize("kind", ["vfat", "exfat-fuse"])
+def test_an_output_without_hard_links(kind: str, tmp_path: Path) -> None:
+    """Real file systems, where this machine may mount one: by the kernel, or by FUSE (exfat-fuse, exfatprogs)."""
     image, folder = tmp_path / "image", tmp_path / "mounted"
     folder.mkdir()
     image.write_bytes(b"")
     os.truncate(image, 8 << 20)
-    for command in (["mkfs.vfat", str(image)], ["mount", "-o", "loop", str(image), str(folder)]):
-        try:
-            subprocess.run(command, check=True, capture_output=True, timeout=30)
-        except (OSError, subprocess.SubprocessError) as error:
-            pytest.skip(f"no vfat can be mounted here: {getattr(error, 'stderr', b'') or error}")
+
+    def run(*command: str | Path) -> str:
+        return subprocess.run(command, check=True, capture_output=True, timeout=30, text=True).stdout.strip()
+
+    device = ""
+    try:
+        run(f"mkfs.{kind.removesuffix('-fuse')}", image)
+        device = run("losetup", "--find", "--show", image)
+        run(*(("mount", "-t", kind) if kind == "vfat" else (f"mount.{kind}",)), device, folder)
+    except (OSError, subprocess.SubprocessError) as error:
+        if device:
+            run("losetup", "--detach", device)
+        pytest.skip(f"no {kind} can be mounted here: {getattr(error, 'stderr', '') or error}")
     try:
         (folder / "file").touch()
         with pytest.raises(OSError, match="not permitted"):
@@ -542,4 +551,5 @@ def test_an_output_on_vfat(tmp_path: Path) -> None:
         (folder / "file").unlink()
         check_races(folder)
     finally:
-        subprocess.run(["umount", str(folder)], check=True)
+        run("umount", folder)
+        run("losetup", "--detach", device)

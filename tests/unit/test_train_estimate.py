@@ -1,8 +1,10 @@
 """`ccsr estimate` of a training config: counted without weights what a real step counts, and arithmetic by hand."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -11,10 +13,11 @@ from infra import ConfigError
 from pipelines.cli.main import app
 from pipelines.estimate import Assumed, TrainEstimate, estimate_training
 from pipelines.fits import fit_table
-from training.config import TrainConfig
+from training.config import ModelConfig, SamplingConfig, TrainConfig
 from training.models import build_model
+from training.restore.restore import decode_images, prepare_image, sample_rows
 from training.run.meter import flop_counter
-from training.run.requirements import StepCost, _batch, ingest_seconds, memory_needed, step_cost
+from training.run.requirements import StepCost, _batch, ingest_seconds, memory_needed, restore_flops, step_cost
 from training.run.stages import build_stage
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -48,6 +51,24 @@ def test_the_count_is_that_of_a_real_step(stage: int) -> None:
     assert cost.flops_per_sample * 4 == counter.get_total_flops() > 0
     assert cost.num_trained == sum(weight.numel() for weight in stage_module.trained.parameters())
     assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("family", "sampling"),
+    [("v1", {}), ("v2", {"num_steps": 15, "guidance": 5.5, "negative_prompt": ""}), ("stablesr", {"num_steps": 4})],
+)
+def test_the_count_of_a_restoration_is_that_of_a_real_one(family: str, sampling: dict[str, Any]) -> None:
+    settings, tiny = (
+        SamplingConfig.model_validate({"tile": None, **sampling}),
+        ModelConfig(preset="tiny", family=family),
+    )
+    model = build_model(tiny, 0)
+    lr = np.zeros((128, 128, 3), np.uint8)
+    with flop_counter() as counter, torch.no_grad():  # under inference_mode a counter sees nothing
+        image = inspect.unwrap(prepare_image)(model, lr, (512, 512), settings, key="k")
+        list(decode_images(model, sample_rows(model, [(image, 0)], settings, 0), [image], settings))
+    assert restore_flops(tiny, settings) == counter.get_total_flops() > 0
+    assert restore_flops(tiny, settings, 256**2) == counter.get_total_flops() / 4
 
 
 def test_precision_and_checkpointing_show_in_the_memory() -> None:

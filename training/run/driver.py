@@ -32,6 +32,7 @@ from training.run.continued import continued
 from training.run.export import RAW, export_run, initial_model, last_checkpoint, write_model
 from training.run.launch import environment, lost_error, placement
 from training.run.mlflow_log import describe_run, keep_unsent, log_models, try_to_log_models
+from training.run.requirements import step_cost
 from training.run.stages import build_stage
 from training.run.validation import Validation
 
@@ -87,7 +88,8 @@ def preview_train(config: TrainConfig) -> Progress:
         _check_start(config, manifests)
     samples = sum(manifest.num_samples for manifest in manifests)
     what = f"stage {config.stage} from {config.init_from or 'random weights'}"
-    return Progress(max(exported, done), config.num_updates, "updates", f"{samples:,} samples", what)
+    flops = step_cost(config).flops_per_sample * config.global_batch_size * config.num_updates
+    return Progress(max(exported, done), config.num_updates, "updates", f"{samples:,} samples", what, flops)
 
 
 def _claimed(

@@ -1,6 +1,7 @@
 """What a model and a training step cost, counted without weights, data or a GPU: parameters, memory, FLOPs, ingest."""
 
 import os
+import statistics
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,9 +17,10 @@ from infra.errors import ConfigError
 from infra.images import decode_image, encode_png
 from infra.process.memory import free_memory
 from infra.seeding import rng_for
-from training.config import ModelConfig, TrainConfig
+from training.config import ModelConfig, SamplingConfig, TrainConfig
 from training.data.batches import Batch, enlarge
 from training.data.samples import SAMPLED
+from training.method import METHODS
 from training.models import (
     CcsrModel,
     FeatureWrapping,
@@ -32,6 +34,7 @@ from training.models.vit import build_vit
 from training.run.agreement import WorkerContext
 from training.run.meter import flop_counter
 from training.run.stages import build_stage
+from training.sampling import guided
 
 INGEST_SAMPLES = 12
 GIB = 2**30
@@ -198,6 +201,45 @@ def step_cost(config: TrainConfig) -> StepCost:
         num_all = sum(weight.numel() for weight in weights)
     flops = counter.get_total_flops() / config.runtime.micro_batch_size
     return StepCost(num_trained, num_all - num_trained, flops, activation_bytes)
+
+
+def restore_flops(config: ModelConfig, sampling: SamplingConfig, pixels: int = 512**2) -> float:
+    """FLOPs of one picture of `pixels` by one run: the VAE and one denoiser call counted on a tile of 512 px."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    method, calls = METHODS[config.family], 0
+
+    def denoise(x_t: Tensor, t: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return x_t
+
+    method.sample(guided(denoise, denoise, sampling.guidance), denoise, torch.zeros(1, 4, 8, 8), torch.zeros, sampling)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        model = build_model(config, 0)
+        image = torch.zeros(1, 3, 512, 512)
+        with flop_counter() as vae:
+            latents, _ = model.encode_condition(image)
+            model.decode(latents, image)
+        with flop_counter() as step:
+            model.denoiser(latents)(latents, torch.zeros(1, dtype=torch.int64))
+    return (vae.get_total_flops() + calls * step.get_total_flops()) * pixels / 512**2
+
+
+def measured_flops(threads: int) -> float:
+    """FLOPs per second of this machine in a convolution like the networks', float32, by `threads` threads."""
+    image, weight = torch.zeros(1, 128, 64, 64), torch.zeros(128, 128, 3, 3)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        seconds = []
+        for _ in range(8):
+            began = time.perf_counter()
+            torch.nn.functional.conv2d(image, weight)
+            seconds.append(time.perf_counter() - began)
+    finally:
+        torch.set_num_threads(before)
+    return 2 * weight.numel() * 62 * 62 / statistics.median(seconds)
 
 
 def _batch(config: TrainConfig, factor: int = 8) -> Batch:
