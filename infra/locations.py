@@ -52,9 +52,11 @@ def parse_location(text: str, *, others: Collection[str] = ()) -> str:
 
 
 def parse_model(text: str) -> str:
-    """As `parse_location`, or MLflow's `runs:/ID` or `models:/NAME@ALIAS`. USER/NAME stays as it is: a relative path or
-    a hub id, which `infra.mlflow_models.find_model` tells apart."""
-    return text if HUB_ID.fullmatch(text) else parse_location(text, others=("runs", "models"))
+    """As `parse_location`, or MLflow's `runs:/ID` or `models:/NAME@ALIAS`. USER/NAME stays as it is unless that path
+    exists: `infra.mlflow_models.find_model` reads it as a path, then as a hub id."""
+    if HUB_ID.fullmatch(text) and not os.path.exists(text):
+        return text
+    return parse_location(text, others=("runs", "models"))
 
 
 def parse_tracking(text: str) -> str:

@@ -46,9 +46,10 @@ def probe(path: Path, where: str) -> VideoInfo:
             if found != (size := size or found):
                 what = f"frame {len(times)} has {found[1]}x{found[0]} px, those before it {size[1]}x{size[0]}"
                 raise refuse(what, f"-vf scale={size[1]}:{size[0]}")
-            if frame.is_corrupt or frame.interlaced_frame:
-                what = "is damaged" if frame.is_corrupt else "is interlaced"
-                raise refuse(f"frame {len(times)} {what}", "-vf yadif")
+            if frame.is_corrupt:
+                raise refuse(f"frame {len(times)} is damaged", "-fflags +discardcorrupt -fps_mode cfr")
+            if frame.interlaced_frame:
+                raise refuse(f"frame {len(times)} is interlaced", "-vf yadif")
             times.append(frame.pts * frame.time_base)
         tick = frame.time_base if times else Fraction(0)
         rate = source.streams.video[0].average_rate if times else None
@@ -57,8 +58,8 @@ def probe(path: Path, where: str) -> VideoInfo:
     if len(times) > 1:
         step = (times[-1] - times[0]) / (len(times) - 1)
         limit = max(tick, Fraction(1, 1000))
-        off = next((n for n, time in enumerate(times) if abs(time - times[0] - n * step) > limit), None)
-        if off is not None or step <= 0:
+        late = (n for n, time in enumerate(times) if step <= 0 or abs(time - times[0] - n * step) > limit)
+        if (off := next(late, None)) is not None:
             how = f"-fps_mode cfr -r {float(rate or 25):g}"
             raise refuse(f"the frame rate varies: frame {off} is not at its place", how)
         rate = rate or 1 / step
@@ -77,8 +78,9 @@ def convert(
     """Write `target` in the format `form` (of WRITTEN) with `change` of each frame, in H.264.
 
     `change` is given uint8 RGB (h, w, 3), upright, and returns that of `size` = (H, W), both even. Audio packets are
-    copied; frames keep their times, colour matrix (BT.601 or BT.709, where the file names none by its height) and
-    pixel aspect. Subtitles, chapters and metadata are left out. DataError where `form` cannot hold the audio.
+    copied; frames keep their times, pixel aspect and colour matrix, which is named (where the file names none: BT.709
+    from 720 lines on, else BT.601). Subtitles, chapters and metadata are left out. DataError where `form` cannot hold
+    the audio.
     """
     import av
 
@@ -89,8 +91,8 @@ def convert(
         context = stream.codec_context
         context.pix_fmt, context.time_base = "yuv420p", video.time_base
         context.sample_aspect_ratio = video.sample_aspect_ratio or Fraction(1)
-        space = "ITU709" if _is_709(video) else "ITU601"
-        context.colorspace, context.color_range = (1 if _is_709(video) else 6), 1  # of H.273: BT.709, BT.601; limited
+        space, number = _colour_space(video)
+        context.colorspace, context.color_range = number, 1  # 1: limited
         context.color_primaries, context.color_trc = video.codec_context.color_primaries, video.codec_context.color_trc
         try:
             copies = {audio: out.add_stream_from_template(audio) for audio in source.streams.audio}
@@ -141,9 +143,11 @@ def _upright_size(frame: Any) -> tuple[int, int]:
     return (frame.width, frame.height) if frame.rotation % 180 else (frame.height, frame.width)
 
 
-def _is_709(video: Any) -> bool:
-    named = video.codec_context.colorspace
-    return video.codec_context.height >= 720 if named == 2 else named == 1  # 2: not said
+def _colour_space(video: Any) -> tuple[str, int]:
+    """FFmpeg's name of the matrix between RGB and YUV, and its number in H.273."""
+    named, height = video.codec_context.colorspace, video.codec_context.height
+    is_709 = height >= 720 if named == 2 else named == 1  # 2: not said, players then go by the height
+    return ("ITU709", 1) if is_709 else ("BT2020", 9) if named == 9 else ("ITU601", 6)
 
 
 def _pixels(frame: Any, space: str) -> np.ndarray:

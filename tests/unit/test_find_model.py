@@ -47,6 +47,7 @@ def test_a_hub_id_is_a_directory_below_the_weights_folder(tmp_path: Path, monkey
     assert find_model("user/name", tracking) == f"{weights}/user/name"
     write_bytes(str(tmp_path / "user/name/model/ccsr.json"), b"{}")
     assert find_model("user/name", tracking) == f"{tmp_path}/user/name/model", "what the path names comes first"
+    assert model_location("user/name") == f"{tmp_path}/user/name"
     for command in (["restore", "in", "out", "--model", "user/other"], ["export", "user/other", "out"]):
         done = CliRunner().invoke(app, command)
         places = [tmp_path / "user/other", tmp_path / "user/other/model", weights / "user/other"]

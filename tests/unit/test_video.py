@@ -108,11 +108,11 @@ def test_frames_times_and_audio_survive(tmp_path: Path, name: str, rate: str) ->
         assert np.abs(enlarge(before).astype(int) - after).mean() < 4
 
 
-@pytest.mark.parametrize(("named", "height"), [(1, 32), (6, 32), (2, 32), (2, 720)])
+@pytest.mark.parametrize(("named", "height"), [(1, 32), (6, 32), (9, 32), (2, 32), (2, 720)])
 def test_colours_are_those_that_a_player_shows(tmp_path: Path, named: int, height: int) -> None:
-    """BT.709 and BT.601, named or (2) not, when players go by the height; ours is named, as enlarging changes that."""
+    """Three matrices, named or (2) not, when players go by the height; ours is named, as enlarging changes that."""
     colour = np.full((height, 64, 3), (200, 60, 30), np.uint8)
-    is_709 = named == 1 or height == 720
+    space, number = {1: ("ITU709", 1), 9: ("BT2020", 9)}.get(1 if height == 720 else named, ("ITU601", 6))
     write(tmp_path / "a.mp4", [colour], colorspace=named, color_range=1)
     seen: list[np.ndarray] = []
     info = probe(tmp_path / "a.mp4", "film")
@@ -123,11 +123,10 @@ def test_colours_are_those_that_a_player_shows(tmp_path: Path, named: int, heigh
 
     convert(tmp_path / "a.mp4", tmp_path / "b.mp4", "mp4", (2 * height, 128), keep, info.rate, "film")
     with av.open(str(tmp_path / "a.mp4")) as source, av.open(str(tmp_path / "b.mp4")) as target:
-        space = "ITU709" if is_709 else "ITU601"
         frame = next(source.decode(video=0))
         shown = frame.reformat(format="rgb24", src_colorspace=space).to_ndarray()
         assert np.abs(seen[0].astype(int) - shown).max() <= 1
-        assert target.streams.video[0].codec_context.colorspace == (1 if is_709 else 6)
+        assert target.streams.video[0].codec_context.colorspace == number
         after = next(target.decode(video=0)).reformat(format="rgb24", src_colorspace=space).to_ndarray()
         assert np.abs(after.astype(int) - shown[0, 0]).max() <= 5, (
             "rounded twice; the other matrix would be 20 levels off"
