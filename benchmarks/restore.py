@@ -3,7 +3,7 @@
 python benchmarks/restore.py [--preset tiny] [--runs 10] [--rounds 5]      # latents to decoded tensors, on a CPU
 python benchmarks/restore.py --memory 4096                                 # one output of 4096 x 4096 px
 python benchmarks/restore.py --table2 --preset sd21                        # the paper's Table 2; a GPU if there is one
-python benchmarks/restore.py --table2 --preset sd21 --rounds 0 --steps 3   # whether it runs: one picture in few steps
+python benchmarks/restore.py --table2 --preset sd21 --rounds 0 --steps 3 --side 64     # whether it runs at full size
 """
 
 import argparse
@@ -49,7 +49,9 @@ def main() -> None:
     parser.add_argument("--preset", default="tiny", choices=["tiny", "sd21"])
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--steps", type=int, help="of the chain; default: 6, of --table2 the published 45 and 200")
-    parser.add_argument("--side", type=int, default=256, help="px of the output of the speed comparison")
+    parser.add_argument(
+        "--side", type=int, help="px of the output's sides; default: 256, of --table2 the published 512"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory", type=int, help="px of a side of the output whose memory is measured")
     parser.add_argument("--table2", action="store_true", help="seconds per picture and parameters, beside the paper's")
@@ -58,7 +60,7 @@ def main() -> None:
         f"{date.today()}  {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {options}"
     )
     if options.table2:
-        print_report([table2(options.preset, options.rounds, options.steps)])
+        print_report([table2(options.preset, options.rounds, options.steps, options.side or 512)])
         return
     model = build_model(ModelConfig(preset=options.preset), seed=0)
     for network in model.networks.values():
@@ -69,16 +71,17 @@ def main() -> None:
         compare_speed(model, options)
 
 
-def table2(preset: str, rounds: int, num_steps: int | None = None) -> Table:
-    """Seconds of one picture after another, 128 -> 512 px in float32: CCSR v1 in 15 of 45 steps, StableSR in 200, or
-    `num_steps` of each; the median of `rounds` after one that warms up, with 0 that one. Random weights: they cost what
-    trained ones do. Parameters: of the networks that are loaded; `ccsr estimate --model sd21` adds the text encoder,
-    which the cached prompt replaces here."""
+def table2(preset: str, rounds: int, num_steps: int | None, side: int) -> Table:
+    """Seconds of one picture after another, enlarged 4 times to `side` px, in float32: CCSR v1 in 15 of 45 steps,
+    StableSR in 200, or `num_steps` of each; the median of `rounds` after one that warms up, with 0 that one. Random
+    weights: they cost what trained ones do. Parameters: of the networks that are loaded; `ccsr estimate --model sd21`
+    adds the text encoder, which the cached prompt replaces here."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     table = Table(
-        ("method", "seconds", "million parameters", "paper: seconds", "paper: parameters"), f"Table 2, {device}"
+        ("method", "seconds", "million parameters", "paper: seconds", "paper: parameters"),
+        f"Table 2, {side} px, {device}",
     )
-    lr = rng_for(0, "lr").integers(0, 256, (128, 128, 3), dtype=np.uint8)
+    lr = rng_for(0, "lr").integers(0, 256, (side // 4, side // 4, 3), dtype=np.uint8)
     measured = {}
     for name, config, sampling in (
         (
@@ -94,7 +97,7 @@ def table2(preset: str, rounds: int, num_steps: int | None = None) -> Table:
         took = []
         for run in range(rounds + 1):  # the first warms up
             began = time.perf_counter()
-            list(restore_runs(model, lr, (512, 512), sampling, seed=0, key="x", runs=[run]))  # ends on the CPU
+            list(restore_runs(model, lr, (side, side), sampling, seed=0, key="x", runs=[run]))  # ends on the CPU
             took.append(time.perf_counter() - began)
         parameters = sum(p.numel() for network in model.networks.values() for p in network.parameters()) / 1e6
         measured[name] = (statistics.median(took[1:] or took), parameters)
@@ -107,9 +110,9 @@ def table2(preset: str, rounds: int, num_steps: int | None = None) -> Table:
 @torch.inference_mode()
 def compare_speed(model: CcsrModel, options: argparse.Namespace) -> None:
     """`restore_batch`'s two halves against a loop of the same calls of ControlNet, UNet and decoder."""
-    config = SamplingConfig(num_steps=options.steps or 6, t_min=0.5)
-    lr = rng_for(0, "lr").integers(0, 256, (options.side // 4, options.side // 4, 3), dtype=np.uint8)
-    image = prepare_image(model, lr, (options.side, options.side), config, key="x")
+    config, side = SamplingConfig(num_steps=options.steps or 6, t_min=0.5), options.side or 256
+    lr = rng_for(0, "lr").integers(0, 256, (side // 4, side // 4, 3), dtype=np.uint8)
+    image = prepare_image(model, lr, (side, side), config, key="x")
     num_calls = 1 if config.num_steps == 1 else len(ccsr_v2_timesteps(config.num_steps, config.t_max, config.t_min))
     rows = (options.runs, 1, 1, 1)
     mean, std = image.mean.repeat(rows), image.std.repeat(rows)
