@@ -116,11 +116,7 @@ def test_colours_are_those_that_a_player_shows(tmp_path: Path, named: int, heigh
     write(tmp_path / "a.mp4", [colour], colorspace=named, color_range=1)
     seen: list[np.ndarray] = []
     info = probe(tmp_path / "a.mp4", "film")
-
-    def keep(frame: np.ndarray) -> np.ndarray:
-        seen.append(frame)
-        return enlarge(frame)
-
+    keep = lambda frame: seen.append(frame) or enlarge(frame)  # noqa: E731
     convert(tmp_path / "a.mp4", tmp_path / "b.mp4", "mp4", (2 * height, 128), keep, info.rate, "film")
     with av.open(str(tmp_path / "a.mp4")) as source, av.open(str(tmp_path / "b.mp4")) as target:
         frame = next(source.decode(video=0))
@@ -181,11 +177,6 @@ def empty(path: Path) -> Path:
     return path
 
 
-def text(path: Path) -> Path:
-    path.write_text("no video")
-    return path
-
-
 REFUSED: dict[str, tuple[Any, str]] = {
     "variable": (lambda path: write(path, pan(6), times=[0, 1, 2, 4, 5, 6]), "the frame rate varies: frame 1"),
     "unequal": (
@@ -195,7 +186,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "deep": (lambda path: write(path, pan(2), pix_fmt="yuv420p10le"), "more than 8 bits"),
     "sound": (wav, "no video stream"),
     "empty": (empty, "the video has no frames"),
-    "text": (text, "not a readable video"),
+    "text": (lambda path: path.write_text("no video") and path, "not a readable video"),
 }
 
 
