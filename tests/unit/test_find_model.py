@@ -61,6 +61,12 @@ def test_a_hub_id_is_a_directory_below_the_weights_folder(tmp_path: Path, monkey
         )
 
 
+def test_the_weights_folder_may_be_on_s3(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CCSR_WEIGHTS", f"{s3}/weights")
+    write_bytes(f"{s3}/weights/user/name/ccsr.json", b"{}")
+    assert find_model("user/name", TrackingConfig()) == f"{s3}/weights/user/name"
+
+
 def test_a_run_of_mlflow_by_its_id(tmp_path: Path) -> None:
     tracking = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db")
     with track(tracking, {"fingerprint": "f" * 64, "job": "train", "config": {"stage": 1}}) as tracker:

@@ -27,9 +27,10 @@ from evaluation.results import load_result
 from infra.errors import CcsrError
 from infra.images import encode_png
 from infra.pixels import StabilityAccumulator, coloured
+from infra.publish import upload_folder
 from infra.tracking import TrackingConfig
 from pipelines.cli.main import app
-from pipelines.view import Album, album_of, serve
+from pipelines.view import Album, album_of, reply, serve
 
 
 def album(place: Path, source: str | None = None) -> Album:
@@ -105,6 +106,14 @@ def test_an_evaluations_pages_and_pictures(result: Path) -> None:
         keys = {re.search(r"<h3>(\w+)</h3>", get(port, f"/{n}")[2].decode())[1] for n in range(3)}
         assert keys == {"img0", "img1", "img2"}
         assert b'href="/2">previous' in data
+
+
+def test_a_result_on_s3_is_shown_as_a_local_one(result: Path, s3: str, tmp_path: Path) -> None:
+    upload_folder(result, f"{s3}/result", last="run.json")
+    there = album_of(f"{s3}/result", tmp_path, TrackingConfig())
+    assert there.keys == album(result).keys
+    for path in ("/0/3", "/2/6"):
+        assert reply(there, path) == reply(album(result), path)
 
 
 @pytest.mark.parametrize("runs", [1, 3])
