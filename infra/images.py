@@ -222,12 +222,12 @@ def is_plain_png(data: bytes) -> bool:
     not animated, nothing behind its end."""
     if data[:8] != PNG or data[24:26] != RGB_8_BIT:
         return False
-    kind, end = b"", 0
-    for kind, at, end in _chunks(data):
+    chunks = list(_chunks(data))
+    for kind, at, _ in chunks:
         hidden = kind in (b"tEXt", b"zTXt", b"iTXt") and b"exif" in data[at + 8 : at + 8 + 64].lower()
         if kind in (b"eXIf", b"tRNS", b"acTL") or hidden:
             return False
-    return kind == b"IEND" and end == len(data)
+    return bool(chunks) and chunks[-1][0] == b"IEND" and chunks[-1][2] == len(data)
 
 
 def is_plain_jpeg(data: bytes) -> bool:

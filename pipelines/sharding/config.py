@@ -190,6 +190,9 @@ class ShardConfig(Config):
         0, ge=0, description="images with a shorter side are dropped and counted, so is the next"
     )
     max_aspect: Annotated[float | None, LATER] = Field(None, ge=1, description="long side over short side")
+    dedupe: Annotated[int | None, LATER] = Field(
+        None, ge=0, le=16, description="images that look like an earlier one are left out: pHash, bits that may differ"
+    )
     degradation: str | DegradationConfig | None = "ccsr"
     draws: int = Field(1, ge=1, description="degradations of each crop")
     samples_per_shard: int = Field(256, ge=1, description="with a grid: files per shard")
