@@ -56,6 +56,7 @@ def test_the_same_command_finishes_after_kill_9_of_the_driver(
     require_undisturbed(output, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["list", "webdataset"])
 def test_lists_and_foreign_tars_are_sharded_exactly_once_too(
     kind: str, photos: Path, whole: str, address: str, tmp_path: Path

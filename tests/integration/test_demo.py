@@ -181,6 +181,7 @@ def test_again_on_the_same_folder_makes_nothing_anew(demo):
     assert len(runs) == 4 + len(METHODS)
 
 
+@pytest.mark.slow
 def test_each_step_runs_alone_with_its_yaml(demo, tmp_path):
     out = f"output={tmp_path}/heldout"
     done = run_ccsr("shard", "-c", "configs/demo/shard_heldout.yaml", "--set", out)
