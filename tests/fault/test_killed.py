@@ -10,8 +10,8 @@ import pytest
 import webdataset
 from shard_jobs import KEYS, NUM_SHARDS, ShardJob, num_records, require_undisturbed, wait, wait_until, writing_workers
 
-from pipelines.sharding.clean import clean
-from pipelines.sharding.verify import verify
+from pipelines.sets.clean import clean
+from pipelines.sets.verify import verify
 
 
 @pytest.mark.parametrize("num_kills", [2, pytest.param(10, marks=pytest.mark.slow)])

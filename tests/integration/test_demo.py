@@ -16,7 +16,7 @@ from degradation import apply
 from evaluation import g_std, l_std, psnr_y, ssim_y
 from infra.images import decode_image, read_image
 from infra.manifest import Manifest
-from pipelines.sharding.verify import verify
+from pipelines.sets.verify import verify
 from tests.integration.conftest import REPOSITORY, run_ccsr
 from training.config import SamplingConfig
 from training.models import load_model

@@ -13,9 +13,9 @@ from infra import ConfigError
 from infra.images import encode_png, resize_bicubic
 from infra.manifest import Manifest
 from infra.shards import read_sample
+from pipelines.sets.verify import verify
 from pipelines.sharding.config import ShardConfig
 from pipelines.sharding.job import run_shard
-from pipelines.sharding.verify import verify
 from training.config import ModelConfig
 from training.models import build_model, save_model
 

@@ -19,7 +19,7 @@ from infra.publish import download
 from infra.run import MLFLOW_FILE
 from infra.shards import Entry, read_index
 from infra.storage import is_s3, join, list_files, sha256_file
-from pipelines.sharding.append import joined
+from pipelines.sets.append import joined
 from pipelines.sharding.dedupe import NEAR_DUPLICATES
 from pipelines.sharding.phash import NEAR_BITS, near_pairs
 
