@@ -176,6 +176,9 @@ class ShardConfig(Config):
     sixteen_bit: Annotated[Literal["quarantine", "convert"], LATER] = Field(
         "quarantine", description="images of 16 bits a channel; convert: scaled to 8 and rounded"
     )
+    cmyk: Annotated[Literal["quarantine", "convert"], LATER] = Field(
+        "quarantine", description="CMYK images; convert: to sRGB by their ICC profile"
+    )
     crop: Crop = WholeCrop()
     min_gradient_energy: float = Field(
         0.0, ge=0, description="flatter windows are dropped and counted; about 4 is flat"
@@ -199,3 +202,8 @@ class ShardConfig(Config):
     latents: LatentsConfig | None = None
     tracking: TrackingConfig | None = Field(None, description="log the set as a run of MLflow; none: not logged")
     runtime: ShardRuntime = ShardRuntime()
+
+    @property
+    def converted(self) -> list[str]:
+        """The kinds of images that are converted instead of quarantined."""
+        return [kind for kind in ("sixteen_bit", "cmyk") if getattr(self, kind) == "convert"]

@@ -92,7 +92,7 @@ def _hashes(files: Sequence[SourceFile], config: ShardConfig) -> np.ndarray:
 def _hash(file: SourceFile, config: ShardConfig) -> int:
     try:
         data, digest = read_source(file)
-        opened = open_source(file, data, digest, convert_16_bit=config.sixteen_bit == "convert")
+        opened = open_source(file, data, digest, convert=config.converted)
     except UnusableImageError:
         return 0
     return perceptual_hash(opened.image)

@@ -266,7 +266,7 @@ def _samples(
         samples, digest = list(group), ""
         try:
             data, digest = read_source(file)
-            opened = open_source(file, data, digest, convert_16_bit=config.sixteen_bit == "convert")
+            opened = open_source(file, data, digest, convert=config.converted)
         except UnusableImageError as error:
             quarantined += [Quarantined(one.key, file.name, error.reason, error.what, digest) for one in samples]
             continue
