@@ -36,9 +36,9 @@ import ray
 from infra.images import decode_image, encode_png, list_images
 from infra.ray_runtime import RayConfig, ray_cluster
 from infra.seeding import rng_for
+from pipelines.sets.verify import verify
 from pipelines.sharding.config import ShardConfig
 from pipelines.sharding.job import run_shard
-from pipelines.sharding.verify import verify
 from tests.golden.wheel_photos import PHOTOS
 
 CCSR = str(Path(sys.executable).with_name("ccsr"))

@@ -6,7 +6,7 @@ import re
 import struct
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 from infra.errors import DataError, line_of, printable
 from infra.storage import exists, join, list_files, read_bytes
@@ -50,7 +50,7 @@ class UnusableImageError(DataError):
 # What is not damaged but of another kind; ImageMagick's commands, for one tool that converts it.
 CONVERSIONS = {
     "transparent": "flatten it onto a background: magick IN -background white -alpha remove -alpha off OUT.png",
-    "cmyk": "convert it to RGB: magick IN -colorspace sRGB OUT.png",
+    "cmyk": "shard it with `cmyk: convert`, or convert it to RGB: magick IN -colorspace sRGB OUT.png",
     "sixteen_bit": "shard it with `sixteen_bit: convert`, or convert it: magick IN -depth 8 OUT.png",
     "heic": "pip install 'ccsr-cluster[heic]' on every node, or convert it: magick IN OUT.png",
     "animated": "take a frame or page of it: magick 'IN[0]' OUT.png",
@@ -86,12 +86,13 @@ def _formats() -> tuple[str, ...]:
     return (*FORMATS, "HEIF")
 
 
-def decode_image(data: bytes, *, where: str, convert_16_bit: bool = False) -> np.ndarray:
+def decode_image(data: bytes, *, where: str, convert: Collection[str] = ()) -> np.ndarray:
     """Decode an image file to uint8 RGB (H, W, 3), turned upright by its EXIF orientation.
 
     PNG, JPEG, WebP, BMP, TIFF and AVIF; HEIC with the package pillow-heif. Greyscale is repeated on three channels,
     palettes are resolved, a fully opaque alpha channel is dropped; of a camera's multi-picture JPEG the first picture,
-    which is the photograph, is taken. `convert_16_bit`: 16-bit integers a channel are scaled by 1/257 and rounded.
+    which is the photograph, is taken. `convert`: with `sixteen_bit` integers of 16 bits a channel are scaled by 1/257
+    and rounded, with `cmyk` CMYK becomes sRGB by `to_srgb`.
     Raises UnusableImageError (reason `empty`, `unreadable`, `heic`, `too_large`, `animated`, `sixteen_bit`, `cmyk`,
     `transparent` or `truncated`) for anything else.
     """
@@ -100,13 +101,16 @@ def decode_image(data: bytes, *, where: str, convert_16_bit: bool = False) -> np
         return pixels
     image = open_image(data, where)
     if is_deep(image):
-        if not convert_16_bit or image.mode.startswith("F"):
+        if "sixteen_bit" not in convert or image.mode.startswith("F"):
             raise refuse("sixteen_bit", f"mode {image.mode} is stored with more than 8 bits a channel", where)
         with refusing("truncated", "the picture data is damaged", where):
             deep = deep_pixels(data, image)
             if deep is None:
                 raise ValueError("not of 16-bit integers")
             image = Image.fromarray(to_8_bit(deep))
+    if image.mode == "CMYK" and "cmyk" in convert:
+        with refusing("truncated", "the picture data or its colour profile is damaged", where):
+            image = to_srgb(ImageOps.exif_transpose(image))
     if image.mode not in MODES:
         raise refuse("cmyk", f"colour mode {image.mode} is not RGB", where)
     with refusing("truncated", "the picture data is damaged", where):
@@ -142,6 +146,16 @@ def is_deep(image: Image.Image) -> bool:
     Pillow opens 16-bit colour as RGB and drops the lower byte; only the decoder's raw mode tells.
     """
     return image.mode.startswith(("I", "F")) or ";16" in str(image.tile)  # type: ignore[attr-defined]
+
+
+def to_srgb(image: Image.Image) -> Image.Image:
+    """A CMYK picture in sRGB, by its ICC profile; by Pillow's formula without one."""
+    profile = image.info.get("icc_profile")
+    if not profile:
+        return image.convert("RGB")
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    new = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    return image.convert("RGB") if new is None else new
 
 
 def deep_pixels(data: bytes, image: Image.Image) -> np.ndarray | None:
@@ -222,12 +236,12 @@ def is_plain_png(data: bytes) -> bool:
     not animated, nothing behind its end."""
     if data[:8] != PNG or data[24:26] != RGB_8_BIT:
         return False
-    kind, end = b"", 0
-    for kind, at, end in _chunks(data):
+    chunks = list(_chunks(data))
+    for kind, at, _ in chunks:
         hidden = kind in (b"tEXt", b"zTXt", b"iTXt") and b"exif" in data[at + 8 : at + 8 + 64].lower()
         if kind in (b"eXIf", b"tRNS", b"acTL") or hidden:
             return False
-    return kind == b"IEND" and end == len(data)
+    return bool(chunks) and chunks[-1][0] == b"IEND" and chunks[-1][2] == len(data)
 
 
 def is_plain_jpeg(data: bytes) -> bool:

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-from infra.images import MODES, deep_pixels, encode_png, is_deep, open_image, refuse, refusing, to_8_bit
+from infra.images import MODES, deep_pixels, encode_png, is_deep, open_image, refuse, refusing, to_8_bit, to_srgb
 
 PictureFormat = Literal["png", "jpg", "webp", "tiff"]
 FORMATS_OF: dict[str, PictureFormat] = {
@@ -69,7 +69,7 @@ def decode_picture(
         else:
             image = ImageOps.exif_transpose(image)
             if image.mode == "CMYK":
-                image, profile = _to_srgb(image, profile), None
+                image, profile = to_srgb(image), None
             transparent = image.mode in ("RGBA", "LA") or "transparency" in image.info
             single = image.mode in ("L", "LA", "1")
             pixels = np.asarray(image.convert("RGBA" if transparent else "L" if single else "RGB"))
@@ -147,14 +147,6 @@ def encode_picture(
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, quality=quality, **kind, **beside)
     return file.getvalue()
-
-
-def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    if not profile:
-        return image.convert("RGB")
-    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-    new = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    return image.convert("RGB") if new is None else new
 
 
 def _kept_exif(image: Image.Image, *, gps: bool) -> bytes | None:

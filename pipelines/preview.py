@@ -53,10 +53,8 @@ def _time(config: Any, progress: Progress) -> str:
         assumed = Assumed()
         speed, by = assumed.flops_per_second, f"{assumed.card} at {assumed.mfu:.0%} of its peak"
     else:
-        speed, by = (
-            measured_flops(runtime.threads),
-            f"CPUs as fast as this one, {runtime.threads} thread{'s' * (runtime.threads > 1)} a process",
-        )
+        threads = f"{runtime.threads} thread{'s' * (runtime.threads > 1)} a process"
+        speed, by = measured_flops(runtime.threads), f"CPUs as fast as this one, {threads}"
     hours = share * progress.flops / (speed * processes) / 3600
     return f"about {_amount(hours)} for the networks alone, assuming {by}"
 

@@ -82,7 +82,7 @@ def export(
 ) -> None:
     """Write a shard set as folders that other trainers read, or a model that diffusers runs without this project."""
     if layout is not None:
-        from pipelines.sharding.export import export as export_set
+        from pipelines.sets.export import export as export_set
 
         typer.echo(f"{export_set(location(source), output, layout)} samples: {output}")
         return

@@ -16,7 +16,7 @@ def append(
     out: Annotated[str, typer.Option(parser=location, help="Folder or s3:// prefix of the new manifest.")],
 ) -> None:
     """Make one shard set of several by a new manifest; nothing is copied."""
-    from pipelines.sharding.append import append as append_sets
+    from pipelines.sets.append import append as append_sets
 
     manifest = append_sets([base, *more], out)
     typer.echo(f"{manifest.num_samples} samples, dataset {manifest.dataset_id}: {manifest.uri}")
@@ -33,10 +33,10 @@ def verify(
     stats: Annotated[bool, typer.Option("--stats", help="Instead show histograms of what filters go by.")] = False,
 ) -> None:
     """Prove that a shard set is what its manifest says, and shares no picture with another."""
-    from pipelines.sharding.verify import verify as check
+    from pipelines.sets.verify import verify as check
 
     if clean:
-        from pipelines.sharding.clean import print_cleaned
+        from pipelines.sets.clean import print_cleaned
 
         print_cleaned(uri)
     elif stats:
@@ -44,7 +44,7 @@ def verify(
 
         print_stats(uri)
     elif against is not None:
-        from pipelines.sharding.verify import print_duplicates
+        from pipelines.sets.verify import print_duplicates
 
         print_duplicates(uri, against, distance)
     else:

@@ -107,7 +107,7 @@ def card_text(manifest: Manifest, run: dict[str, Any], looks: Sequence[Look]) ->
         made = "none: LR images as found" if facts["has_lr"] else "none: left to training"
     else:
         made = degradation if isinstance(degradation, str) else "a recipe, see below"
-    failed, dropped = facts["quarantined"], facts.get("dropped", {})
+    failed, dropped, alike = facts["quarantined"], facts.get("dropped", {}), facts.get("near_duplicates")
     reasons = Counter(item["reason"] for item in failed).most_common()
     return render(
         TEMPLATE,
@@ -123,6 +123,7 @@ def card_text(manifest: Manifest, run: dict[str, Any], looks: Sequence[Look]) ->
             ("scale", facts["scale"] or "none"),
             ("degradation", made),
             ("set aside", f"{len(failed)} quarantined, {sum(dropped.values())} dropped"),
+            *([("near-duplicates", f"{alike} files left out: near_duplicates.jsonl")] if alike is not None else []),
         ],
         sources=_sources(facts, config),
         set_aside=[

@@ -176,6 +176,9 @@ class ShardConfig(Config):
     sixteen_bit: Annotated[Literal["quarantine", "convert"], LATER] = Field(
         "quarantine", description="images of 16 bits a channel; convert: scaled to 8 and rounded"
     )
+    cmyk: Annotated[Literal["quarantine", "convert"], LATER] = Field(
+        "quarantine", description="CMYK images; convert: to sRGB by their ICC profile"
+    )
     crop: Crop = WholeCrop()
     min_gradient_energy: float = Field(
         0.0, ge=0, description="flatter windows are dropped and counted; about 4 is flat"
@@ -190,9 +193,17 @@ class ShardConfig(Config):
         0, ge=0, description="images with a shorter side are dropped and counted, so is the next"
     )
     max_aspect: Annotated[float | None, LATER] = Field(None, ge=1, description="long side over short side")
+    dedupe: Annotated[int | None, LATER] = Field(
+        None, ge=0, le=16, description="images that look like an earlier one are left out: pHash, bits that may differ"
+    )
     degradation: str | DegradationConfig | None = "ccsr"
     draws: int = Field(1, ge=1, description="degradations of each crop")
     samples_per_shard: int = Field(256, ge=1, description="with a grid: files per shard")
     latents: LatentsConfig | None = None
     tracking: TrackingConfig | None = Field(None, description="log the set as a run of MLflow; none: not logged")
     runtime: ShardRuntime = ShardRuntime()
+
+    @property
+    def converted(self) -> list[str]:
+        """The kinds of images that are converted instead of quarantined."""
+        return [kind for kind in ("sixteen_bit", "cmyk") if getattr(self, kind) == "convert"]

@@ -23,6 +23,7 @@ from infra.shards import IndexedEntry, write_tar
 from infra.storage import exists, join, sha256_file
 from pipelines.sharding.card import write_card
 from pipelines.sharding.config import CenterCrop, GridCrop, ListSource, PairsSource, ShardConfig, brings_lr
+from pipelines.sharding.dedupe import count_near_duplicates, without_near_duplicates
 from pipelines.sharding.filters import scores_of, unwanted, unwanted_file
 from pipelines.sharding.mlflow_log import log_shard_set
 from pipelines.sharding.plan import PlannedSample, PlannedShard, grid_samples, num_variants, plan_shards, source_id
@@ -77,14 +78,14 @@ def preview_shard(config: ShardConfig) -> Progress:
 def _claimed(
     config: ShardConfig, *, write: bool = True
 ) -> tuple[DegradationConfig | None, list[SourceFile], list[PlannedShard], dict[str, Any]]:
-    """The recipe, the source files, the plan, and run.json."""
+    """The recipe, the source files, the plan of those that are no near-duplicates, and run.json."""
     recipe = resolve_degradation(config)
     check_apart(config.output, config.sources)
     files = list_sources(config.sources)
     inputs = {"source_id": source_id(files), **_latents_inputs(config)}
-    shards = plan_shards(files, config)
     run = claim_output(config.output, config, job="shard", inputs=inputs, libraries=LIBRARIES, write=write)
-    return recipe, files, shards, run
+    kept = without_near_duplicates(files, config, write=write)
+    return recipe, files, plan_shards(kept, config), run
 
 
 def resolve_degradation(config: ShardConfig) -> DegradationConfig | None:
@@ -141,6 +142,7 @@ def _facts(config: ShardConfig, recipe: DegradationConfig | None, files: list[So
     scale = recipe.scale if recipe else next((file.scale for file in files if file.lr_uri), None)
     facts = {
         "source_id": source_id(files),
+        **({} if config.dedupe is None else {"near_duplicates": count_near_duplicates(config.output)}),
         "sources": source_facts(config.sources, files),
         "scale": scale,
         "has_lr": scale is not None,
@@ -264,7 +266,7 @@ def _samples(
         samples, digest = list(group), ""
         try:
             data, digest = read_source(file)
-            opened = open_source(file, data, digest, convert_16_bit=config.sixteen_bit == "convert")
+            opened = open_source(file, data, digest, convert=config.converted)
         except UnusableImageError as error:
             quarantined += [Quarantined(one.key, file.name, error.reason, error.what, digest) for one in samples]
             continue

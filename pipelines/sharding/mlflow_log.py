@@ -20,6 +20,7 @@ def log_shard_set(config: ShardConfig, manifest: Manifest, run: dict[str, Any], 
     counts = {"samples": manifest.num_samples, "quarantined": len(manifest.facts["quarantined"])}
     counts |= Counter(f"quarantined/{one['reason']}" for one in manifest.facts["quarantined"])
     counts |= {f"dropped/{reason}": count for reason, count in manifest.facts.get("dropped", {}).items()}
+    counts |= {"dropped/near_duplicates": manifest.facts.get("near_duplicates", 0)}
     speed = {"speed/samples_per_second": rate} if rate else {}
     tags = {"ccsr.dataset_id": manifest.dataset_id}
     try:

@@ -1,6 +1,6 @@
 """Pictures that look alike: a 64-bit hash of each, and the pairs of two lists that differ in a few bits."""
 
-from collections.abc import Iterator
+from itertools import pairwise
 
 import cv2
 import numpy as np
@@ -8,6 +8,7 @@ import numpy as np
 SIDE_PX = 32
 FLAT = 2.0
 NEAR_BITS = 6
+COMPARED_AT_ONCE = 2**22
 
 
 def perceptual_hash(image: np.ndarray) -> int:
@@ -25,15 +26,32 @@ def perceptual_hash(image: np.ndarray) -> int:
     return int.from_bytes(np.packbits(low > np.median(low)).tobytes())
 
 
-def near_pairs(a: np.ndarray, b: np.ndarray, *, max_bits: int = NEAR_BITS) -> Iterator[tuple[int, int, int]]:
+def near_pairs(a: np.ndarray, b: np.ndarray, *, max_bits: int = NEAR_BITS) -> list[tuple[int, int, int]]:
     """(i, j, bits) of all hashes a[i] and b[j], uint64 (N,) and (M,), that differ in at most `max_bits`, by i then j.
 
-    A hash of 0 says that nothing is known and is like no other.
+    A hash of 0 says that nothing is known and is like no other. Hashes that differ in n bits are equal in one of n + 1
+    bands of their bits at least, so only those are compared that share a band.
     """
-    known = np.flatnonzero(b)
-    step = max(1, 2**20 // max(1, len(known)))  # blocks that stay in the processor's cache
-    for start in range(0, len(a), step):
-        bits = np.bitwise_count(a[start : start + step, None] ^ b[known])
-        for i, j in zip(*np.nonzero(bits <= max_bits), strict=True):
-            if a[start + i]:
-                yield start + int(i), int(known[j]), int(bits[i, j])
+    edges = np.linspace(0, 64, max_bits + 2).astype(int)
+    bands = [(np.uint64(start), np.uint64(2 ** int(end - start) - 1)) for start, end in pairwise(edges)]
+    known_a, known_b = np.flatnonzero(a), np.flatnonzero(b)
+    found: list[tuple[int, int, int]] = []
+    for number, (shift, mask) in enumerate(bands):
+        theirs = b[known_b] >> shift & mask
+        order = np.argsort(theirs, kind="stable")
+        ours = a[known_a] >> shift & mask
+        first, last = (np.searchsorted(theirs[order], ours, side=side) for side in ("left", "right"))
+        blocks = np.cumsum(last - first) // COMPARED_AT_ONCE
+        for block in np.split(np.arange(len(ours)), np.flatnonzero(np.diff(blocks)) + 1):
+            counts = (last - first)[block]
+            i = np.repeat(block, counts)
+            j = order[
+                np.arange(len(i)) - np.repeat(np.cumsum(counts) - counts, counts) + np.repeat(first[block], counts)
+            ]
+            different = a[known_a[i]] ^ b[known_b[j]]
+            bits = np.bitwise_count(different)
+            near = bits <= max_bits
+            for earlier, its_mask in bands[:number]:  # where the pair was found already
+                near &= (different >> earlier & its_mask) != 0
+            found += zip(known_a[i[near]].tolist(), known_b[j[near]].tolist(), bits[near].tolist(), strict=True)
+    return sorted(found)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,13 +55,13 @@ def read_source(file: SourceFile) -> tuple[bytes, str]:
     return data, hashlib.sha256(data).hexdigest()
 
 
-def open_source(file: SourceFile, data: bytes, digest: str, *, convert_16_bit: bool = False) -> Opened:
+def open_source(file: SourceFile, data: bytes, digest: str, *, convert: Collection[str] = ()) -> Opened:
     """Decode a file, of a pair both. UnusableImageError with its reason where that cannot be done."""
-    image = decode_image(data, where=file.uri, convert_16_bit=convert_16_bit)
+    image = decode_image(data, where=file.uri, convert=convert)
     if not file.lr_uri:
         return Opened(data, digest, image)
     lr_data = read_source_bytes(file.lr_uri)
-    lr = decode_image(lr_data, where=file.lr_uri, convert_16_bit=convert_16_bit)
+    lr = decode_image(lr_data, where=file.lr_uri, convert=convert)
     check_pair(image, lr, file.scale, where=f"{file.uri} and {file.lr_uri}")
     return Opened(data, digest, image, lr_data, lr)
 

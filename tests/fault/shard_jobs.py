@@ -21,8 +21,8 @@ from infra.images import encode_png
 from infra.publish import download
 from infra.shards import read_index
 from infra.storage import join, list_files, read_bytes
-from pipelines.sharding.clean import clean
-from pipelines.sharding.verify import verify
+from pipelines.sets.clean import clean
+from pipelines.sets.verify import verify
 
 CCSR = str(Path(sys.executable).with_name("ccsr"))
 NUM_PHOTOS, DRAWS, PER_SHARD = 24, 2, 2

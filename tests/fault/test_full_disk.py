@@ -29,6 +29,7 @@ def small_disk(tmp_path: Path):
         pytest.skip(f"mounting a small file system takes root: {error}")
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_job_and_more_space_finishes_it(
     photos: Path, whole: str, address: str, small_disk: Path
 ) -> None:
@@ -49,6 +50,7 @@ def test_a_full_disk_stops_the_job_and_more_space_finishes_it(
     require_undisturbed(output, whole)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_in_a_checkpoint_ends_all_ranks(small_disk: Path, tmp_path: Path) -> None:
     """The run's own disk, then the one for temporary files; rank 0 alone writes. A checkpoint has several MiB."""
     data = noise_shards(tmp_path / "set")

@@ -10,8 +10,8 @@ import pytest
 import webdataset
 from shard_jobs import KEYS, NUM_SHARDS, ShardJob, num_records, require_undisturbed, wait, wait_until, writing_workers
 
-from pipelines.sharding.clean import clean
-from pipelines.sharding.verify import verify
+from pipelines.sets.clean import clean
+from pipelines.sets.verify import verify
 
 
 @pytest.mark.parametrize("num_kills", [2, pytest.param(10, marks=pytest.mark.slow)])
@@ -56,6 +56,7 @@ def test_the_same_command_finishes_after_kill_9_of_the_driver(
     require_undisturbed(output, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["list", "webdataset"])
 def test_lists_and_foreign_tars_are_sharded_exactly_once_too(
     kind: str, photos: Path, whole: str, address: str, tmp_path: Path

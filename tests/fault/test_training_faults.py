@@ -118,6 +118,7 @@ def assert_equal(output: str, expected: dict[str, dict[str, torch.Tensor]]) -> N
         assert all(torch.equal(found[file][name], expected[file][name]) for name in expected[file]), file
 
 
+@pytest.mark.slow
 def test_a_drained_and_a_killed_worker_are_replaced_and_the_run_is_the_undisturbed_one(tmp_path, data, undisturbed):
     """SIGTERM to a worker, as it comes when its node is taken away, is no failure: the one restart is for SIGKILL."""
     run = Run(tmp_path, data, checkpoint_every=5, max_restarts=1)

@@ -16,7 +16,7 @@ from degradation import apply
 from evaluation import g_std, l_std, psnr_y, ssim_y
 from infra.images import decode_image, read_image
 from infra.manifest import Manifest
-from pipelines.sharding.verify import verify
+from pipelines.sets.verify import verify
 from tests.integration.conftest import REPOSITORY, run_ccsr
 from training.config import SamplingConfig
 from training.models import load_model
@@ -181,6 +181,7 @@ def test_again_on_the_same_folder_makes_nothing_anew(demo):
     assert len(runs) == 4 + len(METHODS)
 
 
+@pytest.mark.slow
 def test_each_step_runs_alone_with_its_yaml(demo, tmp_path):
     out = f"output={tmp_path}/heldout"
     done = run_ccsr("shard", "-c", "configs/demo/shard_heldout.yaml", "--set", out)

@@ -263,7 +263,8 @@ def test_mlflow_runs_are_compared_by_name_and_id(place: Path, first: Path) -> No
         compare(["training", "first"], tracking=tracking)
 
 
-@pytest.mark.parametrize(("table", "num_orderings"), [(4, 14), pytest.param(5, 28, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("table", "num_orderings"), [(4, 14), (5, 28)])
 def test_the_papers_ablations_run_on_a_tiny_base(
     place: Path, without_weights: None, table: int, num_orderings: int
 ) -> None:

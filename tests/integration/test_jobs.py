@@ -12,9 +12,9 @@ from infra.config import parse_config
 from infra.errors import ConfigError, DataError, ModelError, PartialResultError
 from infra.images import encode_png
 from infra.manifest import Manifest
+from pipelines.sets.verify import verify
 from pipelines.sharding.config import ShardConfig
 from pipelines.sharding.job import run_shard
-from pipelines.sharding.verify import verify
 from training.config import ModelConfig, TrainConfig
 from training.models import build_model, save_model
 from training.run.driver import run_train

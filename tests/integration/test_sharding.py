@@ -1,5 +1,6 @@
 """A shard job on Ray over zip, shard set and pairs, and with latents: the set does not depend on the workers."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ from infra import ConfigError
 from infra.images import encode_png, resize_bicubic
 from infra.manifest import Manifest
 from infra.shards import read_sample
+from pipelines.sets.verify import verify
 from pipelines.sharding.config import ShardConfig
 from pipelines.sharding.job import run_shard
-from pipelines.sharding.verify import verify
 from training.config import ModelConfig
 from training.models import build_model, save_model
 
@@ -56,3 +57,27 @@ def test_latents_of_a_shard_set_of_pairs(tmp_path: Path) -> None:
         run(
             tmp_path / "workers1", again, **{**changes, "latents": {"model": str(tmp_path / "model2"), "batch_size": 4}}
         )
+
+
+def test_near_duplicates_are_left_out_before_the_plan(tmp_path: Path) -> None:
+    """What is kept makes the set that the kept files make alone."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    kept, alike = [data.coffee(), data.astronaut(), data.chelsea()], data.astronaut()[8:-8, 8:-8]
+    for number, picture in enumerate([*kept[:2], alike, kept[2]]):
+        (photos / f"{number}.png").write_bytes(encode_png(np.ascontiguousarray(picture[..., :3])))
+    (photos / "4.png").write_bytes(b"no picture")
+    source = {"kind": "folder", "name": "p", "path": str(photos)}
+    changes: dict[str, Any] = {"crop": {"kind": "center", "size_px": 64}, "degradation": "bicubic"}
+    changes["runtime"] = {"max_failed_fraction": 1}
+    made = run(tmp_path / "out", source, dedupe=6, **changes)
+    (line,) = map(json.loads, (tmp_path / "out/near_duplicates.jsonl").read_text().splitlines())
+    assert (line["file"], line["like"]) == ("2.png", "1.png")
+    assert 0 < line["bits"] <= 6
+    assert made.facts["near_duplicates"] == 1
+    assert "1 files left out" in (tmp_path / "out/DATA_CARD.md").read_text()
+    assert verify(made.uri).num_samples == 3
+    assert not list((tmp_path / "out").glob("hashes/*.json"))
+    assert run(tmp_path / "out", source, dedupe=6, **changes).dataset_id == made.dataset_id
+    (photos / "2.png").unlink()
+    assert run(tmp_path / "alone", source, **changes).dataset_id == made.dataset_id

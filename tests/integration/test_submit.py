@@ -234,6 +234,7 @@ with ray_cluster(config):
 """
 
 
+@pytest.mark.slow
 def test_work_without_gpus_keeps_off_gpu_nodes(cluster, job_server):
     """After the first test, whose sharding is looked up in Ray's list of tasks."""
     done = subprocess.run(

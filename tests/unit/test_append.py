@@ -16,9 +16,9 @@ from infra.publish import write_bytes
 from infra.shards import image_of, read_sample
 from infra.storage import join, list_files, read_bytes
 from pipelines.cli.main import app
-from pipelines.sharding.append import append
-from pipelines.sharding.export import LAYOUTS, export
-from pipelines.sharding.verify import verify
+from pipelines.sets.append import append
+from pipelines.sets.export import LAYOUTS, export
+from pipelines.sets.verify import verify
 
 
 @pytest.fixture(params=["local", "s3"])

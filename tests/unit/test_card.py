@@ -14,11 +14,11 @@ from infra.images import decode_image, encode_png, gradient_energy
 from infra.manifest import Manifest
 from infra.run import claim_output
 from infra.storage import join, list_files, read_bytes
+from pipelines.sets.verify import verify
 from pipelines.sharding import card
 from pipelines.sharding.card import evenly, write_card
 from pipelines.sharding.config import ShardConfig
 from pipelines.sharding.job import LIBRARIES, run_shard
-from pipelines.sharding.verify import verify
 
 
 @pytest.fixture(scope="module")

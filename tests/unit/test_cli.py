@@ -302,7 +302,7 @@ def test_ctrl_c_says_that_the_work_goes_on(
     def interrupted(uri: str) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pipelines.sharding.verify.verify", interrupted)
+    monkeypatch.setattr("pipelines.sets.verify.verify", interrupted)
     ended = ccsr("verify", str(tmp_path))
     assert ended.code == 130
     assert "the same command resumes" in ended.err

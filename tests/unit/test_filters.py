@@ -14,8 +14,8 @@ from infra.config import result_part
 from infra.images import decode_image, encode_png, gradient_energy
 from infra.shards import SCORES, read_sample
 from pipelines.cli.main import app
+from pipelines.sets.verify import verify
 from pipelines.sharding.filters import scores_of
-from pipelines.sharding.verify import verify
 
 
 def as_jpeg(image: np.ndarray, quality: int) -> np.ndarray:

@@ -1,6 +1,8 @@
 """Image files: photographs come out as upright 8-bit RGB, everything else with the reason why it does not."""
 
 import io
+import itertools
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -165,11 +167,11 @@ def test_sixteen_bits_are_converted_on_request(suffix: str) -> None:
         data = cv2.imencode(suffix, pixels)[1].tobytes()
         expected = np.rint(pixels / 257).astype(np.uint8)
         expected = expected[..., ::-1] if pixels.ndim == 3 else np.stack([expected] * 3, -1)
-        assert np.array_equal(decode_image(data, where="x", convert_16_bit=True), expected)
+        assert np.array_equal(decode_image(data, where="x", convert=["sixteen_bit"]), expected)
     turned = Image.Exif()
     turned[0x0112] = 6
     grey = Image.fromarray(SIXTEEN_RGB[..., 0])
-    upright = decode_image(saved(grey, "PNG", exif=turned), where="x", convert_16_bit=True)
+    upright = decode_image(saved(grey, "PNG", exif=turned), where="x", convert=["sixteen_bit"])
     assert upright.shape[:2] == SIXTEEN_RGB.shape[1::-1]
     clear = np.dstack([SIXTEEN_RGB, np.zeros(SIXTEEN_RGB.shape[:2], np.uint16)])
     for data, reason in (
@@ -178,7 +180,7 @@ def test_sixteen_bits_are_converted_on_request(suffix: str) -> None:
         (cv2.imencode(".png", SIXTEEN_RGB)[1].tobytes()[:-60], "truncated"),
     ):
         with pytest.raises(UnusableImageError) as caught:
-            decode_image(data, where="x", convert_16_bit=True)
+            decode_image(data, where="x", convert=["sixteen_bit"])
         assert caught.value.reason == reason
 
 
@@ -281,6 +283,41 @@ def test_whatever_a_decoder_raises_is_a_reason(error: Exception, monkeypatch: py
             patched.setattr(f"infra.images.{place}", lambda *_, **__: (_ for _ in ()).throw(MemoryError))
             with pytest.raises(MemoryError):
                 decode_image(data, where="x")
+
+
+def cmyk_profile() -> bytes:
+    """An ICC profile (version 2, lut8) of four inks of which cyan prints red: Lab at the 16 corners of CMYK."""
+    corners = [
+        round(value)
+        for c, m, y, k in itertools.product((0, 1), repeat=4)
+        for value in (0 if k else 255 - 120 * max(c, m, y), 128 + 70 * c * (1 - k), 128 + 60 * c * (1 - k))
+    ]
+    identity = bytes(range(256))
+    matrix = struct.pack(">9i", *(65536 * (i % 4 == 0) for i in range(9)))
+    lut = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + matrix + identity * 4 + bytes(corners) + identity * 3
+    white = b"XYZ " + bytes(4) + struct.pack(">3i", 63190, 65536, 54061)
+    tags, table, offset = b"", struct.pack(">I", 2), 128 + 4 + 2 * 12
+    for name, content in ((b"A2B0", lut), (b"wtpt", white)):
+        table += name + struct.pack(">II", offset + len(tags), len(content))
+        tags += content + bytes(-len(content) % 4)
+    head = bytes(8) + b"\x02\x40\0\0prtrCMYKLab " + bytes(12) + b"acsp" + bytes(28)
+    head += struct.pack(">3i", 63190, 65536, 54061)  # the illuminant D50
+    head = struct.pack(">I", offset + len(tags)) + head[4:]
+    return head + bytes(128 - len(head)) + table + tags
+
+
+def test_cmyk_is_converted_on_request_by_its_profile() -> None:
+    cyan = Image.new("CMYK", (8, 8), (255, 0, 0, 0))
+    plain, profiled = saved(cyan, "TIFF"), saved(cyan, "TIFF", icc_profile=cmyk_profile())
+    assert looked_at(plain) == looked_at(profiled) == "cmyk"
+    assert (decode_image(plain, where="x", convert=["cmyk"]) == (0, 255, 255)).all()
+    red, green, blue = decode_image(profiled, where="x", convert=["cmyk"])[0, 0].tolist()
+    assert red > 200 > 120 > max(green, blue)
+    damaged = saved(cyan, "TIFF", icc_profile=b"no profile")
+    with pytest.raises(UnusableImageError, match="colour profile is damaged"):
+        decode_image(damaged, where="x", convert=["cmyk"])
+    with pytest.raises(UnusableImageError, match="LAB"):
+        decode_image(saved(picture("LAB"), "TIFF"), where="x", convert=["cmyk"])
 
 
 def test_a_bare_png_is_decoded_as_pillow_does_and_refused_as_pillow_says() -> None:

@@ -15,10 +15,10 @@ from infra import CcsrError, DataError, rng_for
 from infra.images import encode_png
 from infra.run import claim_output
 from pipelines.estimate import estimate_shards
+from pipelines.sets.verify import verify
 from pipelines.sharding.card import write_card
 from pipelines.sharding.config import ShardConfig
 from pipelines.sharding.sources import list_sources
-from pipelines.sharding.verify import verify
 from pipelines.sharding.zips import list_members, read_member
 
 

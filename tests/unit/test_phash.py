@@ -8,7 +8,9 @@ import pytest
 from photos import photo
 
 from infra import rng_for
+from pipelines.sharding.dedupe import _near_duplicates
 from pipelines.sharding.phash import NEAR_BITS, near_pairs, perceptual_hash
+from pipelines.sharding.sources import SourceFile
 
 skimage = pytest.importorskip("skimage", reason="the photographs come with the extra `demo`")
 sklearn = pytest.importorskip("sklearn", reason="the photographs come with the extra `demo`")
@@ -71,6 +73,17 @@ def test_near_pairs_are_those_of_a_plain_loop() -> None:
         if x and y and (x ^ y).bit_count() <= 6
     ]
     assert len(expected) > 100
-    assert list(near_pairs(a, b)) == expected
-    assert list(near_pairs(a[:0], b)) == list(near_pairs(a, b[:0])) == []
-    assert len(list(near_pairs(a, b, max_bits=7))) > len(expected)
+    assert near_pairs(a, b) == expected
+    assert near_pairs(a[:0], b) == near_pairs(a, b[:0]) == []
+    assert len(near_pairs(a, b, max_bits=7)) > len(expected)
+    few = a[:60], b[:60]
+    assert len(near_pairs(*few, max_bits=64)) == np.count_nonzero(few[0]) * np.count_nonzero(few[1])
+
+
+def test_the_first_of_those_alike_is_kept_and_what_is_left_out_leaves_nothing_out() -> None:
+    hashes = np.array([0b111, 0, 0b1, 0, 0b11111, 2**63], np.uint64)
+    files = [SourceFile(f"k{number}", "s", f"{number}.png", "", 0) for number in range(len(hashes))]
+    lines = _near_duplicates(files, hashes, 2)
+    assert [(line["key"], line["like"], line["bits"]) for line in lines] == [("k2", "0.png", 2), ("k4", "0.png", 2)]
+    chain = np.array([0b1, 0b111, 0b11111], np.uint64)  # the third is like the second alone, which is gone
+    assert [line["key"] for line in _near_duplicates(files[:3], chain, 2)] == ["k1"]

@@ -23,13 +23,13 @@ from infra.publish import publish_if_absent, write_bytes
 from infra.seeding import noise_for
 from infra.shards import image_of, read_sample
 from infra.storage import exists, join, list_files, read_bytes
+from pipelines.sets.verify import verify
 from pipelines.sharding.card import _look
 from pipelines.sharding.config import LatentsConfig, ShardConfig
 from pipelines.sharding.job import _report_quarantine, resolve_degradation, write_shard
 from pipelines.sharding.plan import plan_shards
 from pipelines.sharding.sample import crop_image
 from pipelines.sharding.sources import SourceFile, list_sources
-from pipelines.sharding.verify import verify
 from tests.training_runs import train_config
 from training.data.samples import SampleReader
 

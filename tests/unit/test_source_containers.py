@@ -24,10 +24,10 @@ from infra.run import has_work
 from infra.shards import image_of, read_sample
 from infra.storage import join
 from infra.tars import open_set
+from pipelines.sets.verify import verify
 from pipelines.sharding.containers import read_source_bytes
 from pipelines.sharding.plan import source_id
 from pipelines.sharding.sources import list_sources
-from pipelines.sharding.verify import verify
 from tests.training_runs import train_config
 from training.data.samples import SampleReader
 

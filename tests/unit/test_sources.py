@@ -16,12 +16,12 @@ from infra.images import UnusableImageError, decode_image, encode_png, resize_bi
 from infra.publish import write_bytes
 from infra.shards import read_sample
 from infra.storage import join
+from pipelines.sets.verify import verify
 from pipelines.sharding.config import ShardConfig
 from pipelines.sharding.job import resolve_degradation
 from pipelines.sharding.pairs import check_pair
 from pipelines.sharding.plan import source_id
 from pipelines.sharding.sources import SourceFile, list_sources, source_facts
-from pipelines.sharding.verify import verify
 
 
 def config_of(*sources: dict[str, Any], output: Path | str = "out", **changes: Any) -> ShardConfig:

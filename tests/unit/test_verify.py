@@ -19,12 +19,12 @@ from infra.manifest import Manifest, ShardRecord, dataset_id_of, record_uri, wri
 from infra.publish import write_bytes
 from infra.shards import read_index
 from infra.storage import _s3, join, list_files, read_bytes, sha256_file
-from pipelines.sharding.clean import clean, print_cleaned
+from pipelines.sets.clean import clean, print_cleaned
+from pipelines.sets.verify import find_duplicates, print_duplicates, verify
 from pipelines.sharding.filters import print_stats
 from pipelines.sharding.job import resolve_degradation, write_shard
 from pipelines.sharding.plan import plan_shards
 from pipelines.sharding.sources import list_sources
-from pipelines.sharding.verify import find_duplicates, print_duplicates, verify
 
 
 @pytest.fixture(scope="module")

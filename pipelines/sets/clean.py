@@ -8,11 +8,15 @@ from infra.errors import DataError
 from infra.images import below, skip_system_files
 from infra.manifest import Manifest
 from infra.storage import abort_upload, exists, is_s3, join, list_files, modified_seconds, remove, unfinished_uploads
-from pipelines.sharding.verify import FILES
+from pipelines.sets.verify import FILES
+from pipelines.sharding.dedupe import HASHES
 
 SECONDS_AT_WORK = 3600.0  # of an unfinished set: what is younger may belong to a writer that is at work
 INDEX = re.compile(r"index(-\d{6})?\.parquet")
-OURS = re.compile(rf"shards/\d+\.tar|records/\d+\.json|{INDEX.pattern}|{'|'.join(map(re.escape, FILES))}")
+HASHED = re.compile(rf"{HASHES}/\d+\.json")
+OURS = re.compile(
+    rf"shards/\d+\.tar|records/\d+\.json|{HASHED.pattern}|{INDEX.pattern}|{'|'.join(map(re.escape, FILES))}"
+)
 TEMPORARY = re.compile(r"(?P<folder>(?:.*/)?)\.(?P<name>[^/]+)\.[0-9a-f]{12}\.tmp")
 PROBE = re.compile(r"\.writable-[0-9a-f]{12}")
 
@@ -56,7 +60,7 @@ def clean(uri: str) -> list[Stray]:
             strays.append(_leftover(name, "temporary file of a stopped writer", removed=old))
         elif not finished and OURS.fullmatch(name) and name.endswith(".tar") and name not in shards:
             strays.append(Stray(name, "shard without a record: the next run takes it over"))
-        elif name not in {*FILES, *parts, *shards, *records}:
+        elif name not in {*FILES, *parts, *shards, *records} and (finished or not HASHED.fullmatch(name)):
             strays.append(Stray(name, "unknown: no writer of this project made it", unknown=True))
     for name, upload, started in unfinished_uploads(uri) if is_s3(uri) else []:
         if not OURS.fullmatch(name):

@@ -19,10 +19,11 @@ from infra.publish import download
 from infra.run import MLFLOW_FILE
 from infra.shards import Entry, read_index
 from infra.storage import is_s3, join, list_files, sha256_file
-from pipelines.sharding.append import joined
+from pipelines.sets.append import joined
+from pipelines.sharding.dedupe import NEAR_DUPLICATES
 from pipelines.sharding.phash import NEAR_BITS, near_pairs
 
-FILES = ("run.json", MLFLOW_FILE, "manifest.json", "contact_sheet.jpg", "DATA_CARD.md")
+FILES = ("run.json", MLFLOW_FILE, "manifest.json", "contact_sheet.jpg", "DATA_CARD.md", NEAR_DUPLICATES)
 NUM_THREADS = 8
 
 

@@ -1,0 +1,1 @@
+"""Finished shard sets: verified, cleaned, joined and exported."""
