@@ -86,7 +86,7 @@ def one_gradient(precision: str, zero_stage: int) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def process_group() -> Iterator[None]:
     patch = pytest.MonkeyPatch()
-    patch.setattr("training.run.stages.load_dino", small_dino)
+    patch.setattr("training.run.critics.load_dino", small_dino)
     patch.setattr("training.run.stages.load_lpips", seeded_lpips)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR"):
         patch.setenv(name, "")  # so that `undo` takes what `join_group` sets away again
@@ -467,7 +467,7 @@ def test_a_discriminator_that_is_not_finite_ends_the_run(process_group, data, tm
 
     def spoilt(model: Any, config: Any) -> Any:
         stage = build_stage(model, config)
-        next(stage.trained_discriminator.parameters()).data.fill_(float("nan"))
+        next(stage.critic.trained.parameters()).data.fill_(float("nan"))
         return stage
 
     monkeypatch.setattr("training.run.worker.build_stage", spoilt)

@@ -176,17 +176,17 @@ def convert_v2(controlnet_dir: Path | str, vae_dir: Path | str, base_dir: Path |
 
 def convert_base(base_dir: Path | str, family: str, out: Path | str) -> None:
     """Write `out` from SD 2.1-base alone: a start for training. A ControlNet is the UNet's copy that changes nothing,
-    StableSR's adapter has random weights, always the same.
+    and so are LoRAs; StableSR's adapter has random weights, always the same.
 
-    `family`: "v1", "v2" or "stablesr". `base_dir` may be a model directory too, whose prediction is kept. Strict, all
+    `family`: of `ModelConfig`. `base_dir` may be a model directory too, whose prediction is kept. Strict, all
     or nothing; raises ModelError naming the first difference.
     """
     base = Path(base_dir)
     _check_prediction_type(base)
     unet, vae = load_part(base / "unet", "unet"), load_part(base / "vae", "vae")
-    prompts = embed_prompts(base, ["", V2_PROMPT, V2_NEGATIVE_PROMPT])
+    prompts = embed_prompts(base, ["", V2_PROMPT, V2_NEGATIVE_PROMPT, ONESTEP_NEGATIVE_PROMPT])
     with seeded_init(0):
-        adapter = build_adapter(_config(unet, vae, family, base), unet)
+        adapter = build_adapter(_config(unet, vae, family, base), unet, vae)
     _write(unet, vae, adapter, prompts, family, out, base)
 
 

@@ -26,15 +26,17 @@ from training.config import ModelConfig
 from training.models.build import model_class
 from training.models.ccsr import CcsrModel
 from training.models.networks import from_stock_condition, to_stock_condition, with_latent_condition
+from training.models.onestep import OneStepAdapter
 from training.models.stablesr import StableSrAdapter
 from training.models.wrapping import FeatureWrapping
 
-OPTIONAL = ("condition_encoder", "wrapping")
+OPTIONAL = ("lora", "condition_encoder", "wrapping")
 PARTS = {
     "vae": AutoencoderKL,
     "unet": UNet2DConditionModel,
     "controlnet": ControlNetModel,
     "adapter": StableSrAdapter,
+    "lora": OneStepAdapter,
     "condition_encoder": AutoencoderKL,
     "wrapping": FeatureWrapping,
 }
@@ -122,9 +124,10 @@ def load_model(
                 todo="copy the directory again, or convert again",
             )
     config = ModelConfig(preset=record.preset, family=record.family, prediction=record.prediction)
-    names = ["vae", "unet", config.facts.adapter, *(n for n in OPTIONAL if f"{n}/{WEIGHTS}" in record.sha256)]
+    needed = {"vae", "unet", config.facts.adapter} - {*OPTIONAL}
+    names = [name for name in PARTS if name in needed or f"{name}/{WEIGHTS}" in record.sha256]
     parts = {name: load_part(directory / name, name) for name in names}
-    parts["adapter"] = parts.pop(config.facts.adapter)
+    parts["adapter"] = parts.pop(config.facts.adapter, None)
     prompts = read_weights(directory / PROMPTS)
     return model_class(config)(config=config, prompts=prompts, **parts).to(device, dtype)
 
