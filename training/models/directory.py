@@ -225,19 +225,24 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors" or not path.is_file():
         content: Any = read_weights(path)
     else:
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        except (RuntimeError, UnpicklingError, EOFError, ValueError, KeyError) as error:
-            raise ModelError(
-                f"not a complete checkpoint of tensors ({line_of(error)})",
-                where=str(path),
-                todo="copy or fetch the file again and compare its sha256",
-            ) from error
+        content = torch_load(path)
     content = content.get("state_dict", content) if isinstance(content, dict) else {}
     state = {key.removeprefix("module."): value for key, value in content.items() if isinstance(value, Tensor)}
     if not state:
         raise ModelError("no tensors by name in this file", where=str(path), todo="give a checkpoint's state_dict")
     return state
+
+
+def torch_load(path: Path) -> Any:
+    """What `torch.save` wrote of tensors and plain values; anything else is not unpickled but refused."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (RuntimeError, UnpicklingError, EOFError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"not a complete checkpoint of tensors ({line_of(error)})",
+            where=str(path),
+            todo="copy or fetch the file again and compare its sha256",
+        ) from error
 
 
 @contextmanager

@@ -4,6 +4,7 @@ Wu et al., "One-Step Effective Diffusion Network for Real-World Image Super-Reso
 published code. LoRA: Hu et al., ICLR 2022, as peft has it.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -66,10 +67,11 @@ class OneStepAdapter(ModelMixin, ConfigMixin):
                 first = part == "unet" and conv_in and name == "conv_in.base_layer"
                 if first or (".lora_" in name and isinstance(layer, nn.Linear | nn.Conv2d)):
                     _place(self, f"{part}.{name}", layer)
-        self.to_empty(device=torch.get_default_device())
-        for name, weight in self.named_parameters():  # peft's "gaussian" initialisation
-            part = name.split(".")[0]
-            nn.init.normal_(weight, std=1 / ranks[part]) if ".lora_A." in name else nn.init.zeros_(weight)
+        for name, layer in self.named_modules():
+            for leaf, weight in list(layer.named_parameters(recurse=False)):
+                real = torch.empty(weight.shape)  # peft's "gaussian" initialisation
+                nn.init.normal_(real, std=1 / ranks[name.split(".")[0]]) if ".lora_A." in name else nn.init.zeros_(real)
+                layer.register_parameter(leaf, nn.Parameter(real))
 
     @classmethod
     def for_networks(cls, networks: Mapping[str, Any], conv_in: bool = True, **how: Any) -> Self:
@@ -100,7 +102,8 @@ class OneStepAdapter(ModelMixin, ConfigMixin):
 
     def _wrapped(self, part: str) -> Any:
         """The network of the base's config under LoRAs, without memory."""
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several LoRAs are meant
             network = NETWORKS[part].from_config(dict(self.config.base[part]))
             for name, layers in self.config.targets[part].items():
                 lora = LoraConfig(r=self.config.ranks[part], lora_alpha=self.config.alpha, target_modules=list(layers))
@@ -160,7 +163,9 @@ def full_weight(layer: Any) -> Tensor:
     """A layer's weight, with its LoRA's part if there is one."""
     if not hasattr(layer, "base_layer"):
         return layer.weight
-    return layer.base_layer.weight + sum(layer.get_delta_weight(name) for name in layer.active_adapters)
+    return layer.base_layer.weight + sum(
+        layer.get_delta_weight(name) for name in layer.active_adapters if name in layer.lora_A
+    )
 
 
 @torch.no_grad()

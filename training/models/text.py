@@ -21,6 +21,11 @@ ONESTEP_NEGATIVE_PROMPT = (
 )
 
 
+def prompts_of(family: str) -> tuple[str, ...]:
+    """The prompts that a fresh model caches."""
+    return ("", ONESTEP_NEGATIVE_PROMPT) if family == "onestep" else ("", V2_PROMPT, V2_NEGATIVE_PROMPT)
+
+
 def embed_prompts(base: Path, prompts: Sequence[str]) -> dict[str, Tensor]:
     """{prompt: float32 (1, L, C)}: last hidden state of `base`/text_encoder, a Stable Diffusion 2 directory.
 

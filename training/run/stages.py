@@ -65,7 +65,7 @@ class NoiseStage(Stage):
     def __init__(self, model: CcsrModel, config: TrainConfig) -> None:
         super().__init__(model, model.trained_part(config.stage), config)
 
-    def forward(self, batch: Batch, update: int) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, update: int = 0) -> dict[str, Tensor]:
         """Named terms and "loss" of one micro-batch; see `training.losses`."""
         z_hr, z_lr = self._latents(batch)
         denoise, noise = self.model.denoiser(z_lr), self._noise(batch, "steps")
