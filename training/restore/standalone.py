@@ -18,7 +18,7 @@ SHARED = ("infra", "training.sampling", "training.method")  # what sampling.py h
 _METHOD = {"color_epsilon", "tile_stride", "fits", "condition", "sample"}
 # Of these classes only what restoring uses; of the others everything.
 KEPT = {
-    "CcsrModel": {"factor", "prompt", "encode_condition", "denoiser", "decode", "_predict"},
+    "CcsrModel": {"factor", "prompt", "embedding", "encode_condition", "denoiser", "decode", "_predict"},
     "StableSrModel": {"decode", "_predict"},
     "OneStepModel": {"_predict"},
     **dict.fromkeys(("CcsrV1", "CcsrV2", "StableSr", "OneStep"), _METHOD),
