@@ -211,6 +211,20 @@ def test_only_loras_are_trained_stored_and_told_apart(model: OneStepModel, tmp_p
 
 
 @torch.no_grad()
+def test_all_that_shares_weights_is_cast_together_and_merged_loras_do_not_train() -> None:
+    model, x, t = learned(), draw(2, 4, 8, 8), torch.tensor([5, 999])
+    critic = build_stage(model, train_config()).critic
+    exact = [one.denoiser(x)(x, t) for one in (model, critic._model)]
+    model.to(dtype=torch.bfloat16)
+    critic.trained.float()
+    assert {p.dtype for p in model.generator.parameters()} == {torch.bfloat16}
+    for one, expected in zip((model, critic._model), exact, strict=True):
+        assert 0 < (one.denoiser(x)(x, t) - expected).abs().max() < 0.1 * expected.abs().max()
+    with pytest.raises(ModelError, match="nothing is left to train"):
+        build_stage(model.merged(), train_config())
+
+
+@torch.no_grad()
 def test_bands_encode_with_the_loras(model: OneStepModel) -> None:
     image = draw(1, 3, 64, 64).sigmoid()
     whole = model.encode_condition(image)

@@ -15,6 +15,7 @@ from diffusers.configuration_utils import register_to_config
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from infra.errors import ModelError
 from training.models.ccsr import CcsrModel, dtype_of
 
 Targets = dict[str, list[str]]
@@ -143,6 +144,15 @@ class OneStepModel(CcsrModel):
     @property
     def computing(self) -> list[Any]:
         return [self.generator, self.condition_encoder, self.vae]
+
+    def trained_part(self, stage: int) -> nn.Module:
+        if self.adapter is None:
+            raise ModelError(
+                "this model's LoRAs are merged, so nothing is left to train",
+                where="init_from",
+                todo="give the model that was exported, or ccsr convert OUT --family onestep",
+            )
+        return self.adapter
 
     def with_adapter(self, adapter: OneStepAdapter | None) -> "OneStepModel":
         """A model of the same base under another adapter; None: the base itself."""
