@@ -510,7 +510,14 @@ def test_stablesr_resumes_bit_by_bit(process_group, data, tmp_path, stage, zero_
     assert {name.split(".")[0] for name in names} == ({"encoder", "sft"} if stage == 1 else {"wrapping"})
 
 
-@pytest.mark.parametrize(("zero_stage", "critic"), [(0, "discriminator"), (1, "regulariser"), (2, "regulariser")])
+@pytest.mark.parametrize(
+    ("zero_stage", "critic"),
+    [
+        (1, "regulariser"),
+        pytest.param(0, "discriminator", marks=pytest.mark.slow),
+        pytest.param(2, "regulariser", marks=pytest.mark.slow),
+    ],
+)
 def test_onestep_resumes_bit_by_bit(process_group, small, data, tmp_path, zero_stage, critic):
     """Of UNet and VAE, LoRAs and one convolution are stored, and the critic's weights and moments beside them."""
     loss: dict[str, Any] = {"reconstruction": "l2", "perceptual_weight": 2, "divide_by_batch": False}

@@ -65,6 +65,7 @@ def batch() -> Batch:
     return Batch(["a", "b"], [4, 5], hr, lr, {})
 
 
+@pytest.mark.slow
 def test_full_size_parameters() -> None:
     """Counted layer by layer from the published lists' rule; the paper's 8.5 M are both LoRAs and conv_in."""
     rows = {row["name"]: row["parameters"] for row in parameter_table("sd21", "onestep")}

@@ -83,7 +83,9 @@ class OneStepAdapter(ModelMixin, ConfigMixin):
         targets = {part: choose[part](network) for part, network in networks.items()}
         adapter = cls(base, **{"targets": targets, "ranks": dict.fromkeys(networks, RANK), **how}, conv_in=conv_in)
         if conv_in:
-            adapter.get_submodule("unet.conv_in.base_layer").load_state_dict(networks["unet"].conv_in.state_dict())
+            first = adapter.get_submodule("unet.conv_in.base_layer")
+            for own, weight in zip(first.parameters(), networks["unet"].conv_in.parameters(), strict=True):
+                own.data.copy_(weight.data)
         return adapter
 
     def around(self, network: Any, part: str) -> Any:
@@ -159,7 +161,7 @@ class OneStepModel(CcsrModel):
         return OneStepModel(self.config, self.vae, self.unet, adapter, self.prompts)
 
     def merged(self) -> "OneStepModel":
-        """A model without adapter whose networks, copies, compute the same; float32 rounding aside."""
+        """A model without adapter that computes the same, rounding aside; it shares what no LoRA changes."""
         parts = {"unet": self.generator, "vae": self.condition_encoder}
         networks = {part: _merged(network, getattr(self, part)) for part, network in parts.items()}
         return OneStepModel(self.config, **networks, adapter=None, prompts=self.prompts)
@@ -180,9 +182,12 @@ def full_weight(layer: Any) -> Tensor:
 
 @torch.no_grad()
 def _merged(network: Any, base: Any) -> Any:
-    found = type(base).from_config(base.config)
+    with torch.device("meta"):
+        found = type(base).from_config(base.config)
+    state = {}
     for name, layer in found.named_modules():
         source = network.get_submodule(name)
-        for leaf, weight in layer.named_parameters(recurse=False):
-            weight.copy_(full_weight(source) if leaf == "weight" else getattr(source, leaf))
+        for leaf, _ in layer.named_parameters(recurse=False):
+            state[f"{name}.{leaf}"] = full_weight(source) if leaf == "weight" else getattr(source, leaf)
+    found.load_state_dict(state, assign=True)
     return found.train(network.training)
