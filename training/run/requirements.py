@@ -99,7 +99,7 @@ def regulariser_row(preset: str) -> dict[str, str | int | bool]:
     """A row of OSEDiff's second LoRA, which no model directory holds."""
     with torch.device("meta"):
         adapter = OneStepAdapter.for_networks({"unet": build_networks(preset)[1]}, conv_in=False)
-    return _row("regulariser: LoRA of the UNet", _count(adapter), stage1=True)
+    return _row("OSEDiff: regulariser, a LoRA of the UNet", _count(adapter), stage1=True)
 
 
 def _row(name: str, parameters: int, *, stage1: bool = False, stage2: bool = False) -> dict[str, str | int | bool]:
@@ -184,7 +184,8 @@ def step_cost(config: TrainConfig) -> StepCost:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     light = config.decoder_loss.model_copy(update={"perceptual": "none", "discriminator": "patch"})
-    config = config.model_copy(update={"decoder_loss": light})
+    vsd = config.vsd and config.vsd.model_copy(update={"prompt": "", "negative_prompt": ""})  # which all models have
+    config = config.model_copy(update={"decoder_loss": light, "vsd": vsd})
     kept: dict[int, int] = {}
     with FakeTensorMode(allow_non_fake_inputs=True):
         torch.set_default_dtype(torch.bfloat16 if config.precision == "bf16" else torch.float32)
