@@ -9,6 +9,7 @@ from infra.locations import check_output, location
 from infra.publish import download, download_folder
 from infra.storage import exists, is_s3, join, list_files
 from infra.weights import BASE_HUB_ID, fetch_weights, find_weights
+from training.config import FAMILIES
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -18,6 +19,7 @@ def run_convert(
     *,
     v1: str | None = None,
     stablesr: str | None = None,
+    osediff: str | None = None,
     wrapping: str | None = None,
     controlnet: str | None = None,
     vae: str | None = None,
@@ -27,21 +29,22 @@ def run_convert(
 ) -> str:
     """Write a model directory; all or nothing. Places are local or s3://; returns `out`.
 
-    From `v1` or `stablesr`, the published checkpoint (of StableSR perhaps with `wrapping`, its second); or from
+    From `v1`, `stablesr` or `osediff`, the published file (of StableSR perhaps with `wrapping`, its second); or from
     `controlnet` and `vae`, v2's directories; or from `base` alone, with a fresh adapter of `family`. `base`: a Stable
     Diffusion 2.1-base directory, or a hub id whose files lie in the weights folder, or are downloaded with `fetch`. A
     checkpoint that holds its text tower needs none.
     """
-    kinds = [kind for kind in (v1, stablesr, controlnet, family) if kind]
+    kinds = [kind for kind in (v1, stablesr, osediff, controlnet, family) if kind]
     if (controlnet is None) != (vae is None) or len(kinds) > 1 or (wrapping and not stablesr):
         raise ConfigError(
             "these inputs do not go together",
             where="ccsr convert",
-            todo="give --v1 FILE, or --stablesr FILE (and --wrapping FILE), or --controlnet DIR and --vae DIR, or none "
-            "of them and --family for a fresh start",
+            todo="give --v1 FILE, or --stablesr FILE (and --wrapping FILE), or --osediff FILE, or --controlnet DIR and "
+            "--vae DIR, or none of them and --family for a fresh start",
         )
-    if family not in (None, "v1", "v2", "stablesr"):
-        raise ConfigError(f"no family is called {family!r}", where="--family", todo="choose v1, v2 or stablesr")
+    if family not in (None, *FAMILIES):
+        todo = f"choose one of {', '.join(FAMILIES)}"
+        raise ConfigError(f"no family is called {family!r}", where="--family", todo=todo)
     check_output(out, filter(None, (controlnet, vae)))
     with tempfile.TemporaryDirectory(prefix="ccsr-convert-") as scratch:
         folder = Path(scratch)
@@ -50,20 +53,29 @@ def run_convert(
             raise StorageError(
                 "the output holds something that is not a model directory", where=out, todo="choose another place"
             )
-        for file in filter(None, (v1, stablesr, wrapping)):
+        for file in filter(None, (v1, stablesr, wrapping, osediff)):
             if not exists(file):
-                todo = "ccsr weights fetch ccsr-v1" if file == v1 else "download StableSR's published checkpoints"
+                todo = "ccsr weights fetch ccsr-v1" if file == v1 else "download the method's published files"
                 raise StorageError("there is no such file", where=file, todo=f"{todo}, and give its path")
         checkpoint = v1 or stablesr
         base_dir = None if checkpoint and base is None else _base(base or BASE_HUB_ID, folder / "base", fetch=fetch)
 
-        from training.models import convert_base, convert_stablesr, convert_v1, convert_v2, publish_model
+        from training.models import (
+            convert_base,
+            convert_onestep,
+            convert_stablesr,
+            convert_v1,
+            convert_v2,
+            publish_model,
+        )
 
         if v1:
             convert_v1(download(v1, folder), base_dir, target)
         elif stablesr:
             other = download(wrapping, folder / "wrapping") if wrapping else None
             convert_stablesr(download(stablesr, folder), other, base_dir, target)
+        elif base_dir and osediff:
+            convert_onestep(download(osediff, folder), base_dir, target)
         elif base_dir and controlnet and vae:
             controlnet_dir = download_folder(controlnet, folder / "controlnet")
             convert_v2(controlnet_dir, download_folder(vae, folder / "vae"), base_dir, target)

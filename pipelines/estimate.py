@@ -260,7 +260,7 @@ def train_tables(config: TrainConfig, assumed: Assumed, estimates: Sequence[Trai
 
 def _networks_table(config: TrainConfig) -> Table:
     """The parameters of the networks that a train config has, and which of them it trains."""
-    from training.run.requirements import discriminator_table, parameter_table
+    from training.run.requirements import discriminator_table, parameter_table, regulariser_row
 
     stage = "stage2" if config.stage == 2 else "stage1"
     rows = [
@@ -273,10 +273,12 @@ def _networks_table(config: TrainConfig) -> Table:
         table.add(row["name"], row["parameters"], "yes" if row[stage] else "")
     table.add("a model directory", _total(rows), "")
     table.add(f"trained by this config (stage {config.stage})", _total([row for row in rows if row[stage]]), "")
-    if config.stage == 2:
+    if config.learns_images:
         patch, *dino = discriminator_table(config.decoder_loss.discriminator_width)
-        for row in [patch] if config.decoder_loss.discriminator == "patch" else dino:
-            table.add(str(row["name"]).partition(": ")[2], row["parameters"], "yes" if row["stage2"] else "")
+        critics = [patch] if config.decoder_loss.discriminator == "patch" else dino
+        for row in critics if config.vsd is None else [regulariser_row(config.model.preset)]:
+            trained = row["stage1"] or row["stage2"]
+            table.add(str(row["name"]).partition(": ")[2], row["parameters"], "yes" if trained else "")
     return table
 
 

@@ -20,6 +20,7 @@ from infra.mlflow_server import TrackingConfig
 from infra.publish import shared_copy, upload_folder
 from infra.storage import exists, is_s3, join, list_files, read_json
 from training.models.directory import PROMPTS, load_part, read_record, read_weights
+from training.models.remote import merged
 from training.restore.pipeline import BESIDE, SAMPLING
 from training.restore.standalone import pipeline_sources
 
@@ -32,9 +33,9 @@ def export_diffusers(
 ) -> str:
     """Write a directory that plain diffusers loads and runs; returns `out`.
 
-    The model's own files and ccsr.json are among it, so it is a model directory too; model_index.json is last. For the
-    card, `data`: shard sets that it was trained on; `metrics`: an evaluation's folder, or FOLDER:METHOD. ModelError for
-    a model without its prompt, ConfigError where OUT holds something else.
+    The model's own files, with LoRAs merged, and ccsr.json are among it, so it is a model directory too;
+    model_index.json is last. For the card, `data`: shard sets that it was trained on; `metrics`: an evaluation's
+    folder, or FOLDER:METHOD. ModelError for a model without its prompt, ConfigError where OUT holds something else.
     """
     model = find_model(model, TrackingConfig())
     check_output(out, [model])
@@ -43,6 +44,7 @@ def export_diffusers(
     scores = _metrics(metrics) if metrics else {"metrics": []}
     sources = _training_data(model, data)
     with shared_copy(model, "ccsr.json") as source, tempfile.TemporaryDirectory(prefix="ccsr-export-") as scratch:
+        source = merged(source, Path(scratch) / "merged")
         record = read_record(source)
         if not (source / PROMPTS).is_file() or "" not in read_weights(source / PROMPTS):
             raise ModelError(
@@ -65,7 +67,7 @@ def export_diffusers(
             family=record.family,
             prediction=record.prediction,
             parameters=round(count / 1e6, 1),
-            num_steps=SAMPLING["num_steps"],
+            num_steps=SAMPLING["num_steps"] if "num_steps" in record.facts.samples else None,
             diffusers=".".join(diffusers.__version__.split(".")[:2]),
             licence=licence,
             data=sources,

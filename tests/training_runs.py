@@ -202,8 +202,8 @@ def resave(config: TrainConfig, rank: int, world_size: int, output: str) -> None
     context = loop.WorkerContext(rank, world_size, "cpu", {})
     stage = loop.build_stage(initial_model(config), config)
     engine, optimizer = loop.make_engine(stage, config, context.world_size, context.device)
-    adversary = loop._Adversary(stage, config, context) if config.stage == 2 else None
-    parts = engine, optimizer, (adversary.module, adversary.optimizer) if adversary else None
+    critic = loop.TrainedCritic(stage.critic, config, context) if stage.critic else None
+    parts = engine, optimizer, critic
     done = Checkpoints(config, *parts, context).resume()
     with Checkpoints(config.model_copy(update={"output": output}), *parts, context) as copy:
         copy.save(done)
@@ -212,11 +212,12 @@ def resave(config: TrainConfig, rank: int, world_size: int, output: str) -> None
 def main(spec_file: str, rank: int) -> None:
     """A run's losses, and each rank's [kind of error, where] in LOSSES.RANK, are for the test to read."""
     from infra.errors import CcsrError
+    from training.run import critics
     from training.run import stages as steps
     from training.run import worker as loop
     from training.run.agreement import OtherRankError
 
-    steps.load_dino, steps.load_lpips = small_dino, seeded_lpips
+    critics.load_dino, steps.load_lpips = small_dino, seeded_lpips
     spec = json.loads(Path(spec_file).read_text())
     join_group(rank, spec["world_size"], spec["port"])
     for run in spec["runs"]:

@@ -8,6 +8,7 @@ from degradation.config import DegradationConfig
 from infra.config import EXTENDABLE, LATER, Config, FieldError, Location, ModelLocation
 from infra.mlflow_server import TrainTracking
 from infra.process.numerics import NumericsConfig
+from training.objective import DecoderLossConfig, VsdConfig
 from training.optimizer import EmaConfig, OptimizerConfig
 from training.runtime import TrainRuntime
 
@@ -26,39 +27,44 @@ class Family(NamedTuple):
     samples: set[str]  # of SamplingConfig's fields that not every method uses
     adapter: str = "controlnet"  # the part that shows the UNet the LR latent
     stores_samples: bool = False  # stage 2 can start from latents that the shards store
+    frozen_decoder: bool = False  # no stage trains the VAE's decoder
     decoder: str = "vae"  # the network that stage 2 trains
     decoder_parts: tuple[str, ...] = ("decoder",)  # the parts of it that are trained; none: all
 
 
-_STAGE2 = {"num_steps", "t_max", "t_min", "decoder_loss"}
+_CHAIN = {"sampler", "num_steps"}
+_STAGE2 = {"inputs", "num_steps", "t_max", "t_min", "decoder_loss"}
 FAMILIES = {
     "v1": Family(
-        trains={0: set(), 1: {"start_from", "t_max"}, 2: _STAGE2},
-        samples={"t_max", "t_min"},
+        trains={0: {"inputs"}, 1: {"inputs", "start_from", "t_max"}, 2: _STAGE2},
+        samples={*_CHAIN, "t_max", "t_min"},
         decoder_parts=("decoder", "post_quant_conv"),
     ),
     "v2": Family(
-        trains={0: set(), 1: {"start_from", "t_max"}, 2: {*_STAGE2, "start_from"}},
-        samples={"t_max", "t_min", "start"},
+        trains={0: {"inputs"}, 1: {"inputs", "start_from", "t_max"}, 2: {*_STAGE2, "start_from"}},
+        samples={*_CHAIN, "t_max", "t_min", "start"},
     ),
     "stablesr": Family(
-        trains={1: set(), 2: {"num_steps", "decoder_loss"}},
-        samples={"start", "wrapping"},
+        trains={1: {"inputs"}, 2: {"inputs", "num_steps", "decoder_loss"}},
+        samples={*_CHAIN, "start", "wrapping"},
         adapter="adapter",
         stores_samples=True,
+        frozen_decoder=True,
         decoder="wrapping",
         decoder_parts=(),
     ),
+    "onestep": Family(trains={1: {"decoder_loss", "vsd"}}, samples=set(), adapter="lora", frozen_decoder=True),
 }
 
 
 class ModelConfig(Config):
     """Which networks. `family` says whose habits the weights were trained with: v1 conditions on the posterior's mean,
-    v2 on a sample of it, stablesr is the other method. `prediction` is what the UNet puts out: noise, or the velocity
+    v2 on a sample of it; stablesr and onestep (OSEDiff) are other methods. `prediction` is what the UNet puts out:
+    noise, or the velocity
     of Salimans & Ho (2022). `custom` marks converted networks of another size; it can be loaded, not built."""
 
     preset: Literal["tiny", "sd21", "custom"] = "tiny"
-    family: Literal["v1", "v2", "stablesr"] = "v2"
+    family: Literal["v1", "v2", "stablesr", "onestep"] = "v2"
     prediction: Literal["eps", "v"] = "eps"
 
     @property
@@ -68,7 +74,7 @@ class ModelConfig(Config):
 
 class SamplingConfig(Config):
     """How a model restores; or a preset's name. `ccsr`: the truncated chain of the model's family (StableSR has none
-    and takes the whole one); `uniform`: conventional DDPM over the whole chain."""
+    and takes the whole one, OSEDiff takes one step); `uniform`: conventional DDPM over the whole chain."""
 
     sampler: Literal["ccsr", "uniform"] = "ccsr"
     num_steps: int = Field(45, ge=1, description="steps of the whole chain")
@@ -78,7 +84,7 @@ class SamplingConfig(Config):
     wrapping: float = Field(0.5, ge=0, le=1, description="StableSR's w: how far the decoder follows the LR's features")
     enlargement: Literal["bicubic", "bilinear"] = Field("bicubic", description="of the LR, where sizes is `pad`")
     color_fix: Literal["adain", "wavelet", "none"] = "adain"
-    tile: int | None = Field(None, ge=64, description="px; larger images are denoised in tiles that overlap by half")
+    tile: int | None = Field(None, ge=64, description="px; larger images are denoised in overlapping tiles")
     sizes: SizeRule = Field("pad", description="pad by reflection, or a published script's rule")
     guidance: float = Field(1, ge=1, description="classifier-free guidance scale; 1: none")
     prompt: str = Field("", description="a text whose embedding the model directory caches")
@@ -109,31 +115,6 @@ class SamplingConfig(Config):
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"`{name}` has no effect on a model of family {family}")
         return self
-
-
-class DecoderLossConfig(Config):
-    """Stage 2's loss; see `training.generator_loss`. Defaults: v1's, but with a perceptual term that needs no file and
-    a discriminator that learns from update 0 on (v1: 1).
-
-    v2: l2, lpips, dino, gan_weight 0.05, neither adaptive nor divided, both terms from update 101 on. StableSR: l1,
-    lpips, patch, gan_weight 0.025, not adaptive, GAN term and discriminator from update 501 on.
-    """
-
-    reconstruction: Literal["l1", "l2"] = "l1"
-    perceptual: Literal["lpips", "encoder_features", "none"] = "encoder_features"
-    perceptual_start_update: int = Field(0, ge=0, description="updates before this one train without that term")
-    discriminator: Literal["patch", "dino"] = Field("patch", description="PatchGAN (v1) or DINO heads (v2)")
-    gan_weight: float = Field(0.5, ge=0)
-    adaptive: bool = True
-    divide_by_batch: bool = True
-    gan_start_update: int = Field(1, ge=0, description="updates before this one train without the GAN term")
-    discriminator_start_update: int = Field(0, ge=0, description="before this update the discriminator learns nothing")
-    discriminator_width: int = Field(64, ge=4, description="channels of the first PatchGAN layer")
-    discriminator_learning_rate: float = Field(5e-6, gt=0)
-
-    def unused(self) -> dict[str, str]:
-        unused = {"discriminator_width": "with discriminator: dino"} if self.discriminator == "dino" else {}
-        return unused | ({"perceptual_start_update": "with perceptual: none"} if self.perceptual == "none" else {})
 
 
 class ValidationConfig(Config):
@@ -167,7 +148,7 @@ class TrainingSet(Config):
 
 class TrainConfig(Config):
     """One stage. CCSR's 0: noise prediction (v2's start, and the conventional model); 1: NUTL; 2: the decoder.
-    StableSR's 1: noise prediction by encoder and modulation; 2: controllable feature wrapping."""
+    StableSR's 1: noise prediction by encoder and modulation; 2: controllable feature wrapping. OSEDiff has 1."""
 
     job: Literal["train"]
     output: Location
@@ -195,12 +176,13 @@ class TrainConfig(Config):
     optimizer: OptimizerConfig = OptimizerConfig()
     ema: Annotated[EmaConfig | None, LATER] = None
     decoder_loss: DecoderLossConfig = DecoderLossConfig()
+    vsd: Annotated[VsdConfig | None, LATER] = Field(None, description="in the GAN term's place")
     validation: ValidationConfig | None = None
     tracking: TrainTracking = TrainTracking()
     runtime: TrainRuntime = TrainRuntime()
 
     def runtime_in_result(self) -> dict[str, Any]:
-        return {"micro_batch_size": self.runtime.micro_batch_size} if self.stage == 2 else {}
+        return {"micro_batch_size": self.runtime.micro_batch_size} if self.learns_images else {}
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainConfig":
@@ -237,13 +219,18 @@ class TrainConfig(Config):
             raise ValueError("runtime.offload_optimizer needs the partitions of runtime.zero_stage 1 or 2")
         if self.t_min >= self.t_max and "t_min" not in self.unused():
             raise ValueError(f"t_min ({self.t_min}) must be below t_max ({self.t_max})")
-        if self.stage == 2 and self.model.family == "stablesr" and self.decoder_loss.adaptive:
+        if self.learns_images and self.model.facts.frozen_decoder and self.vsd is None and self.decoder_loss.adaptive:
             raise ValueError(
-                "StableSR's decoder is frozen, so its GAN weight cannot adapt: decoder_loss.adaptive: false"
+                f"the decoder of family {self.model.family} is frozen, so its GAN weight cannot adapt: "
+                "decoder_loss.adaptive: false"
             )
+        gan = [name for name in DecoderLossConfig.model_fields if name.split("_")[0] in ("gan", "discriminator")]
+        for name in gan if self.vsd else ():
+            if getattr(self.decoder_loss, name) != DecoderLossConfig.model_fields[name].default:
+                raise ValueError(f"`vsd` takes the GAN term's place: leave decoder_loss.{name} out")
         if self.validation is not None:
             (self.validation.sampling or self.trained_sampling).check_family(self.model.family)
-        on_dino = self.stage == 2 and self.decoder_loss.discriminator == "dino" and self.runtime.device == "cuda"
+        on_dino = self.learns_images and self.decoder_loss.discriminator == "dino" and self.runtime.device == "cuda"
         if self.numerics.deterministic and on_dino:
             raise ValueError(
                 "`discriminator: dino` reduces images by area, whose backward no GPU computes deterministically: "
@@ -258,7 +245,7 @@ class TrainConfig(Config):
         if self.stage not in trains:
             raise ValueError(f"a model of family {family} has the stages {', '.join(map(str, trains))}")
         used = trains[self.stage] - ({"num_steps"} if self.starts_from_stored_samples else set())
-        every = {"start_from", "num_steps", "t_max", "t_min", "decoder_loss"}
+        every = {"inputs", "start_from", "num_steps", "t_max", "t_min", "decoder_loss", "vsd"}
         return dict.fromkeys(sorted(every - used), f"in stage {self.stage} of family {family}")
 
     @property
@@ -271,8 +258,13 @@ class TrainConfig(Config):
         if self.stage == 0:
             return SamplingConfig(sampler="uniform")
         facts = self.model.facts
-        trained = {"num_steps", *facts.samples} & facts.trains[self.stage]
+        trained = facts.samples & facts.trains[self.stage]
         return SamplingConfig.model_validate({name: getattr(self, name) for name in trained})
+
+    @property
+    def learns_images(self) -> bool:
+        """Whether the loss is on images, with a second network that judges them under its own optimiser."""
+        return "decoder_loss" in self.model.facts.trains[self.stage]
 
     @property
     def starts_from_stored_samples(self) -> bool:

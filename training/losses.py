@@ -1,4 +1,4 @@
-"""Losses: noise prediction, CCSR's terms that make x0 at T and at t_max accurate, and stage 2's adversarial ones."""
+"""Losses: noise prediction, CCSR's terms that make x0 at T and at t_max accurate, adversarial ones, distillation."""
 
 from collections.abc import Callable
 
@@ -122,15 +122,17 @@ def generator_loss(
     adaptive: bool,
     divide_by_batch: bool,
     reconstruction: str = "l1",
+    perceptual_weight: float = 1.0,
 ) -> dict[str, Tensor]:
     """The decoder's loss: reconstruction + perceptual + GAN, as named float32 scalars and their sum "loss".
 
     `decoded`, `target` (N, 3, H, W) in [-1, 1] (v2 clamps `decoded` first, v1 does not). "reconstruction": mean "l1"
-    or "l2" error; "perceptual": mean of perceptual(target, decoded), (N, 1, 1, 1) or a scalar; "nll": their sum, with
-    `divide_by_batch` over N; "gan": -mean(discriminator(decoded)); "gan_weight": its factor, `gan_weight`, with
-    `adaptive` times the ratio of the gradients of nll and gan at `last_layer` (the decoder's last weight; Esser et al.,
-    "Taming Transformers", 2021, eq. 7; at most 1e4). Without a perceptual or discriminator, or with gan_weight = 0,
-    the term is left out: that is how the GAN is switched off for the first updates.
+    or "l2" error; "perceptual": mean of perceptual(target, decoded), (N, 1, 1, 1) or a scalar, times
+    `perceptual_weight`; "nll": their sum, with `divide_by_batch` over N; "gan": -mean(discriminator(decoded));
+    "gan_weight": its factor, `gan_weight`, with `adaptive` times the ratio of the gradients of nll and gan at
+    `last_layer` (the decoder's last weight; Esser et al., "Taming Transformers", 2021, eq. 7; at most 1e4). Without a
+    perceptual or discriminator, or with gan_weight = 0, the term is left out: that is how the GAN is switched off for
+    the first updates.
     v1: l1, gan_weight=0.5, adaptive, divide_by_batch. v2: l2, gan_weight=0.05, neither. StableSR: l1, 0.025, divided.
     ConfigError if `adaptive` lacks `last_layer` or `reconstruction` is unknown.
     """
@@ -140,7 +142,7 @@ def generator_loss(
     error = F.l1_loss if reconstruction == "l1" else F.mse_loss
     terms = {"reconstruction": error(decoded, target)}
     if perceptual is not None:
-        terms["perceptual"] = perceptual(target, decoded).float().mean()
+        terms["perceptual"] = perceptual_weight * perceptual(target, decoded).float().mean()
     terms["nll"] = torch.stack(list(terms.values())).sum() / (len(decoded) if divide_by_batch else 1)
     if discriminator is None or gan_weight == 0:
         return terms | {"loss": terms["nll"]}
@@ -165,3 +167,18 @@ def _gradient_ratio(nll: Tensor, gan: Tensor, last_layer: Tensor | None) -> Tens
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """Hinge loss, a float32 scalar; logits of any shape, the fake ones of a detached image (Lim & Ye 2017)."""
     return 0.5 * (F.relu(1 - real_logits.float()).mean() + F.relu(1 + fake_logits.float()).mean())
+
+
+def vsd_loss(x0: Tensor, learned: Denoise, frozen: Denoise, *, t: Tensor, noise: Tensor) -> Tensor:
+    """Variational score distillation, a float32 scalar (Wang et al., "ProlificDreamer", 2023; OSEDiff's own form).
+
+    `x0` (B, C, h, w): generated latents, noised to `t` int64 (B,) by `noise`. `learned`: the denoiser trained on such
+    latents, `frozen`: the diffusion model's own under guidance; neither gets a gradient. The gradient on x0 is, as
+    published, 2 / numel (x0 of learned - x0 of frozen) / mean |x0 - x0 of frozen|, the mean over each sample.
+    """
+    with torch.no_grad():
+        x_t = add_noise(x0, noise, t)
+        x0_learned, x0_frozen = (predict_x0(x_t, denoise(x_t, t), t) for denoise in (learned, frozen))
+        weight = (x0 - x0_frozen).abs().mean(dim=(1, 2, 3), keepdim=True)
+        target = x0 - (x0_learned - x0_frozen) / weight
+    return F.mse_loss(x0.float(), target)

@@ -11,6 +11,7 @@ from training.sampling import (
     Denoise,
     DrawNoise,
     add_noise,
+    predict_x0,
     sample_ccsr_v1,
     sample_ccsr_v2,
     sample_uniform,
@@ -23,6 +24,7 @@ class CcsrV2:
     """CCSR as its second version has it. Latents are scaled, float32 (B, 4, h, w)."""
 
     color_epsilon = 1e-5  # AdaIN's, on images in [0, 1]
+    tile_stride = (1, 2)  # numerator and denominator, of a tile's side
     stage1_loss = staticmethod(stage1_loss_v2)
 
     def condition(self, mean: Tensor, std: Tensor, noise: DrawNoise) -> Tensor:
@@ -64,6 +66,10 @@ class CcsrV2:
         if config.sampler == "uniform":
             return sample_uniform(denoise, noise(z_lr.shape), num_steps=config.num_steps, noise=noise)
         return sample_ccsr_v2(denoise, z_lr, start=config.start, denoise_first=first, noise=noise, **_chain(config))
+
+    def fits(self, height: int, width: int, tile: float) -> bool:
+        """Whether a latent is denoised whole where tiles have this side."""
+        return max(height, width) <= tile
 
 
 class CcsrV1(CcsrV2):
@@ -121,7 +127,29 @@ class StableSr(CcsrV2):
         return sample_uniform(denoise, start, num_steps=config.num_steps, noise=noise)
 
 
-METHODS: dict[str, CcsrV2] = {"v1": CcsrV1(), "v2": CcsrV2(), "stablesr": StableSr()}
+class OneStep(CcsrV2):
+    """OSEDiff: x0 predicted at 999 from the LR latent itself, to which no noise is added.
+
+    The published code takes a sample of the LR's posterior, as training does here; a restoration takes the mean, so
+    that all seeds give one picture.
+    """
+
+    tile_stride = (2, 3)  # published: 96 latent pixels that overlap by 32
+
+    def condition(self, mean: Tensor, std: Tensor, noise: DrawNoise) -> Tensor:
+        return mean
+
+    def sample(
+        self, denoise: Denoise, first: Denoise, z_lr: Tensor, noise: DrawNoise, config: SamplingConfig
+    ) -> Tensor:
+        t = torch.full((len(z_lr),), LAST_TIMESTEP, device=z_lr.device)
+        return predict_x0(z_lr, denoise(z_lr, t), t)
+
+    def fits(self, height: int, width: int, tile: float) -> bool:
+        return height * width <= tile * tile
+
+
+METHODS: dict[str, CcsrV2] = {"v1": CcsrV1(), "v2": CcsrV2(), "stablesr": StableSr(), "onestep": OneStep()}
 """By `model.family`."""
 
 

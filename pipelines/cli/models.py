@@ -40,6 +40,7 @@ def convert(
     wrapping: Annotated[
         str | None, typer.Option(parser=location, help="With --stablesr: that of its feature wrapping (CFW).")
     ] = None,
+    osediff: Annotated[str | None, typer.Option(parser=location, help="OSEDiff's published osediff.pkl.")] = None,
     controlnet: Annotated[str | None, typer.Option(parser=location, help="CCSR v2's controlnet directory.")] = None,
     vae: Annotated[str | None, typer.Option(parser=location, help="CCSR v2's vae directory.")] = None,
     base: Annotated[
@@ -49,13 +50,16 @@ def convert(
             "With --v1 or --stablesr not needed where the checkpoint holds its text tower."
         ),
     ] = None,
-    family: Annotated[str | None, typer.Option(help="Of a fresh model from the base: v1, v2 or stablesr.")] = None,
+    family: Annotated[
+        str | None, typer.Option(help="Of a fresh model from the base: v1, v2, stablesr or onestep.")
+    ] = None,
     fetch: Annotated[bool, typer.Option("--fetch", help="Download the base's files where they are missing.")] = False,
 ) -> None:
     """Turn published weights into a model directory."""
     from pipelines.convert import run_convert
 
-    files = {"v1": v1, "stablesr": stablesr, "wrapping": wrapping, "controlnet": controlnet, "vae": vae}
+    files = {"v1": v1, "stablesr": stablesr, "wrapping": wrapping, "osediff": osediff}
+    files |= {"controlnet": controlnet, "vae": vae}
     place = run_convert(output, **files, base=base, family=family, fetch=fetch)
     typer.echo(f"model: {place}")
 

@@ -86,7 +86,7 @@ def one_gradient(precision: str, zero_stage: int) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def process_group() -> Iterator[None]:
     patch = pytest.MonkeyPatch()
-    patch.setattr("training.run.stages.load_dino", small_dino)
+    patch.setattr("training.run.critics.load_dino", small_dino)
     patch.setattr("training.run.stages.load_lpips", seeded_lpips)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR"):
         patch.setenv(name, "")  # so that `undo` takes what `join_group` sets away again
@@ -467,7 +467,7 @@ def test_a_discriminator_that_is_not_finite_ends_the_run(process_group, data, tm
 
     def spoilt(model: Any, config: Any) -> Any:
         stage = build_stage(model, config)
-        next(stage.trained_discriminator.parameters()).data.fill_(float("nan"))
+        next(stage.critic.trained.parameters()).data.fill_(float("nan"))
         return stage
 
     monkeypatch.setattr("training.run.worker.build_stage", spoilt)
@@ -508,6 +508,47 @@ def test_stablesr_resumes_bit_by_bit(process_group, data, tmp_path, stage, zero_
     assert_equal(checkpoint_at(tmp_path / "whole", 4), checkpoint_at(tmp_path / "parts", 4))
     names = checkpoint_at(tmp_path / "whole", 4).tensors["weights"]
     assert {name.split(".")[0] for name in names} == ({"encoder", "sft"} if stage == 1 else {"wrapping"})
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "critic"),
+    [
+        (1, "regulariser"),
+        pytest.param(0, "discriminator", marks=pytest.mark.slow),
+        pytest.param(2, "regulariser", marks=pytest.mark.slow),
+    ],
+)
+def test_onestep_resumes_bit_by_bit(process_group, small, data, tmp_path, zero_stage, critic):
+    """Of UNet and VAE, LoRAs and one convolution are stored, and the critic's weights and moments beside them."""
+    loss: dict[str, Any] = {"reconstruction": "l2", "perceptual_weight": 2, "divide_by_batch": False}
+    vsd = {"learning_rate": 1e-3} if critic == "regulariser" else None
+    if vsd is None:
+        loss |= {"adaptive": False, "gan_start_update": 0, "discriminator_width": 16}
+    runtime = {"zero_stage": zero_stage, "activation_checkpointing": zero_stage == 2}
+    changes = {"model": {"family": "onestep"}, "decoder_loss": loss, "vsd": vsd, "ema": {"decay": 0.5}}
+
+    def run(name: str, num_updates: int) -> list[float]:
+        losses = Losses()
+        train_here(
+            train_config(data, tmp_path / name, num_updates=num_updates, runtime=runtime, **changes), 0, 1, losses
+        )
+        prefix = "regulariser_" if vsd else "d_"
+        return [
+            report[name] for report in losses.reports for name in ("loss", f"{prefix}loss", f"{prefix}gradient_norm")
+        ]
+
+    whole = run("whole", 4)
+    assert run("parts", 2) + run("parts", 4) == whole
+    assert len(set(whole)) == 12
+    last = checkpoint_at(tmp_path / "whole", 4)
+    assert_equal(last, checkpoint_at(tmp_path / "parts", 4))
+    assert all(".lora_" in name or ".conv_in.base_layer" in name for name in last.tensors["weights"])
+    moved = [
+        name
+        for name, tensor in last.tensors[critic].items()
+        if name.startswith("weights.") and ".lora_B." in name and tensor.any()
+    ]
+    assert bool(moved) == (critic == "regulariser")
 
 
 @pytest.mark.parametrize(("precision", "stages"), [("fp32", (1, 2, 0)), ("bf16", (1, 2))])

@@ -41,6 +41,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"sizes": "v1_tiled", "tile": 512},
     ],
     "stablesr": [{}, {"start": "noise", "wrapping": 1.0}, {"wrapping": 0.0, "tile": 64}],
+    "onestep": [{}, {"color_fix": "wavelet", "tile": 64}],
 }
 RUN = """
 import importlib.util, json, sys
@@ -93,7 +94,10 @@ def outside(exported: str, tmp_path: Path, settings: list[dict[str, Any]]) -> su
     )
 
 
-@pytest.mark.parametrize("family", ["v2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("v1", "stablesr"))])
+LONG = [pytest.param(name, marks=pytest.mark.slow) for name in ("v1", "stablesr", "onestep")]
+
+
+@pytest.mark.parametrize("family", ["v2", *LONG])
 def test_diffusers_alone_restores_as_we_do(family: str, tmp_path: Path) -> None:
     source = made(tmp_path / "model", family)
     exported = export_diffusers(source, f"{tmp_path}/out")

@@ -9,6 +9,8 @@ import pytest
 
 from infra.config import load_config
 from training.config import TrainConfig, legal_world_sizes
+from training.models.text import ONESTEP_NEGATIVE_PROMPT
+from training.objective import VsdConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECORDED = Path(__file__).parents[1] / "golden" / "data" / "ccsr" / "v1_stage2_loss.npz"
@@ -66,6 +68,12 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         **{"reconstruction": "l1", "perceptual": "lpips", "perceptual_start_update": 0, "gan_start_update": 501},
         **{"discriminator": "patch", "discriminator_width": 64, "discriminator_start_update": 501},
         **{"gan_weight": 0.025, "adaptive": False, "divide_by_batch": True},
+    },
+    "onestep": {
+        **{"stage": 1, "family": "onestep", "crop_px": 512, "degradation": "realesrgan", "precision": "bf16"},
+        **V2_OPTIMISER | {"learning_rate": 5e-5, "global_batch_size": 4 * 4, "micro_batch_size": 4},
+        **{"reconstruction": "l2", "perceptual": "lpips", "perceptual_weight": 2.0, "divide_by_batch": False},
+        "vsd": VsdConfig(negative_prompt=ONESTEP_NEGATIVE_PROMPT),
     },
 }
 

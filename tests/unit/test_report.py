@@ -220,6 +220,7 @@ def test_published_numbers_are_the_papers() -> None:
     assert real["BSRGAN"]["num_runs"] == 1
     assert published_summary("Table 4, DIV2K-StableSR")["uniform"]["metrics"]["musiq"]["mean"] == 66.61
     assert published_summary("Table 3, ImageNet1K")["DDRM"]["l_std"] == 0.0113
+    assert published_summary("OSEDiff's Table 1, RealSR")["OSEDiff"]["metrics"]["psnr_y"]["mean"] == 25.1511
     with pytest.raises(ConfigError, match="no numbers for 'Table 9'"):
         published_summary("Table 9")
 

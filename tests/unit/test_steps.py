@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import training.run.critics
 import training.run.stages
 from infra import noise_for
 from infra.config import parse_config
@@ -31,7 +32,7 @@ V2 = {
 
 @pytest.fixture(autouse=True)
 def small_frozen_networks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training.run.stages, "load_dino", small_dino)
+    monkeypatch.setattr(training.run.critics, "load_dino", small_dino)
     monkeypatch.setattr(training.run.stages, "load_lpips", seeded_lpips)
 
 
@@ -61,7 +62,7 @@ def batch() -> Batch:
 
 
 def gradients(built: DecoderStage) -> dict[str, Tensor]:
-    return {name: p.grad for name, p in built.trained_discriminator.named_parameters() if p.grad is not None}
+    return {name: p.grad for name, p in built.critic.trained.named_parameters() if p.grad is not None}
 
 
 def test_v2_switches_lpips_and_gan_on_after_update_100() -> None:
@@ -69,7 +70,7 @@ def test_v2_switches_lpips_and_gan_on_after_update_100() -> None:
     for update, names in ((0, set()), (100, set()), (101, {"perceptual", "gan", "gan_weight"})):
         terms = built(batch(), update=update)
         assert set(terms) == {"reconstruction", "nll", "loss"} | names
-        assert built.discriminator_loss() > 0  # always on
+        assert built.critic.loss() > 0  # always on
     expected = terms["reconstruction"] + terms["perceptual"] + 0.05 * terms["gan"]
     torch.testing.assert_close(terms["loss"], expected)
 
@@ -82,13 +83,13 @@ def test_each_loss_reaches_its_own_parameters_alone(discriminator: str) -> None:
     assert not gradients(built)
     assert "post_quant_conv" not in dict(built.trained.named_children())
     built.zero_grad()
-    built.discriminator_loss().backward()
-    assert set(gradients(built)) == set(dict(built.trained_discriminator.named_parameters()))
+    built.critic.loss().backward()
+    assert set(gradients(built)) == set(dict(built.critic.trained.named_parameters()))
     assert all(p.grad is None for p in built.trained.parameters())
     if discriminator == "dino":
-        frozen = [*built.discriminator.dino.parameters(), *built.discriminator.dinov2.parameters()]
+        frozen = [*built.critic.network.dino.parameters(), *built.critic.network.dinov2.parameters()]
         assert not any(p.requires_grad for p in frozen)
-        assert not any("dino" in name for name in built.trained_discriminator.state_dict())
+        assert not any("dino" in name for name in built.critic.trained.state_dict())
 
 
 def test_views_depend_on_the_position_alone() -> None:
@@ -97,7 +98,7 @@ def test_views_depend_on_the_position_alone() -> None:
     def logits(rows: slice, positions: list[int]) -> Tensor:
         built, whole = stage(V2), batch()
         part = Batch(whole.keys[rows], positions, whole.hr[rows], whole.lr[rows])
-        return built._judge(part)(2 * part.hr - 1, "real")
+        return built.critic._logits(part)(2 * part.hr - 1, "real")
 
     together = logits(slice(0, 2), [0, 1])
     torch.testing.assert_close(logits(slice(1, 2), [1]), together[1:], rtol=1e-4, atol=1e-5)
@@ -107,7 +108,7 @@ def test_views_depend_on_the_position_alone() -> None:
 @pytest.mark.parametrize(("family", "perceptual"), [("v1", "encoder_features"), ("v1", "none"), ("v2", "lpips")])
 def test_defaults_are_v1s_with_a_choice_of_the_perceptual_term(family: str, perceptual: str) -> None:
     built = stage({"perceptual": perceptual}, family)
-    assert isinstance(built.discriminator, PatchDiscriminator)
+    assert isinstance(built.critic.network, PatchDiscriminator)
     first, second = (built(batch(), update=update) for update in (0, 1))
     assert "gan" not in first
     assert "gan" in second
@@ -136,7 +137,7 @@ def test_activation_checkpointing_computes_more_for_the_same_gradients(number: i
         torch.nn.init.constant_(model.controlnet.controlnet_mid_block.weight, 0.01)  # a fresh one's outputs are zero
         built = build_stage(model, config)
         with flop_counter() as counter:
-            loss = (built(batch(), update=1) if number == 2 else built(batch()))["loss"]
+            loss = (built(batch(), update=1) if number == 2 else built(batch(), update=0))["loss"]
             loss.backward()
         gradients = {name: p.grad for name, p in built.trained.named_parameters()}
         results.append((counter.get_total_flops(), loss, gradients))

@@ -64,7 +64,7 @@ class SampleReader:
             config.crop_px,
             recipes,
             latents,
-            with_images=config.stage == 2,
+            with_images=config.learns_images,
             with_sampled=config.starts_from_stored_samples,
         )
 

@@ -3,9 +3,11 @@
 from training.models.build import build_model
 from training.models.ccsr import CcsrModel
 from training.models.convert import convert_base, convert_stablesr, convert_v1, convert_v2
+from training.models.convert_onestep import convert_onestep
 from training.models.directory import load_model, save_model
 from training.models.discriminators import PatchDiscriminator, ProjectedDiscriminator, power_iteration
 from training.models.networks import seeded_init, with_latent_condition
+from training.models.onestep import OneStepAdapter, OneStepModel
 from training.models.perceptual import Dists, EncoderFeatures, Lpips, load_dino, load_dists, load_lpips
 from training.models.remote import export_trained, fetch_model, model_id, publish_model
 from training.models.stablesr import StableSrAdapter, StableSrModel
@@ -17,12 +19,15 @@ __all__ = [
     "EncoderFeatures",
     "FeatureWrapping",
     "Lpips",
+    "OneStepAdapter",
+    "OneStepModel",
     "PatchDiscriminator",
     "ProjectedDiscriminator",
     "StableSrAdapter",
     "StableSrModel",
     "build_model",
     "convert_base",
+    "convert_onestep",
     "convert_stablesr",
     "convert_v1",
     "convert_v2",

@@ -9,6 +9,7 @@ import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
 
+from infra.errors import ModelError
 from training.config import ModelConfig
 from training.sampling.schedules import velocity_to_eps
 
@@ -37,6 +38,11 @@ class CcsrModel:
         return networks if self.condition_encoder is None else networks | {"condition_encoder": self.condition_encoder}
 
     @property
+    def computing(self) -> list[Any]:
+        """The networks whose passes a training step computes gradients through."""
+        return [self.adapter, self.unet, self.vae]
+
+    @property
     def controlnet(self) -> ControlNetModel:
         """The adapter of a CCSR model."""
         return self.adapter
@@ -45,6 +51,16 @@ class CcsrModel:
     def prompt(self) -> Tensor:
         """The empty prompt's embedding, float32 (1, L, C)."""
         return self.prompts[""]
+
+    def embedding(self, text: str) -> Tensor:
+        """A cached prompt's embedding, float32 (1, L, C); ModelError for another text."""
+        if text not in self.prompts:
+            raise ModelError(
+                f"the model directory caches no embedding of the prompt {text!r}",
+                where="prompt",
+                todo=f"use one of {sorted(self.prompts)}, or convert the model again with its text encoder",
+            )
+        return self.prompts[text]
 
     @property
     def factor(self) -> int:

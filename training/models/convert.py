@@ -42,7 +42,7 @@ from training.models.networks import (
     seeded_init,
 )
 from training.models.stablesr import StableSrAdapter
-from training.models.text import V2_NEGATIVE_PROMPT, V2_PROMPT, embed_empty_prompt_open_clip, embed_prompts
+from training.models.text import embed_empty_prompt_open_clip, embed_prompts, prompts_of
 from training.models.wrapping import FeatureWrapping
 
 _UNET = "model.diffusion_model."
@@ -73,7 +73,7 @@ def convert_v1(checkpoint: Path | str, base: Path | str | None, out: Path | str)
     condition_encoder = _condition_encoder(vae, source.state, path)
     source.check_all_taken(also=[key for key in source.state if key.startswith("cond_encoder.")])
     prompts = _empty_prompt(base, source)
-    _write(unet, vae, controlnet, prompts, "v1", out, path, condition_encoder=condition_encoder)
+    write_model(unet, vae, controlnet, prompts, "v1", out, path, condition_encoder=condition_encoder)
 
 
 def convert_stablesr(
@@ -109,7 +109,7 @@ def convert_stablesr(
         pairs = (zip(a.state_dict().values(), b.state_dict().values(), strict=True) for a, b in encoders)
         if not all(torch.equal(a, b) for tensors in pairs for a, b in tensors):
             others["condition_encoder"] = first_stage
-    _write(unet, vae, adapter, _empty_prompt(base, source), "stablesr", out, path, **others)
+    write_model(unet, vae, adapter, _empty_prompt(base, source), "stablesr", out, path, **others)
 
 
 def _wrapping(path: Path, vae: AutoencoderKL) -> tuple[AutoencoderKL, FeatureWrapping]:
@@ -169,38 +169,38 @@ def convert_v2(controlnet_dir: Path | str, vae_dir: Path | str, base_dir: Path |
     fill(controlnet, renamed, where=place / WEIGHTS)
     vae = load_part(_subfolder(Path(vae_dir), "vae"), "vae")
     unet = load_part(base / "unet", "unet")
-    _check_prediction_type(base)
-    prompts = embed_prompts(base, ["", V2_PROMPT, V2_NEGATIVE_PROMPT])
-    _write(unet, vae, controlnet, prompts, "v2", out, place)
+    check_prediction_type(base)
+    prompts = embed_prompts(base, prompts_of("v2"))
+    write_model(unet, vae, controlnet, prompts, "v2", out, place)
 
 
 def convert_base(base_dir: Path | str, family: str, out: Path | str) -> None:
     """Write `out` from SD 2.1-base alone: a start for training. A ControlNet is the UNet's copy that changes nothing,
-    StableSR's adapter has random weights, always the same.
+    and so are LoRAs; StableSR's adapter has random weights, always the same.
 
-    `family`: "v1", "v2" or "stablesr". `base_dir` may be a model directory too, whose prediction is kept. Strict, all
+    `family`: of `ModelConfig`. `base_dir` may be a model directory too, whose prediction is kept. Strict, all
     or nothing; raises ModelError naming the first difference.
     """
     base = Path(base_dir)
-    _check_prediction_type(base)
+    check_prediction_type(base)
     unet, vae = load_part(base / "unet", "unet"), load_part(base / "vae", "vae")
-    prompts = embed_prompts(base, ["", V2_PROMPT, V2_NEGATIVE_PROMPT])
+    prompts = embed_prompts(base, prompts_of(family))
     with seeded_init(0):
-        adapter = build_adapter(_config(unet, vae, family, base), unet)
-    _write(unet, vae, adapter, prompts, family, out, base)
+        adapter = build_adapter(_config(unet, vae, family, base), unet, vae)
+    write_model(unet, vae, adapter, prompts, family, out, base)
 
 
 def _architecture(base: Path | None) -> tuple[UNet2DConditionModel, AutoencoderKL]:
     if base is None:
         with torch.device("meta"):
             return UNet2DConditionModel(**UNET_CONFIGS["sd21"]), AutoencoderKL(**VAE_CONFIGS["sd21"])
-    _check_prediction_type(base)
+    check_prediction_type(base)
     places = {name: base / name / "config.json" for name in ("unet", "vae")}
     unet, vae = (part_from_config(read_json(place), name, place) for name, place in places.items())
     return unet, vae
 
 
-def _check_prediction_type(base: Path) -> None:
+def check_prediction_type(base: Path) -> None:
     """SD 2.1 comes in two kinds of the same shape; CCSR uses `base`, the 512 px model that predicts the noise."""
     place = base / "scheduler" / "scheduler_config.json"
     if place.is_file() and read_json(place).get("prediction_type", "epsilon") != "epsilon":
@@ -250,7 +250,7 @@ def _subfolder(directory: Path, name: str) -> Path:
     return directory / name if (directory / name).is_dir() else directory
 
 
-def _write(
+def write_model(
     unet: UNet2DConditionModel,
     vae: AutoencoderKL,
     adapter: nn.Module,
@@ -260,6 +260,7 @@ def _write(
     source: Path,
     **others: Any,
 ) -> None:
+    """Write a model directory of parts that must fit each other; `source`: the place that errors name."""
     shared = {key: tensor for key, tensor in unet.state_dict().items() if key in adapter.state_dict()}
     check_keys(shared, {key: adapter.state_dict()[key] for key in shared}, source)
     widths = {

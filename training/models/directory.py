@@ -26,15 +26,17 @@ from training.config import ModelConfig
 from training.models.build import model_class
 from training.models.ccsr import CcsrModel
 from training.models.networks import from_stock_condition, to_stock_condition, with_latent_condition
+from training.models.onestep import OneStepAdapter
 from training.models.stablesr import StableSrAdapter
 from training.models.wrapping import FeatureWrapping
 
-OPTIONAL = ("condition_encoder", "wrapping")
+OPTIONAL = ("lora", "condition_encoder", "wrapping")
 PARTS = {
     "vae": AutoencoderKL,
     "unet": UNet2DConditionModel,
     "controlnet": ControlNetModel,
     "adapter": StableSrAdapter,
+    "lora": OneStepAdapter,
     "condition_encoder": AutoencoderKL,
     "wrapping": FeatureWrapping,
 }
@@ -122,9 +124,10 @@ def load_model(
                 todo="copy the directory again, or convert again",
             )
     config = ModelConfig(preset=record.preset, family=record.family, prediction=record.prediction)
-    names = ["vae", "unet", config.facts.adapter, *(n for n in OPTIONAL if f"{n}/{WEIGHTS}" in record.sha256)]
+    needed = {"vae", "unet", config.facts.adapter} - {*OPTIONAL}
+    names = [name for name in PARTS if name in needed or f"{name}/{WEIGHTS}" in record.sha256]
     parts = {name: load_part(directory / name, name) for name in names}
-    parts["adapter"] = parts.pop(config.facts.adapter)
+    parts["adapter"] = parts.pop(config.facts.adapter, None)
     prompts = read_weights(directory / PROMPTS)
     return model_class(config)(config=config, prompts=prompts, **parts).to(device, dtype)
 
@@ -222,19 +225,24 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors" or not path.is_file():
         content: Any = read_weights(path)
     else:
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        except (RuntimeError, UnpicklingError, EOFError, ValueError, KeyError) as error:
-            raise ModelError(
-                f"not a complete checkpoint of tensors ({line_of(error)})",
-                where=str(path),
-                todo="copy or fetch the file again and compare its sha256",
-            ) from error
+        content = torch_load(path)
     content = content.get("state_dict", content) if isinstance(content, dict) else {}
     state = {key.removeprefix("module."): value for key, value in content.items() if isinstance(value, Tensor)}
     if not state:
         raise ModelError("no tensors by name in this file", where=str(path), todo="give a checkpoint's state_dict")
     return state
+
+
+def torch_load(path: Path) -> Any:
+    """What `torch.save` wrote of tensors and plain values; anything else is not unpickled but refused."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (RuntimeError, UnpicklingError, EOFError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"not a complete checkpoint of tensors ({line_of(error)})",
+            where=str(path),
+            todo="copy or fetch the file again and compare its sha256",
+        ) from error
 
 
 @contextmanager

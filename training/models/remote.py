@@ -11,7 +11,17 @@ from infra.errors import ModelError
 from infra.publish import shared_copy, upload_folder
 from infra.storage import exists, join, short_hash
 from training.models.ccsr import CcsrModel
-from training.models.directory import check_keys, load_model, load_part, read_record, replacing, save_part, write_record
+from training.models.directory import (
+    check_keys,
+    load_model,
+    load_part,
+    read_record,
+    replacing,
+    save_model,
+    save_part,
+    write_record,
+)
+from training.models.onestep import OneStepModel
 
 
 def model_id(uri: str | None) -> str:
@@ -36,6 +46,15 @@ def fetch_model(uri: str, device: str = "cpu", dtype: torch.dtype = torch.float3
         for network in model.networks.values():
             network.to(memory_format=torch.channels_last)
     return model
+
+
+def merged(directory: Path, folder: Path) -> Path:
+    """A model directory without LoRAs: `directory` itself, or where it has some, `folder` with them merged."""
+    model = load_model(directory) if (directory / "lora").is_dir() else None
+    if not isinstance(model, OneStepModel):
+        return directory
+    save_model(model.merged(), folder)
+    return folder
 
 
 def publish_model(directory: Path, uri: str) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from infra.errors import DataError
+from training.models.onestep import full_weight
 
 GIB = 2**30
 # What a VAE's activations may take. Constants: whole and bands round differently, and a picture must not depend on what
@@ -172,7 +173,7 @@ class _Bands:
         """A convolution of `x`; `norm`: of silu(norm(x)); `up`: of x enlarged twice; `down`: with stride 2."""
         pooled = how.pop("pooled", True)
         factor = 2 if how.get("up") else 0.5 if how.get("down") else 1
-        shape = (layer.out_channels, math.floor(x.height * factor), math.floor(x.width * factor))
+        shape = (len(layer.weight), math.floor(x.height * factor), math.floor(x.width * factor))
         out = self._plane(shape)
         for first, band in self.conv_bands(layer, x, norm=norm, **how):
             out.write(first, band, self._num_groups if pooled else 0)
@@ -192,9 +193,10 @@ class _Bands:
     ) -> Iterator[tuple[int, Tensor]]:
         """(first row, band (C, rows, W)) of the convolution, plus `shortcut`'s plane (through its layer) there."""
         affine = x.normaliser(norm) if norm is not None else None
+        weight = full_weight(layer)
         height = x.height * 2 if up else x.height // 2 if down else x.height
         width = x.width * 2 if up else x.width
-        for first, last in self._split(height, max(layer.in_channels, layer.out_channels) * width * (4 if down else 1)):
+        for first, last in self._split(height, max(weight.shape[:2]) * width * (4 if down else 1)):
             above, below = (first * 2, last * 2 + 1) if down else (first - 1, last + 1)
             if up:  # rows of the enlarged plane come from row // 2
                 source = (max(above, 0) // 2, (min(below, height) + 1) // 2)
@@ -209,7 +211,7 @@ class _Bands:
             if any(edges):  # zeros come after norm and activation, as in a padded convolution
                 band = F.pad(band, edges)
             padding = (0, 0) if down else (0, 1)
-            result = F.conv2d(band[None], layer.weight, layer.bias, 2 if down else 1, padding)[0]
+            result = F.conv2d(band[None], weight, layer.bias, 2 if down else 1, padding)[0]
             if shortcut is not None:
                 through, plane = shortcut
                 beside = plane.rows(first, last)

@@ -48,6 +48,7 @@ class CcsrPipeline(DiffusionPipeline, CcsrModel):
         self.register_modules(vae=vae, unet=unet, controlnet=controlnet, condition_encoder=condition_encoder)
         self.register_to_config(family=family, prediction=prediction, beside=list(beside))
         self.beside = list(beside)
+        self.generator = unet  # OSEDiff's: LoRAs are merged
         self.prompts: dict[str, Any] = {}
         self.wrapping = None
 

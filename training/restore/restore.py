@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from infra.errors import ConfigError, DataError, ModelError
+from infra.errors import ConfigError, DataError
 from infra.process.memory import free_memory
 from infra.seeding import Noise, noise_for
 from infra.storage import join, read_json
@@ -253,18 +253,15 @@ def _watched(denoise: Denoise, watch: Callable[[int, Tensor], None]) -> Denoise:
 
 
 def _denoiser(model: CcsrModel, z_lr: Tensor, config: SamplingConfig, text: str) -> Denoise:
-    if text not in model.prompts:
-        raise ModelError(
-            f"the model directory caches no embedding of the prompt {text!r}",
-            where="prompt",
-            todo=f"use one of {sorted(model.prompts)}, or convert the model again with its text encoder",
-        )
-    denoise = model.denoiser(z_lr, model.prompts[text])
-    if config.tile is None or max(z_lr.shape[-2:]) * model.factor <= config.tile:
+    denoise = model.denoiser(z_lr, model.embedding(text))
+    method = METHODS[model.config.family]
+    height, width = z_lr.shape[-2:]
+    if config.tile is None or method.fits(height, width, config.tile / model.factor):
         return denoise
     unit = latent_unit(model)
     tile = max(config.tile // (model.factor * unit), 2) * unit
-    return tiled(denoise, tile, tile // 2)
+    share, of = method.tile_stride
+    return tiled(denoise, tile, tile * share // of)
 
 
 def latent_unit(model: CcsrModel) -> int:

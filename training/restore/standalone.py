@@ -8,19 +8,23 @@ from typing import Any
 
 import diffusers
 
+from training.config import ModelConfig
 from training.method import METHODS
+from training.models.build import model_class
 from training.restore.pipeline import SAMPLING
 
 OURS = ("infra", "training")
 SHARED = ("infra", "training.sampling", "training.method")  # what sampling.py holds
+_METHOD = {"color_epsilon", "tile_stride", "fits", "condition", "sample"}
 # Of these classes only what restoring uses; of the others everything.
 KEPT = {
-    "CcsrModel": {"factor", "prompt", "encode_condition", "denoiser", "decode", "_predict"},
+    "CcsrModel": {"factor", "prompt", "embedding", "encode_condition", "denoiser", "decode", "_predict"},
     "StableSrModel": {"decode", "_predict"},
-    **{name: {"color_epsilon", "condition", "sample"} for name in ("CcsrV1", "CcsrV2", "StableSr")},
+    "OneStepModel": {"_predict"},
+    **dict.fromkeys(("CcsrV1", "CcsrV2", "StableSr", "OneStep"), _METHOD),
 }
 UNUSED = {"for_unet", "for_vae"}
-HEADER = """Super-resolution with a trained CCSR or StableSR model, written by `ccsr export --to diffusers`.
+HEADER = """Super-resolution with a trained CCSR, StableSR or OSEDiff model, written by `ccsr export --to diffusers`.
 
 from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained(OUT, custom_pipeline=OUT, trust_remote_code=True)
@@ -49,11 +53,11 @@ def pipeline_sources(family: str) -> dict[str, str]:
 
     Without docstrings, comments and annotations: the sources have them.
     """
-    method = type(METHODS[family])
+    method, model = type(METHODS[family]), _model_class(family)
     networks, chain = _Collection(family), _Collection(family)
     if family == "stablesr":
         networks.add("training.restore.pipeline", "BESIDE")
-        chain.add("training.models.stablesr", "StableSrModel")
+    chain.add(model.__module__, model.__name__)
     chain.add(method.__module__, method.__name__)
     chain.add("training.restore.pipeline", "CcsrPipeline", given=("BESIDE",))
     version = tuple(map(int, diffusers.__version__.split(".")[:2]))
@@ -70,6 +74,10 @@ def pipeline_sources(family: str) -> dict[str, str]:
     }
     other = networks.text(list(networks.modules), "Networks of StableSR that diffusers lacks.")
     return files | ({"networks.py": other} if family == "stablesr" else {})
+
+
+def _model_class(family: str) -> type:
+    return model_class(ModelConfig.model_validate({"family": family}))
 
 
 class _Collection:
@@ -155,8 +163,8 @@ class _Slim(ast.NodeTransformer):
         node.body = [item for item in node.body if _is_kept(item, kept)]
         if kept is not None:
             node.decorator_list = []
-        if node.name == "CcsrPipeline" and self._family == "stablesr":
-            node.bases[-1] = ast.Name("StableSrModel", ast.Load())
+        if node.name == "CcsrPipeline":
+            node.bases[-1] = ast.Name(_model_class(self._family).__name__, ast.Load())
         return self._without_docstring(node)
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:

@@ -216,12 +216,12 @@ def _read(folder: Path, place: str) -> TrainingState:
     return state
 
 
-def check_names(place: str, found: dict[str, Tensor], discriminator: nn.Module) -> None:
-    """ModelError where a checkpoint is of another discriminator."""
-    for name, tensor in discriminator.state_dict().items():
+def check_names(place: str, found: dict[str, Tensor], module: nn.Module, what: str) -> None:
+    """ModelError where a checkpoint is of another discriminator, or of another kind of critic."""
+    for name, tensor in module.state_dict().items():
         if f"weights.{name}" not in found or found[f"weights.{name}"].shape != tensor.shape:
             raise ModelError(
-                f"the checkpoint is of another discriminator: {name} differs", where=place, todo="keep decoder_loss's"
+                f"the checkpoint is of another {what}: {name} differs", where=place, todo="keep decoder_loss and vsd"
             )
 
 

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from infra.errors import CcsrError, DataError, line_of
 from infra.run import check_claim
@@ -25,6 +25,7 @@ from training.run.checkpoint import (
     restore_module,
     save_checkpoint,
 )
+from training.run.critics import TrainedCritic
 from training.run.engine import engine_state, restore_engine
 from training.run.health import check_replicas
 
@@ -32,8 +33,8 @@ from training.run.health import check_replicas
 class Checkpoints:
     """The checkpoints of a running engine; a block, at whose end the last write is waited for.
 
-    `discriminator`: stage 2's module and its optimiser. `order`: the form of the run's sample order, which a resumed
-    checkpoint keeps.
+    `critic`: its module and optimiser are saved under its name. `order`: the form of the run's sample order, which a
+    resumed checkpoint keeps.
     """
 
     def __init__(
@@ -41,11 +42,11 @@ class Checkpoints:
         config: TrainConfig,
         engine: Any,
         optimizer: torch.optim.Optimizer,
-        discriminator: tuple[nn.Module, torch.optim.Optimizer] | None,
+        critic: TrainedCritic | None,
         context: WorkerContext,
     ) -> None:
         self._config, self._context = config, context
-        self._engine, self._optimizer, self._discriminator = engine, optimizer, discriminator
+        self._engine, self._optimizer, self._critic = engine, optimizer, critic
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
         self._saved = 0
@@ -92,14 +93,14 @@ class Checkpoints:
         self._saved = state.facts["position"] // config.global_batch_size
         self.order = state.facts.get("order", SORTED)
         restore_engine(self._engine, self._optimizer, state.tensors, self._saved, averaged=config.ema is not None)
-        if self._discriminator is not None:
-            restore_module(*self._discriminator, state.tensors["discriminator"], self._saved)
+        if (critic := self._critic) is not None:
+            restore_module(critic.module, critic.optimizer, state.tensors[critic.name], self._saved)
         return self._saved
 
     def _checked(self, state: TrainingState, place: str) -> TrainingState:
         check_tensors(place, state.tensors["weights"], self._engine.module.trained)
-        if self._discriminator:
-            check_names(place, state.tensors.get("discriminator", {}), self._discriminator[0])
+        if self._critic is not None:
+            check_names(place, state.tensors.get(self._critic.name, {}), self._critic.module, self._critic.name)
         if place == self._config.continue_from:  # under a changed config
             return state
         before, now = (facts.get("dataset_ids") for facts in (state.facts, self._context.facts))
@@ -115,7 +116,7 @@ class Checkpoints:
         """Collective. Copy what a checkpoint holds, then write it in the background; at most one at a time.
 
         A write that fails is reported by `failure`, `wait` and the block's end; the next one is then not begun. Saving
-        twice at one update does nothing. ModelError where a network or discriminator differs from rank 0's.
+        twice at one update does nothing. ModelError where a network or the critic differs from rank 0's.
         """
         if num_updates == self._saved:
             return
@@ -123,13 +124,12 @@ class Checkpoints:
         config, context = self._config, self._context
         if self._writing is not None:
             self._writing.exception()  # waits; what failed is raised by `failure`
-        discriminator = module_state(*self._discriminator) if self._discriminator else {}
-        self._check_replicas(discriminator, num_updates)
+        critic = self._critic and {self._critic.name: module_state(self._critic.module, self._critic.optimizer)}
+        self._check_replicas(critic or {}, num_updates)
         tensors = engine_state(self._engine, self._optimizer, averaged=config.ema is not None, keep=context.rank == 0)
         if tensors is None:
             return
-        if discriminator:
-            tensors["discriminator"] = discriminator
+        tensors |= critic or {}
         position = num_updates * config.global_batch_size
         facts = {"position": position, "num_updates": num_updates, "order": self.order, **context.facts}
         if validation:
@@ -144,8 +144,8 @@ class Checkpoints:
             self._writing.exception()  # waits
         agree(self._context, self.failure())
 
-    def _check_replicas(self, discriminator: Mapping[str, Tensor], num_updates: int) -> None:
-        tensors = {f"discriminator.{name}": tensor for name, tensor in discriminator.items()}
+    def _check_replicas(self, critic: Mapping[str, Mapping[str, Tensor]], num_updates: int) -> None:
+        tensors = {f"{part}.{name}": tensor for part, state in critic.items() for name, tensor in state.items()}
         for part, network in self._engine.module.model.networks.items():
             tensors |= {f"{part}.{name}": tensor for name, tensor in network.state_dict().items()}
         check_replicas(self._context, tensors, num_updates, self._config.output)

@@ -37,8 +37,8 @@ def make_engine(stage: Stage, config: TrainConfig, world_size: int, device: str)
         frozen = [p for p in network.parameters() if p.ndim == 4 and not p.requires_grad]
         for weight in frozen if config.runtime.channels_last else ():
             weight.data = weight.data.to(memory_format=torch.channels_last)
-        if config.runtime.compile:
-            _compile_blocks(network)
+    for network in stage.model.computing if config.runtime.compile else ():
+        _compile_blocks(network)
     settings = config.optimizer
     trained = [p for p in stage.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [{"params": trained}]

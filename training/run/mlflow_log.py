@@ -24,7 +24,7 @@ GROUPS = {
     "speed": {"samples_per_second", "samples_per_second_per_worker", "data_wait_share", "tflops_per_second_per_worker"}
     | {"mfu", "hfu", "validation_seconds", "forward_seconds_max", "forward_seconds_mean", "slowest_rank"},
     "system": {"peak_memory_gib"},
-    "optimizer": {"learning_rate", "gradient_norm", "gradient_norm_spike", "d_gradient_norm"},
+    "optimizer": {"learning_rate", "gradient_norm_spike"} | {f"{p}gradient_norm" for p in ("", "d_", "regulariser_")},
 }
 
 

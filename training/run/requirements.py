@@ -24,6 +24,7 @@ from training.method import METHODS
 from training.models import (
     CcsrModel,
     FeatureWrapping,
+    OneStepAdapter,
     PatchDiscriminator,
     ProjectedDiscriminator,
     build_model,
@@ -53,7 +54,7 @@ def parameter_table(preset: str, family: str = "v1") -> list[dict[str, str | int
         raise ConfigError(f"no preset is called {preset!r}", where="model.preset", todo="choose 'tiny' or 'sd21'")
     with torch.device("meta"):
         vae, unet = build_networks(preset)
-        adapter: Any = build_adapter(ModelConfig.model_validate({"preset": preset, "family": family}), unet)
+        adapter: Any = build_adapter(ModelConfig.model_validate({"preset": preset, "family": family}), unet, vae)
         wrapping = FeatureWrapping.for_vae(vae)
     encoder, decoder = _count(vae.encoder, vae.quant_conv), _count(vae.decoder, vae.post_quant_conv)
     if family == "stablesr":
@@ -64,6 +65,14 @@ def parameter_table(preset: str, family: str = "v1") -> list[dict[str, str | int
             _row("VAE encoder", encoder),
             _row("VAE decoder", decoder),
             _row("feature wrapping", _count(wrapping), stage2=True),
+        ]
+    if family == "onestep":
+        return [
+            _row("UNet", _count(unet)),
+            _row("LoRA of the UNet, and its first convolution", _count(adapter.unet), stage1=True),
+            _row("VAE encoder", encoder),
+            _row("LoRA of the VAE encoder", _count(adapter.vae), stage1=True),
+            _row("VAE decoder", decoder),
         ]
     rows = [
         _row("UNet", _count(unet)),
@@ -87,6 +96,13 @@ def discriminator_table(width: int = 64) -> list[dict[str, str | int | bool]]:
         _row("v2: DINO ViT-S/16 below them", _count(projected.dino)),
         _row("v2: DINOv2 ViT-S/14, their condition", _count(projected.dinov2)),
     ]
+
+
+def regulariser_row(preset: str) -> dict[str, str | int | bool]:
+    """A row of OSEDiff's second LoRA, which no model directory holds."""
+    with torch.device("meta"):
+        adapter = OneStepAdapter.for_networks({"unet": build_networks(preset)[1]}, conv_in=False)
+    return _row("OSEDiff: regulariser, a LoRA of the UNet", _count(adapter), stage1=True)
 
 
 def _row(name: str, parameters: int, *, stage1: bool = False, stage2: bool = False) -> dict[str, str | int | bool]:
@@ -171,7 +187,8 @@ def step_cost(config: TrainConfig) -> StepCost:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     light = config.decoder_loss.model_copy(update={"perceptual": "none", "discriminator": "patch"})
-    config = config.model_copy(update={"decoder_loss": light})
+    vsd = config.vsd and config.vsd.model_copy(update={"prompt": "", "negative_prompt": ""})  # which all models have
+    config = config.model_copy(update={"decoder_loss": light, "vsd": vsd})
     kept: dict[int, int] = {}
     with FakeTensorMode(allow_non_fake_inputs=True):
         torch.set_default_dtype(torch.bfloat16 if config.precision == "bf16" else torch.float32)
@@ -194,7 +211,7 @@ def step_cost(config: TrainConfig) -> StepCost:
 
         with flop_counter() as counter:
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                loss = (stage(batch, config.num_updates) if config.stage == 2 else stage(batch))["loss"]
+                loss = stage(batch, config.num_updates)["loss"]
             activation_bytes = sum(kept.values())
             loss.backward()
         num_trained = sum(weight.numel() for weight in stage.trained.parameters())

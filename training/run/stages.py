@@ -10,21 +10,14 @@ from infra.seeding import noise_for, rng_for
 from training.config import TrainConfig
 from training.data.batches import Batch
 from training.data.samples import SAMPLED
-from training.losses import discriminator_loss, eps_terms, generator_loss
+from training.losses import eps_terms, generator_loss
 from training.method import METHODS
-from training.models import (
-    CcsrModel,
-    EncoderFeatures,
-    Lpips,
-    PatchDiscriminator,
-    ProjectedDiscriminator,
-    load_dino,
-    load_lpips,
-)
+from training.models import CcsrModel, EncoderFeatures, Lpips, load_lpips
+from training.run.critics import Critic, Discriminator, Regulariser
 
 
 class Stage(nn.Module):
-    """Base of both stages: `trained` is what the optimiser sees; everything else of the model is frozen.
+    """Base of the stages: `trained` is what the optimiser sees; everything else of the model is frozen.
 
     All randomness of a batch depends on (seed, position) of its samples.
     """
@@ -42,6 +35,11 @@ class Stage(nn.Module):
     @property
     def model(self) -> CcsrModel:
         return self._frozen[0]
+
+    @property
+    def critic(self) -> Critic | None:
+        """What judges the stage's images, if anything does."""
+        return None
 
     def _noise(self, batch: Batch, purpose: str) -> Callable[..., Tensor]:
         keys = [("noise", purpose, position) for position in batch.positions]
@@ -67,7 +65,7 @@ class NoiseStage(Stage):
     def __init__(self, model: CcsrModel, config: TrainConfig) -> None:
         super().__init__(model, model.trained_part(config.stage), config)
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, update: int = 0) -> dict[str, Tensor]:
         """Named terms and "loss" of one micro-batch; see `training.losses`."""
         z_hr, z_lr = self._latents(batch)
         denoise, noise = self.model.denoiser(z_lr), self._noise(batch, "steps")
@@ -87,42 +85,38 @@ class DecoderStage(Stage):
     """
 
     def __init__(self, model: CcsrModel, config: TrainConfig) -> None:
-        super().__init__(model, model.trained_part(2), config)
-        loss = config.decoder_loss
+        super().__init__(model, model.trained_part(config.stage), config)
         # Not registered either: the one has its own optimiser, the other is frozen.
-        self._adversary = (_discriminator(config),)
-        self._perceptual = (_perceptual(model, loss.perceptual),)
+        critic = Regulariser(model, config, config.vsd) if config.vsd else Discriminator(config)
+        self._others = (critic, _perceptual(model, config.decoder_loss.perceptual))
 
     @property
-    def discriminator(self) -> PatchDiscriminator | ProjectedDiscriminator:
-        return self._adversary[0]
-
-    @property
-    def trained_discriminator(self) -> nn.Module:
-        """What the discriminator's optimiser sees."""
-        discriminator = self.discriminator
-        return discriminator.heads if isinstance(discriminator, ProjectedDiscriminator) else discriminator
+    def critic(self) -> Critic:
+        return self._others[0]
 
     def forward(self, batch: Batch, update: int) -> dict[str, Tensor]:
         """The generator's terms and "loss" of one micro-batch of an update, from 0; see `training.generator_loss`."""
         loss = self.config.decoder_loss
-        decoded = self.method.in_range(self.model.decode(self._sampled(batch), batch.lr))
+        latents = self._sampled(batch)
+        decoded = self.method.in_range(self.model.decode(latents, batch.lr))
         target = 2 * batch.hr - 1
-        judge = self._judge(batch)
-        self._last = (judge, target, decoded.detach(), update >= loss.discriminator_start_update)
-        self.trained_discriminator.requires_grad_(False)  # the generator's backward leaves no gradient there
+        self.critic.watch(batch, update, latents, decoded, target)
+        self.critic.trained.requires_grad_(False)  # the generator's backward leaves no gradient there
         terms = generator_loss(
             decoded,
             target,
-            perceptual=self._perceptual[0] if update >= loss.perceptual_start_update else None,
-            discriminator=lambda image: judge(image, "generator"),
+            perceptual=self._others[1] if update >= loss.perceptual_start_update else None,
+            discriminator=self.critic.judge,
             last_layer=self.model.vae.decoder.conv_out.weight,
             gan_weight=loss.gan_weight if update >= loss.gan_start_update else 0.0,
             adaptive=loss.adaptive,
             divide_by_batch=loss.divide_by_batch,
             reconstruction=loss.reconstruction,
+            perceptual_weight=loss.perceptual_weight,
         )
-        self.trained_discriminator.requires_grad_(True)
+        for name, term in self.critic.term().items():
+            terms |= {name: term, "loss": terms["loss"] + term}
+        self.critic.trained.requires_grad_(True)
         return terms
 
     @torch.no_grad()
@@ -134,24 +128,16 @@ class DecoderStage(Stage):
         noise = self._noise(batch, "steps")
         return self.method.stage2_latents(self.model.denoiser(z_lr), z_hr, z_lr, noise, self.config)
 
-    def _judge(self, batch: Batch) -> Callable[[Tensor, str], Tensor]:
-        """logits(image, purpose); the projected discriminator draws its views by (seed, purpose, position)."""
-        discriminator = self.discriminator
-        if isinstance(discriminator, PatchDiscriminator):
-            return lambda image, purpose: discriminator(image)
-        condition = discriminator.condition(batch.lr)
 
-        def judge(image: Tensor, purpose: str) -> Tensor:
-            rngs = [rng_for(self.config.seed, "view", purpose, position) for position in batch.positions]
-            return discriminator(image, condition, rngs)
+class OneStepStage(DecoderStage):
+    """OSEDiff: UNet and VAE encoder learn, by LoRA, to make the HR image's latent of the LR image in one step."""
 
-        return judge
-
-    def discriminator_loss(self) -> Tensor:
-        """The discriminator's loss on the images of the last forward; not a result of `forward`, because DeepSpeed
-        hooks the backward of whatever that returns."""
-        judge, target, decoded, learns = self._last
-        return learns * discriminator_loss(judge(target, "real"), judge(decoded, "fake"))
+    def _sampled(self, batch: Batch) -> Tensor:
+        """x0 from a sample of the LR image's posterior, as published."""
+        mean, std = self.model.encode_condition(batch.lr)
+        z_lr = mean + std * self._noise(batch, "lr")(mean.shape)
+        denoise, noise = self.model.denoiser(z_lr), self._noise(batch, "steps")
+        return self.method.sample(denoise, denoise, z_lr, noise, self.config.trained_sampling)
 
 
 def _perceptual(model: CcsrModel, name: str) -> Lpips | EncoderFeatures | None:
@@ -160,15 +146,11 @@ def _perceptual(model: CcsrModel, name: str) -> Lpips | EncoderFeatures | None:
     return EncoderFeatures(model.vae) if name == "encoder_features" else None
 
 
-def _discriminator(config: TrainConfig) -> PatchDiscriminator | ProjectedDiscriminator:
-    loss = config.decoder_loss
-    if loss.discriminator == "dino":
-        return ProjectedDiscriminator(load_dino("dino"), load_dino("dinov2"), seed=config.seed)
-    return PatchDiscriminator(ndf=loss.discriminator_width, seed=config.seed)
-
-
 def build_stage(model: CcsrModel, config: TrainConfig) -> Stage:
-    if config.runtime.activation_checkpointing:  # the frozen UNet too: gradients pass through it
-        for network in (model.adapter, model.unet, model.vae):
+    kinds = {"vsd": OneStepStage, "decoder_loss": DecoderStage}
+    fields = model.config.facts.trains[config.stage]
+    stage = next((kind for name, kind in kinds.items() if name in fields), NoiseStage)(model, config)
+    if config.runtime.activation_checkpointing:  # frozen networks too: gradients pass through them
+        for network in (*model.computing, *(stage.critic.computing if stage.critic else ())):
             network.enable_gradient_checkpointing()
-    return DecoderStage(model, config) if config.stage == 2 else NoiseStage(model, config)
+    return stage

@@ -5,7 +5,6 @@ from contextlib import ExitStack, closing, nullcontext
 from typing import Any
 
 import torch
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm, parameters_to_vector, vector_to_parameters
 
 from infra.errors import ModelError, StoppedError
 from infra.manifest import Manifest
@@ -13,16 +12,17 @@ from infra.process.memory import to_device
 from training.config import TrainConfig
 from training.data.batches import Batch, updates
 from training.data.samples import SampleReader
-from training.models import CcsrModel, power_iteration
+from training.models import CcsrModel
 from training.run.agreement import WorkerContext, agree, all_objects, attempt, gathered, limit_collectives
 from training.run.checkpoint import advice
 from training.run.checkpointer import Checkpoints
+from training.run.critics import TrainedCritic
 from training.run.engine import averaged, make_engine, step, update_average
 from training.run.health import Spikes, Stopwatch
 from training.run.meter import Meter, Profile
 from training.run.mlflow_log import grouped
 from training.run.requirements import check_memory, step_cost
-from training.run.stages import DecoderStage, Stage, build_stage
+from training.run.stages import Stage, build_stage
 from training.run.validation import Validation
 
 
@@ -37,10 +37,9 @@ def train(config: TrainConfig, manifests: list[Manifest], model: CcsrModel, cont
     agree(context, error)
     engine, optimizer = make_engine(stage, config, context.world_size, context.device)
     limit_collectives(config.runtime.collective_timeout_seconds)
-    adversary = _Adversary(stage, config, context) if isinstance(stage, DecoderStage) else None
-    discriminator = (adversary.module, adversary.optimizer) if adversary else None
+    critic = TrainedCritic(stage.critic, config, context) if stage.critic else None
     with ExitStack() as ends:
-        checkpoints = ends.enter_context(Checkpoints(config, engine, optimizer, discriminator, context))
+        checkpoints = ends.enter_context(Checkpoints(config, engine, optimizer, critic, context))
         done = checkpoints.resume()
         reader = SampleReader(manifests, config, checkpoints.order)
         stream = updates(reader, config, start=done, rank=context.rank, world_size=context.world_size)
@@ -67,7 +66,7 @@ def train(config: TrainConfig, manifests: list[Manifest], model: CcsrModel, cont
             learning_rate = config.optimizer.rate_at(update)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
-            terms = _update(engine, adversary, batches, update, config, context, meter, stopwatch)
+            terms = _update(engine, critic, batches, update, config, context, meter, stopwatch)
             if config.ema is not None:
                 update_average(engine, optimizer, config.ema.decay_at(update))
             meter.update_done(terms)
@@ -94,52 +93,9 @@ def _stage(config: TrainConfig, model: CcsrModel, context: WorkerContext) -> Sta
     return build_stage(model, config)
 
 
-class _Adversary:
-    """The discriminator: replicated AdamW on gradients averaged over ranks (one engine per graph is enough).
-
-    Ranks start from equal weights and see equal gradients, so they stay equal; each checkpoint verifies it.
-    """
-
-    def __init__(self, stage: DecoderStage, config: TrainConfig, context: WorkerContext) -> None:
-        self.stage = stage
-        stage.discriminator.to(context.device)
-        self.module = stage.trained_discriminator
-        self.optimizer = torch.optim.AdamW(
-            self.module.parameters(),
-            lr=config.decoder_loss.discriminator_learning_rate,
-            betas=config.optimizer.betas,
-            weight_decay=config.optimizer.weight_decay,
-            fused=context.device.startswith("cuda"),
-        )
-        self.clip_norm = config.optimizer.clip_norm
-        self.world_size = context.world_size
-
-    def accumulate(self, num_micro_steps: int) -> torch.Tensor:
-        """Backward of the discriminator's loss on the last micro-batch; returns that loss."""
-        loss = self.stage.discriminator_loss()
-        (loss / num_micro_steps).backward()
-        return loss
-
-    def step(self) -> torch.Tensor:
-        """Collective. One update of the discriminator, then one power iteration of its spectral norms; the norm of its
-        gradient before clipping."""
-        gradients = [parameter.grad for parameter in self.module.parameters()]
-        if self.world_size > 1:
-            flat = parameters_to_vector(gradients)
-            torch.distributed.all_reduce(flat)
-            vector_to_parameters(flat / self.world_size, gradients)
-        norm = get_total_norm(gradients)
-        if self.clip_norm:
-            clip_grads_with_norm_(self.module.parameters(), self.clip_norm, norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        power_iteration(self.module)
-        return norm
-
-
 def _update(
     engine: Any,
-    adversary: _Adversary | None,
+    critic: TrainedCritic | None,
     batches: list[Batch],
     update: int,
     config: TrainConfig,
@@ -150,8 +106,8 @@ def _update(
     """One optimiser update over this rank's micro-batches.
 
     Returns each loss term's mean over all samples, "loss_max" (the largest of all micro-batches), "gradient_norm" and
-    stage 2's "d_gradient_norm" (before clipping), and which rank's forward passes took longest: unlike the rest of an
-    update they wait for no other rank. ModelError with the samples' keys where one of them is not finite.
+    the critic's "PREFIXgradient_norm" (before clipping), and which rank's forward passes took longest: unlike the rest
+    of an update they wait for no other rank. ModelError with the samples' keys where one of them is not finite.
     """
     names: list[str] = []
     rows: list[torch.Tensor] = []
@@ -160,17 +116,17 @@ def _update(
         batch = micro.to(context.device)
         with meter.counting(micro_step):
             with stopwatch.running():
-                terms = engine(batch) if adversary is None else engine(batch, update=update)
-            if adversary is not None:
-                terms["d_loss"] = adversary.accumulate(len(batches))
+                terms = engine(batch, update=update)
+            if critic is not None:
+                terms[f"{critic.prefix}loss"] = critic.accumulate(len(batches))
             engine.backward(terms["loss"])
         gradient_norm = step(engine)
         names = list(terms)
         rows.append(torch.stack([value.detach().float() for value in terms.values()]))
     here = torch.stack(rows)
     largest = {"loss_max": here[:, names.index("loss")].max()}
-    if adversary is not None:
-        largest["d_gradient_norm"] = adversary.step()
+    if critic is not None:
+        largest[f"{critic.prefix}gradient_norm"] = critic.step()
     if gradient_norm is not None:
         largest["gradient_norm"] = torch.as_tensor(gradient_norm, device=context.device)
     largest["forward_seconds_max"] = to_device(torch.tensor(stopwatch.seconds()), context.device)
