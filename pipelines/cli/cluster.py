@@ -142,8 +142,11 @@ def render(
 ) -> None:
     """Write KubeRay manifests and an MLflow server, or a Slurm script, from one config."""
     job = JOBS["cluster"]
-    for path in job.run(job.load(config, set_), kind=kind, folder=out):
+    cluster = job.load(config, set_)
+    for path in job.run(cluster, kind=kind, folder=out):
         typer.echo(path)
+    for name, keys in cluster.secrets().items() if kind == "kuberay" else ():
+        typer.echo(f"needs a Secret `{name}` with {keys} in namespace {cluster.kubernetes.namespace}", err=True)
 
 
 def _echo(text: str) -> None:
