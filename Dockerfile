@@ -17,7 +17,7 @@ COPY training training
 COPY evaluation evaluation
 COPY pipelines pipelines
 COPY configs configs
-RUN pip install --no-cache-dir --no-deps . && pip check
+RUN pip install --no-cache-dir --no-deps . && pip check && rm -r build *.egg-info
 
 ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \

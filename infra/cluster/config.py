@@ -16,7 +16,8 @@ ObjectName = Annotated[
 ]
 Namespace = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=63)]
 LabelKey = Annotated[
-    str, Field(pattern=r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$", max_length=317)
+    str,
+    Field(pattern=r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$", max_length=317),
 ]
 LabelValue = Annotated[str, Field(pattern=r"^([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?$")]
 Effect = Literal["NoSchedule", "PreferNoSchedule", "NoExecute"]
@@ -76,7 +77,7 @@ class NodeConfig(Config):
     disk_gib: int = Field(20, ge=1, description="Kubernetes: size of /tmp, for logs, spilled objects and downloads")
     node_selector: dict[LabelKey, LabelValue] = Field({}, description="e.g. karpenter.sh/capacity-type: spot")
     tolerations: tuple[Toleration, ...] = Field((), description="Kubernetes: e.g. of a spot pool's taint")
-    node_type: NodeType | None = Field(None, description="Kubernetes: the machine; a group that does not fit is refused")
+    node_type: NodeType | None = Field(None, description="Kubernetes: the machine; what does not fit is refused")
 
     @model_validator(mode="after")
     def _fits(self) -> "NodeConfig":
@@ -93,10 +94,10 @@ class NodeConfig(Config):
         for name in ("cpus", "memory_gib", "gpus"):
             asked, there = getattr(self, name, 0), getattr(self.node_type, name)
             if asked > there:
-                raise ValueError(f"{name}: {asked} does not fit node_type, which has {there}: its pods would stay Pending")
+                raise ValueError(f"{name}: {asked} does not fit node_type, which has {there}: pods stay Pending")
         for taint in self.node_type.taints:
             if taint.effect != "PreferNoSchedule" and not any(one.covers(taint) for one in self.all_tolerations):
-                raise ValueError(f"no toleration covers node_type's taint {taint.key}: its pods would stay Pending")
+                raise ValueError(f"no toleration covers node_type's taint {taint.key}: pods stay Pending")
         return self
 
     @property
@@ -162,7 +163,7 @@ class KubernetesConfig(Config):
     pull_policy: Literal["IfNotPresent", "Always", "Never"] = "IfNotPresent"
     pull_secrets: tuple[ObjectName, ...] = Field((), description="Secrets of the image's registry")
     priority_class: ObjectName | None = None
-    queue: ObjectName | None = Field(None, description="Kueue's LocalQueue: starts suspended, has max_nodes, never grows")
+    queue: ObjectName | None = Field(None, description="Kueue's LocalQueue: starts suspended, at max_nodes")
     active_deadline_seconds: int | None = Field(None, ge=60, description="after which a RayJob is ended")
     tls_secret: ObjectName | None = Field(None, description="a Secret with a CA's tls.crt and tls.key: Ray encrypts")
     operator_namespace: Namespace | None = Field(None, description="KubeRay's, which asks the heads; none: any")
@@ -221,12 +222,12 @@ class ClusterConfig(Config):
 
     def secrets(self) -> dict[str, str]:
         """The Secrets that have to exist before the manifests are applied, and what each holds."""
-        found = {
+        found: dict[str | None, str] = {
             self.s3.secret: "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY",
-            self.mlflow and self.mlflow.database_secret: "uri",
+            self.mlflow.database_secret if self.mlflow else None: "uri",
             self.kubernetes.tls_secret: "tls.crt and tls.key of a CA",
-            **dict.fromkeys(self.kubernetes.pull_secrets, ".dockerconfigjson"),
         }
+        found |= dict.fromkeys(self.kubernetes.pull_secrets, ".dockerconfigjson")
         return {name: keys for name, keys in found.items() if name}
 
     def labels(self, group: WorkersConfig) -> dict[str, str]:

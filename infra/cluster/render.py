@@ -25,8 +25,8 @@ CLOSED = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "ca
 CERTIFICATE = f"""cd {TLS_FOLDER}
 openssl req -newkey rsa:2048 -nodes -keyout tls.key -subj /CN=ray -out request.csr
 names="IP:$POD_IP,IP:127.0.0.1,DNS:localhost,DNS:*.$NAMESPACE.svc.cluster.local"
-openssl x509 -req -in request.csr -CA {CA_FOLDER}/tls.crt -CAkey {CA_FOLDER}/tls.key -set_serial "0x$(openssl rand -hex 16)" \
-  -days 365 -extfile <(printf 'subjectAltName=%s\n' "$names") -out tls.crt
+openssl x509 -req -in request.csr -CA {CA_FOLDER}/tls.crt -CAkey {CA_FOLDER}/tls.key \
+  -set_serial "0x$(openssl rand -hex 16)" -days 365 -extfile <(printf 'subjectAltName=%s\n' "$names") -out tls.crt
 cp {CA_FOLDER}/tls.crt ca.crt
 """
 TLS_VARIABLES = {

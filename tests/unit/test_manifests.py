@@ -1,4 +1,4 @@
-"""Rendered manifests against the schemas of KubeRay and Kubernetes, every field of them, and what an administrator asks.
+"""Rendered manifests against every field of KubeRay's and Kubernetes' schemas, and what an administrator asks for.
 
 Unknown fields, which an API server drops in silence, are errors here.
 """
@@ -32,7 +32,10 @@ ALL = {
 }
 CONFIGS: dict[str, dict[str, Any]] = {
     "example": {},
-    "all": {"kubernetes": ALL, "s3": {"secret": "keys", "service_account": "robot", "endpoint_url": "http://minio:9000"}},
+    "all": {
+        "kubernetes": ALL,
+        "s3": {"secret": "keys", "service_account": "robot", "endpoint_url": "http://minio:9000"},
+    },
     "queue": {"kubernetes": {"queue": "gpu-queue"}, "mlflow": {"artifacts": "s3://b/m"}},
     "no CPU nodes": {"cpu_workers": None, "mlflow": None},
 }
@@ -109,7 +112,9 @@ def pods(found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     return [pod for document in found.values() for pod in inside(document)]
 
 
-@pytest.mark.parametrize(("name", "version"), [("all", OLDEST_KUBERNETES), *((name, NEWEST_KUBERNETES) for name in CONFIGS)])
+@pytest.mark.parametrize(
+    ("name", "version"), [("all", OLDEST_KUBERNETES), *((name, NEWEST_KUBERNETES) for name in CONFIGS)]
+)
 def test_objects_and_pods_fit_kubernetes_schema(name: str, version: str) -> None:
     found = documents(example(**CONFIGS[name]))
     own = ("ray.io", "monitoring.coreos.com", "kustomize")
@@ -202,7 +207,10 @@ SPOT = {"key": "spot", "value": "true", "effect": "NoSchedule"}
     [
         ({"gpu_workers": GPUS | {"memory_gib": 256}}, "memory_gib: 256 does not fit node_type, which has 250"),
         ({"gpu_workers": GPUS | {"gpus": 16}}, "gpus: 16 does not fit"),
-        ({"gpu_workers": GPUS | {"node_type": NODE | {"taints": [SPOT]}}}, "no toleration covers node_type's taint spot"),
+        (
+            {"gpu_workers": GPUS | {"node_type": NODE | {"taints": [SPOT]}}},
+            "no toleration covers node_type's taint spot",
+        ),
         ({"gpu_workers": GPUS | {"min_nodes": 5}}, "min_nodes"),
         ({"gpu_workers": GPUS | {"shm_gib": 300}}, "shm_gib"),
         ({"gpu_workers": GPUS | {"tolerations": [{"effect": "NoSchedule"}]}}, "operator: Exists"),
