@@ -43,7 +43,7 @@ class Board:
         self._regrouping = ""
 
     def begin(self, rank: int, num_workers: int) -> bool:
-        """A worker of `num_workers` starts; False where there is nothing left to do, because an earlier attempt met a user's error."""
+        """A worker of `num_workers` starts; False where an earlier attempt met a user's error: nothing is left."""
         if rank == 0:
             self._attempts += 1
             if self._attempts > 1:
