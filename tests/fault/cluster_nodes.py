@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -74,6 +75,7 @@ class Nodes:
     isolated: bool = False
     tag: str = field(default_factory=lambda: secrets.token_hex(2))
     nodes: list[Node] = field(default_factory=list)
+    s3: Any = None  # the FaultyServer through which the nodes reach S3
     _free_port: int = field(default_factory=free_port)
 
     @property
@@ -185,6 +187,14 @@ class Nodes:
         else:
             for pid in node.pids():
                 os.kill(pid, signal.SIGSTOP)
+
+    def mend(self, node: Node) -> None:
+        """The end of a cut. A node that the head has given up starts anew by `RETRIED`."""
+        if self.isolated:
+            _ip("link", "set", f"{node.name}v", "up")
+        else:
+            for pid in node.pids():
+                os.kill(pid, signal.SIGCONT)
 
     def _tear_down(self) -> None:
         for node in self.nodes:

@@ -26,7 +26,7 @@ def test_an_update_by_hand() -> None:
     # Two rings: of four in a node, of two nodes; 16 reads take the two seconds that the computation takes.
     assert (found["compute"], found["exchange"]) == (2, pytest.approx(2 * 0.75 * 40 / 100 + 2 * 0.5 * 40 / 10))
     assert found["storage"] == 0
-    assert update_seconds(parts, LIMITS, 16, 80)["storage"] == pytest.approx(10 - 5 - 0.6 - 2 * 0.75 * 4)
+    assert update_seconds(parts, LIMITS, 16, 160)["storage"] == pytest.approx(20 - 10 - 0.6 - 2 * 0.75 * 4)
 
 
 @pytest.mark.parametrize(("cpus", "wait"), [(1, 3.0), (2, 1.0), (4, 0.0)])
