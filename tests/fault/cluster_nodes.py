@@ -173,8 +173,11 @@ class Nodes:
         node.process.wait(60)
 
     def drain(self, node: Node) -> None:
-        """SIGTERM to its `ray start`, as Kubernetes sends it when a pod has to go: Ray drains the node for half a
-        minute, then ends it (and RETRIED starts another)."""
+        """What a pod does before it ends: SIGTERM to its `ray start`, which drains the node for half a minute, then
+        ends it (and RETRIED starts another)."""
+        if self.isolated:
+            subprocess.Popen([*self.inside(node), sys.executable, "-m", "infra.cluster.leave"])
+            return
         for process in map(psutil.Process, node.pids()):
             words = process.cmdline()
             if RAY in words and Path(words[0]).name.startswith("python"):
