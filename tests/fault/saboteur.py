@@ -35,8 +35,9 @@ class Saboteur(threading.Thread):
         deck: list[str] = []
         while not self._end.wait(self._rng.uniform(*REST_SECONDS)):
             deck = deck or self._rng.permutation(KINDS).tolist()
-            if self._hurt(kind := deck.pop()):
-                self.counts[kind] += 1
+            with suppress(psutil.Error, IndexError, subprocess.CalledProcessError):  # a node that is just starting anew
+                if self._hurt(kind := deck.pop()):
+                    self.counts[kind] += 1
 
     def _hurt(self, kind: str) -> bool:
         """False where there was nothing to hurt."""
@@ -87,7 +88,7 @@ class Saboteur(threading.Thread):
             with self._s3.away():
                 yield
             return
-        servers = [one for one in self._processes(self._nodes.nodes[0]) if "mlflow" in _name(one)]
+        servers = [one for one in psutil.Process().children(recursive=True) if "mlflow" in _name(one)]
         for number in (signal.SIGSTOP, signal.SIGCONT):
             for server in servers:
                 with suppress(ProcessLookupError):
