@@ -122,8 +122,9 @@ def ray_cluster(config: RayConfig, *, num_gpus: int = 0) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
     address = config.address or os.environ.get("RAY_ADDRESS")
+    # What the Train tab of a cluster's dashboard shows; a cluster that is started here has no dashboard.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1" if address else "0")
     if address and address.startswith(("http://", "https://")):
         raise ConfigError(
             "this is the address of a job server, which `ccsr submit` and `ccsr jobs` use; work here needs Ray's own",

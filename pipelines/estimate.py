@@ -169,7 +169,7 @@ def estimate_training(config: TrainConfig, assumed: Assumed, sizes: Sequence[int
     rate, ingest = assumed.flops_per_second, ingest_seconds(config)
     cost: StepCost | None = None
     estimates = []
-    for num_gpus in dict.fromkeys([config.runtime.num_workers, *sizes]):
+    for num_gpus in dict.fromkeys([config.runtime.workers.max, *sizes]):
         micro = _micro_batch(config, num_gpus)
         if micro is None:
             continue

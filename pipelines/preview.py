@@ -27,7 +27,7 @@ def preview_table(config: Any, progress: Progress, num_gpus: int, where: str | N
 def _place(config: Any, num_gpus: int) -> str:
     runtime = config.runtime
     address = runtime.ray.address or os.environ.get("RAY_ADDRESS")
-    processes = getattr(runtime, "num_workers", None) or runtime.num_actors
+    processes = runtime.workers.max if hasattr(runtime, "workers") else runtime.num_actors
     power = f"{num_gpus} GPUs" if num_gpus else f"{processes or runtime.ray.num_cpus or os.cpu_count()} CPUs"
     return f"{power} of {f'the cluster {address}' if address else 'this machine, by a Ray that is started here'}"
 

@@ -195,9 +195,9 @@ class TrainConfig(Config):
                 todo=f"write {' or '.join(map(str, near))}, or another micro_batch_size",
             )
         legal = legal_world_sizes(size, micro)
-        if self.runtime.num_workers not in legal:
+        for number in {self.runtime.workers.min, self.runtime.workers.max} - set(legal):
             raise FieldError(
-                f"{self.runtime.num_workers} workers cannot share a global batch of {size} in micro-batches of {micro}",
+                f"{number} workers cannot share a global batch of {size} in micro-batches of {micro}",
                 field="runtime.num_workers",
                 todo=f"write one of {', '.join(map(str, legal))}",
             )

@@ -1,11 +1,24 @@
 """What users write about how a training job runs."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from infra.config import Config
 from infra.ray_runtime import RayConfig
+
+
+class WorkerRange(Config):
+    """As many workers as the cluster can give: the largest legal world size from `min` to `max`."""
+
+    min: int = Field(ge=1)
+    max: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "WorkerRange":
+        if self.min > self.max:
+            raise ValueError(f"min ({self.min}) is above max ({self.max})")
+        return self
 
 
 class TrainRuntime(Config):
@@ -17,7 +30,10 @@ class TrainRuntime(Config):
     """
 
     ray: RayConfig = RayConfig()
-    num_workers: int = Field(1, ge=1)
+    num_workers: Annotated[
+        Annotated[int, Field(ge=1), Tag("number")] | Annotated[WorkerRange, Tag("range")],
+        Discriminator(lambda value: "range" if isinstance(value, dict | WorkerRange) else "number"),
+    ] = Field(1, description="or {min, max}: as many as the cluster can give")
     micro_batch_size: int = Field(4, ge=1, description="samples of a forward pass; part of stage 2's result")
     zero_stage: Literal[0, 1, 2] = 1
     offload_optimizer: bool = Field(False, description="masters and moments in the host's memory, updated on its CPU")
@@ -37,6 +53,12 @@ class TrainRuntime(Config):
     export_raw: bool = Field(False, description="with `ema`: the weights that it averages too, as OUT/model_raw")
     max_restarts: int = Field(3, ge=0, description="restarts from the last checkpoint after a worker was lost")
     collective_timeout_seconds: int = Field(600, ge=10, description="ranks that wait longer for another one give up")
+
+    @property
+    def workers(self) -> WorkerRange:
+        """The fewest and the most."""
+        number = self.num_workers
+        return number if isinstance(number, WorkerRange) else WorkerRange(min=number, max=number)
 
     def unused(self) -> dict[str, str]:
         return {"threads": "on a GPU"} if self.device == "cuda" else {}

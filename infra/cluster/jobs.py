@@ -8,12 +8,13 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from infra.cluster.server import check_version, cluster_facts, connect
+from infra.display.progress import last_line
 from infra.errors import PASSWORD, ClusterError, ConfigError, StorageError, line_of
 from infra.locations import local_path
 from infra.publish import ensure_writable
@@ -229,7 +230,8 @@ def exit_code(client: Any, info: Any) -> int:
 
 @dataclass(frozen=True)
 class JobRow:
-    """One job of `ccsr jobs list`. Times in seconds since 1970, None for not yet."""
+    """One job of `ccsr jobs list`. Times in seconds since 1970, None for not yet. `progress`: of `job_status`, the last
+    line of progress of a job that runs."""
 
     id: str
     status: str
@@ -238,6 +240,7 @@ class JobRow:
     exit_code: int | None
     command: str
     message: str
+    progress: str = ""
 
 
 def _row(client: Any, info: Any) -> JobRow:
@@ -259,7 +262,8 @@ def list_jobs(client: Any) -> list[JobRow]:
 
 
 def job_status(client: Any, job: str) -> JobRow:
-    return _row(client, job_info(client, job))
+    row = _row(client, job_info(client, job))
+    return row if row.exit_code is not None else replace(row, progress=last_line(client.get_job_logs(job)))
 
 
 def stop(client: Any, job: str) -> bool:

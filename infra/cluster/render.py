@@ -2,8 +2,10 @@
 
 import shlex
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from infra.cluster.config import ClusterConfig
 from infra.display import templating
@@ -13,7 +15,26 @@ from infra.ray_runtime import MAX_CPUS, MAX_GPUS
 
 KINDS = ("kuberay", "slurm")
 TEMPLATES = Path(__file__).parent / "templates"
-CONFIG_FOLDER = "/etc/ccsr"
+CONFIG_FOLDER, TLS_FOLDER, CA_FOLDER = "/etc/ccsr", "/etc/ccsr-tls", "/etc/ccsr-ca"
+METRICS_PORT = 8080
+PODS = "ccsr.io/cluster"
+"""Label of a cluster's Ray pods, those of its jobs too."""
+DASHBOARD = "grafana_dashboard.json"
+CLOSED = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
+# A pod's own certificate: by its address, its cluster's services, and as its own client.
+CERTIFICATE = f"""cd {TLS_FOLDER}
+openssl req -newkey rsa:2048 -nodes -keyout tls.key -subj /CN=ray -out request.csr
+names="IP:$POD_IP,IP:127.0.0.1,DNS:localhost,DNS:*.$NAMESPACE.svc.cluster.local"
+openssl x509 -req -in request.csr -CA {CA_FOLDER}/tls.crt -CAkey {CA_FOLDER}/tls.key \
+  -set_serial "0x$(openssl rand -hex 16)" -days 365 -extfile <(printf 'subjectAltName=%s\n' "$names") -out tls.crt
+cp {CA_FOLDER}/tls.crt ca.crt
+"""
+TLS_VARIABLES = {
+    "RAY_USE_TLS": "1",
+    "RAY_TLS_SERVER_CERT": f"{TLS_FOLDER}/tls.crt",
+    "RAY_TLS_SERVER_KEY": f"{TLS_FOLDER}/tls.key",
+    "RAY_TLS_CA_CERT": f"{TLS_FOLDER}/ca.crt",
+}
 
 
 def render_to(config: ClusterConfig, kind: str, folder: Path) -> list[Path]:
@@ -56,22 +77,50 @@ def _kuberay(config: ClusterConfig) -> dict[str, str]:
     words, files = _shipped(config.command)
     mlflow_name = f"{config.name}-mlflow"
     mlflow_uri = config.mlflow_uri or (f"http://{mlflow_name}:5000" if config.mlflow else None)
+    queue = config.kubernetes.queue
     values = {
         "config": config,
+        "metadata": partial(_metadata, config),
+        "queued": partial(_metadata, config, **({"kueue.x-k8s.io/queue-name": queue} if queue else {})),
+        "pod_metadata": lambda labels: _metadata(config, None, **labels),
+        "namespace_of": lambda name: {"matchLabels": {"kubernetes.io/metadata.name": name}} if name else {},
+        "ray_pods": {PODS: config.name},
+        "pod_labels": {},
+        "closed": CLOSED,
+        "service_account": config.s3.service_account or config.name,
         "ray_version": version("ray"),
+        "ray_options": {"metrics-export-port": str(METRICS_PORT)},
+        "metrics_port": METRICS_PORT,
         "grows_to": {
             MAX_GPUS: str(sum(group.gpus * group.max_nodes for group in groups)),
             MAX_CPUS: str(sum(group.cpus * group.max_nodes for group in groups if not config.labels(group))),
         },
         "env": _env(_addresses(config, mlflow_uri)),
         "s3_env": _env(_addresses(config, None)),
+        "tls": None,
+        "tls_env": _env(TLS_VARIABLES),
+        "tls_folder": TLS_FOLDER,
+        "ca_folder": CA_FOLDER,
+        "certificate": CERTIFICATE,
         "entrypoint": shlex.join(["ccsr", *words]),
         "files": files,
         "config_folder": CONFIG_FOLDER,
         "mlflow_name": mlflow_name,
     }
-    names = ["raycluster", *["rayjob"] * bool(config.command), *["mlflow"] * bool(config.mlflow)]
-    return {f"{name}.yaml": templating.render(TEMPLATES / f"{name}.yaml.j2", **values) for name in names}
+    base = ["access", *["mlflow"] * bool(config.mlflow), "raycluster"]
+    values["resources"] = [f"{name}.yaml" for name in base]
+    names = [*base, *["rayjob"] * bool(config.command), "kustomization"]
+    files = {f"{name}.yaml": templating.render(TEMPLATES / f"{name}.yaml.j2", **values) for name in names}
+    return files | {DASHBOARD: (TEMPLATES / DASHBOARD).read_text(encoding="utf-8")}
+
+
+def _metadata(config: ClusterConfig, name: str | None, /, **labels: str) -> dict[str, Any]:
+    """An object's metadata; without `name` a pod template's. `labels` come beside the config's and count more."""
+    of_all, kubernetes = {"app.kubernetes.io/part-of": config.name}, config.kubernetes
+    found: dict[str, Any] = {"labels": of_all | kubernetes.labels | labels}
+    if kubernetes.annotations:
+        found["annotations"] = kubernetes.annotations
+    return found if name is None else {"name": name, "namespace": kubernetes.namespace} | found
 
 
 def _addresses(config: ClusterConfig, mlflow_uri: str | None) -> dict[str, str]:

@@ -1,10 +1,13 @@
 """Progress of long work: a bar on a terminal, a line every few seconds elsewhere."""
 
+import re
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Protocol
+
+from infra.gauges import show
 
 SECONDS_BETWEEN_LINES = 5.0
 
@@ -15,12 +18,22 @@ class Advance(Protocol):
 
 @contextmanager
 def progress(title: str, total: int, done: int = 0) -> Iterator[Advance]:
-    """Yield `advance(steps, note)`; `done` steps were finished by an earlier run."""
-    if sys.stderr.isatty():
-        with _bar(title, total, done) as advance:
-            yield advance
-    else:
-        yield _lines(title, total, done)
+    """Yield `advance(steps, note)`; `done` steps were finished by an earlier run. Prometheus sees it too."""
+    with _bar(title, total, done) if sys.stderr.isatty() else nullcontext(_lines(title, total, done)) as display:
+        finished = done
+
+        def advance(steps: int = 1, note: str = "") -> None:
+            nonlocal finished
+            finished += steps
+            show({"ccsr_progress_done": finished, "ccsr_progress_total": total}, job_title=title)
+            display(steps, note)
+
+        yield advance
+
+
+def last_line(log: str) -> str:
+    """The last line of progress in a log, "" if it has none: TITLE: DONE/TOTAL (RATE, TIME left) NOTE."""
+    return next((line for line in reversed(log.splitlines()) if re.match(r"[^:]+: \d+/\d+( |$)", line)), "")
 
 
 @contextmanager
@@ -52,12 +65,13 @@ def _lines(title: str, total: int, done: int) -> Advance:
             began, first = now, finished
         if finished >= total or now - last >= SECONDS_BETWEEN_LINES:
             last = now
-            left = _eta((now - began) / max(finished - first, 1) * (total - finished)) if finished > first else ""
+            left = _eta((finished - first) / max(now - began, 1e-9), total - finished) if finished > first else ""
             print(" ".join(filter(None, (f"{title}: {finished}/{total}", left, note))), file=sys.stderr, flush=True)
 
     return advance
 
 
-def _eta(seconds: float) -> str:
-    minutes = round(seconds) // 60
-    return f"({minutes // 60}:{minutes % 60:02d}:{round(seconds) % 60:02d} left)" if round(seconds) else ""
+def _eta(rate: float, num_left: int) -> str:
+    seconds = round(num_left / rate)
+    minutes = seconds // 60
+    return f"({rate:.3g}/s, {minutes // 60}:{minutes % 60:02d}:{seconds % 60:02d} left)" if seconds else ""

@@ -75,15 +75,15 @@ def jobs_table(jobs: "Sequence[JobRow]") -> "Table":
 
 @jobs_app.command("status")
 def jobs_status(job: JobId, address: Address = None) -> None:
-    """One job's state, and what it said at its end."""
+    """One job's state, its progress while it runs, and what it said at its end."""
     from infra.cluster.jobs import job_status
     from infra.cluster.server import connect
 
     row = job_status(connect(address), job)
     typer.echo(f"{row.id} {row.status}" + ("" if row.exit_code is None else f", exit code {row.exit_code}"))
     typer.echo(f"command: {row.command}")
-    if row.message:
-        typer.echo(row.message)
+    for text in filter(None, (row.progress, row.message)):
+        typer.echo(text)
 
 
 @jobs_app.command("logs")
@@ -142,8 +142,11 @@ def render(
 ) -> None:
     """Write KubeRay manifests and an MLflow server, or a Slurm script, from one config."""
     job = JOBS["cluster"]
-    for path in job.run(job.load(config, set_), kind=kind, folder=out):
+    cluster = job.load(config, set_)
+    for path in job.run(cluster, kind=kind, folder=out):
         typer.echo(path)
+    for name, keys in cluster.secrets().items() if kind == "kuberay" else ():
+        typer.echo(f"needs a Secret `{name}` with {keys} in namespace {cluster.kubernetes.namespace}", err=True)
 
 
 def _echo(text: str) -> None:

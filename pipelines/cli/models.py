@@ -127,6 +127,7 @@ def estimate(
         )
     from pipelines.estimate import Assumed, estimate_shards, estimate_training, model_tables, shard_table, train_tables
     from pipelines.fits import fit_table
+    from pipelines.scaling import scaling_table
 
     if values is None:
         tables = model_tables(str(model))
@@ -135,7 +136,8 @@ def estimate(
     else:
         assumed = Assumed(card, mfu, price)
         estimates = estimate_training(values, assumed, gpus or [8, 32])
-        tables = [*train_tables(values, assumed, estimates), fit_table(values, estimates[0].step)]
+        tables = [*train_tables(values, assumed, estimates), scaling_table(values, estimates[0], gpus or [8, 32])]
+        tables.append(fit_table(values, estimates[0].step))
     print_report(tables, as_json=as_json)
 
 

@@ -43,7 +43,7 @@ def _shard_gpus(config: Any) -> int:
 
 
 def _train_gpus(config: Any) -> int:
-    return config.runtime.num_workers if config.runtime.device == "cuda" else 0
+    return config.runtime.workers.min if config.runtime.device == "cuda" else 0
 
 
 def _evaluate_gpus(config: Any) -> int:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -74,6 +75,7 @@ class Nodes:
     isolated: bool = False
     tag: str = field(default_factory=lambda: secrets.token_hex(2))
     nodes: list[Node] = field(default_factory=list)
+    s3: Any = None  # the FaultyServer through which the nodes reach S3
     _free_port: int = field(default_factory=free_port)
 
     @property
@@ -171,8 +173,11 @@ class Nodes:
         node.process.wait(60)
 
     def drain(self, node: Node) -> None:
-        """SIGTERM to its `ray start`, as Kubernetes sends it when a pod has to go: Ray drains the node for half a
-        minute, then ends it (and RETRIED starts another)."""
+        """What a pod does before it ends: SIGTERM to its `ray start`, which drains the node for half a minute, then
+        ends it (and RETRIED starts another)."""
+        if self.isolated:
+            subprocess.Popen([*self.inside(node), sys.executable, "-m", "infra.cluster.leave"])
+            return
         for process in map(psutil.Process, node.pids()):
             words = process.cmdline()
             if RAY in words and Path(words[0]).name.startswith("python"):
@@ -185,6 +190,14 @@ class Nodes:
         else:
             for pid in node.pids():
                 os.kill(pid, signal.SIGSTOP)
+
+    def mend(self, node: Node) -> None:
+        """The end of a cut. A node that the head has given up starts anew by `RETRIED`."""
+        if self.isolated:
+            _ip("link", "set", f"{node.name}v", "up")
+        else:
+            for pid in node.pids():
+                os.kill(pid, signal.SIGCONT)
 
     def _tear_down(self) -> None:
         for node in self.nodes:

@@ -31,12 +31,22 @@ class FaultyServer(http.server.ThreadingHTTPServer):
         self._rng = np.random.default_rng(seed)
         self._left: dict[str, list[str]] = {}
         self._lock = threading.Lock()
+        self._away = False
 
     @property
     def address(self) -> str:
         return f"http://{self.server_address[0]!s}:{self.server_port}"
 
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """Answer every call with 503 in the block."""
+        self._away = True
+        yield
+        self._away = False
+
     def draw_fate(self, method: str) -> str:
+        if self._away:
+            return "busy"
         with self._lock:
             left = self._left.setdefault(method, [])
             if not left:

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from infra.errors import StoppedError
 from training.run import board as module
-from training.run.board import Board, BoardState, Watch
+from training.run.board import DRAINED, Board, BoardState, Watch
 
 
 class Clock:
@@ -36,19 +37,19 @@ def test_a_silent_rank_is_named_else_the_one_that_is_behind() -> None:
 def test_a_restart_is_told_with_its_reason_and_a_users_error_ends_the_restarts() -> None:
     clock = Clock()
     board = Board(clock)
-    assert all(board.begin(rank) for rank in (1, 0))
+    assert all(board.begin(rank, 2) for rank in (1, 0))
     assert board.read().news == []
     board.beat(0, 3)
     board.beat(1, 2)
     board.lost(0, "RuntimeError: timed out")
-    assert board.begin(0)
+    assert board.begin(0, 2)
     reason = "rank 0: RuntimeError: timed out (rank 1 was still at update 2, others at 3)"
     assert board.read().news == [f"restart 1 from the last checkpoint: {reason}"]
     assert board.behind() == "", "the beats were of workers that are gone"
     board.fail("first")
     board.fail("second")
     assert board.read().error == "first"
-    assert not board.begin(0)
+    assert not board.begin(0, 2)
 
 
 def test_a_stop_reaches_every_rank_at_its_next_beat_and_progress_is_the_last_written() -> None:
@@ -63,15 +64,21 @@ def test_a_stop_reaches_every_rank_at_its_next_beat_and_progress_is_the_last_wri
     assert board.read().news == ["look"]
 
 
-def test_workers_that_left_a_drained_node_are_started_anew_with_that_reason() -> None:
+@pytest.mark.parametrize("reason", ["", "4 workers have become possible"])
+def test_workers_that_saved_and_left_are_started_anew_with_the_reason(reason: str) -> None:
     board = Board()
-    assert board.begin(0)
-    board.fail("stopped")
-    assert not board.begin(0), "a restart of Ray's before the driver knows: nothing to do"
-    board.start_anew("a worker's node is being drained")
-    assert board.begin(0)
+    assert board.begin(0, 2)
+    if reason:
+        board.regroup(reason)
+        assert board.beat(0, 1), "asked to save and leave"
+    board.fail(StoppedError("saved", where="", todo=""))
+    assert not board.begin(0, 2), "a restart of Ray's before the driver knows: nothing to do"
+    board.start_anew()
+    assert board.begin(0, 4)
+    assert not board.beat(0, 1)
     assert board.read().error is None
-    assert board.read().news[-1] == "restart 2 from the last checkpoint: a worker's node is being drained"
+    said = f"{reason or DRAINED}; saved; 4 workers instead of 2"
+    assert board.read().news[-1] == f"restart 2 from the last checkpoint: {said}"
 
 
 @pytest.mark.parametrize(("silent_seconds", "ended"), [(59.0, []), (61.0, ["SIGTERM"])])

@@ -7,7 +7,7 @@ import pytest
 import ray
 import typer
 import yaml
-from ray.job_submission import JobDetails
+from ray.job_submission import JobDetails, JobStatus
 from typer.testing import CliRunner
 
 from infra import ClusterError, ConfigError
@@ -52,6 +52,24 @@ def test_a_job_ends_with_its_drivers_exit_code(status: str, code: int | None, ex
 def test_a_job_that_was_stopped_after_its_work_was_done_succeeded() -> None:
     assert exit_code(logged("model: /out/model\nccsr ended with exit code 0\n"), ended("STOPPED", None)) == 0
     assert exit_code(logged("stopped\nccsr ended with exit code 143\n"), ended("STOPPED", None)) == 143
+
+
+def test_a_running_jobs_status_has_its_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = "training stage 1: 120/1000 (0.5/s, 0:29:20 left) loss 0.1, 48.0 samples/s"
+    log = f"training stage 1: 110/1000\n{line}\nwarning: slow\n"
+    info = JobDetails(
+        type="SUBMISSION",
+        job_id=None,
+        submission_id="job-1",
+        driver_info=None,
+        status=JobStatus.RUNNING,
+        entrypoint="exec python -m pipelines.cli.main train -c a.yaml",
+        start_time=1,
+    )
+    client = SimpleNamespace(get_job_info=lambda job: info, get_job_logs=lambda job: log)
+    monkeypatch.setattr("infra.cluster.server.connect", lambda address: client)
+    printed = CliRunner().invoke(app, ["jobs", "status", "job-1"]).output
+    assert printed.splitlines()[:3] == ["job-1 RUNNING", "command: ccsr train -c a.yaml", line]
 
 
 def test_the_same_job_is_the_same_arguments_config_and_code(tmp_path: Path) -> None:

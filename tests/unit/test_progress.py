@@ -3,7 +3,7 @@
 import pytest
 
 from infra.display import progress as module
-from infra.display.progress import progress
+from infra.display.progress import last_line, progress
 
 
 def test_lines_tell_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -16,9 +16,12 @@ def test_lines_tell_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch, capsy
         advance(10)
         advance(1)
         advance(79)
-    assert capsys.readouterr().err.splitlines() == [
+    printed = capsys.readouterr().err
+    assert last_line("warning: a/b\n" + printed + "ccsr: done\n") == "training: 1100/1100"
+    assert last_line("Traceback: 1/2x\n") == ""
+    assert printed.splitlines() == [
         "training: 1000/1100 loss 3",
-        "training: 1010/1100 (0:09:00 left) loss 2",
-        "training: 1020/1100 (0:08:00 left)",
+        "training: 1010/1100 (0.167/s, 0:09:00 left) loss 2",
+        "training: 1020/1100 (0.167/s, 0:08:00 left)",
         "training: 1100/1100",
     ]

@@ -166,10 +166,10 @@ def check_cpus(config: TrainConfig, cluster: Mapping[str, float]) -> None:
     """Fail fast on CPUs that the cluster (resource -> amount) does not have. Raises ConfigError."""
     runtime = config.runtime
     own = 0 if runtime.device == "cuda" else 1  # Ray Train reserves a GPU worker's GPU alone
-    needed, present = runtime.num_workers * (own + runtime.ingest_cpus), int(cluster.get("CPU", 0))
+    needed, present = runtime.workers.min * (own + runtime.ingest_cpus), int(cluster.get("CPU", 0))
     if needed > present:
         raise ConfigError(
-            f"{runtime.num_workers} workers of {own} CPU and {runtime.ingest_cpus} for ingest need {needed} CPUs, "
+            f"{runtime.workers.min} workers of {own} CPU and {runtime.ingest_cpus} for ingest need {needed} CPUs, "
             f"the cluster has {present}",
             where="runtime.ingest_cpus" if runtime.ingest_cpus else "runtime.num_workers",
             todo="lower runtime.ingest_cpus or runtime.num_workers, or add nodes",

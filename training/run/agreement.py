@@ -43,6 +43,7 @@ class WorkerContext:
     stop_asked: Callable[[int], bool] = lambda update: False
     warn: Callable[[str], None] = print
     export: Callable[[dict[str, torch.Tensor], str], None] | None = None
+    measured: Callable[[dict[str, float]], None] = lambda values: None
     agreed: bool = False  # all ranks know that the run ends here
 
 

@@ -13,6 +13,7 @@ from infra.errors import CcsrError
 
 SECONDS_BETWEEN_BEATS = 2.0
 SILENT_SECONDS = 4 * SECONDS_BETWEEN_BEATS
+DRAINED = "a worker's node is being drained"
 NOBODY_RUNS_SECONDS = 60.0  # without any rank's beat
 
 
@@ -37,16 +38,20 @@ class Board:
         self._state = BoardState()
         self._beats: dict[int, tuple[int, float]] = {}
         self._heard = clock()
-        self._attempts = 0
+        self._attempts = self._num_workers = 0
         self._stop = False
+        self._regrouping = ""
 
-    def begin(self, rank: int) -> bool:
-        """A worker starts; False where there is nothing left to do, because an earlier attempt met a user's error."""
+    def begin(self, rank: int, num_workers: int) -> bool:
+        """A worker of `num_workers` starts; False where an earlier attempt met a user's error: nothing is left."""
         if rank == 0:
             self._attempts += 1
             if self._attempts > 1:
                 lost = "; ".join(self._state.lost) or "a worker was lost"
+                if num_workers != self._num_workers:
+                    lost += f"; {num_workers} workers instead of {self._num_workers}"
                 self._state.news.append(f"restart {self._attempts - 1} from the last checkpoint: {lost}")
+            self._num_workers = num_workers
             self._beats, self._state.lost = {}, []
         return self._state.error is None
 
@@ -54,7 +59,7 @@ class Board:
         """A worker lives and works on `update`; True if it is to stop."""
         self._heard = self._clock()
         self._beats[rank] = update, self._heard
-        return self._stop
+        return self._stop or bool(self._regrouping)
 
     def write(self, update: int, note: str) -> None:
         self._state.update, self._state.note = update, note
@@ -74,9 +79,15 @@ class Board:
     def stop(self) -> None:
         self._stop = True
 
-    def start_anew(self, reason: str) -> None:
+    def regroup(self, reason: str) -> None:
+        """Ask the workers to save and leave, so that another number of them is started."""
+        self._regrouping = reason
+
+    def start_anew(self) -> None:
         """Forget the error that the workers left with: others are started in their place."""
-        self._state.error, self._state.lost = None, [reason]
+        saved = self._state.error.what if self._state.error else ""
+        self._state.error, self._state.lost = None, [f"{self._regrouping or DRAINED}; {saved}"]
+        self._regrouping = ""
 
     def read(self) -> BoardState:
         self._state.silent_seconds = self._clock() - self._heard
@@ -160,11 +171,11 @@ class Watch:
         self._show()
         return self.state.error
 
-    def start_anew(self, error: CcsrError) -> None:
-        """Let new workers start after the old ones left with `error`."""
+    def start_anew(self) -> None:
+        """Let new workers start after the old ones have saved and left."""
         import ray
 
-        ray.get(self._board.start_anew.remote(f"a worker's node is being drained; {error.what}"))
+        ray.get(self._board.start_anew.remote())
 
     def _watch(self) -> None:
         asked = False

@@ -1,6 +1,5 @@
 """`ccsr train`: Ray Train workers run the loop; the driver checks first, shows progress and writes the model."""
 
-import os
 import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -10,6 +9,7 @@ from typing import Any
 from infra.config import parameters
 from infra.display.progress import progress
 from infra.errors import CcsrError, ConfigError, DataError, StoppedError, line_of
+from infra.gauges import show
 from infra.locations import check_output
 from infra.manifest import Manifest
 from infra.mlflow_models import find_model
@@ -19,7 +19,7 @@ from infra.run import Progress, claim_output, git_commit
 from infra.storage import exists, join, read_json
 from infra.tars import open_set
 from infra.tracking import Tracker, track
-from training.config import TrainConfig
+from training.config import TrainConfig, legal_world_sizes
 from training.data.batches import check_cpus
 from training.data.samples import check_latents
 from training.models import (
@@ -65,7 +65,7 @@ def run_train(config: TrainConfig, *, log_only: bool = False) -> str:
     last = last_checkpoint(config) if done == config.num_updates else None  # None where it is damaged: it is made again
     if last is None:
         _check_start(config, manifests)
-    num_gpus = config.runtime.num_workers if config.runtime.device == "cuda" else 0
+    num_gpus = config.runtime.workers.min if config.runtime.device == "cuda" else 0
     with (
         ray_cluster(config.runtime.ray, num_gpus=num_gpus) if last is None else nullcontext(),
         tracked() as tracker,
@@ -161,19 +161,26 @@ def _fit(
 ) -> None:
     """Train on Ray until the last update. StoppedError where `sigterm` says that this process is to end."""
     runtime = config.runtime
-    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
     with tempfile.TemporaryDirectory(prefix="ccsr-train-") as scratch:
         from ray.train import FailureConfig, RunConfig
         from ray.train.torch import TorchConfig, TorchTrainer
+
+        from training.run.elastic import LegalSizes
 
         class Trainer(TorchTrainer):
             def _register_sigint_handler(self, controller: Any) -> None:
                 """Leave Ctrl-C to Python: Ray's own handler ends this process with exit code 1 before anything is
                 closed."""
 
+            def _initialize_and_run_controller(self, **parts: Any) -> Any:
+                if self.scaling_config.elasticity_enabled:
+                    parts["scaling_policy"] = LegalSizes(self.scaling_config, sizes, board)
+                return super()._initialize_and_run_controller(**parts)
+
         check_cpus(config, {"CPU": cpus_here()})
         describe_run(tracker, config, manifests)
         board = make_board()
+        sizes = legal_world_sizes(config.global_batch_size, runtime.micro_batch_size)
         settings = {
             "config": config,
             "manifests": manifests,
@@ -203,10 +210,10 @@ def _fit(
 
 
 def _drained(trainer: Any, watch: Watch, config: TrainConfig, sigterm: Callable[[], bool]) -> bool:
-    """Train; True where the workers saved and left because the node of one is being taken away, and are to start anew.
-    Raises what ended the run.
+    """Train; True where the workers saved and left to start anew: the node of one is being taken away, or there is room
+    for more of them. Raises what ended the run.
 
-    Each call is a run of Ray Train's, so that a drained node does not count as one of `runtime.max_restarts`.
+    Each call is a run of Ray Train's, so that this does not count as one of `runtime.max_restarts`.
     """
     failure: Exception | None = None
     try:
@@ -215,13 +222,21 @@ def _drained(trainer: Any, watch: Watch, config: TrainConfig, sigterm: Callable[
         failure = error
     user = watch.error() or (user_error(failure) if failure else None)
     if isinstance(user, StoppedError) and not sigterm():
-        watch.start_anew(user)
+        watch.start_anew()
         return True
     if user:
         raise user from failure
     if failure:
         raise lost_error(failure, config, watch.state.lost) from failure
     return False
+
+
+def _show(config: TrainConfig, rank: int, values: dict[str, float]) -> None:
+    """A rank's numbers for Prometheus; what is the same on all comes from rank 0."""
+    show({f"ccsr_{name}": values[name] for name in ("data_wait_share", "forward_seconds")}, rank=str(rank))
+    if rank == 0:
+        rate = values["samples_per_second"]
+        show({"ccsr_samples_per_second": rate, "ccsr_update_seconds": config.global_batch_size / rate})
 
 
 def _worker(settings: dict[str, Any]) -> None:
@@ -248,7 +263,7 @@ def _worker(settings: dict[str, Any]) -> None:
     backend = "nccl" if config.runtime.device == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     board = settings["board"]
-    if not ray.get(board.begin.remote(rank)):
+    if not ray.get(board.begin.remote(rank, ray_context.get_world_size())):
         return
     tracker = None
     if rank == 0:
@@ -266,6 +281,7 @@ def _worker(settings: dict[str, Any]) -> None:
             stop_asked=Pulse(board, rank, lambda: sigterm() or drain.preemption_info is not None),
             warn=board.warn.remote,
             export=lambda weights, uri: write_model(config, weights, uri),
+            measured=partial(_show, config, rank),
         )
         try:
             model, error = attempt(lambda: initial_model(config))

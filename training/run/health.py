@@ -23,6 +23,8 @@ class Stopwatch:
     def __init__(self, device: str) -> None:
         self._on_gpu = device.startswith("cuda")
         self._spans: list[tuple[Any, Any]] = []
+        self.last = 0.0
+        """What `seconds` returned last."""
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -40,10 +42,12 @@ class Stopwatch:
     def seconds(self) -> float:
         """Of all blocks since the last call."""
         spans, self._spans = self._spans, []
-        if not self._on_gpu:
-            return sum(ended - began for began, ended in spans)
-        spans[-1][1].synchronize()
-        return sum(began.elapsed_time(ended) for began, ended in spans) / 1000
+        if self._on_gpu:
+            spans[-1][1].synchronize()
+            self.last = sum(began.elapsed_time(ended) for began, ended in spans) / 1000
+        else:
+            self.last = sum(ended - began for began, ended in spans)
+        return self.last
 
 
 class Spikes:

@@ -29,11 +29,13 @@ def placement(runtime: TrainRuntime) -> Any:
     """Where Ray Train puts the workers, and what it reserves for each: its GPU alone, or one CPU."""
     from ray.train import ScalingConfig
 
+    workers = runtime.workers
+    number: Any = (workers.min, workers.max) if workers.min < workers.max else workers.max
     if runtime.device == "cuda":
-        return ScalingConfig(num_workers=runtime.num_workers, use_gpu=True)
+        return ScalingConfig(num_workers=number, use_gpu=True)
     place = cpu_work(runtime.ray)
     return ScalingConfig(
-        num_workers=runtime.num_workers,
+        num_workers=number,
         label_selector=place.pop("label_selector"),
         resources_per_worker={"CPU": 1, **place},
     )

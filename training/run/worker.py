@@ -76,7 +76,9 @@ def train(config: TrainConfig, manifests: list[Manifest], model: CcsrModel, cont
                 context.tracker.metrics(grouped(marks), step=position)
             if finished % config.runtime.log_every == 0 or finished == config.num_updates:
                 terms["learning_rate"] = learning_rate
-                _report(context, finished, terms | meter.values(), step=position)
+                rates = meter.values()
+                context.measured(rates | {"forward_seconds": stopwatch.last})
+                _report(context, finished, terms | rates, step=position)
             scores = None
             if validation is not None and validation.due(finished):
                 with meter.aside(), nullcontext() if config.ema is None else averaged(engine, optimizer):

@@ -1,0 +1,33 @@
+"""As many workers as the cluster can give, in legal numbers, on nodes that stay."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+from ray.train import ScalingConfig
+
+from training.run.elastic import LegalSizes
+
+NODES = {name: {"CPU": 2.0} for name in "abc"}
+
+
+@pytest.mark.parametrize(
+    ("draining", "dead", "possible"), [((), (), 4), (("a",), (), 4), (("a",), ("b",), 2), (("a", "b"), ("c",), 0)]
+)
+def test_the_largest_legal_size_of_the_nodes_that_stay(
+    monkeypatch: pytest.MonkeyPatch, draining: tuple[str, ...], dead: tuple[str, ...], possible: int
+) -> None:
+    """Six, four, two or no CPUs for a run whose legal sizes are 1, 2 and 4."""
+    monkeypatch.setattr(ray, "nodes", lambda: [{"NodeID": name, "Alive": name not in dead} for name in NODES])
+    monkeypatch.setattr(ray._private.state.state, "get_draining_nodes", lambda: dict.fromkeys(draining, 0))
+    config = ScalingConfig(num_workers=(1, 6), resources_per_worker={"CPU": 1})
+    asked: list[str] = []
+    board: Any = SimpleNamespace(regroup=SimpleNamespace(remote=asked.append))
+    policy = LegalSizes(config, [1, 2, 4, 8], board)
+    assert policy._count_possible_workers(NODES) == possible
+
+    monkeypatch.setattr(policy, "_maybe_send_resource_request", lambda: None)
+    monkeypatch.setattr(policy, "_get_reserved_resources", lambda: NODES)
+    policy.make_decision_for_running_worker_group(SimpleNamespace(num_workers=2, start_time=float("-inf")), None)
+    assert asked == (["4 workers have become possible"] if possible == 4 else [])

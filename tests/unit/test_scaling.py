@@ -1,0 +1,55 @@
+"""The scaling model by hand: what an update is spent on, and which loss the table names."""
+
+import pytest
+from test_train_estimate import config
+
+from pipelines.estimate import Assumed, estimate_training
+from pipelines.scaling import Limits, Parts, on_cores, scaling_table, update_seconds
+from training.run.requirements import StepCost
+
+LIMITS = Limits(
+    ranks_per_node=4,
+    link_bytes_per_second=100.0,
+    node_bytes_per_second=10.0,
+    hop_seconds=0.0,
+    storage_requests_per_second=8.0,
+    storage_bytes_per_second=1e9,
+    host_bytes_per_second=50.0,
+)
+
+
+def test_an_update_by_hand() -> None:
+    parts = Parts(sample_seconds=1.0, exchanged_bytes=40.0, checkpoint_bytes=100.0, checkpoint_every=10)
+    found = update_seconds(parts, LIMITS, 1, 16)
+    assert found == {"compute": 16, "exchange": 0, "degradation": 0, "storage": 0, "checkpoints": pytest.approx(0.2)}
+    found = update_seconds(parts, LIMITS, 8, 16)
+    # Two rings: of four in a node, of two nodes; 16 reads take the two seconds that the computation takes.
+    assert (found["compute"], found["exchange"]) == (2, pytest.approx(2 * 0.75 * 40 / 100 + 2 * 0.5 * 40 / 10))
+    assert found["storage"] == 0
+    assert update_seconds(parts, LIMITS, 16, 160)["storage"] == pytest.approx(20 - 10 - 0.6 - 2 * 0.75 * 4)
+
+
+@pytest.mark.parametrize(("cpus", "wait"), [(1, 3.0), (2, 1.0), (4, 0.0)])
+def test_degradation_shows_only_where_it_is_slower_than_the_gpu(cpus: int, wait: float) -> None:
+    parts = Parts(sample_seconds=0.5, exchanged_bytes=0, ingest_seconds=2.0, ingest_cpus=cpus)
+    assert update_seconds(parts, LIMITS, 1, 2)["degradation"] == wait
+
+
+def test_ranks_share_cores() -> None:
+    parts = Parts(sample_seconds=1.0, exchanged_bytes=10.0, fixed_seconds=0.5)
+    one, two, four = (on_cores(parts, 20.0, 2, number, 8) for number in (1, 2, 4))
+    assert (one, two, four) == (8.5, pytest.approx(4.5 + 0.5), pytest.approx(2 * (2.5 + 0.75)))
+
+
+def test_the_table_names_the_largest_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.run.requirements.step_cost", lambda config: StepCost(10**8, 50, 4e12, 400))
+    monkeypatch.setattr("training.run.requirements.ingest_seconds", lambda config: 0.02)
+    settings = config(global_batch_size=96, precision="bf16", runtime={"num_workers": 4, "ingest_cpus": 1})
+    (first,) = estimate_training(settings, Assumed("A100", mfu=0.5), [])
+    rows = scaling_table(settings, first, [8, 256]).rows
+    names = [[getattr(value, "value", value) for value in row] for row in rows]
+    assert [(row[0], row[1]) for row in names] == [(8, 96), (8, 192), (256, 96), (256, 6144)]
+    assert names[0][4].startswith("degradation")
+    assert names[0][6].startswith("runtime.ingest_cpus: 2,")  # 0.02 s times 1.46, at 39 samples/s
+    assert names[2][4:] == ["96 samples cannot be shared by 256", None, "global_batch_size: 6144"]
+    assert names[3][3] < names[3][5] <= 1

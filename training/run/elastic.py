@@ -1,0 +1,30 @@
+"""How many workers a run with `num_workers: {min, max}` has: the largest legal world size that the cluster can give."""
+
+from typing import Any
+
+import ray
+from ray.train import ScalingConfig
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ResizeDecision
+
+
+class LegalSizes(ElasticScalingPolicy):
+    """Ray Train's policy, restricted to legal world sizes and to nodes that are here to stay. Where more workers have
+    become possible it lets the running ones save and leave; the driver then starts anew.
+    """
+
+    def __init__(self, config: ScalingConfig, sizes: list[int], board: Any) -> None:
+        super().__init__(config)
+        self._sizes, self._board = sizes, board
+
+    def _count_possible_workers(self, reserved_resources: dict[str, Any]) -> int:
+        draining = ray._private.state.state.get_draining_nodes()  # alive, but no worker starts there
+        here = {node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining}
+        staying = {node: resources for node, resources in reserved_resources.items() if node in here}
+        possible = super()._count_possible_workers(staying)
+        return max((size for size in self._sizes if size <= possible), default=0)
+
+    def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> NoopDecision:
+        decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
+        if isinstance(decision, ResizeDecision) and decision.num_workers > worker_group_state.num_workers:
+            self._board.regroup.remote(f"{decision.num_workers} workers have become possible")
+        return NoopDecision()  # where fewer are possible, the workers of a lost or drained node say so themselves
