@@ -11,6 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from training.optimizer import EmaConfig
+
 
 class Phase:
     """Updates at a constant learning rate, whose result is the weights' moving average; resumes where it stopped.
@@ -46,10 +48,10 @@ class Phase:
             terms["loss"].backward()
             nn.utils.clip_grad_norm_(self.networks.parameters(), 1.0)
             self.optimizer.step()
-            self.update += 1
             with torch.no_grad():
-                weight = max(0.001, 9 / (10 + self.update))
+                weight = 1 - EmaConfig().decay_at(self.update)
                 torch._foreach_lerp_(list(self.average.parameters()), list(self.networks.parameters()), weight)
+            self.update += 1
             for key, value in terms.items():
                 sums[key] = sums.get(key, 0) + value.item()
             if self.update % every == 0 or self.update == num_updates:

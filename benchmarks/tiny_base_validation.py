@@ -46,36 +46,33 @@ def pairs_of(photos: Sequence[np.ndarray], size: int, count: int, purpose: str) 
 
 
 class Scores:
-    """Rows of one table: means over the images, and L-STD over the truncated chain's."""
+    """Rows of one table: means over the images, and ratios to the truncated chain, image by image."""
 
     def __init__(self, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
         self.hrs = [hr for hr, _ in pairs]
         self.bicubic = [resize_bicubic(lr, *hr.shape[1::-1]) for hr, lr in pairs]
-        self.reference: np.ndarray | None = None
-        names = "PSNR-Y, minus bicubic's, energy / bicubic's, NIQE, L-STD, L-STD at equal sharpness, both / truncated's"
-        print(f"| | {names.replace(', ', ' | ')} |\n|{'---|' * 8}")
+        self.reference: np.ndarray | None = None  # truncated's rows
+        names = "PSNR-Y, minus bicubic's, energy / bicubic's, NIQE, L-STD, at equal sharpness"
+        names += ", energy / truncated's (images), L-STD, at equal sharpness"
+        print(f"| | {names.replace(', ', ' | ')} |\n|{'---|' * 10}")
 
     def row(self, name: str, runs_of: Sequence[list[np.ndarray]], reference: bool = False) -> None:
         rows = []
         for hr, bicubic, runs in zip(self.hrs, self.bicubic, runs_of, strict=True):
-            stability = (l_std(runs), l_std_equal_sharpness(runs, bicubic)) if len(runs) > 1 else (0.0, 0.0)
+            # Not a number where the runs are less sharp than bicubic.
+            stability = (l_std(runs), l_std_equal_sharpness(runs, bicubic)) if len(runs) > 1 else (np.nan, np.nan)
             energy = np.mean([gradient_energy(run) for run in runs]) / gradient_energy(bicubic)
             psnr = np.mean([psnr_y(run, hr) for run in runs])
-            rows.append(
-                (
-                    psnr,
-                    psnr - psnr_y(bicubic, hr),
-                    energy,
-                    np.mean([niqe(r) for r in runs]) if hr.shape[0] >= NIQE_PX else np.nan,
-                    *stability,
-                )
-            )
-        mean = np.mean(rows, axis=0)
+            scores = np.mean([niqe(r) for r in runs]) if hr.shape[0] >= NIQE_PX else np.nan
+            rows.append((psnr, psnr - psnr_y(bicubic, hr), energy, scores, *stability))
+        found = np.array(rows)
         if reference:
-            self.reference = mean[4:]
-        ratio = mean[4:] / self.reference if self.reference is not None else (0, 0)
-        cells = [f"{mean[0]:.2f}", *(f"{v:+.2f}" for v in mean[1:2]), *(f"{v:.2f}" for v in mean[2:4])]
-        print(f"| {' | '.join([name, *cells, *(f'{v:.4f}' for v in mean[4:])])} | {ratio[0]:.2f}, {ratio[1]:.2f} |")
+            self.reference = found
+        cells = [f"{found[:, i].mean():{form}}" for i, form in enumerate((".2f", "+.2f", ".2f", ".2f", ".4f", ".4f"))]
+        if self.reference is not None:
+            ratios = found[:, [2, 4, 5]] / self.reference[:, [2, 4, 5]]
+            cells += [f"{np.nanmean(column):.2f} ({np.isfinite(column).sum()})" for column in ratios.T]
+        print(f"| {' | '.join([name, *cells])} |", flush=True)
 
 
 @torch.no_grad()
@@ -119,6 +116,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=128, help="px of the crops; NIQE needs 200")
     parser.add_argument("--num-images", type=int, default=8)
     parser.add_argument("--num-runs", type=int, default=3)
+    parser.add_argument("--chains", nargs="+", default=["truncated", "uniform"], choices=list(CHAINS))
     parser.add_argument("--stage2", nargs="*", default=[], metavar="FIELD=VALUE,...", help="of the demo's config")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -145,7 +143,7 @@ def main() -> None:
     scores.row("VAE of the ground truth", [[_levels(image)] for image in reconstructed])
     scores.row("decode(z_lr)", decoded(model, [image.mean for image in images]))
     latents = {}
-    for name in reversed(CHAINS):
+    for name in arguments.chains:
         rows = [[(image, run) for run in range(arguments.num_runs)] for image in images]
         latents[name] = [sample_rows(model, row, CHAINS[name], 0) for row in rows]
         scores.row(name, decoded(model, latents[name]), reference=name == "truncated")
