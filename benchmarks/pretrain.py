@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from benchmarks.pretrain_phase import Phase
 from degradation.pipeline import degrade
 from degradation.presets import load_preset
-from infra.config import Config, load_config
+from infra.config import Config, fingerprint_of, load_config
 from infra.images import gradient_energy, read_image, resize_bicubic
 from infra.process.numerics import NumericsConfig, set_numerics
 from infra.seeding import rng_for
@@ -55,9 +55,15 @@ class PretrainConfig(Config):
     num_crops: int = Field(2400, description="pairs that are encoded once for the denoiser")
 
 
+def photos_id(config: PretrainConfig, part: str) -> str:
+    """Names what `load_photos` returns, so that files made from other photographs or sizes are not taken for it."""
+    sides = config.short_sides if part == "train" else VALIDATION_SIDES
+    return fingerprint_of({"photos": getattr(config, part), "sides": sides})[:8]
+
+
 def load_photos(config: PretrainConfig, part: str, out: Path) -> list[np.ndarray]:
     """Every photograph of `part` ("train", "validation") at every size it has, uint8 (H, W, 3); kept in the output."""
-    cache = out / f"photos_{part}.safetensors"
+    cache = out / f"photos_{part}_{photos_id(config, part)}.safetensors"
     if not cache.exists():
         photos = {}
         for name in getattr(config, part):
@@ -153,9 +159,10 @@ def encoded_pairs(
 
     They are kept in files of CHUNK pairs, so that a larger count encodes only what is missing.
     """
+    names = f"latents_{part}_{photos_id(config, part)}_{model.encoder_id()}"
     degradation, px, found = load_preset("ccsr"), LATENT_PX * model.factor, []
     for first in range(0, count, CHUNK):
-        cache = out / f"latents_{part}_{first:06d}.safetensors"
+        cache = out / f"{names}_{first:06d}.safetensors"
         if not cache.exists():
             pairs = []
             for index in range(first, first + CHUNK):

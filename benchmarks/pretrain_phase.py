@@ -73,7 +73,7 @@ class Phase:
             log.write(json.dumps({"update": self.update, **{k: round(v, 5) for k, v in values.items()}}) + "\n")
 
     def _save(self) -> None:
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for part in ("networks", "average"):
             state = getattr(self, part).state_dict()
             tensors |= {f"{part}.{name}": tensor.contiguous() for name, tensor in state.items()}
