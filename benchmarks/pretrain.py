@@ -14,10 +14,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from benchmarks.pretrain_phase import Phase
+from benchmarks.pretrain_phase import Phase, save_whole
 from degradation.pipeline import degrade
 from degradation.presets import load_preset
 from infra.config import Config, fingerprint_of, load_config
@@ -73,7 +73,7 @@ def load_photos(config: PretrainConfig, part: str, out: Path) -> list[np.ndarray
                 height, width = (round(length * side / min(image.shape[:2])) for length in image.shape[:2])
                 if height <= image.shape[0]:
                     photos[f"{name} {side}"] = torch.from_numpy(resize_bicubic(image, width, height).copy())
-        save_file(photos, cache)
+        save_whole(photos, cache)
     return [photo.numpy() for _, photo in sorted(load_file(cache).items())]
 
 
@@ -170,7 +170,7 @@ def encoded_pairs(
                 pair = degrade(np.ascontiguousarray(draw_crop(photos, px, rng)), degradation, rng)
                 images = as_tensor([pair.hr, resize_bicubic(pair.lr, px, px)], config.device)
                 pairs.append(model.encode_moments(images)[0].cpu())
-            save_file({"pairs": torch.stack(pairs, dim=1).contiguous()}, cache)
+            save_whole({"pairs": torch.stack(pairs, dim=1).contiguous()}, cache)
         found.append(load_file(cache)["pairs"])
     return torch.cat(found, dim=1)[:, :count].to(config.device)
 

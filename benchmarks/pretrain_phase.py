@@ -79,9 +79,7 @@ class Phase:
             tensors |= {f"{part}.{name}": tensor.contiguous() for name, tensor in state.items()}
         for index, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"{index}.{name}": tensor.contiguous() for name, tensor in moments.items()}
-        partial = self.file.with_suffix(".partial")
-        save_file(tensors, partial, {"update": str(self.update)})
-        partial.rename(self.file)
+        save_whole(tensors, self.file, {"update": str(self.update)})
 
     def _load(self) -> None:
         with safe_open(self.file, "pt") as stored:
@@ -97,3 +95,10 @@ class Phase:
             state = {name.partition(".")[2]: t for name, t in tensors.items() if name.startswith(part)}
             getattr(self, part).load_state_dict(state)
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
+
+
+def save_whole(tensors: dict[str, Tensor], file: Path, facts: dict[str, str] | None = None) -> None:
+    """Write a safetensors file that is there whole or not at all."""
+    partial = file.with_suffix(".partial")
+    save_file(tensors, partial, facts)
+    partial.rename(file)
