@@ -132,18 +132,17 @@ def train_vae(model: CcsrModel, config: PretrainConfig, out: Path) -> None:
         error = (decoded - fixed).square().mean((1, 2, 3))
         return {"psnr": float((-10 * error.log10()).mean()), "latent_std": float(mean.std())}
 
-    every = config.validate_every
-    if config.vae_updates:
-        Phase("vae", {"vae": model.vae}, config.learning_rates["vae"], out).run(
-            config.vae_updates, every, loss, validate
-        )
+    every, rates = config.validate_every, config.learning_rates
+    whole = Phase("vae", {"vae": model.vae}, rates["vae"], out)
+    whole.run(config.vae_updates, every, loss, validate)
+    if whole.update:
         with torch.no_grad():
             std = model.vae.encode(2 * fixed - 1).latent_dist.mean.std()
         model.vae.register_to_config(scaling_factor=round(1 / float(std), 4))
     for part in (model.vae.encoder, model.vae.quant_conv):
         part.requires_grad_(False)
     parts = {"decoder": model.vae.decoder, "post_quant_conv": model.vae.post_quant_conv}
-    Phase("decoder", parts, config.learning_rates["decoder"], out).run(config.decoder_updates, every, loss, validate)
+    Phase("decoder", parts, rates["decoder"], out).run(config.decoder_updates, every, loss, validate)
 
 
 def differences(image: Tensor) -> Iterator[Tensor]:
