@@ -140,8 +140,8 @@ def test_commands_in_one_process_apply_them(
     with pytest.raises(Reached):
         list(pipelines.restore._outcomes([{}], "o", "m", RestoreConfig(numerics=numerics)))
     monkeypatch.setattr(benchmarks.pretrain, "build_model", reached)
-    photos = {"photos": str(tmp_path), "train": ("a",), "validation": ("a",), "output": str(tmp_path)}
-    minutes = {"vae_minutes": 0, "decoder_minutes": 0, "denoiser_minutes": 0}
+    photos = {"photos": str(tmp_path), "train": ("a",), "validation": ("a",)}
+    updates = {"vae_updates": 0, "decoder_updates": 0, "denoiser_updates": 0}
     with pytest.raises(Reached):
-        benchmarks.pretrain.pretrain(PretrainConfig(**photos, **minutes, threads=1, numerics=numerics))
+        benchmarks.pretrain.pretrain(PretrainConfig(**photos, **updates, threads=1, numerics=numerics), tmp_path)
     assert seen == [DETERMINISTIC, DETERMINISTIC]
