@@ -28,7 +28,7 @@ from pipelines.scaling import Parts, on_cores
 from tests.training_runs import free_port, join_group, noise_shards, train_config
 
 BATCHES = (8, 16)
-UPDATES, WARM_UP = 8, 3
+UPDATES, WARM_UP = 5, 2
 SHARE_BYTES = 64 * 2**20
 
 
