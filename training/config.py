@@ -157,7 +157,7 @@ class TrainConfig(Config):
     data: Annotated[tuple[TrainingSet, ...], Field(min_length=1, description="shard sets, or {path, weight}")]
     inputs: Literal["pixels", "latents"] = Field("pixels", description="latents: those that the shards store")
     init_from: Annotated[ModelLocation | None, BeforeValidator(lambda place: None if place == "random" else place)] = (
-        Field(description="a model or run's folder, runs:/ID, models:/NAME@ALIAS, a hub id, or `random` for random weights")
+        Field(description="a model or run's folder, runs:/ID, models:/NAME@ALIAS, hub id; `random` for random weights")
     )
     continue_from: Location | None = Field(
         None, description="RUN[@POSITION]: begin with another run's checkpoint: weights, moments, position"
