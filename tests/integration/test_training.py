@@ -551,7 +551,9 @@ def test_onestep_resumes_bit_by_bit(process_group, small, data, tmp_path, zero_s
     assert bool(moved) == (critic == "regulariser")
 
 
-@pytest.mark.parametrize(("precision", "stages"), [("fp32", (1, 2, 0)), ("bf16", (1, 2))])
+@pytest.mark.parametrize(
+    ("precision", "stages"), [("fp32", (1, 2, 0)), pytest.param("bf16", (1, 2), marks=pytest.mark.slow)]
+)
 def test_a_checkpoint_resumes_under_another_zero_stage(process_group, small, data, tmp_path, precision, stages):
     before = stages[0]
     for zero_stage in stages:
@@ -576,7 +578,9 @@ def test_a_run_that_is_watched_is_the_same_run(one, data, tmp_path):
     assert (tmp_path / "profile" / "top_ops.txt").stat().st_size > 0
 
 
-@pytest.mark.parametrize(("precision", "zero_stage"), [("fp32", 0), ("bf16", 1), ("bf16", 2)])
+@pytest.mark.parametrize(
+    ("precision", "zero_stage"), [("fp32", 0), pytest.param("bf16", 1, marks=pytest.mark.slow), ("bf16", 2)]
+)
 def test_the_average_is_what_is_validated_and_exported(
     process_group, small, data, tmp_path, monkeypatch, precision, zero_stage
 ):
@@ -625,7 +629,15 @@ def test_norms_and_biases_do_not_decay_on_request(process_group, small, data, tm
 SWITCHES = [{"compile": True}, {"channels_last": True}, {"join_passes": True}]
 
 
-@pytest.mark.parametrize("switches", [*SWITCHES, {name: True for one in SWITCHES for name in one}], ids=str)
+@pytest.mark.parametrize(
+    "switches",
+    [
+        pytest.param(SWITCHES[0], marks=pytest.mark.slow),
+        *SWITCHES[1:],
+        {name: True for one in SWITCHES for name in one},
+    ],
+    ids=str,
+)
 def test_switches_for_speed_change_roundings_alone(one, data, tmp_path, monkeypatch, switches):
     """Of the compiler its graphs and their gradients are tested; the code that it makes of them takes minutes here."""
     compiled = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
@@ -635,7 +647,9 @@ def test_switches_for_speed_change_roundings_alone(one, data, tmp_path, monkeypa
     assert losses == pytest.approx(one[0][:3], rel=1e-5)
 
 
-@pytest.mark.parametrize(("precision", "zero_stage"), [("fp32", 1), ("bf16", 1), ("bf16", 2)])
+@pytest.mark.parametrize(
+    ("precision", "zero_stage"), [("fp32", 1), pytest.param("bf16", 1, marks=pytest.mark.slow), ("bf16", 2)]
+)
 def test_an_offloaded_optimizer_makes_the_same_run(process_group, small, data, tmp_path, precision, zero_stage):
     """With gradients accumulated over two micro-batches, an average and a resume; not clipped, because the norm is
     summed in another order."""

@@ -48,6 +48,7 @@ def compare(rank: int, port: int, answers: "multiprocessing.Queue[tuple[int, str
         answers.put((rank, str(error)))
 
 
+@pytest.mark.slow
 def test_one_bit_of_one_replica_is_found_and_named() -> None:
     spawn = multiprocessing.get_context("spawn")
     answers, port = spawn.Queue(), free_port()
