@@ -60,14 +60,8 @@ def run_convert(
         checkpoint = v1 or stablesr
         base_dir = None if checkpoint and base is None else _base(base or BASE_HUB_ID, folder / "base", fetch=fetch)
 
-        from training.models import (
-            convert_base,
-            convert_onestep,
-            convert_stablesr,
-            convert_v1,
-            convert_v2,
-            publish_model,
-        )
+        from training.convert import convert_base, convert_onestep, convert_stablesr, convert_v1, convert_v2
+        from training.models import publish_model
 
         if v1:
             convert_v1(download(v1, folder), base_dir, target)

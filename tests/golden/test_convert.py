@@ -16,11 +16,12 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from infra import ModelError
 from training.config import ModelConfig
-from training.models import CcsrModel, convert_v1, convert_v2, load_model
+from training.convert import convert_v1, convert_v2
+from training.convert.ldm import unet_names, vae_names
+from training.convert.text import V2_NEGATIVE_PROMPT, V2_PROMPT, embed_empty_prompt_open_clip
+from training.models import CcsrModel, load_model
 from training.models.directory import WEIGHTS
-from training.models.ldm import unet_names, vae_names
 from training.models.networks import UNET_CONFIGS, VAE_CONFIGS, latent_controlnet, seeded_init
-from training.models.text import V2_NEGATIVE_PROMPT, V2_PROMPT, embed_empty_prompt_open_clip
 
 DATA = Path(__file__).parent / "data" / "models"
 UNET = {

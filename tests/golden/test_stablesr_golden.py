@@ -18,15 +18,15 @@ from torch.nn import functional as F
 
 from infra import ModelError
 from training.config import ModelConfig
+from training.convert import convert_stablesr
+from training.convert.ldm import encoder_names, sft_names, unet_names, vae_names, wrapping_names
 from training.models import (
     FeatureWrapping,
     StableSrAdapter,
     StableSrModel,
-    convert_stablesr,
     load_model,
     save_model,
 )
-from training.models.ldm import encoder_names, sft_names, unet_names, vae_names, wrapping_names
 from training.models.networks import seeded_init
 from training.models.stablesr import Sft
 

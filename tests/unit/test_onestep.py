@@ -13,14 +13,13 @@ from infra import ConfigError, ModelError, noise_for
 from infra.config import parse_config
 from tests.small_networks import smaller_tiny
 from training.config import ModelConfig, SamplingConfig, TrainConfig
+from training.convert import convert_base, convert_onestep
 from training.data.batches import Batch
 from training.losses import vsd_loss
 from training.models import (
     OneStepAdapter,
     OneStepModel,
     build_model,
-    convert_base,
-    convert_onestep,
     load_model,
     save_model,
 )

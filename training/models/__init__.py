@@ -2,8 +2,6 @@
 
 from training.models.build import build_model
 from training.models.ccsr import CcsrModel
-from training.models.convert import convert_base, convert_stablesr, convert_v1, convert_v2
-from training.models.convert_onestep import convert_onestep
 from training.models.directory import load_model, save_model
 from training.models.discriminators import PatchDiscriminator, ProjectedDiscriminator, power_iteration
 from training.models.networks import seeded_init, with_latent_condition
@@ -26,11 +24,6 @@ __all__ = [
     "StableSrAdapter",
     "StableSrModel",
     "build_model",
-    "convert_base",
-    "convert_onestep",
-    "convert_stablesr",
-    "convert_v1",
-    "convert_v2",
     "export_trained",
     "fetch_model",
     "load_dino",

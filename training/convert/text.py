@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from infra.errors import ModelError
+from training.convert.ldm import open_clip_names
 from training.models.directory import PROMPTS, check_finite, check_keys, read_weights
-from training.models.ldm import open_clip_names
 
 # CCSR v2's inference defaults (its README); they act only where the guidance scale is above 1.
 V2_PROMPT = "clean, high-resolution, 8k"

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from infra.errors import ModelError
-from training.models.convert import check_prediction_type, write_model
+from training.convert.published import check_prediction_type, write_model
+from training.convert.text import embed_prompts, prompts_of
 from training.models.directory import fill, load_part, torch_load
 from training.models.onestep import OneStepAdapter
-from training.models.text import embed_prompts, prompts_of
 
 PLACES = {"unet": ("encoder", "decoder", "others"), "vae": ("encoder",)}
 

@@ -13,6 +13,16 @@ from torch import Tensor, nn
 
 from infra.errors import ModelError
 from training.config import ModelConfig
+from training.convert.ldm import (
+    LdmCheckpoint,
+    encoder_names,
+    sft_names,
+    split_qkv,
+    unet_names,
+    vae_names,
+    wrapping_names,
+)
+from training.convert.text import embed_empty_prompt_open_clip, embed_prompts, prompts_of
 from training.models.build import build_adapter, model_class
 from training.models.directory import (
     WEIGHTS,
@@ -25,15 +35,6 @@ from training.models.directory import (
     read_weights,
     save_model,
 )
-from training.models.ldm import (
-    LdmCheckpoint,
-    encoder_names,
-    sft_names,
-    split_qkv,
-    unet_names,
-    vae_names,
-    wrapping_names,
-)
 from training.models.networks import (
     CONDITION,
     UNET_CONFIGS,
@@ -42,7 +43,6 @@ from training.models.networks import (
     seeded_init,
 )
 from training.models.stablesr import StableSrAdapter
-from training.models.text import embed_empty_prompt_open_clip, embed_prompts, prompts_of
 from training.models.wrapping import FeatureWrapping
 
 _UNET = "model.diffusion_model."
