@@ -21,7 +21,7 @@ from infra.publish import upload_folder, write_bytes
 from infra.storage import read_bytes
 from pipelines.cli.main import app
 from pipelines.cli.needs import needs_of
-from pipelines.restore import RestoreConfig, RestoreRuntime, _resolved
+from pipelines.restore import RestoreConfig, RestoreRuntime, resolved
 from pipelines.restore import restore as run_restore
 from training.config import ModelConfig, SamplingConfig
 from training.models import CcsrModel, build_model, save_model
@@ -340,7 +340,7 @@ def test_from_s3_to_s3(s3: str, tmp_path: Path) -> None:
 
 
 def picked(device: str, dtype: str) -> tuple[str, str]:
-    config = _resolved(RestoreConfig.model_validate({"dtype": dtype, "runtime": {"device": device}}))
+    config = resolved(RestoreConfig.model_validate({"dtype": dtype, "runtime": {"device": device}}))
     return config.runtime.device, config.dtype
 
 
