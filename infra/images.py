@@ -3,7 +3,6 @@
 import io
 import os
 import re
-import struct
 import sys
 import zlib
 from collections.abc import Collection, Iterable, Iterator
@@ -17,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
 from infra.errors import DataError, line_of, printable
+from infra.png import bare_png, chunk
 from infra.storage import exists, join, list_files, read_bytes
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif")
@@ -25,7 +25,6 @@ OBJECT = re.compile(r" ?<[^>]* at 0x[0-9a-f]+>")
 SYSTEM_NAMES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", ".ds_store"}
 MODES = ("RGB", "L", "P", "RGBA", "LA", "1")  # of 8 bits, or fewer, that become RGB without a choice
 MAX_PIXELS = 256_000_000
-PNG, RGB_8_BIT = b"\x89PNG\r\n\x1a\n", b"\x08\x02"  # how a PNG begins; its bits a channel and colour type
 ORIENTATION = 0x0112  # the EXIF tag
 _TURNS: dict[int, Any] = {
     2: np.fliplr,
@@ -96,7 +95,7 @@ def decode_image(data: bytes, *, where: str, convert: Collection[str] = ()) -> n
     Raises UnusableImageError (reason `empty`, `unreadable`, `heic`, `too_large`, `animated`, `sixteen_bit`, `cmyk`,
     `transparent` or `truncated`) for anything else.
     """
-    pixels = _bare_png(data)
+    pixels = bare_png(data, MAX_PIXELS)
     if pixels is not None:
         return pixels
     image = open_image(data, where)
@@ -196,52 +195,11 @@ def encode_png(image: np.ndarray, profile: bytes | None = None, exif: bytes | No
     png = data.tobytes()
     chunks = b""
     if profile is not None:
-        chunks += _png_chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(profile))
+        chunks += chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(profile))
     if exif is not None:
-        chunks += _png_chunk(b"eXIf", exif.removeprefix(b"Exif\0\0"))
+        chunks += chunk(b"eXIf", exif.removeprefix(b"Exif\0\0"))
     end_of_header = 8 + 4 + 4 + 13 + 4  # signature, then the first chunk: length, name, content, checksum
     return png[:end_of_header] + chunks + png[end_of_header:]
-
-
-def _png_chunk(name: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-
-
-def _bare_png(data: bytes) -> np.ndarray | None:
-    """The pixels of an 8-bit RGB PNG of bearable size with nothing else in it, as `encode_png` writes it, which OpenCV
-    decodes in two thirds of Pillow's time (benchmarks/png.md). None: another file, or Pillow says what is wrong."""
-    if data[:8] != PNG or data[24:26] != RGB_8_BIT:
-        return None
-    width, height = struct.unpack(">II", data[16:24])
-    kinds = [kind for kind, *_ in _chunks(data)]
-    if width * height > MAX_PIXELS or kinds[-1] != b"IEND" or not {*kinds} <= {b"IHDR", b"IDAT", b"IEND"}:
-        return None
-    try:
-        return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
-    except cv2.error:  # out of memory too
-        return None
-
-
-def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Kind, begin and end of a PNG's chunks."""
-    at, kind = 8, b""
-    while at + 12 <= len(data) and kind != b"IEND":
-        size, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
-        yield kind, at, at + 12 + size
-        at += 12 + size
-
-
-def is_plain_png(data: bytes) -> bool:
-    """Whether a file that decodes is an 8-bit RGB PNG that any reader shows as `decode_image` does: not turned by EXIF,
-    not animated, nothing behind its end."""
-    if data[:8] != PNG or data[24:26] != RGB_8_BIT:
-        return False
-    chunks = list(_chunks(data))
-    for kind, at, _ in chunks:
-        hidden = kind in (b"tEXt", b"zTXt", b"iTXt") and b"exif" in data[at + 8 : at + 8 + 64].lower()
-        if kind in (b"eXIf", b"tRNS", b"acTL") or hidden:
-            return False
-    return bool(chunks) and chunks[-1][0] == b"IEND" and chunks[-1][2] == len(data)
 
 
 def is_plain_jpeg(data: bytes) -> bool:

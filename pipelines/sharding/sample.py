@@ -11,7 +11,8 @@ from PIL import Image
 
 from degradation.config import DegradationConfig
 from degradation.pipeline import degrade
-from infra.images import UnusableImageError, decode_image, encode_png, is_plain_jpeg, is_plain_png
+from infra.images import UnusableImageError, decode_image, encode_png, is_plain_jpeg
+from infra.png import is_plain_png
 from infra.seeding import rng_for
 from infra.shards import image_of, read_sample
 from pipelines.sharding.config import CenterCrop, GridCrop, RandomCrop, ShardConfig

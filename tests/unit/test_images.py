@@ -20,12 +20,12 @@ from infra.images import (
     decode_image,
     encode_png,
     is_plain_jpeg,
-    is_plain_png,
     list_images,
     read_image,
     resize_bicubic,
 )
 from infra.pictures import decode_picture
+from infra.png import is_plain_png
 from infra.publish import write_bytes
 
 
