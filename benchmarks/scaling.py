@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from pipelines.scaling import Parts, on_cores
+from pipelines.estimate.scaling import Parts, on_cores
 from tests.training_runs import free_port, join_group, noise_shards, train_config
 
 BATCHES = (8, 16)

@@ -125,9 +125,11 @@ def estimate(
         raise ConfigError(
             f"a config of {values.job} has no estimate", where=str(config), todo="give shard's or train's"
         )
-    from pipelines.estimate import Assumed, estimate_shards, estimate_training, model_tables, shard_table, train_tables
-    from pipelines.fits import fit_table
-    from pipelines.scaling import scaling_table
+    from pipelines.estimate.fits import fit_table
+    from pipelines.estimate.networks import model_tables
+    from pipelines.estimate.scaling import scaling_table
+    from pipelines.estimate.shards import estimate_shards, shard_table
+    from pipelines.estimate.training import Assumed, estimate_training, train_tables
 
     if values is None:
         tables = model_tables(str(model))

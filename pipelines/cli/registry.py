@@ -32,7 +32,7 @@ class Job:
         `where`: the cluster that the job is to be submitted to.
         """
         from infra.display.table import print_report
-        from pipelines.preview import preview_table
+        from pipelines.estimate.preview import preview_table
 
         progress = _imported(self.runner.replace(":run_", ":preview_"))(config)
         print_report([preview_table(config, progress, self.num_gpus(config), where)])

@@ -6,7 +6,7 @@ import pytest
 from photos import make_shard_set, save_photos, shard_config
 
 from infra.errors import DataError
-from pipelines.estimate import Amount, _scaled_up, estimate_shards, shard_table
+from pipelines.estimate.shards import Amount, _scaled_up, estimate_shards, shard_table
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from evaluation.inputs import find_outputs, load_sets
 from infra import CcsrError, DataError, rng_for
 from infra.images import encode_png
 from infra.run import claim_output
-from pipelines.estimate import estimate_shards
+from pipelines.estimate.shards import estimate_shards
 from pipelines.sets.verify import verify
 from pipelines.sharding.card import write_card
 from pipelines.sharding.config import ShardConfig

@@ -3,8 +3,8 @@
 import pytest
 from test_train_estimate import config
 
-from pipelines.estimate import Assumed, estimate_training
-from pipelines.scaling import Limits, Parts, on_cores, scaling_table, update_seconds
+from pipelines.estimate.scaling import Limits, Parts, on_cores, scaling_table, update_seconds
+from pipelines.estimate.training import Assumed, estimate_training
 from training.run.requirements import StepCost
 
 LIMITS = Limits(

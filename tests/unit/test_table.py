@@ -19,7 +19,9 @@ from infra.cluster.jobs import JobRow
 from infra.display.table import Cell, Table, cell
 from pipelines.cli.cluster import jobs_table
 from pipelines.cli.main import app
-from pipelines.estimate import Amount, Assumed, ShardEstimate, TrainEstimate, model_tables, shard_table, train_tables
+from pipelines.estimate.networks import model_tables
+from pipelines.estimate.shards import Amount, ShardEstimate, shard_table
+from pipelines.estimate.training import Assumed, TrainEstimate, train_tables
 from training.config import TrainConfig
 
 GROUP = "Table 4, RealSR"

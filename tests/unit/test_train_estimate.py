@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from infra import ConfigError
 from pipelines.cli.main import app
-from pipelines.estimate import Assumed, TrainEstimate, estimate_training
-from pipelines.fits import fit_table
+from pipelines.estimate.fits import fit_table
+from pipelines.estimate.training import Assumed, TrainEstimate, estimate_training
 from training.config import ModelConfig, SamplingConfig, TrainConfig
 from training.models import build_model
 from training.restore.restore import decode_images, prepare_image, sample_rows

@@ -14,7 +14,7 @@ from infra.display.table import Cell, Table, cell
 from training.config import TrainConfig
 
 if TYPE_CHECKING:
-    from pipelines.estimate import TrainEstimate
+    from pipelines.estimate.training import TrainEstimate
 
 RAY_TASKS = 1.46
 """CPU time of a sample in Ray's tasks over that in a loop (benchmarks/ingest.md)."""

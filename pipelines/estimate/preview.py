@@ -34,7 +34,8 @@ def _place(config: Any, num_gpus: int) -> str:
 
 def _time(config: Any, progress: Progress) -> str:
     """Of what is left."""
-    from pipelines.estimate import Assumed, estimate_shards
+    from pipelines.estimate.shards import estimate_shards
+    from pipelines.estimate.training import Assumed
     from training.run.requirements import measured_flops
 
     share = 1 - progress.done / max(1, progress.total)
@@ -48,7 +49,7 @@ def _time(config: Any, progress: Progress) -> str:
         return f"about {_amount(hours)} with {workers} workers as fast as this machine"
     if not progress.flops:
         return "as long as the metrics take: no network restores"
-    processes = runtime.num_workers if config.job == "train" else runtime.num_actors
+    processes = runtime.workers.max if config.job == "train" else runtime.num_actors
     if runtime.device == "cuda":
         assumed = Assumed()
         speed, by = assumed.flops_per_second, f"{assumed.card} at {assumed.mfu:.0%} of its peak"

@@ -1,0 +1,1 @@
+"""`ccsr estimate` and `--dry-run`: what jobs will take."""

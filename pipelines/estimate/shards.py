@@ -1,0 +1,109 @@
+"""`ccsr estimate` of a shard config: shards, bytes and core-hours."""
+
+import math
+import os
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from infra.display.progress import progress
+from infra.display.table import Table, cell
+from infra.manifest import ShardRecord
+from pipelines.sharding.card import evenly
+from pipelines.sharding.config import ShardConfig
+from pipelines.sharding.job import latent_encoder, resolve_degradation, write_shard
+from pipelines.sharding.plan import plan_shards
+from pipelines.sharding.sources import SourceFile, list_sources
+
+NUM_FILES = 16
+GIB, MIB = 2**30, 2**20
+
+
+@dataclass(frozen=True)
+class Amount:
+    """An estimated total and two standard errors of it."""
+
+    value: float
+    spread: float
+
+
+@dataclass(frozen=True)
+class ShardEstimate:
+    """What a run will make. `core_seconds` is processor time; `seconds` adds the waiting for files, for one worker."""
+
+    num_files: int
+    num_measured: int
+    num_shards: int
+    num_workers: int
+    samples: Amount
+    num_bytes: Amount
+    core_seconds: Amount
+    seconds: Amount
+
+
+def estimate_shards(config: ShardConfig, *, num_files: int = NUM_FILES) -> ShardEstimate:
+    """Make the samples of `num_files` files, spread evenly over the sources, into a temporary folder, and scale up.
+
+    The number of shards is exact. Ray's start and the network at the output are left out.
+    """
+    recipe, encoder = resolve_degradation(config), latent_encoder(config)
+    files = list_sources(config.sources)
+    measured: list[tuple[float, float, float, float]] = []
+    with tempfile.TemporaryDirectory(prefix="ccsr-estimate-") as folder:
+
+        def make(file: SourceFile, name: str) -> list[ShardRecord]:
+            place = config.model_copy(update={"output": str(Path(folder, name))})
+            return [write_shard(place, recipe, shard, encoder) for shard in plan_shards([file], place)]
+
+        chosen = evenly(files, num_files)
+        make(chosen[0], "warm-up")  # imports and first calls are not a million samples' share
+        with progress("measuring", len(chosen)) as advance:
+            for number, file in enumerate(chosen):
+                wall, cpu = time.perf_counter(), time.process_time()
+                records = make(file, str(number))
+                wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+                num_samples = sum(len(record.entries) for record in records)
+                num_bytes = sum(entry.length_bytes for record in records for entry in record.entries)
+                measured.append((num_samples, num_bytes, cpu, wall))
+                advance()
+    return ShardEstimate(
+        len(files),
+        len(chosen),
+        len(plan_shards(files, config)),
+        config.runtime.num_actors or os.cpu_count() or 1,
+        *(_scaled_up(list(column), len(files)) for column in zip(*measured, strict=True)),
+    )
+
+
+def _scaled_up(values: list[float], total: int) -> Amount:
+    """The sum over `total` files of which `values` are an even part; nothing is unknown where they are all of them."""
+    unknown = math.sqrt(1 - len(values) / total)
+    deviation = statistics.stdev(values) if len(values) > 1 else values[0] if unknown else 0.0
+    return Amount(total * statistics.fmean(values), 2 * total * unknown * deviation / math.sqrt(len(values)))
+
+
+def shard_table(estimate: ShardEstimate) -> Table:
+    """What a shard config will make."""
+    title = f"by {estimate.num_measured} of {estimate.num_files:,} files, ± two standard errors"
+    table = Table(("what", "estimate", "±"), title)
+    workers = min(estimate.num_workers, estimate.num_shards)
+
+    def add(what: str, amount: Amount, share: float = 1, form: str = "") -> None:
+        value, spread = amount.value * share, amount.spread * share
+        table.add(what, cell(value, form or form_of(value)), cell(spread or None, form or form_of(spread)))
+
+    unit, size = ("GiB", GIB) if estimate.num_bytes.value >= GIB else ("MiB", MIB)
+    add("shards", Amount(estimate.num_shards, 0), form=",.0f")
+    add("samples", estimate.samples, form=",.0f")
+    add(f"size, {unit}", estimate.num_bytes, 1 / size, ",.2f")
+    add("size of a shard, MiB", estimate.num_bytes, 1 / estimate.num_shards / MIB, ",.2f")
+    add("core-hours", estimate.core_seconds, 1 / 3600)
+    add(f"hours with {workers} workers of one core", estimate.seconds, 1 / workers / 3600)
+    return table
+
+
+def form_of(value: float) -> str:
+    """The format of an estimate."""
+    return ",.1f" if value >= 10 else ".3g"

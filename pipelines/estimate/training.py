@@ -1,0 +1,156 @@
+"""`ccsr estimate` of a train config: hours, cost and placement."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from infra.display.table import Cell, Table, cell
+from infra.errors import ConfigError
+from pipelines.estimate.networks import networks_table
+from pipelines.estimate.shards import GIB, MIB, form_of
+from training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from training.run.requirements import StepCost
+
+
+@dataclass(frozen=True)
+class Assumed:
+    """What is not counted but assumed: card, share of its peak that training reaches, US dollars of a GPU-hour."""
+
+    card: str = "H100"
+    mfu: float = 0.4
+    price: float = 3.0
+
+    @property
+    def flops_per_second(self) -> float:
+        """Of one GPU. ConfigError for a card without a known peak."""
+        from training.run.meter import PEAK_FLOPS
+
+        if self.card not in PEAK_FLOPS:
+            raise ConfigError(
+                f"the peak of a card called {self.card!r} is not known",
+                where="--card",
+                todo=f"choose one of: {', '.join(PEAK_FLOPS)}",
+            )
+        return self.mfu * PEAK_FLOPS[self.card]
+
+
+@dataclass(frozen=True)
+class TrainEstimate:
+    """One number of GPUs. Bytes are of one GPU or, `window_bytes`, of the batches on their way to it."""
+
+    num_gpus: int
+    micro_batch_size: int
+    accumulation: int
+    gpu_bytes: dict[str, int]
+    checkpoint_bytes: int
+    exchanged_bytes: int
+    window_bytes: int
+    ingest_cores: float
+    samples_per_second: float
+    hours: float
+    gpu_hours: float
+    cost: float
+    step: "StepCost | None" = None
+
+
+def estimate_training(config: TrainConfig, assumed: Assumed, sizes: Sequence[int]) -> list[TrainEstimate]:
+    """One estimate for the config's own number of workers and each of `sizes` that can share its global batch.
+
+    FLOPs and activations are counted on the config's networks, CPU time of a sample is measured here, the speed of a
+    GPU is assumed; all GPUs are taken to work without waiting for each other. A size for which the config's
+    micro-batch is too large gets the largest that fits; in stage 2, whose result depends on it, it is left out.
+    """
+    from training.run.requirements import ingest_seconds, step_cost
+
+    rate, ingest = assumed.flops_per_second, ingest_seconds(config)
+    cost: StepCost | None = None
+    estimates = []
+    for num_gpus in dict.fromkeys([config.runtime.workers.max, *sizes]):
+        micro = _micro_batch(config, num_gpus)
+        if micro is None:
+            continue
+        if cost is None:
+            cost = step_cost(config)
+        estimates.append(_estimate(config, assumed, cost, rate, ingest, num_gpus, micro))
+    return estimates
+
+
+def _micro_batch(config: TrainConfig, num_gpus: int) -> int | None:
+    """The largest micro-batch, up to the config's, in which `num_gpus` can share the global batch."""
+    largest = config.runtime.micro_batch_size
+    smallest = largest if "micro_batch_size" in config.runtime_in_result() else 1
+    fitting = range(largest, smallest - 1, -1)
+    return next((size for size in fitting if config.global_batch_size % (size * num_gpus) == 0), None)
+
+
+def _estimate(
+    config: TrainConfig, assumed: Assumed, cost: "StepCost", rate: float, ingest: float, num_gpus: int, micro: int
+) -> TrainEstimate:
+    from training.data.batches import window
+    from training.run.requirements import memory_needed
+
+    activations = cost.activation_bytes * micro // config.runtime.micro_batch_size
+    needed = memory_needed(cost.num_trained, cost.num_frozen, config, num_gpus) | {"activations": activations}
+    runtime = config.runtime.model_copy(update={"micro_batch_size": micro, "num_workers": num_gpus})
+    ahead = window(config.model_copy(update={"runtime": runtime}), num_gpus)
+    per_gpu = rate / cost.flops_per_sample
+    hours = config.num_updates * config.global_batch_size / (per_gpu * num_gpus) / 3600
+    accumulation = config.global_batch_size // (micro * num_gpus)
+    exchanges = accumulation if config.runtime.zero_stage == 2 else 1  # ZeRO 2 reduces after every micro-batch
+    return TrainEstimate(
+        num_gpus=num_gpus,
+        micro_batch_size=micro,
+        accumulation=accumulation,
+        gpu_bytes=needed,
+        checkpoint_bytes=(12 if config.ema is None else 16) * cost.num_trained,  # fp32: weights, moments, average
+        exchanged_bytes=2 * (num_gpus - 1) * 4 * cost.num_trained * exchanges // num_gpus,
+        window_bytes=ahead * micro * 6 * config.crop_px**2,  # HR and enlarged LR, 8-bit RGB
+        ingest_cores=ingest * per_gpu,
+        samples_per_second=per_gpu * num_gpus,
+        hours=hours,
+        gpu_hours=hours * num_gpus,
+        cost=hours * num_gpus * assumed.price,
+        step=cost,
+    )
+
+
+def train_tables(config: TrainConfig, assumed: Assumed, estimates: Sequence[TrainEstimate]) -> list[Table]:
+    """The answer, a column for each number of GPUs; then what is placed where; then the config's networks."""
+    updates, batch = config.num_updates, config.global_batch_size
+    slower = "; precision fp32 reaches a fraction of that" if config.precision == "fp32" else ""
+    gpus = [f"{one.num_gpus} GPUs" for one in estimates]
+    answer = Table(
+        ("what", *gpus, "unit"),
+        f"stage {config.stage}: {updates:,} updates of {batch} = {updates * batch:,} samples",
+        [
+            f"assumed, not measured: {assumed.card} at {assumed.mfu:.0%} of its dense bf16 peak, perfect scaling, "
+            f"{assumed.price:.2f} USD per GPU-hour (--card, --mfu, --price){slower}"
+        ],
+    )
+    places = Table(("where", "what", *gpus, "unit"), "placement", ["head node: the driver, one core, no GPU"])
+
+    def add(
+        table: Table, names: tuple[str, ...], of: Callable[[TrainEstimate], Any], unit: str, form: str = ""
+    ) -> None:
+        table.add(*names, *(cell(of(one), form or form_of(of(one))) for one in estimates), unit)
+
+    add(answer, ("time",), lambda one: one.hours, "hours")
+    add(answer, ("GPU time",), lambda one: one.gpu_hours, "GPU-hours")
+    add(answer, ("cost",), lambda one: one.cost, "USD", ",.2f")
+    add(answer, ("speed",), lambda one: one.samples_per_second, "samples/s")
+    add(answer, ("GPU memory",), lambda one: sum(one.gpu_bytes.values()) / GIB, "GiB a GPU", ".2f")
+    add(answer, ("CPUs for degradation",), lambda one: one.ingest_cores * one.num_gpus, "cores", ",.1f")
+    splits = ([one.micro_batch_size, one.accumulation] for one in estimates)
+    cells = (Cell(split, ((" x ".join(map(str, split)), ""),)) for split in splits)
+    places.add("GPU node", "micro-batch x accumulation", *cells, "samples x steps")
+    for name in estimates[0].gpu_bytes:
+        parts = (cell(one.gpu_bytes[name] / GIB, ".2f") for one in estimates)
+        places.add("GPU node", name, *parts, "GiB a GPU")
+    exchanged = ("GPU node", "gradients exchanged")
+    add(places, exchanged, lambda one: one.exchanged_bytes / GIB, "GiB a GPU and update", ".2f")
+    add(places, ("CPU node", "degradation"), lambda one: one.ingest_cores, "cores a GPU", ".2f")
+    add(places, ("CPU node", "batches in flight"), lambda one: one.window_bytes / MIB, "MiB a GPU", ".0f")
+    add(places, ("storage", "a checkpoint"), lambda one: one.checkpoint_bytes / GIB, "GiB", ".2f")
+    return [answer, places, networks_table(config)]
