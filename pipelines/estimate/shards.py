@@ -13,8 +13,9 @@ from infra.display.table import Table, cell
 from infra.manifest import ShardRecord
 from pipelines.sharding.card import evenly
 from pipelines.sharding.config import ShardConfig
-from pipelines.sharding.job import latent_encoder, resolve_degradation, write_shard
+from pipelines.sharding.job import latent_encoder, write_shard
 from pipelines.sharding.plan import plan_shards
+from pipelines.sharding.recipe import resolve_degradation
 from pipelines.sharding.sources import SourceFile, list_sources
 
 NUM_FILES = 16

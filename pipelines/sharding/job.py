@@ -3,15 +3,14 @@
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from degradation.config import DegradationConfig
-from degradation.presets import load_preset
 from infra.display.progress import progress
-from infra.errors import ConfigError, DataError, PartialResultError
+from infra.errors import DataError, PartialResultError
 from infra.images import UnusableImageError
 from infra.manifest import Manifest, Quarantined, ShardRecord, commit_record, committed, write_manifest
 from infra.mlflow_server import check_tracking
@@ -22,11 +21,12 @@ from infra.run import Progress, claim_output
 from infra.shards import IndexedEntry, write_tar
 from infra.storage import exists, join, sha256_file
 from pipelines.sharding.card import write_card
-from pipelines.sharding.config import CenterCrop, GridCrop, ListSource, PairsSource, ShardConfig, brings_lr
+from pipelines.sharding.config import GridCrop, ShardConfig
 from pipelines.sharding.dedupe import count_near_duplicates, without_near_duplicates
 from pipelines.sharding.filters import scores_of, unwanted, unwanted_file
 from pipelines.sharding.mlflow_log import log_shard_set
 from pipelines.sharding.plan import PlannedSample, PlannedShard, grid_samples, num_variants, plan_shards, source_id
+from pipelines.sharding.recipe import resolve_degradation
 from pipelines.sharding.sample import (
     Sample,
     at_variant,
@@ -86,47 +86,6 @@ def _claimed(
     run = claim_output(config.output, config, job="shard", inputs=inputs, libraries=LIBRARIES, write=write)
     kept = without_near_duplicates(files, config, write=write)
     return recipe, files, plan_shards(kept, config), run
-
-
-def resolve_degradation(config: ShardConfig) -> DegradationConfig | None:
-    """The recipe that `degradation` names or spells out.
-
-    ConfigError for an unknown name, a crop that it or existing pairs cannot take, and latents of images of any size.
-    """
-    recipe = load_preset(config.degradation) if isinstance(config.degradation, str) else config.degradation
-    pairs = [source for source in config.sources if isinstance(source, PairsSource | ListSource) and brings_lr(source)]
-    if pairs:
-        _check_pairs(config, pairs)
-    size = getattr(config.crop, "size_px", 0)
-    scale = recipe.scale if recipe else pairs[0].scale if pairs else 1
-    if size % scale:
-        raise ConfigError(
-            f"a crop of {size} px is no multiple of the degradation's scale, {scale}",
-            where="crop.size_px",
-            todo=f"write {size - size % scale}, for one",
-        )
-    if config.latents and (not size or size % 8 or (recipe is None and not pairs)):
-        raise ConfigError(
-            "latents need a crop of one size, a multiple of 8 px, and LR images",
-            where="latents",
-            todo="set `crop` to center, random or grid, and a `degradation`",
-        )
-    return recipe
-
-
-def _check_pairs(config: ShardConfig, pairs: Sequence[PairsSource | ListSource]) -> None:
-    wrong = None
-    if config.degradation is not None:
-        wrong = "degradation", "`pairs` sources bring their own LR images", "write `degradation: null`"
-    elif len(pairs) < len(config.sources) or len({source.scale for source in pairs}) > 1:
-        wrong = "sources", "do not mix `pairs` with other sources or scales", "make two sets; training takes several"
-    elif config.scales != (1.0,) or config.short_side_px or isinstance(config.crop, CenterCrop):
-        wrong = "crop", "an existing pair cannot be resized", "take `crop: {kind: random, ...}`, and no other scales"
-    elif isinstance(config.crop, GridCrop) and config.crop.step_px % pairs[0].scale:
-        wrong = "crop.step_px", "the windows would not lie on the LR's grid", "give a multiple of the scale"
-    if wrong:
-        where, what, todo = wrong
-        raise ConfigError(what, where=where, todo=todo)
 
 
 def _latents_inputs(config: ShardConfig) -> dict[str, Any]:

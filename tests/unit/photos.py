@@ -10,8 +10,9 @@ from infra import rng_for
 from infra.images import encode_png
 from infra.manifest import Manifest, write_manifest
 from pipelines.sharding.config import ShardConfig
-from pipelines.sharding.job import _facts, resolve_degradation, write_shard
+from pipelines.sharding.job import _facts, write_shard
 from pipelines.sharding.plan import plan_shards
+from pipelines.sharding.recipe import resolve_degradation
 from pipelines.sharding.sources import list_sources
 
 

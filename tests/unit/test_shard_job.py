@@ -26,8 +26,9 @@ from infra.storage import exists, join, list_files, read_bytes
 from pipelines.sets.verify import verify
 from pipelines.sharding.card import _look
 from pipelines.sharding.config import LatentsConfig, ShardConfig
-from pipelines.sharding.job import _report_quarantine, resolve_degradation, write_shard
+from pipelines.sharding.job import _report_quarantine, write_shard
 from pipelines.sharding.plan import plan_shards
+from pipelines.sharding.recipe import resolve_degradation
 from pipelines.sharding.sample import crop_image
 from pipelines.sharding.sources import SourceFile, list_sources
 from tests.training_runs import train_config

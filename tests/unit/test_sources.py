@@ -18,9 +18,9 @@ from infra.shards import read_sample
 from infra.storage import join
 from pipelines.sets.verify import verify
 from pipelines.sharding.config import ShardConfig
-from pipelines.sharding.job import resolve_degradation
 from pipelines.sharding.pairs import check_pair
 from pipelines.sharding.plan import source_id
+from pipelines.sharding.recipe import resolve_degradation
 from pipelines.sharding.sources import SourceFile, list_sources, source_facts
 
 

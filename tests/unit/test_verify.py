@@ -22,8 +22,9 @@ from infra.storage import _s3, join, list_files, read_bytes, sha256_file
 from pipelines.sets.clean import clean, print_cleaned
 from pipelines.sets.verify import find_duplicates, print_duplicates, verify
 from pipelines.sharding.filters import print_stats
-from pipelines.sharding.job import resolve_degradation, write_shard
+from pipelines.sharding.job import write_shard
 from pipelines.sharding.plan import plan_shards
+from pipelines.sharding.recipe import resolve_degradation
 from pipelines.sharding.sources import list_sources
 
 

@@ -22,9 +22,7 @@ from infra.tracking import Tracker, track
 from training.config import TrainConfig, legal_world_sizes
 from training.data.batches import check_cpus
 from training.data.samples import check_latents
-from training.models import (
-    model_id,
-)
+from training.models import model_id
 from training.run.agreement import OtherRankError, WorkerContext, agree, attempt, sigterm_noted
 from training.run.board import Pulse, Watch, make_board
 from training.run.checkpoint import complete_checkpoints, position_of
