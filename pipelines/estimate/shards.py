@@ -13,7 +13,7 @@ from infra.display.table import Table, cell
 from infra.manifest import ShardRecord
 from pipelines.sharding.card import evenly
 from pipelines.sharding.config import ShardConfig
-from pipelines.sharding.job import latent_encoder, write_shard
+from pipelines.sharding.job import latent_encoder, with_model_found, write_shard
 from pipelines.sharding.plan import plan_shards
 from pipelines.sharding.recipe import resolve_degradation
 from pipelines.sharding.sources import SourceFile, list_sources
@@ -49,6 +49,7 @@ def estimate_shards(config: ShardConfig, *, num_files: int = NUM_FILES) -> Shard
 
     The number of shards is exact. Ray's start and the network at the output are left out.
     """
+    config = with_model_found(config)
     recipe, encoder = resolve_degradation(config), latent_encoder(config)
     files = list_sources(config.sources)
     measured: list[tuple[float, float, float, float]] = []

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from degradation.config import DegradationConfig
-from infra.config import LATER, Config, Location
+from infra.config import LATER, Config, Location, ModelLocation
 from infra.mlflow_server import TrackingConfig
 from infra.process.numerics import NumericsConfig
 from infra.ray_runtime import RayConfig
@@ -145,7 +145,7 @@ class LatentsNumerics(NumericsConfig):
 class LatentsConfig(Config):
     """Stored moments of HR and LR by the encoders of a model directory; for StableSR's stage 2 its samples too."""
 
-    model: Location
+    model: ModelLocation
     sampled_steps: int = Field(0, ge=0, description="steps from the LR to a stored sample (published: 200); 0: none")
     batch_size: int = Field(8, ge=1, description="images at once; always consecutive ones of a shard")
     numerics: LatentsNumerics = LatentsNumerics()

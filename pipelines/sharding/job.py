@@ -13,7 +13,8 @@ from infra.display.progress import progress
 from infra.errors import DataError, PartialResultError
 from infra.images import UnusableImageError
 from infra.manifest import Manifest, Quarantined, ShardRecord, commit_record, committed, write_manifest
-from infra.mlflow_server import check_tracking
+from infra.mlflow_models import find_model
+from infra.mlflow_server import TrackingConfig, check_tracking
 from infra.process.memory import give_back_memory
 from infra.publish import download, publish_if_absent, staging
 from infra.ray_runtime import on_ray
@@ -50,6 +51,7 @@ def run_shard(config: ShardConfig) -> Manifest:
     Raises PartialResultError (after everything else is done) if more than `runtime.max_failed_fraction` of the
     samples were quarantined.
     """
+    config = with_model_found(config)
     recipe, files, shards, run = _claimed(config)
     rate = None
     if not exists(join(config.output, "manifest.json")):
@@ -69,10 +71,18 @@ def run_shard(config: ShardConfig) -> Manifest:
 
 def preview_shard(config: ShardConfig) -> Progress:
     """What `run_shard` would do; raises what it would before it starts. Nothing is written."""
-    _, files, shards, _ = _claimed(config, write=False)
+    _, files, shards, _ = _claimed(with_model_found(config), write=False)
     done = len(shards) if exists(join(config.output, "manifest.json")) else len(committed(config.output))
     what = f"shards, degraded by {config.degradation}" if isinstance(config.degradation, str) else "shards"
     return Progress(done, len(shards), "shards", f"{len(files):,} files", what)
+
+
+def with_model_found(config: ShardConfig) -> ShardConfig:
+    """The config with the directory of the model that `latents` names. Errors as of `find_model`."""
+    if config.latents is None:
+        return config
+    model = find_model(config.latents.model, config.tracking or TrackingConfig())
+    return config.model_copy(update={"latents": config.latents.model_copy(update={"model": model})})
 
 
 def _claimed(

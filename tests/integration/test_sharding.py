@@ -26,7 +26,7 @@ def run(output: Path, *sources: dict[str, Any], **changes: Any) -> Manifest:
     return run_shard(ShardConfig.model_validate({"job": "shard", "output": str(output), "sources": sources, **changes}))
 
 
-def test_latents_of_a_shard_set_of_pairs(tmp_path: Path) -> None:
+def test_latents_of_a_shard_set_of_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image = data.astronaut()
     for number in range(4):
         hr = np.ascontiguousarray(image[number * 96 :][:96, 128:256])
@@ -38,11 +38,12 @@ def test_latents_of_a_shard_set_of_pairs(tmp_path: Path) -> None:
     assert made.facts["sources"][0]["num_files"] == made.num_samples == 4
     assert "ours" in (tmp_path / "pairs/DATA_CARD.md").read_text()
     model = build_model(ModelConfig(family="v2"), 0)
-    save_model(model, tmp_path / "model")
+    monkeypatch.setenv("CCSR_WEIGHTS", str(tmp_path / "weights"))
+    save_model(model, tmp_path / "weights" / "test" / "v2")
     again = {"kind": "shards", "name": "again", "path": made.uri}
     changes: dict[str, Any] = {
         "crop": {"kind": "grid", "size_px": 64, "step_px": 32},
-        "latents": {"model": str(tmp_path / "model"), "batch_size": 4},
+        "latents": {"model": "test/v2", "batch_size": 4},
         "degradation": "bicubic",
         "samples_per_shard": 1,
     }
