@@ -1,5 +1,6 @@
-"""A shard set of 1, 10 and 100 million made-up samples: the driver's cost of closing it, two ranks' cost of opening it
-at one time and of finding samples. A local disk; the set of 100 million is made of its index and manifest alone.
+"""A shard set of 1, 10 and 100 million made-up samples: the driver's cost of planning and closing it, two ranks' cost
+of opening it at one time and of finding samples. A local disk; the set of 100 million is made of its index and
+manifest alone.
 
 OMP_NUM_THREADS=1 PYTHONPATH=. python benchmarks/million_samples.py 1 10 100
 """
@@ -18,6 +19,9 @@ import psutil
 from infra.byte_index import SHARDS_PER_PART, put_part
 from infra.manifest import Manifest, ShardRecord, put_manifest, record_uri, write_manifest
 from infra.shards import IndexedEntry
+from pipelines.sharding.config import ShardConfig
+from pipelines.sharding.plan import plan_shards, source_id
+from pipelines.sharding.sources import SourceFile
 from training.config import TrainConfig
 from training.data.samples import SampleReader
 
@@ -98,11 +102,30 @@ def rank(output: str, number: int) -> None:
     sys.stdin.readline()
 
 
+def plan(million: int) -> None:
+    """The driver's cost between listing files and the first task."""
+    process = psutil.Process()
+    before, began = process.memory_info().rss, time.process_time()
+    names = (f"2026/11/{number:09d}.jpg" for number in range(million * 10**6))
+    files = [
+        SourceFile(f"photos-{number:09d}", "photos", name, f"s3://bucket/photos/{name}", SAMPLE_BYTES)
+        for number, name in enumerate(names)
+    ]
+    source = {"kind": "folder", "name": "photos", "path": "s3://bucket/photos"}
+    config = ShardConfig.model_validate({"job": "shard", "output": "o", "sources": [source]})
+    source_id(files)
+    assert len(plan_shards(files, config)) == -(-len(files) // config.samples_per_shard)
+    gib = (process.memory_info().rss - before) / 2**30
+    print(f"plan: {time.process_time() - began:.1f} CPU s, {gib:.2f} GiB", flush=True)
+
+
 def main(millions: list[int]) -> None:
     for million in millions:
         num_shards = -(-million * 10**6 // PER_SHARD)
         with tempfile.TemporaryDirectory() as output:
-            print(f"{million} million in {num_shards} shards")
+            print(f"{million} million in {num_shards} shards", flush=True)
+            if million <= 10:
+                subprocess.run([sys.executable, __file__, "plan", str(million)], check=True)
             (make_index if million > 10 else close_from_records)(output, num_shards)
             parts = [path.stat().st_size for path in Path(output).glob("index*")]
             print(f"{len(parts)} parts of {sum(parts) / 2**20:.0f} MiB in all", flush=True)
@@ -125,5 +148,7 @@ def main(millions: list[int]) -> None:
 if __name__ == "__main__":
     if sys.argv[1] == "rank":
         rank(sys.argv[2], int(sys.argv[3]))
+    elif sys.argv[1] == "plan":
+        plan(int(sys.argv[2]))
     else:
         main([int(argument) for argument in sys.argv[1:]])

@@ -9,8 +9,10 @@ from infra.config import canonical_json
 from pipelines.sharding.config import GridCrop, RandomCrop, ShardConfig
 from pipelines.sharding.sources import SourceFile
 
+LISTED_AT_ONCE = 10_000
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class PlannedSample:
     """One crop of one file under one draw of the degradation. `variant`: at which of the config's sizes.
 
@@ -25,7 +27,7 @@ class PlannedSample:
     at: tuple[int, int] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PlannedShard:
     index: int
     samples: tuple[PlannedSample, ...]
@@ -87,5 +89,12 @@ def _starts(length: int, crop: GridCrop) -> list[int]:
 
 def source_id(files: Sequence[SourceFile]) -> str:
     """Identifies the source list by names and sizes (shard sets: by their ids too), wherever the files lie."""
-    listed = [[file.source, file.name, file.num_bytes, *([file.identity] if file.identity else [])] for file in files]
-    return hashlib.sha256(canonical_json(listed)).hexdigest()[:16]
+    digest = hashlib.sha256(b"[")
+    for start in range(0, len(files), LISTED_AT_ONCE):  # the JSON of ten million takes gigabytes
+        part = files[start : start + LISTED_AT_ONCE]
+        listed = [
+            [file.source, file.name, file.num_bytes, *([file.identity] if file.identity else [])] for file in part
+        ]
+        digest.update((b"," if start else b"") + canonical_json(listed)[1:-1])
+    digest.update(b"]")
+    return digest.hexdigest()[:16]

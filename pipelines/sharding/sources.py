@@ -38,7 +38,7 @@ MAX_KEY_BYTES = 48
 CONTACT_SHEET = "contact_sheet.jpg"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SourceFile:
     """One HR file: `key` names it in shards, `name` is its path within its source, `uri` is where it is now.
 

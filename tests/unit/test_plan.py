@@ -1,5 +1,6 @@
 """The plan: every crop and draw of every file stands exactly once, under a key of its own, by a pure function."""
 
+import hashlib
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from photos import save_photos, shard_config
 
 from infra import DataError
+from infra.config import canonical_json
 from infra.shards import KEY_PATTERN
 from pipelines.sharding import sources
 from pipelines.sharding.config import ShardConfig
@@ -88,6 +90,14 @@ def test_the_source_id_sees_names_sizes_and_order() -> None:
     ids = [source_id(files) for files in ([file], [changed[0]], [changed[1]], [file, other], [other, file], [])]
     assert len(set(ids)) == len(ids)
     assert source_id([SourceFile("other key", "set", "a.png", "s3://b/a.png", 7)]) == ids[0]
+
+
+def test_the_source_id_is_that_of_the_whole_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.sharding.plan.LISTED_AT_ONCE", 2)
+    for count in range(6):
+        files = [SourceFile(f"k{i}", "set", f"{i}.png", "u", i, identity="x" * (i == 1)) for i in range(count)]
+        listed = [[file.source, file.name, file.num_bytes, *filter(None, [file.identity])] for file in files]
+        assert source_id(files) == hashlib.sha256(canonical_json(listed)).hexdigest()[:16]
 
 
 def test_a_long_name_is_cut_and_keeps_its_identity() -> None:
