@@ -20,7 +20,8 @@ def log_shard_set(config: ShardConfig, manifest: Manifest, run: dict[str, Any], 
     counts = {"samples": manifest.num_samples, "quarantined": len(manifest.facts["quarantined"])}
     counts |= Counter(f"quarantined/{one['reason']}" for one in manifest.facts["quarantined"])
     counts |= {f"dropped/{reason}": count for reason, count in manifest.facts.get("dropped", {}).items()}
-    counts |= {"dropped/near_duplicates": manifest.facts.get("near_duplicates", 0)}
+    if config.dedupe is not None:
+        counts["dropped/near_duplicates"] = manifest.facts["near_duplicates"]
     speed = {"speed/samples_per_second": rate} if rate else {}
     tags = {"ccsr.dataset_id": manifest.dataset_id}
     try:

@@ -46,7 +46,8 @@ class Run:
         engine = SimpleNamespace(module=stage, zero_optimization_stage=lambda: 0)
         context = WorkerContext(0, 1, "cpu", {"dataset_ids": ["0123456789abcdef"], "git_commit": "unknown"})
         config = TrainConfig.model_validate({**values, "runtime": {"micro_batch_size": 8}})
-        self.checkpoints = Checkpoints(config, engine, self.optimizers[0], (self.judge, self.optimizers[1]), context)
+        critic = SimpleNamespace(name="discriminator", module=self.judge, optimizer=self.optimizers[1])
+        self.checkpoints = Checkpoints(config, engine, self.optimizers[0], critic, context)
 
     def update(self, number: int) -> None:
         image = _words((2, 2, 8, 8), "image", number)

@@ -79,6 +79,7 @@ def test_training_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert_all_reported(tmp_path)
 
 
+@pytest.mark.slow
 def test_latents_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report, writer = reporter(tmp_path), pipelines.sharding.job._writer
 
@@ -132,6 +133,7 @@ def test_evaluation_actor_and_its_task_of_whole_sets(tmp_path: Path, monkeypatch
     assert_all_reported(tmp_path)
 
 
+@pytest.mark.slow
 def test_restoring_actor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report, restorer = reporter(tmp_path), pipelines.restore.Restorer
 

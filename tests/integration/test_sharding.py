@@ -26,6 +26,7 @@ def run(output: Path, *sources: dict[str, Any], **changes: Any) -> Manifest:
     return run_shard(ShardConfig.model_validate({"job": "shard", "output": str(output), "sources": sources, **changes}))
 
 
+@pytest.mark.slow
 def test_latents_of_a_shard_set_of_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image = data.astronaut()
     for number in range(4):

@@ -21,7 +21,7 @@ from training.config import ModelConfig
 from training.models import StableSrModel, build_model, load_model, save_model
 from training.run.driver import run_train
 
-pytestmark = pytest.mark.usefixtures("ray_session")
+pytestmark = [pytest.mark.usefixtures("ray_session"), pytest.mark.slow]
 TINY_BASE = str(REPOSITORY / "training" / "models" / "tiny_base")
 MODEL = {"family": "stablesr", "prediction": "v"}
 SETTINGS = {"adaptive": False, "gan_start_update": 1, "discriminator_start_update": 1, "discriminator_width": 16}
@@ -68,7 +68,6 @@ def test_stablesr_stands_beside_ccsr_in_one_evaluation(tmp_path: Path) -> None:
     assert_both_are_reported(run_evaluate(evaluation(tmp_path, str(tmp_path / "model"), folders, sampling)))
 
 
-@pytest.mark.slow
 def test_the_whole_journey_beside_ccsr(tmp_path: Path) -> None:
     base = run_convert(str(tmp_path / "base"), base=TINY_BASE, family="stablesr")
     assert load_model(base).config.prediction == "v"

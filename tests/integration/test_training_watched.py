@@ -17,6 +17,8 @@ from training.run.checkpoint import complete_checkpoints, load_checkpoint
 from training.run.driver import run_train
 from training.run.validation import Validation
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:

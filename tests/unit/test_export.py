@@ -97,6 +97,7 @@ def outside(exported: str, tmp_path: Path, settings: list[dict[str, Any]]) -> su
 LONG = [pytest.param(name, marks=pytest.mark.slow) for name in ("v1", "stablesr", "onestep")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["v2", *LONG])
 def test_diffusers_alone_restores_as_we_do(family: str, tmp_path: Path) -> None:
     source = made(tmp_path / "model", family)

@@ -1,6 +1,7 @@
-"""Pretraining on two small photographs: it goes on where it stopped and writes a model in half precision."""
+"""Pretraining on two small photographs: it resumes where it stopped and writes a model in half precision."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,34 +15,32 @@ from training.models import load_model
 from training.models.directory import PARTS, WEIGHTS, read_weights
 from training.sampling import predict_x0
 
+pytestmark = pytest.mark.slow  # test_pretrain_phase.py has the resume on a toy network
+
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> PretrainConfig:
     place = tmp_path_factory.mktemp("pretrain")
-    for name in ("a.png", "b.png"):
-        (place / name).write_bytes(encode_png(photo(120, 150, seed=ord(name[0]))))
-    return PretrainConfig(
-        photos=str(place),
-        train=("a.png",),
-        validation=("b.png",),
-        output=str(place / "out"),
-        threads=1,
-        vae_minutes=0.01,
-        decoder_minutes=0.01,
-        denoiser_minutes=0.01,
-        short_sides=(110,),
-        num_crops=16,
-    )
+    for name, size in (("a.png", (120, 150)), ("b.png", (400, 410))):
+        (place / name).write_bytes(encode_png(photo(*size, seed=ord(name[0]))))
+    counts = {"vae_updates": 1, "decoder_updates": 1, "denoiser_updates": 1, "num_crops": 16}
+    files = {"photos": str(place), "train": ["a.png"], "validation": ["b.png"], "short_sides": [110]}
+    return PretrainConfig.model_validate({**files, **counts, "threads": 1, "validate_every": 1})
 
 
 @pytest.fixture(scope="module")
-def out(config: PretrainConfig) -> Path:
-    pretrain(config)
-    return Path(config.output)
+def out(config: PretrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("pretrained")
+    pretrain(config, out)
+    return out
 
 
 def updates(out: Path, phase: str) -> list[int]:
     return [json.loads(line)["update"] for line in (out / f"{phase}.jsonl").read_text().splitlines()]
+
+
+def weights(out: Path) -> dict[str, bytes]:
+    return {name: (out / "model" / name / WEIGHTS).read_bytes() for name in ("vae", "unet", "controlnet")}
 
 
 def test_the_model_is_shipped_in_half_precision_and_loads(out: Path) -> None:
@@ -53,16 +52,19 @@ def test_the_model_is_shipped_in_half_precision_and_loads(out: Path) -> None:
         assert {tensor.dtype for tensor in read_weights(out / "model" / name / WEIGHTS).values()} == {torch.float16}
 
 
-def test_a_phase_goes_on_where_it_stopped(config: PretrainConfig, out: Path) -> None:
-    before = {phase: updates(out, phase) for phase in ("vae", "decoder", "denoiser")}
-    weights = (out / "model" / "vae" / WEIGHTS).read_bytes()
-    pretrain(config)  # all minutes are used up
-    assert {phase: updates(out, phase) for phase in before} == before
-    assert (out / "model" / "vae" / WEIGHTS).read_bytes() == weights
-    pretrain(config.model_copy(update={"denoiser_minutes": 0.03}))
-    assert updates(out, "vae") == before["vae"]
-    assert updates(out, "denoiser")[-1] > before["denoiser"][-1]
-    assert (out / "model" / "vae" / WEIGHTS).read_bytes() == weights
+def test_a_phase_resumes_where_it_stopped(config: PretrainConfig, out: Path, tmp_path: Path) -> None:
+    parts = tmp_path / "parts"
+    shutil.copytree(out, parts)
+    pretrain(config, parts)  # all updates are done
+    assert [updates(parts, phase) for phase in ("vae", "decoder", "denoiser")] == [[0, 1]] * 3
+    assert weights(parts) == weights(out)
+    longer = config.model_copy(update={"denoiser_updates": 3})
+    pretrain(longer, parts)
+    pretrain(longer, tmp_path / "whole")
+    assert updates(parts, "denoiser") == updates(tmp_path / "whole", "denoiser") == [0, 1, 2, 3]
+    assert weights(parts) == weights(tmp_path / "whole")
+    assert weights(parts)["vae"] == weights(out)["vae"]
+    assert weights(parts)["unet"] != weights(out)["unet"]
 
 
 @torch.no_grad()
@@ -81,13 +83,19 @@ def test_blind_rows_see_the_unet_alone(out: Path) -> None:
     torch.testing.assert_close(predict_x0(x_t, eps, t)[1], x0[1].float(), rtol=1e-4, atol=1e-4)
 
 
-def test_crops_and_pairs_depend_on_their_generator_alone(out: Path) -> None:
+def test_crops_and_pairs_depend_on_their_generator_alone(
+    config: PretrainConfig, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     photos = [photo(120, 150, seed=1), photo(130, 110, seed=2)]
     one, same, other = (draw_crop(photos, 40, np.random.default_rng(seed)) for seed in (1, 1, 2))
     assert one.shape == (40, 40, 3)
     np.testing.assert_array_equal(one, same)
     assert (one != other).any()
+    monkeypatch.setattr("benchmarks.pretrain.CHUNK", 2)
     model = load_model(out / "model")
-    few, more = (encoded_pairs(model, photos, count, 5, "cpu") for count in (3, 5))
-    torch.testing.assert_close(few, more[:, :3], rtol=1e-3, atol=1e-3)  # another batch
+    few = encoded_pairs(model, photos, "train", 3, config, tmp_path)
+    kept = sorted(tmp_path.glob("latents*"))
+    more = encoded_pairs(model, photos, "train", 5, config, tmp_path)
+    assert torch.equal(few, more[:, :3])
+    assert len(kept) == 2 < len(sorted(tmp_path.glob("latents*")))
     assert not torch.allclose(few[0], few[1], atol=1e-2)

@@ -3,7 +3,7 @@
 import cv2
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from result_folder import photographs
 
@@ -160,6 +160,7 @@ def method_and_bicubic(seed: int, noise: float, size: float) -> tuple[list[np.nd
 
 @settings(deadline=None, max_examples=25)
 @given(st.integers(0, 99), st.floats(3, 12), st.floats(0.4, 1.5), st.floats(0.3, 4))
+@example(0, 5.0, 1.0, 1.65625)  # a little blurrier than bicubic
 def test_blur_buys_no_stability_at_equal_sharpness(seed: int, noise: float, size: float, blur: float) -> None:
     """A blurred copy has a far lower L-STD; at equal sharpness it is no better than its 8-bit rounding makes it, or it
     is blurrier than bicubic and has none."""
@@ -168,9 +169,11 @@ def test_blur_buys_no_stability_at_equal_sharpness(seed: int, noise: float, size
     ours, copys = (l_std_equal_sharpness(images, bicubic) for images in (runs, blurred))
     assert 0 < ours < l_std(runs)
     assert l_std(blurred) < l_std(runs)
-    if np.mean([sharpness(image, bicubic) for image in blurred]) < 0.995:
-        assert np.isnan(copys)
+    sharp = np.mean([sharpness(image, bicubic) for image in blurred])
+    if np.isnan(copys):
+        assert sharp < 1
     else:
+        assert sharp > 0.995
         assert copys > 0.98 * ours
 
 

@@ -38,6 +38,7 @@ from training.run.stages import build_stage
 from training.sampling import guided
 
 INGEST_SAMPLES = 12
+COUNTED_PX = 512
 GIB = 2**30
 PAPER_MILLIONS = 1700.91  # CCSR in Table 2 of Sun et al., arXiv 2401.00877: all rows of "sd21"
 
@@ -220,8 +221,9 @@ def step_cost(config: TrainConfig) -> StepCost:
     return StepCost(num_trained, num_all - num_trained, flops, activation_bytes)
 
 
-def restore_flops(config: ModelConfig, sampling: SamplingConfig, pixels: int = 512**2) -> float:
-    """FLOPs of one picture of `pixels` by one run: the VAE and one denoiser call counted on a tile of 512 px."""
+def restore_flops(config: ModelConfig, sampling: SamplingConfig, pixels: int) -> float:
+    """FLOPs of one picture of `pixels` by one run: the VAE and one denoiser call counted on a tile of
+    COUNTED_PX."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     method, calls = METHODS[config.family], 0
@@ -234,13 +236,13 @@ def restore_flops(config: ModelConfig, sampling: SamplingConfig, pixels: int = 5
     method.sample(guided(denoise, denoise, sampling.guidance), denoise, torch.zeros(1, 4, 8, 8), torch.zeros, sampling)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         model = build_model(config, 0)
-        image = torch.zeros(1, 3, 512, 512)
+        image = torch.zeros(1, 3, COUNTED_PX, COUNTED_PX)
         with flop_counter() as vae:
             latents, _ = model.encode_condition(image)
             model.decode(latents, image)
         with flop_counter() as step:
             model.denoiser(latents)(latents, torch.zeros(1, dtype=torch.int64))
-    return (vae.get_total_flops() + calls * step.get_total_flops()) * pixels / 512**2
+    return (vae.get_total_flops() + calls * step.get_total_flops()) * pixels / COUNTED_PX**2
 
 
 def measured_flops(threads: int) -> float:
