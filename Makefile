@@ -17,11 +17,11 @@ install: .venv/installed
 demo: install
 	$(BIN)/ccsr demo
 
-# Two lanes side by side, each with one Ray or none.
+# Two lanes side by side, one with Ray.
 LANE := $(BIN)/python -m pytest -m "not slow"
 test: install
-	@log=$$(mktemp); $(LANE) tests/integration tests/fault --ignore tests/integration/test_training.py > $$log 2>&1 & lane=$$!; \
-	$(LANE) tests/unit tests/golden tests/integration/test_training.py; others=$$?; \
+	@log=$$(mktemp); $(LANE) tests/integration tests/fault tests/golden --ignore tests/integration/test_training.py > $$log 2>&1 & lane=$$!; \
+	$(LANE) tests/unit tests/integration/test_training.py; others=$$?; \
 	wait $$lane; ray=$$?; cat $$log; rm $$log; exit $$((others | ray))
 
 test-all: install
