@@ -85,7 +85,7 @@ def rows(name: str, images: list[np.ndarray]) -> list[str]:
     for change, make in CHANGES.items():
         bits = [(perceptual_hash(make(image)) ^ code).bit_count() for image, code in known]
         lines.append(f"| {change} | {np.median(bits):.0f} | {np.percentile(bits, 95):.0f} | {max(bits)} |")
-    pairs = sorted(bits for i, j, bits in near_pairs(hashes, hashes, max_bits=64) if i < j)
+    pairs = sorted(bits for i, j, bits in near_pairs(hashes, hashes, max_bits=64))
     near = ", ".join(f"{sum(bits <= limit for bits in pairs)} within {limit}" for limit in (NEAR_BITS, 8, 10, 12))
     return [*lines, f"\nOf {len(pairs):,} pairs of others: {near} bits; the nearest {pairs[0]}.\n"]
 

@@ -90,11 +90,9 @@ def fine_tuned(model: CcsrModel, config: TrainConfig, crops: Batch) -> CcsrModel
     model = copy.deepcopy(model)
     stage = DecoderStage(model, config)
     rate, betas = config.optimizer.learning_rate, config.optimizer.betas
-    judge = stage.trained_discriminator
+    critic = stage.critic
     generator = torch.optim.AdamW(stage.trained.parameters(), rate, betas, weight_decay=0.0)
-    adversary = torch.optim.AdamW(
-        judge.parameters(), config.decoder_loss.discriminator_learning_rate, betas, weight_decay=0.0
-    )
+    adversary = torch.optim.AdamW(critic.trained.parameters(), critic.learning_rate, betas, weight_decay=0.0)
     order = rng_for(config.seed, "stage2 order")
     for update in range(config.num_updates):
         rows = order.permutation(len(crops.keys))[: config.global_batch_size].tolist()
@@ -103,7 +101,7 @@ def fine_tuned(model: CcsrModel, config: TrainConfig, crops: Batch) -> CcsrModel
         stage(batch, update)["loss"].backward()
         generator.step()
         adversary.zero_grad()
-        stage.discriminator_loss().backward()
+        critic.loss().backward()
         adversary.step()
     return model
 

@@ -104,6 +104,8 @@ def _flops(config: EvaluateConfig, data: EvaluationSet) -> float:
     pixels = round(sum(height * width for height, width in sizes) / len(sizes))
     models = [method for method in config.methods if isinstance(method, ModelMethod)]
     records = [read_json(join(method.model, "ccsr.json")) for method in models]
+    if any(record["preset"] == "custom" for record in records):  # networks that nothing here can build
+        return 0.0
     configs = [ModelConfig(**{name: record[name] for name in ModelConfig.model_fields}) for record in records]
     picture = sum(restore_flops(model, method.sampling, pixels) for model, method in zip(configs, models, strict=True))
     return picture * len(data.images) * (config.num_runs + len(config.perturbations))

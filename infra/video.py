@@ -47,9 +47,11 @@ def probe(path: Path, where: str) -> VideoInfo:
                 what = f"frame {len(times)} has {found[1]}x{found[0]} px, those before it {size[1]}x{size[0]}"
                 raise refuse(what, f"-vf scale={size[1]}:{size[0]}")
             if frame.is_corrupt:
-                raise refuse(f"frame {len(times)} is damaged", "-fflags +discardcorrupt -fps_mode cfr")
+                raise refuse(f"frame {len(times)} is damaged", "-fps_mode cfr")
             if frame.interlaced_frame:
                 raise refuse(f"frame {len(times)} is interlaced", "-vf yadif")
+            if frame.pts is None:
+                raise refuse(f"frame {len(times)} has no time", "-fps_mode cfr")
             times.append(frame.pts * frame.time_base)
         tick = frame.time_base if times else Fraction(0)
         rate = source.streams.video[0].average_rate if times else None

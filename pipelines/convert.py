@@ -31,7 +31,7 @@ def run_convert(
 
     From `v1`, `stablesr` or `osediff`, the published file (of StableSR perhaps with `wrapping`, its second); or from
     `controlnet` and `vae`, v2's directories; or from `base` alone, with a fresh adapter of `family`. `base`: a Stable
-    Diffusion 2.1-base directory, or a hub id whose files lie in the weights folder, or are downloaded with `fetch`. A
+    Diffusion 2.1-base directory, or a hub id whose files are in the weights folder, or are downloaded with `fetch`. A
     checkpoint that holds its text tower needs none.
     """
     kinds = [kind for kind in (v1, stablesr, osediff, controlnet, family) if kind]

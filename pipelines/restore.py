@@ -121,6 +121,12 @@ def resolved(config: RestoreConfig) -> RestoreConfig:
     return config.model_copy(update={"dtype": dtype, "runtime": runtime})
 
 
+def check_own(output: str, run_file: str) -> None:
+    """ConfigError where the file OUTPUT is there and no run file beside it says that this command made it."""
+    if exists(output) and not exists(run_file):
+        raise ConfigError("this file is there already", where=output, todo="give another name, or remove it")
+
+
 def restore(source: str, output: str, model_uri: str, config: RestoreConfig) -> int:
     """Restore one file, or all images below a folder or s3:// prefix; returns how many images there are.
 
@@ -140,6 +146,7 @@ def restore(source: str, output: str, model_uri: str, config: RestoreConfig) -> 
     if folder != output:
         inputs["source"] = identity(read_bytes(source))
         name = f"{output.removeprefix(join(folder, ''))}.run.json"
+        check_own(output, join(folder, name))
     if config.noise == "shared":
         frame_size = _frame_size(tasks[0]["uri"])
         tasks = [task | {"key": SHARED_KEY, "frame_size": frame_size} for task in tasks]

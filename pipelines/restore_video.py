@@ -16,9 +16,9 @@ from infra.pictures import resized
 from infra.process.numerics import set_numerics
 from infra.publish import download, publish_if_absent, staging, temporary_folder
 from infra.run import claim_output
-from infra.storage import exists, sha256_file
+from infra.storage import exists, join, sha256_file
 from infra.video import VIDEO_SUFFIXES, WRITTEN, convert, probe
-from pipelines.restore import MIN_SIDE, SHARED_KEY, RestoreConfig, resolved
+from pipelines.restore import MIN_SIDE, SHARED_KEY, RestoreConfig, check_own, resolved
 from training.models import fetch_model, model_id
 from training.restore.restore import check_sampling, prepare_image, restore_batch
 from training.sampling import SmoothedColorFix
@@ -50,6 +50,7 @@ def restore_video(source: str, output: str, model_uri: str, config: RestoreConfi
         inputs = {"model": model_id(model_uri), "source": found}
         folder, _, name = output.rpartition("/")
         libraries = ("torch", "diffusers", "numpy", "pillow", "av")
+        check_own(output, join(folder, f"{name}.run.json"))
         claim_output(folder, config, job="restore", inputs=inputs, libraries=libraries, name=f"{name}.run.json")
         if exists(output):
             return info.num_frames

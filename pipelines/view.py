@@ -1,5 +1,6 @@
 """`ccsr view`: the pictures of an evaluation or of a restoration in a browser, image by image, from a local server."""
 
+import re
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -8,6 +9,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -26,6 +28,7 @@ from infra.tracking import TrackingConfig
 from pipelines.restore_plan import RECORDS, plan
 
 _TEMPLATE = Path(page.__file__).with_name("view.html.j2")
+_OF_A_RUN = re.compile(r"runs/(\d+)/(.+)")
 _SHOWN = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}  # by every browser
 
 
@@ -104,9 +107,8 @@ def _restored(folder: str, source: str | None) -> Album:
     runs: dict[str, dict[int, str]] = {}
     for uri in list_files(folder):
         name, run = uri.removeprefix(join(folder, "")), 0
-        if num_runs > 1 and name.startswith("runs/"):
-            _, number, name = name.split("/", 2)
-            run = int(number)
+        if num_runs > 1 and (of_a_run := _OF_A_RUN.fullmatch(name)):
+            run, name = int(of_a_run[1]), of_a_run[2]
         if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(f"{RECORDS}/"):
             runs.setdefault(name, {})[run] = uri
     tasks = plan(source, folder, num_runs, config["format"])[1] if source else []
@@ -197,19 +199,20 @@ def serve(album: Album, port: int) -> ThreadingHTTPServer:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            if self.headers.get("Host", "").rpartition(":")[0] not in ("127.0.0.1", "localhost"):
+            if urlsplit(f"//{self.headers.get('Host', '')}").hostname not in ("127.0.0.1", "localhost"):
                 status, data, kind = HTTPStatus.FORBIDDEN, b"ask 127.0.0.1 or localhost", "text/plain"
             else:
                 try:
                     status, data, kind = reply(album, self.path)
                 except CcsrError as error:  # a picture was removed or damaged since
                     status, data, kind = HTTPStatus.NOT_FOUND, str(error).encode(), "text/plain; charset=utf-8"
-            self.send_response(status)
-            self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(len(data)))
-            self.send_header("X-Content-Type-Options", "nosniff")
-            self.end_headers()
-            self.wfile.write(data)
+            with suppress(ConnectionError):  # the browser has turned the page
+                self.send_response(status)
+                self.send_header("Content-Type", kind)
+                self.send_header("Content-Length", str(len(data)))
+                self.send_header("X-Content-Type-Options", "nosniff")
+                self.end_headers()
+                self.wfile.write(data)
 
         def log_message(self, format: str, *args: object) -> None:
             """Nothing is logged."""

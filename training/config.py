@@ -60,8 +60,8 @@ FAMILIES = {
 class ModelConfig(Config):
     """Which networks. `family` says whose habits the weights were trained with: v1 conditions on the posterior's mean,
     v2 on a sample of it; stablesr and onestep (OSEDiff) are other methods. `prediction` is what the UNet puts out:
-    noise, or the velocity
-    of Salimans & Ho (2022). `custom` marks converted networks of another size; it can be loaded, not built."""
+    noise, or the velocity of Salimans & Ho (2022). `custom` marks converted networks of another size; it can be loaded,
+    not built."""
 
     preset: Literal["tiny", "sd21", "custom"] = "tiny"
     family: Literal["v1", "v2", "stablesr", "onestep"] = "v2"

@@ -107,7 +107,9 @@ def estimate(
     ] = None,
     model: Annotated[str | None, typer.Option(help="Instead of a config: sd21 or tiny.")] = None,
     set_: Overrides = None,
-    gpus: Annotated[list[int] | None, typer.Option(help="Numbers of GPUs beside the config's; default 8, 32.")] = None,
+    gpus: Annotated[
+        list[int] | None, typer.Option(min=1, help="Numbers of GPUs beside the config's; default 8, 32.")
+    ] = None,
     card: Annotated[str, typer.Option(help="The GPU that is assumed.")] = "H100",
     mfu: Annotated[float, typer.Option(min=0.01, max=1, help="The share of its bf16 peak that is assumed.")] = 0.4,
     price: Annotated[float, typer.Option(min=0, help="US dollars of a GPU-hour.")] = 3.0,

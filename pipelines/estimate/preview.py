@@ -25,10 +25,13 @@ def preview_table(config: Any, progress: Progress, num_gpus: int, where: str | N
 
 
 def _place(config: Any, num_gpus: int) -> str:
+    """A run with a range of workers takes as many as there are; its least number is what has to be there."""
     runtime = config.runtime
     address = runtime.ray.address or os.environ.get("RAY_ADDRESS")
-    processes = runtime.workers.max if hasattr(runtime, "workers") else runtime.num_actors
-    power = f"{num_gpus} GPUs" if num_gpus else f"{processes or runtime.ray.num_cpus or os.cpu_count()} CPUs"
+    most = runtime.workers.max if config.job == "train" else runtime.num_actors
+    least = runtime.workers.min if config.job == "train" else most
+    number = f"{least} to {most}" if least != most else most or runtime.ray.num_cpus or os.cpu_count()
+    power = f"{number} {'GPUs' if num_gpus else 'CPUs'}"
     return f"{power} of {f'the cluster {address}' if address else 'this machine, by a Ray that is started here'}"
 
 
@@ -48,7 +51,7 @@ def _time(config: Any, progress: Progress) -> str:
         hours = share * estimate.seconds.value / workers / 3600
         return f"about {_amount(hours)} with {workers} workers as fast as this machine"
     if not progress.flops:
-        return "as long as the metrics take: no network restores"
+        return "not estimated: no network of a known size computes"
     processes = runtime.workers.max if config.job == "train" else runtime.num_actors
     if runtime.device == "cuda":
         assumed = Assumed()
@@ -56,8 +59,9 @@ def _time(config: Any, progress: Progress) -> str:
     else:
         threads = f"{runtime.threads} thread{'s' * (runtime.threads > 1)} a process"
         speed, by = measured_flops(runtime.threads), f"CPUs as fast as this one, {threads}"
+    most = " with all of them" if config.job == "train" and runtime.workers.min < processes else ""
     hours = share * progress.flops / (speed * processes) / 3600
-    return f"about {_amount(hours)} for the networks alone, assuming {by}"
+    return f"about {_amount(hours)} for the networks alone{most}, assuming {by}"
 
 
 def _amount(hours: float) -> str:

@@ -47,7 +47,8 @@ class ShardEstimate:
 def estimate_shards(config: ShardConfig, *, num_files: int = NUM_FILES) -> ShardEstimate:
     """Make the samples of `num_files` files, spread evenly over the sources, into a temporary folder, and scale up.
 
-    The number of shards is exact. Ray's start and the network at the output are left out.
+    The number of shards is exact, but for `dedupe`: files are not hashed here, so near-duplicates are counted. Ray's
+    start and the network at the output are left out.
     """
     config = with_model_found(config)
     recipe, encoder = resolve_degradation(config), latent_encoder(config)

@@ -194,7 +194,7 @@ class ShardConfig(Config):
     )
     max_aspect: Annotated[float | None, LATER] = Field(None, ge=1, description="long side over short side")
     dedupe: Annotated[int | None, LATER] = Field(
-        None, ge=0, le=16, description="images that look like an earlier one are left out: pHash, bits that may differ"
+        None, ge=0, le=8, description="images that look like an earlier one are left out: pHash, bits that may differ"
     )
     degradation: str | DegradationConfig | None = "ccsr"
     draws: int = Field(1, ge=1, description="degradations of each crop")

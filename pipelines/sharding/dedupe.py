@@ -50,7 +50,7 @@ def count_near_duplicates(output: str) -> int:
 def _near_duplicates(files: Sequence[SourceFile], hashes: np.ndarray, max_bits: int) -> list[dict[str, str | int]]:
     like: dict[int, tuple[int, int]] = {}
     for i, j, bits in near_pairs(hashes, hashes, max_bits=max_bits):
-        if i < j and i not in like:
+        if i not in like:
             like.setdefault(j, (i, bits))
     return [
         {"key": files[j].key, "file": printable(files[j].name), "like": printable(files[i].name), "bits": bits}

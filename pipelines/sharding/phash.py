@@ -27,7 +27,8 @@ def perceptual_hash(image: np.ndarray) -> int:
 
 
 def near_pairs(a: np.ndarray, b: np.ndarray, *, max_bits: int = NEAR_BITS) -> list[tuple[int, int, int]]:
-    """(i, j, bits) of all hashes a[i] and b[j], uint64 (N,) and (M,), that differ in at most `max_bits`, by i then j.
+    """(i, j, bits) of all hashes a[i] and b[j], uint64 (N,) and (M,), that differ in at most `max_bits`, by i then j;
+    where `b` is `a`, of i < j alone.
 
     A hash of 0 says that nothing is known and is like no other. Hashes that differ in n bits are equal in one of n + 1
     bands of their bits at least, so only those are compared that share a band.
@@ -51,6 +52,8 @@ def near_pairs(a: np.ndarray, b: np.ndarray, *, max_bits: int = NEAR_BITS) -> li
             different = a[known_a[i]] ^ b[known_b[j]]
             bits = np.bitwise_count(different)
             near = bits <= max_bits
+            if b is a:  # each pair once
+                near &= known_a[i] < known_b[j]
             for earlier, its_mask in bands[:number]:  # where the pair was found already
                 near &= (different >> earlier & its_mask) != 0
             found += zip(known_a[i[near]].tolist(), known_b[j[near]].tolist(), bits[near].tolist(), strict=True)

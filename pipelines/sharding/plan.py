@@ -88,7 +88,7 @@ def _starts(length: int, crop: GridCrop) -> list[int]:
 
 
 def source_id(files: Sequence[SourceFile]) -> str:
-    """Identifies the source list by names and sizes (shard sets: by their ids too), wherever the files lie."""
+    """Identifies the source list by names and sizes (shard sets: by their ids too), wherever the files are."""
     digest = hashlib.sha256(b"[")
     for start in range(0, len(files), LISTED_AT_ONCE):  # the JSON of ten million takes gigabytes
         part = files[start : start + LISTED_AT_ONCE]

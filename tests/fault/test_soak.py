@@ -67,7 +67,7 @@ def test_results_are_an_undisturbed_runs_whatever_happens(
             changes = {"runtime": runtime | {"collective_timeout_seconds": 60}, "tracking": {"uri": tracking}}
             config = train_config(data, run, num_updates=NUM_UPDATES, **changes)
             repeats += again_until_done(Job.of(nodes, "train", config, tmp_path))
-            require_equal(run, logged_losses(tracking), whole, tmp_path, NUM_UPDATES)
+            require_equal(run, logged_losses(tracking), whole, tmp_path, NUM_UPDATES, rel=1e-6)  # of 1 or 2 ranks
 
             asked = evaluate_config(tested, join(run, "model"), result, tracking)
             repeats += again_until_done(Job.of(nodes, "evaluate", asked, tmp_path))

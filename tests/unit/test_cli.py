@@ -391,7 +391,7 @@ def test_a_dry_run_says_what_where_and_how_much_is_there_and_writes_nothing(
     shown = squeezed(ccsr("evaluate", "--dry-run", config, "--set", f"output={tmp_path / 'scores'}"))
     assert "psnr_y, ssim_y of 1 methods, 3 pictures" in shown
     assert "0 of 3 records" in shown
-    assert "no network restores" in shown
+    assert "no network of a known size computes" in shown
     save_model(build_model(ModelConfig(preset="tiny"), 0), tmp_path / "model")
     before = list_files(str(tmp_path))
     method = f"methods=[{{kind: model, name: ours, model: {tmp_path / 'model'}}}]"

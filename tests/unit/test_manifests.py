@@ -35,6 +35,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "all": {
         "kubernetes": ALL,
         "s3": {"secret": "keys", "service_account": "robot", "endpoint_url": "http://minio:9000"},
+        "gpu_workers": {"min_nodes": 2, "max_nodes": 4, "cpus": 32, "memory_gib": 256, "gpus": 8},
     },
     "queue": {"kubernetes": {"queue": "gpu-queue"}, "mlflow": {"artifacts": "s3://b/m"}},
     "no CPU nodes": {"cpu_workers": None, "mlflow": None},
@@ -175,7 +176,7 @@ def test_who_may_call_whom() -> None:
         (metrics,) = [p for p in pod["spec"]["containers"][0]["ports"] if p["name"] == "metrics"]
         assert metrics["containerPort"] == 8080
     budget = found["PodDisruptionBudget/ccsr-gpu"]["spec"]
-    assert (budget["minAvailable"], budget["selector"]["matchLabels"]["ray.io/group"]) == (3, "gpu")
+    assert (budget["minAvailable"], budget["selector"]["matchLabels"]["ray.io/group"]) == (1, "gpu")
     assert found["RoleBinding/ccsr"]["subjects"][0] == {
         "kind": "ServiceAccount", "name": "robot", "namespace": "research"
     }  # fmt: skip

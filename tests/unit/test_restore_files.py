@@ -249,3 +249,12 @@ def test_from_s3_with_names_of_any_script(s3: str, model: str) -> None:
     write_bytes(f"{s3}/in/夕/焼 け.png", encode_png(photo(16, 20)))
     assert restore(f"{s3}/in", f"{s3}/out", f"{s3}/model", CONFIG) == 1
     assert f"{s3}/out/夕/焼 け.png" in list_files(f"{s3}/out")
+
+
+def test_a_file_that_another_program_made_is_not_taken_for_a_result(model: str, tmp_path: Path) -> None:
+    save(tmp_path / "small.png", 1)
+    (tmp_path / "large.png").write_bytes(b"another program's")
+    with pytest.raises(ConfigError, match="there already"):
+        restore(f"{tmp_path}/small.png", f"{tmp_path}/large.png", model, CONFIG)
+    assert (tmp_path / "large.png").read_bytes() == b"another program's"
+    assert not (tmp_path / "large.png.run.json").exists()

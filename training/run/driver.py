@@ -86,7 +86,8 @@ def preview_train(config: TrainConfig) -> Progress:
         _check_start(config, manifests)
     samples = sum(manifest.num_samples for manifest in manifests)
     what = f"stage {config.stage} from {config.init_from or 'random weights'}"
-    flops = step_cost(config).flops_per_sample * config.global_batch_size * config.num_updates
+    counted = exported < config.num_updates and config.model.preset != "custom"
+    flops = step_cost(config).flops_per_sample * config.global_batch_size * config.num_updates if counted else 0.0
     return Progress(max(exported, done), config.num_updates, "updates", f"{samples:,} samples", what, flops)
 
 
