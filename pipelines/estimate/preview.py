@@ -28,11 +28,17 @@ def _place(config: Any, num_gpus: int) -> str:
     """A run with a range of workers takes as many as there are; its least number is what has to be there."""
     runtime = config.runtime
     address = runtime.ray.address or os.environ.get("RAY_ADDRESS")
-    most = runtime.workers.max if config.job == "train" else runtime.num_actors
-    least = runtime.workers.min if config.job == "train" else most
+    least, most = _processes(config)
     number = f"{least} to {most}" if least != most else most or runtime.ray.num_cpus or os.cpu_count()
     power = f"{number} {'GPUs' if num_gpus else 'CPUs'}"
     return f"{power} of {f'the cluster {address}' if address else 'this machine, by a Ray that is started here'}"
+
+
+def _processes(config: Any) -> tuple[Any, Any]:
+    """The least and the most that work at once; None: as many as there are CPUs."""
+    if config.job == "train":
+        return config.runtime.workers.min, config.runtime.workers.max
+    return config.runtime.num_actors, config.runtime.num_actors
 
 
 def _time(config: Any, progress: Progress) -> str:
@@ -52,16 +58,16 @@ def _time(config: Any, progress: Progress) -> str:
         return f"about {_amount(hours)} with {workers} workers as fast as this machine"
     if not progress.flops:
         return "not estimated: no network of a known size computes"
-    processes = runtime.workers.max if config.job == "train" else runtime.num_actors
+    least, most = _processes(config)
     if runtime.device == "cuda":
         assumed = Assumed()
         speed, by = assumed.flops_per_second, f"{assumed.card} at {assumed.mfu:.0%} of its peak"
     else:
         threads = f"{runtime.threads} thread{'s' * (runtime.threads > 1)} a process"
         speed, by = measured_flops(runtime.threads), f"CPUs as fast as this one, {threads}"
-    most = " with all of them" if config.job == "train" and runtime.workers.min < processes else ""
-    hours = share * progress.flops / (speed * processes) / 3600
-    return f"about {_amount(hours)} for the networks alone{most}, assuming {by}"
+    by_all = " with all of them" if least < most else ""
+    hours = share * progress.flops / (speed * most) / 3600
+    return f"about {_amount(hours)} for the networks alone{by_all}, assuming {by}"
 
 
 def _amount(hours: float) -> str:

@@ -46,9 +46,8 @@ def near_pairs(a: np.ndarray, b: np.ndarray, *, max_bits: int = NEAR_BITS) -> li
         for block in np.split(np.arange(len(ours)), np.flatnonzero(np.diff(blocks)) + 1):
             counts = (last - first)[block]
             i = np.repeat(block, counts)
-            j = order[
-                np.arange(len(i)) - np.repeat(np.cumsum(counts) - counts, counts) + np.repeat(first[block], counts)
-            ]
+            begins = first[block] - (np.cumsum(counts) - counts)
+            j = order[np.arange(len(i)) + np.repeat(begins, counts)]
             different = a[known_a[i]] ^ b[known_b[j]]
             bits = np.bitwise_count(different)
             near = bits <= max_bits

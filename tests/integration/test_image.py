@@ -15,7 +15,6 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[2]
 HERE = Path(tempfile.gettempdir()) / "ccsr-image"
-MIRROR = "http://deb.debian.org/debian"
 MISSING = [name for name in ("buildah", "debootstrap") if shutil.which(name) is None]
 pytestmark = [
     pytest.mark.slow,
@@ -49,7 +48,7 @@ def base() -> str:
         packages = "--include=python3,python3-pip,python-is-python3,ca-certificates,openssl"
         root = HERE / "root"
         shutil.rmtree(root, ignore_errors=True)
-        command = ["debootstrap", "--variant=minbase", packages, "bookworm", str(root), MIRROR]
+        command = ["debootstrap", "--variant=minbase", packages, "bookworm", str(root)]  # its own mirror
         subprocess.run(command, check=True, capture_output=True)
         for file in root.glob("usr/lib/python3*/EXTERNALLY-MANAGED"):
             file.unlink()
