@@ -17,11 +17,12 @@ CRF = "14"  # x264's constant quality; 18 counts as visually lossless
 
 
 class VideoInfo(NamedTuple):
-    """`size`: (height, width) of the frames, upright; `rate`: frames a second."""
+    """`size`: (height, width) of the frames, upright; `rate`: frames a second; `pixel_aspect`: width / height, upright."""
 
     size: tuple[int, int]
     num_frames: int
     rate: Fraction
+    pixel_aspect: Fraction
 
 
 def probe(path: Path, where: str) -> VideoInfo:
@@ -53,8 +54,12 @@ def probe(path: Path, where: str) -> VideoInfo:
             if frame.pts is None:
                 raise refuse(f"frame {len(times)} has no time", "-fps_mode cfr")
             times.append(frame.pts * frame.time_base)
+        video = source.streams.video[0]
         tick = frame.time_base if times else Fraction(0)
-        rate = source.streams.video[0].average_rate if times else None
+        rate = video.average_rate if times else None
+        aspect = video.sample_aspect_ratio or Fraction(1)
+        if times and frame.rotation % 180:
+            aspect = 1 / aspect
     if size is None:
         raise DataError("the video has no frames", where=where, todo="give a file that a player shows")
     if len(times) > 1:
@@ -65,7 +70,7 @@ def probe(path: Path, where: str) -> VideoInfo:
             how = f"-fps_mode cfr -r {float(rate or 25):g}"
             raise refuse(f"the frame rate varies: frame {off} is not at its place", how)
         rate = rate or 1 / step
-    return VideoInfo(size, len(times), rate or Fraction(25))
+    return VideoInfo(size, len(times), rate or Fraction(25), aspect)
 
 
 def convert(
@@ -74,12 +79,13 @@ def convert(
     form: str,
     size: tuple[int, int],
     change: Callable[[np.ndarray], np.ndarray],
-    rate: Fraction,
+    info: VideoInfo,
     where: str,
 ) -> None:
     """Write `target` in the format `form` (of WRITTEN) with `change` of each frame, in H.264.
 
-    `change` is given uint8 RGB (h, w, 3), upright, and returns that of `size` = (H, W), both even. Audio packets are
+    `info` is `probe`'s. `change` is given uint8 RGB (h, w, 3), upright, and returns that of `size` = (H, W), both even.
+    Audio packets are
     copied; frames keep their times, pixel aspect and colour matrix, which is named (where the file names none: BT.709
     from 720 lines on, else BT.601). Subtitles, chapters and metadata are left out. DataError where `form` cannot hold
     the audio.
@@ -88,11 +94,11 @@ def convert(
 
     with _opened(path, where) as source, av.open(str(target), "w", format=form) as out:
         video = source.streams.video[0]
-        stream = out.add_stream("libx264", rate=rate, options={"crf": CRF})
+        stream = out.add_stream("libx264", rate=info.rate, options={"crf": CRF})
         stream.height, stream.width = size
         context = stream.codec_context
         context.pix_fmt, context.time_base = "yuv420p", video.time_base
-        context.sample_aspect_ratio = video.sample_aspect_ratio or Fraction(1)
+        context.sample_aspect_ratio = info.pixel_aspect
         space, number = _colour_space(video)
         context.colorspace, context.color_range = number, 1  # 1: limited
         context.color_primaries, context.color_trc = video.codec_context.color_primaries, video.codec_context.color_trc

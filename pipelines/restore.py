@@ -81,9 +81,9 @@ def restore_config(options: Mapping[str, Any]) -> RestoreConfig:
     }
     if options["format"] is None:  # the suffix of an OUTPUT that is a file
         options = {**options, "format": FORMATS_OF.get(Path(options["output"]).suffix.lower())}
-    named = ("seed", "scale", "dtype", "convert", "gps", "side_by_side", "noise")
+    named = ("seed", "scale", "dtype", "convert", "gps", "side_by_side")
     values = {name: options[name] for name in named} | {
-        **{name: options[name] for name in ("format", "quality") if options[name] is not None},
+        **{name: options[name] for name in ("format", "quality", "noise") if options[name] is not None},
         "num_runs": options["runs"],
         "sampling": sampling,
         "runtime": {"device": options["device"], "use_ray": options["ray"]},

@@ -37,8 +37,8 @@ def restore_video(source: str, output: str, model_uri: str, config: RestoreConfi
     order, it appears when complete, and NAME.mp4.run.json is beside it. An output that is there is kept if it was made
     from the same content. ConfigError for options without effect, and errors as of `probe` and `convert`.
     """
-    config = resolved(config).model_copy(update={"noise": "shared"})
     _check(source, output, config)
+    config = resolved(config).model_copy(update={"noise": "shared"})
     source, output = map(location, (source, output))
     model_uri = find_model(model_location(model_uri), TrackingConfig())
     check_sampling(model_uri, config.sampling)
@@ -68,7 +68,7 @@ def restore_video(source: str, output: str, model_uri: str, config: RestoreConfi
                 return large
 
             written = (size[0], size[1] * (1 + config.side_by_side))
-            convert(file, target, WRITTEN[Path(output).suffix.lower()], written, change, info.rate, source)
+            convert(file, target, WRITTEN[Path(output).suffix.lower()], written, change, info, source)
             publish_if_absent(target, output)
     return info.num_frames
 
@@ -80,7 +80,11 @@ def _check(source: str, output: str, config: RestoreConfig) -> None:
         "OUTPUT is INPUT": location(source) == location(output),
         "several runs need several files": config.num_runs > 1,
         "a video is restored by one process, in order": config.runtime.use_ray,
-        "--format, --convert and --gps are of pictures": config.format != "png" or config.convert or config.gps,
+        "--format, --convert and --gps are of pictures": "format" in config.model_fields_set
+        or config.convert
+        or config.gps,
+        "a video's frames share one noise": "noise" in config.model_fields_set and config.noise == "image",
+        "a video's frames are restored one by one": "rows_at_once" in config.runtime.model_fields_set,
     }
     for what, wrong in problems.items():
         if wrong:

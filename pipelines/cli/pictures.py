@@ -49,8 +49,11 @@ def restore(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; auto: bfloat16 on CUDA.")] = "auto",
     fp16: Annotated[bool, typer.Option("--fp16", help="--dtype float16, on a GPU.")] = False,
     noise: Annotated[
-        str, typer.Option(help="image: each its own; shared: one field for all frames of INPUT.")
-    ] = "image",
+        str | None,
+        typer.Option(
+            help="image: each its own, the default; shared: one field for all frames of INPUT, as in a video."
+        ),
+    ] = None,
     format: Annotated[
         str | None, typer.Option(help="png, jpg, webp or tiff; input: as each input. Default png, or OUTPUT's suffix.")
     ] = None,

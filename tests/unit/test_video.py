@@ -85,7 +85,7 @@ def enlarge(frame: np.ndarray) -> np.ndarray:
 
 def converted(path: Path, target: Path, form: str = "mp4") -> Path:
     info = probe(path, "film")
-    convert(path, target, form, (2 * info.size[0], 2 * info.size[1]), enlarge, info.rate, "film")
+    convert(path, target, form, (2 * info.size[0], 2 * info.size[1]), enlarge, info, "film")
     return target
 
 
@@ -117,7 +117,7 @@ def test_colours_are_those_that_a_player_shows(tmp_path: Path, named: int, heigh
     seen: list[np.ndarray] = []
     info = probe(tmp_path / "a.mp4", "film")
     keep = lambda frame: seen.append(frame) or enlarge(frame)  # noqa: E731
-    convert(tmp_path / "a.mp4", tmp_path / "b.mp4", "mp4", (2 * height, 128), keep, info.rate, "film")
+    convert(tmp_path / "a.mp4", tmp_path / "b.mp4", "mp4", (2 * height, 128), keep, info, "film")
     with av.open(str(tmp_path / "a.mp4")) as source, av.open(str(tmp_path / "b.mp4")) as target:
         frame = next(source.decode(video=0))
         shown = frame.reformat(format="rgb24", src_colorspace=space).to_ndarray()
@@ -131,14 +131,16 @@ def test_colours_are_those_that_a_player_shows(tmp_path: Path, named: int, heigh
 
 def test_a_telephones_film_is_upright(tmp_path: Path) -> None:
     """Its display matrix, here written into the file, turns it by 90 degrees clockwise."""
-    source = write(tmp_path / "a.mp4", pan(3))
+    source = write(tmp_path / "a.mp4", pan(3), sample_aspect_ratio=Fraction(4, 3))
     data = bytearray(source.read_bytes())
     place = data.index(b"tkhd") + 4 + 40
     assert struct.unpack(">3i", data[place : place + 12]) == (1 << 16, 0, 0)
     data[place : place + 36] = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 32 << 16, 0, 1 << 30)
     source.write_bytes(data)
-    assert probe(source, "film").size == (36, 32)
+    info = probe(source, "film")
+    assert (info.size, info.pixel_aspect) == ((36, 32), Fraction(3, 4))
     (first, *_) = frames_of(converted(source, tmp_path / "b.mp4"))
+    assert probe(tmp_path / "b.mp4", "film").pixel_aspect == Fraction(3, 4)
     assert np.abs(first.astype(int) - enlarge(np.rot90(pan(1)[0], -1))).mean() < 6
 
 
@@ -213,7 +215,7 @@ def test_a_full_disk_is_the_outputs_error_and_leaves_nothing(tmp_path: Path) -> 
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
     try:
         with pytest.raises(StorageError, match="cannot write") as caught, staging(str(target)) as partial:
-            convert(source, partial, "mp4", (64, 72), enlarge, info.rate, "film")
+            convert(source, partial, "mp4", (64, 72), enlarge, info, "film")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert caught.value.where == str(target)
@@ -235,6 +237,9 @@ def test_without_pyav_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Mon
         (["a.mp4", "b.mp4", "--runs", "2"], "several runs"),
         (["a.mp4", "b.mp4", "--ray", "--device", "cpu"], "one process"),
         (["a.mp4", "b.mp4", "--format", "jpg"], "of pictures"),
+        (["a.mp4", "b.mp4", "--format", "png"], "of pictures"),
+        (["a.mp4", "b.mp4", "--noise", "image"], "share one noise"),
+        (["a.mp4", "b.mp4", "--set", "runtime.rows_at_once=2"], "one by one"),
     ],
 )
 def test_options_that_a_video_cannot_have(arguments: list[str], what: str) -> None:
