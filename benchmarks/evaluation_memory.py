@@ -99,7 +99,7 @@ def main() -> None:
         return
     print(f"{platform.machine()}, Python {platform.python_version()}, ray {version('ray')}, {options.side} px")
     print(f"{'images':>8}{'driver, MiB':>14}{'actor, MiB':>14}", flush=True)
-    for factor in (1, 2, 4):  # each in a process of its own
+    for factor in (1, 2, 4):  # each in a new process
         command = [sys.executable, __file__, "--once", f"--images={factor * options.images}", f"--side={options.side}"]
         subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
 

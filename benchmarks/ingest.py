@@ -61,7 +61,7 @@ def checksum(image: np.ndarray) -> int:
 
 
 class Ranks:
-    """Training processes without a model: what a thread of this actor runs stands for one."""
+    """Training processes without a model: a thread of this actor simulates each."""
 
     def __init__(self, world_size: int, reader: SampleReader) -> None:
         torch.set_num_threads(1)

@@ -1,5 +1,5 @@
 """A shard set of 1, 10 and 100 million made-up samples: the driver's cost of planning and closing it, two ranks' cost
-of opening it at one time and of finding samples. A local disk; the set of 100 million is made of its index and
+of opening it at one time and of finding samples. A local disk; the set of 100 million consists of its index and
 manifest alone.
 
 OMP_NUM_THREADS=1 PYTHONPATH=. python benchmarks/million_samples.py 1 10 100

@@ -36,7 +36,7 @@ VALIDATION_SIDES = (400, 720)  # fixed, so that curves of different runs can be 
 class PretrainConfig(Config):
     """What the base is trained on, for how long, and from what."""
 
-    photos: str = Field(description="the folder below which the packages' photographs lie")
+    photos: str = Field(description="the folder that holds the packages' photographs")
     train: Annotated[tuple[str, ...], Field(min_length=1, description="paths below `photos`, or PACKAGE:PATH")]
     validation: Annotated[tuple[str, ...], Field(min_length=1)]
     init_from: str | None = Field(None, description="a tiny model directory to train on; without it, random weights")

@@ -2,9 +2,9 @@
 
 python benchmarks/sharding.py [--images 160] [--rounds 3] [--photos FOLDER --s3 URI]
 
-The loops are processes of their own and are timed in turn with the jobs, which run on a Ray that is up. A job counts
-from its first committed shards to its last; what comes before and after is told apart. `--photos` instead shards a
-folder of photographs, to disk and to S3, which must make one and the same set.
+The loops are separate processes and are timed in turn with the jobs, which run on a Ray that is up. A job counts
+from its first committed shards to its last; what comes before and after is reported apart. `--photos` instead shards
+a folder of photographs, to disk and to S3, which must make one and the same set.
 """
 
 import argparse

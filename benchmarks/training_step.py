@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/training_step.py [--rounds 12]
 
 All three take the same batch in turns, in one process: a round is one update of each. The loop's includes its logging
-to a real MLflow store (sqlite) after every update, which a thread of its own posts: shown without that thread's work,
+to a real MLflow store (sqlite) after every update, which a separate thread posts: shown without that thread's work,
 which in a run overlaps the next update, and with it counted in full. The ingest is not part (benchmarks/ingest.py).
 """
 

@@ -232,7 +232,7 @@ def _suggestion(files: Mapping[str, str], keys: Sequence[str]) -> str:
 
 
 def outputs_id(outputs: Outputs, images: Sequence[EvaluationImage]) -> str:
-    """16 hex digits that name the pixels of outputs, wherever they lie; every file is read.
+    """16 hex digits that name the pixels of outputs, wherever they are stored; every file is read.
 
     Raises DataError for one that is unreadable or of another size than its test image, so before anything is scored.
     """

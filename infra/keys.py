@@ -43,7 +43,7 @@ def tell_apart(items: Sequence[ItemT], *forms: Callable[[ItemT], str]) -> list[s
 
 
 def bounded(key: str, text: str, max_bytes: int) -> str:
-    """`key`, made of `text`; shortened by a digest of `text` where it is too long or would not say what `text` was."""
+    """`key`, from `text`; shortened by a digest of `text` where it is too long or would not say what `text` was."""
     if len(key.encode()) <= max_bytes and any(map(str.isalnum, key)) and is_utf8(text):
         return key
     start = key.encode()[: max_bytes - DIGEST_LENGTH - 1].decode(errors="ignore")

@@ -49,7 +49,7 @@ with warnings.catch_warnings():
 
 
 def tracking_uri(config: TrackingConfig, *, make_folder: bool = True) -> str:
-    """The effective MLflow address; the folder of a sqlite file is made, unless told otherwise."""
+    """The effective MLflow address; the folder of a sqlite file is created by default."""
     try:
         uri = config.uri or _with_scheme(os.environ.get("MLFLOW_TRACKING_URI")) or "sqlite:///mlflow.db"
         uri = tracking_location(uri)

@@ -17,8 +17,8 @@ ONE_MACHINE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 
 def use_token() -> None:
-    """Let Ray send the user's token where there is one: towards a cluster that runs it does not look for it unless
-    told. To be called before Ray is imported."""
+    """Let Ray send the user's token where there is one: it does not look for it by
+    default when it attaches to a running cluster. To be called before Ray is imported."""
     if _has_token():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 

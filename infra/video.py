@@ -17,7 +17,7 @@ CRF = "14"  # x264's constant quality; 18 counts as visually lossless
 
 
 class VideoInfo(NamedTuple):
-    """`size`: (height, width) of the frames, upright; `rate`: frames a second; `pixel_aspect`: width / height, upright."""
+    """`size`: (height, width) of the frames, upright; `rate`: frames a second; `pixel_aspect`: width / height."""
 
     size: tuple[int, int]
     num_frames: int

@@ -25,7 +25,7 @@ def smaller_tiny() -> Iterator[None]:
 
 
 def small_dino(name: str) -> VisionTransformer:
-    """Stands in for training.models.load_dino."""
+    """Replaces training.models.load_dino."""
     with seeded_init(1):
         vit = VisionTransformer(32, 8, layer_scale=name == "dinov2", width=16, num_heads=2)
         for parameter in vit.parameters():
@@ -34,7 +34,7 @@ def small_dino(name: str) -> VisionTransformer:
 
 
 def seeded_lpips() -> Lpips:
-    """Stands in for training.models.load_lpips: the real size, random."""
+    """Replaces training.models.load_lpips: the real size, random."""
     with seeded_init(2):
         lpips = Lpips()
         for head in lpips.heads:

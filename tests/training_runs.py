@@ -1,4 +1,4 @@
-"""Small training runs on synthetic shards, in this process or in gloo workers of their own, without Ray.
+"""Small training runs on synthetic shards, in this process or in separate gloo workers, without Ray.
 
 As a program: `python -m tests.training_runs SPEC RANK`, SPEC being a JSON file that `run_workers` writes.
 """

@@ -89,7 +89,7 @@ def _panel(label: str, lines: dict[str, list[tuple[int, float]]]) -> dict[str, A
 
 
 def _step(low: float, high: float, most: int) -> float:
-    """A round distance of ticks of which at most about `most` lie between `low` and `high`."""
+    """A round distance of ticks of which at most about `most` are between `low` and `high`."""
     spread = max(high - low, max(abs(low), abs(high)) / 100, 1e-6)  # equal values have ticks too
     step = 10 ** math.floor(math.log10(spread))
     return next(s for s in (step / 5, step / 2, step, 2 * step) if spread / s <= most or s == 2 * step)

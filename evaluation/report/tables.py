@@ -34,8 +34,8 @@ class Number:
 def table_rows(summary: Mapping[str, Any]) -> list[tuple[str, list[list[Number]]]]:
     """Rows of the paper's table: a label and, per method of `summary`, one or two numbers (docs/metrics.md).
 
-    `summary` is `evaluation.results.summarise`'s. The first number is the mean, the second the G-STD; L-STD stands
-    beside sharpness. Stability is ranked among methods with two or more runs only.
+    `summary` is `evaluation.results.summarise`'s. The first number is the mean, the second the G-STD; L-STD is
+    next to sharpness. Stability is ranked among methods with two or more runs only.
     """
     methods = summary.values()
     found = {name: numbers for method in methods for name, numbers in method["metrics"].items()}

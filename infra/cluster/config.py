@@ -1,4 +1,4 @@
-"""What a Ray cluster is made of: one config for KubeRay manifests, an MLflow server and a Slurm script."""
+"""The parts of a Ray cluster: one config for KubeRay manifests, an MLflow server and a Slurm script."""
 
 import re
 from typing import Annotated, Literal

@@ -90,8 +90,8 @@ def _versions() -> Iterator[Line]:
             "versions", "fail", "; ".join(wrong), f"pip install --upgrade {DISTRIBUTION}, in a virtual environment"
         )
     else:
-        told = (f"{name} {metadata.version(name)}" for name in ("torch", "ray", "deepspeed"))
-        yield Line("versions", "ok", ", ".join(told))
+        found = (f"{name} {metadata.version(name)}" for name in ("torch", "ray", "deepspeed"))
+        yield Line("versions", "ok", ", ".join(found))
 
 
 def _packages() -> Iterator[Line]:
@@ -168,7 +168,7 @@ def _disks() -> Iterator[Line]:
         ("shared memory", "/dev/shm", LEAST_SHM_BYTES, "Ray's object store"),
     ):
         if not os.path.isdir(place):
-            yield Line(name, "note", f"there is no {place}", "Ray's object store will lie on disk and be slow")
+            yield Line(name, "note", f"there is no {place}", "Ray's object store will be on disk and slow")
             continue
         free = shutil.disk_usage(place).free
         found = f"{free / GIB:.1f} GiB free in {place}"

@@ -87,7 +87,7 @@ def verify(uri: str) -> Manifest:
 
 
 def _verify_appended(manifest: Manifest) -> Manifest:
-    """Verify the sets that an appended one was made of, and that it says what they say."""
+    """Verify the sets that were appended into one, and that it agrees with them."""
     sets = []
     for base in manifest.facts["bases"]:
         if "dataset_id" not in base:
@@ -139,8 +139,8 @@ def find_duplicates(uri: str, against: str, *, max_bits: int = NEAR_BITS) -> Ite
     """Pairs (key, key in `against`, differing bits; None: the same source file) of files that two sets share, each by
     one sample.
 
-    Only the byte indexes are read. Crops of one file are found however they lie; another file's only where both show
-    nearly the same window (phash.py), turned and mirrored copies not at all. DataError for a set without hashes.
+    Only the byte indexes are read. Crops of one file are found wherever they are cut; another file's only where both
+    show nearly the same window (phash.py), turned and mirrored copies not at all. DataError for a set without hashes.
     """
     return ((found.key, found.other, found.bits) for found in _duplicates(uri, against, max_bits))
 

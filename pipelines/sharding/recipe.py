@@ -43,7 +43,7 @@ def _check_pairs(config: ShardConfig, pairs: Sequence[PairsSource | ListSource])
     elif config.scales != (1.0,) or config.short_side_px or isinstance(config.crop, CenterCrop):
         wrong = "crop", "an existing pair cannot be resized", "take `crop: {kind: random, ...}`, and no other scales"
     elif isinstance(config.crop, GridCrop) and config.crop.step_px % pairs[0].scale:
-        wrong = "crop.step_px", "the windows would not lie on the LR's grid", "give a multiple of the scale"
+        wrong = "crop.step_px", "the windows would be off the LR's grid", "give a multiple of the scale"
     if wrong:
         where, what, todo = wrong
         raise ConfigError(what, where=where, todo=todo)

@@ -1,4 +1,4 @@
-"""Ray nodes that are machines of their own as far as one machine allows, to be killed and cut off.
+"""Ray nodes that are separate machines as far as one machine allows, to be killed and cut off.
 
 Each has its own network namespace with an address on a bridge, its own processes, host name, temporary folder and
 shared memory. Where namespaces may not be made, nodes are plain process groups on 127.0.0.1, and a cut is a SIGSTOP.
@@ -226,7 +226,7 @@ def _may_isolate(bridge: str) -> bool:
 @contextmanager
 def cluster_nodes(**environment: str) -> Iterator[Nodes]:
     """An empty cluster whose nodes get `environment`."""
-    with tempfile.TemporaryDirectory(prefix="ccsr-", dir="/tmp") as folder:  # Ray's sockets want a short name
+    with tempfile.TemporaryDirectory(prefix="ccsr-", dir="/tmp") as folder:  # Ray's sockets need a short path
         (Path(folder) / "tmp").mkdir()
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         nodes = Nodes({"OMP_NUM_THREADS": "1", **QUICK_TO_GIVE_UP, **token, **environment}, Path(folder))

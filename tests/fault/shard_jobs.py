@@ -1,4 +1,4 @@
-"""`ccsr shard` in processes of its own, to be disturbed; and what must hold afterwards."""
+"""`ccsr shard` in separate processes, to be disturbed; and what must hold afterwards."""
 
 import hashlib
 import json
@@ -40,7 +40,7 @@ def save_photos(folder: Path) -> None:
 
 @dataclass
 class ShardJob:
-    """One `ccsr shard` into `output`, on the Ray at `address` or one of its own; `environment` is added to its.
+    """One `ccsr shard` into `output`, on the Ray at `address` or a new one; `environment` is added to its.
 
     `source` is where its photographs are to be read instead of `photos`, by a source of `kind`; `inside` goes before
     the command.

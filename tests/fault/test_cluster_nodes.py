@@ -1,4 +1,4 @@
-"""Nodes that are machines of their own, with S3 as all that they share, die and are cut off; results stay."""
+"""Nodes on separate machines, which share nothing but S3, die and are cut off; results stay."""
 
 import os
 import subprocess

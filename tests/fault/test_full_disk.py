@@ -1,4 +1,4 @@
-"""A full disk: three lines and exit code 5, nothing half-written counts, and with more space the job goes on."""
+"""A full disk: three lines and exit code 5, nothing half-written counts, and with more space the job resumes."""
 
 import json
 import subprocess

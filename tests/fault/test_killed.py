@@ -42,9 +42,7 @@ def test_the_same_command_finishes_after_kill_9_of_the_driver(
     moment: int, photos: Path, whole: str, address: str, tmp_path: Path
 ) -> None:
     output = str(tmp_path / "out")
-    job = ShardJob(
-        photos, output, None if moment == 17 else address
-    ).start()  # one with a Ray of its own, that dies too
+    job = ShardJob(photos, output, None if moment == 17 else address).start()  # one whose Ray dies with it
     wait_until(job, lambda: (tmp_path / "out" / "run.json").exists() and num_records(output) >= moment)
     if moment < NUM_SHARDS:
         time.sleep(np.random.default_rng(moment).uniform(0, 0.2))

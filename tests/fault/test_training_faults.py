@@ -1,4 +1,4 @@
-"""Training that loses, freezes or is told to end a worker: what comes out is the undisturbed run, or a clear end."""
+"""Training that loses or freezes a worker, or is asked to end one: the result is the undisturbed run's, or an error."""
 
 import os
 import re
@@ -46,7 +46,7 @@ def nobody_disturbs(folder: Path, data: str, num_updates: int) -> Undisturbed:
 
 
 class Run:
-    """`ccsr train` on two workers in a folder of its own."""
+    """`ccsr train` on two workers in a separate folder."""
 
     def __init__(self, folder: Path, data: str, num_updates: int = NUM_UPDATES, **runtime: object) -> None:
         self.output = str(folder / "run")

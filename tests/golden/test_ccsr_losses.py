@@ -86,7 +86,7 @@ def test_stage1_loss_v2(tag: str) -> None:
 
 def recorded_discriminator() -> Callable[[Tensor], Tensor]:
     """The recording's, computed in float64: its BatchNorms enlarge the last bits of a CPU's float32 convolutions to
-    2e-5, while the recording lies within 5e-6 of the exact value."""
+    2e-5, while the recording is within 5e-6 of the exact value."""
     discriminator = PatchDiscriminator()
     with torch.no_grad():
         for i, (name, parameter) in enumerate(discriminator.named_parameters()):

@@ -1,4 +1,4 @@
-"""A checkpoint that an earlier version wrote still loads, and training goes on from it as it did then.
+"""A checkpoint that an earlier version wrote still loads, and training resumes from it as it did then.
 
 `python -m tests.golden.test_checkpoint_golden` made tests/golden/checkpoint: three updates of the module below, with a
 discriminator, by the functions that training calls; then two more, whose weights are in after.json.

@@ -156,7 +156,7 @@ def test_v1_vae_gives_the_recorded_numbers(converted: CcsrModel) -> None:
 
 @torch.no_grad()
 def test_v1_condition_latent_is_the_recorded_one(converted: CcsrModel) -> None:
-    """The recording's condition encoder has a quant_conv of its own, so it is kept beside the VAE."""
+    """The recording's condition encoder has its own quant_conv, so it is kept beside the VAE."""
     io = recorded("v1_tiny_io")
     assert relative(converted.encode_condition(io["img01"])[0], io["cond_latent"]) < 1e-4
     assert relative(converted.encode_moments(io["img01"])[0], io["cond_latent"]) > 0.1

@@ -53,8 +53,7 @@ def test_niqe_of_the_ground_truth_is_the_published_tables_one(realsr: Path, per_
 
 @pytest.fixture
 def spandrel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """spandrel imports torchvision for two architectures that are not used here; where it cannot be had its names are
-    stubs."""
+    """spandrel imports torchvision for two architectures that are not used here; without it its names are stubs."""
     try:
         import torchvision  # noqa: F401
     except ImportError:

@@ -50,7 +50,7 @@ def test_shards_are_webdataset_tars_of_degraded_pairs(demo):
         replayed = apply(hr, facts["degradation"])
         np.testing.assert_array_equal(replayed.lr, lr)
         traces.add(json.dumps(facts["degradation"]))
-    assert len(traces) == 10  # every crop has a draw of its own
+    assert len(traces) == 10  # every crop has its own draw
     listed = subprocess.run(["tar", "tf", tars[0]], capture_output=True, text=True, check=True).stdout.split()
     assert listed[:3] == [f"{samples[0]['__key__']}.{name}" for name in ("hr.png", "lr.png", "json")]
 

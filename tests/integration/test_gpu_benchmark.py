@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.slow
 def test_runs_in_small_without_ray_or_deepspeed(tmp_path):
-    """Two modules that fail to import stand in their place."""
+    """They are replaced by two modules that fail to import."""
     for name in ("ray", "deepspeed"):
         (tmp_path / f"{name}.py").write_text("raise ImportError('not on this machine')")
     small = ["--preset", "tiny", "--crop-px", "64", "--micro-batches", "2", "--accumulation", "2"]

@@ -144,7 +144,7 @@ def test_a_slow_loop_stops_the_tasks_at_the_window_and_a_rank_keeps_to_its_cpus(
             time.sleep(0.05)
         time.sleep(0.5)
         done = [position for event, position, _ in events(tmp_path / "log") if event == "end"]
-        assert done == list(range(4 * taken + ahead)), "the window is full, in order, and nothing lies beyond it"
+        assert done == list(range(4 * taken + ahead)), "the window is full, in order, and nothing is beyond it"
     running = np.cumsum([1 if event == "begin" else -1 for event, *_ in events(tmp_path / "log")])
     assert running.max() == 1, "one task at a time, although two CPUs are free"
     stream.close()

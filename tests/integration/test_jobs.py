@@ -1,4 +1,4 @@
-"""Jobs that are interrupted, changed or given bad input: nothing that is done is lost, and the user is told."""
+"""Jobs that are interrupted, changed or given bad input: no finished work is lost, and the error says what to do."""
 
 import json
 from pathlib import Path

@@ -79,7 +79,7 @@ def _wait_for(address: str, head: subprocess.Popen) -> None:
         try:
             urllib.request.urlopen(f"{address}/api/version", timeout=2)
             return
-        except urllib.error.HTTPError:  # it is up, and wants a token
+        except urllib.error.HTTPError:  # it is up, and requires a token
             return
         except OSError as error:
             if head.poll() is not None or time.monotonic() > deadline:
@@ -249,7 +249,7 @@ def test_work_without_gpus_keeps_off_gpu_nodes(cluster, job_server):
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     (gpu_node,) = found["gpus"]
-    assert gpu_node in found["plain"]  # it does take work that does not say where it wants to be
+    assert gpu_node in found["plain"]  # it does take work without a placement
     assert found["on gpus"] == [gpu_node]
     assert len(found["actors"]) == 2
     assert gpu_node not in found["actors"]

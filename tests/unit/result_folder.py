@@ -14,7 +14,7 @@ from evaluation.results import image_row, images_schema, results_schema
 from infra import rng_for
 from infra.images import encode_png
 
-METRICS = ["psnr_y", "ssim_y", "lpips"]  # lpips stands for a metric whose weights are missing
+METRICS = ["psnr_y", "ssim_y", "lpips"]  # lpips is an example of a metric whose weights are missing
 Restore = Callable[[np.ndarray, np.random.Generator], np.ndarray]  # bicubic image, generator -> output
 
 

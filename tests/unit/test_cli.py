@@ -88,7 +88,7 @@ def write(tmp_path: Path) -> Callable[..., str]:
 
 
 def refused(ended: Ended, code: int, *messages: str) -> None:
-    """The run ended with `code` and three lines on stderr in which `messages` stand in this order."""
+    """The run ended with `code` and three lines on stderr that contain `messages` in this order."""
     lines = [line for line in ended.err.rstrip("\n").split("\n") if not line.startswith("    ")]  # items of a list
     assert len(lines) == 3, ended.err
     assert lines[0].startswith("error: ")

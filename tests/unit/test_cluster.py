@@ -154,7 +154,7 @@ STAND_INS = {
 
 
 def run_batch(folder: Path, config: ClusterConfig, **environment: str) -> tuple[int, list[str]]:
-    """Run the rendered script among stand-ins; its exit code and their calls."""
+    """Run the rendered script with replaced commands; its exit code and their calls."""
     (folder / "ccsr.sbatch").write_text(render(config, "slurm")["ccsr.sbatch"])
     for name, body in STAND_INS.items():
         (folder / name).write_text(f"#!/bin/bash\n{body}\n")

@@ -1,4 +1,4 @@
-"""Test sets in folders, other methods' outputs, and which metrics can be had: what is found and what is refused."""
+"""Test sets in folders, other methods' outputs, and which metrics are available: what is found and what is refused."""
 
 import os
 import sys

@@ -262,7 +262,7 @@ def test_a_slow_loop_stops_the_ingest_at_its_window(stored: list[Manifest]) -> N
         while len(maker.made) < taken * 8 + 16 and time.monotonic() < deadline:
             time.sleep(0.02)
         time.sleep(0.3)
-        assert sorted(maker.made) == list(range(taken * 8 + 16)), "the window is full and nothing lies beyond it"
+        assert sorted(maker.made) == list(range(taken * 8 + 16)), "the window is full and nothing is beyond it"
     batches.close()
 
 

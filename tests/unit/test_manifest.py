@@ -1,4 +1,4 @@
-"""The manifest: what is committed once stays, what disagrees is loud, and a set is the same wherever it lies."""
+"""The manifest: what is committed once stays, what disagrees is loud, and a set is the same wherever it is stored."""
 
 import dataclasses
 import gc

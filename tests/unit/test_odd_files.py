@@ -74,7 +74,7 @@ def test_a_decoder_of_a_zip_may_raise_anything(tmp_path: Path) -> None:
 
 
 def test_names_that_are_not_utf8_are_sharded_and_described(tmp_path: Path) -> None:
-    """Two names, equal but for bytes that are not UTF-8, get keys of their own; one file is broken."""
+    """Two names, equal but for bytes that are not UTF-8, get different keys; one file is broken."""
     folder = tmp_path / "photos"
     save_photos(folder, [(64, 64)])
     for number, byte in enumerate((b"\xe9", b"\xe8", b"\xff")):

@@ -60,7 +60,7 @@ def alexnet() -> nn.Sequential:
 
 @pytest.fixture
 def folder(tmp_path: Path, vgg: nn.Sequential, alexnet: nn.Sequential, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A weights folder with all files in their published layout; their sha256 stands in for the published one."""
+    """A weights folder with all files in their published layout; their sha256 replaces the published one."""
     for network, name in ((vgg, "vgg16-397923af.pth"), (alexnet, "alexnet-owt-7be5be79.pth")):
         trunk = {f"features.{key}": value for key, value in network.state_dict().items()}
         torch.save({**trunk, "classifier.0.bias": torch.zeros(3)}, tmp_path / name)

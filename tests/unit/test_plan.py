@@ -1,4 +1,4 @@
-"""The plan: every crop and draw of every file stands exactly once, under a key of its own, by a pure function."""
+"""The plan: every crop and draw of every file appears exactly once, under its own key, by a pure function."""
 
 import hashlib
 from pathlib import Path, PurePosixPath

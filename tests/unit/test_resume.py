@@ -1,4 +1,4 @@
-"""Checkpoints of a running engine: written behind its back, one at a time, and a failed write is told."""
+"""Checkpoints of a running engine: written in the background, one at a time; a failed write is reported."""
 
 import threading
 from pathlib import Path
@@ -68,7 +68,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_the_next_one_waits(
     with run.checkpoints as checkpoints:
         checkpoints.save(1, {"psnr_y": 20.0, "l_std": 0.1})
         assert entered.acquire(timeout=60)
-        run.update()  # changes the weights in place while the write stands still
+        run.update()  # changes the weights in place while the write is blocked
         assert not torch.equal(run.module.weight, as_saved)
         assert complete_checkpoints(str(tmp_path)) == []
         second = threading.Thread(target=checkpoints.save, args=(2,))

@@ -57,7 +57,7 @@ def test_a_rows_noise_does_not_depend_on_the_batch(keys: list[tuple], data: st.D
     chosen = data.draw(st.permutations(range(len(keys))).map(lambda order: order[: max(1, len(order) - 1)]))
     assume(chosen != list(range(len(keys))))
     whole, part = (noise_for(3, k, "cpu", torch.float32) for k in (keys, [keys[i] for i in chosen]))
-    for shape in ((2, 3), (4,)):  # a second draw goes on in each row's own stream
+    for shape in ((2, 3), (4,)):  # a second draw continues each row's own stream
         everything = whole((len(keys), *shape))
         assert torch.equal(part((len(chosen), *shape)), everything[chosen])
 

@@ -84,7 +84,7 @@ def test_of_racing_publishers_one_wins(place: str, tmp_path: Path) -> None:
 def test_a_file_in_several_parts_is_published_once_too(
     s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Large files are uploaded in parts; the condition then stands on the last request."""
+    """Large files are uploaded in parts; the condition is then on the last request."""
     monkeypatch.setattr("s3fs.core.calculate_chunksize", lambda size, chunksize=None: 5 << 20)
     file = tmp_path / "big.tar"
     file.write_bytes(os.urandom(1 << 20) * 11)

@@ -1,4 +1,4 @@
-"""One table in three forms: no width breaks a word or a number, HTML is escaped, JSON keeps the values."""
+"""One table in three forms: no width breaks words or numbers, HTML is escaped, JSON keeps the values."""
 
 import io
 import json

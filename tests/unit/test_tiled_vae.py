@@ -1,4 +1,4 @@
-"""The VAE in bands of rows: the numbers of the whole image, whatever the bands' height and wherever activations lie."""
+"""The VAE in bands of rows gives the whole image's numbers, whatever the bands' height and wherever activations are."""
 
 import pytest
 import torch

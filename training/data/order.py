@@ -25,7 +25,7 @@ class Order:
     """The endless stream over one or several sets of `sizes` samples, numbered through all sets in turn.
 
     A set of n samples and weight w takes round(w * n) slots of every epoch, and an epoch is a true permutation of all
-    slots. A set's slots walk through an endless row of permutations of that set: with weight 1 every sample stands
+    slots. A set's slots walk through an endless row of permutations of that set: with weight 1 every sample is
     exactly once in an epoch, with 2 twice, with 0.5 (of an even n) once in two. ConfigError for a set without a slot.
     """
 

@@ -23,7 +23,7 @@ from training.config import TrainConfig
 from training.data.order import FEISTEL, Order
 
 MOMENTS = ("hr.mean", "hr.std", "lr.mean", "lr.std")
-SAMPLED = "sampled"  # the latent that a stage-1 model made of the LR: what StableSR's stage 2 starts from
+SAMPLED = "sampled"  # the latent that a stage-1 model computed from the LR: what StableSR's stage 2 starts from
 
 
 class Place(NamedTuple):
@@ -117,7 +117,7 @@ class SampleMaker:
         return TrainingSample(entry.key, place.position, hr, hr if clean else lr)
 
     def _stored_latents(self, members: dict[str, bytes], place: Place, where: str) -> TrainingSample:
-        """No window and no flip: what the encoder made of another window is not stored."""
+        """No window and no flip: another window is not stored encoded."""
         from safetensors.numpy import load
 
         if "latent.safetensors" not in members:

@@ -2,7 +2,7 @@
 
 Every layer runs over horizontal bands of rows. A band is read with the rows beside it that a 3x3 convolution sees, and
 each activation's GroupNorm statistics are pooled over all its bands before the next layer starts, so nothing is
-approximated or computed twice. Activations that exceed a budget lie in unnamed temporary files.
+approximated or computed twice. Activations that exceed a budget are kept in unnamed temporary files.
 """
 
 import math

@@ -30,9 +30,9 @@ class Critic:
     """`network` moves to the device, `trained`, a part of it, is what the optimiser sees and a checkpoint keeps as
     `name`; its loss and its gradient's norm are logged under `prefix`.
 
-    A stage calls `watch` with what it made of a batch; `term` and `judge` are then the critic's share in the stage's
-    loss, and `loss` is the critic's own, which the worker computes outside the engine's forward: DeepSpeed hooks the
-    backward of whatever that returns.
+    A stage calls `watch` with what it computed from a batch; `term` and `judge` are then the critic's share in the
+    stage's loss, and `loss` is the critic's own, which the worker computes outside the engine's forward: DeepSpeed
+    hooks the backward of whatever that returns.
     """
 
     name: str

@@ -17,7 +17,7 @@ from infra.storage import join
 from training.config import TrainConfig
 from training.run.agreement import WorkerContext, attempt
 
-# Dense bf16 peaks in FLOP/s by a word of the card's name, from the vendors' datasheets (V100: fp16); the first counts.
+# Dense bf16 peaks in FLOP/s by a part of the card's name, from the vendors' datasheets (V100: fp16); the first counts.
 PEAK_FLOPS = {
     "GB200": 2500e12,
     "B200": 2250e12,
