@@ -17,6 +17,9 @@ from infra.errors import ConfigError
 from infra.mlflow_server import TrackingConfig
 from infra.seeding import rng_for
 
+OVER_RUNS = ("l_std", "g_std_")
+"""How the names of numbers begin that describe the spread over runs."""
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -145,7 +148,7 @@ def _short(metric: str) -> str:
 
 def needs_runs(metric: str) -> bool:
     """Whether a number describes the spread over the runs, which a deterministic method has none of."""
-    return metric in ("l_std", "l_std_equal_sharpness") or metric.startswith("g_std_")
+    return metric.startswith(OVER_RUNS)
 
 
 def bootstrap_interval(differences: np.ndarray, *, seed: int = 0, num_resamples: int = 10_000) -> tuple[float, float]:
@@ -176,8 +179,9 @@ def compare(
 
     `results`: result folders, ids or names of MLflow runs (in the store of `tracking`), `RESULT:METHOD` for one method
     (without it, all methods of the result), or loaded results. The baseline is the first method that is named so, or
-    else the first with runs. Scores are averaged over an image's runs; G-STD and L-STD are compared between methods of
-    equally many runs, two or more, because their expectation grows with the number.
+    else the first whose runs differ. Scores are averaged over an image's runs. Left out, with a note: G-STD and L-STD
+    of unlike numbers of runs, as their expectation grows with the number, or of runs that never differ; L-STD at equal
+    sharpness where one is blurrier than bicubic; P-STD over other perturbations.
     `scratch`: a folder for the pictures of MLflow's runs; without one the tables alone are fetched.
     Raises DataError where dataset, convention or images differ, ConfigError for an unknown method or fewer than two.
     """
@@ -193,22 +197,19 @@ def compare(
         )
     entries = [(_unique(label, i, entries), result, method) for i, (label, result, method) in enumerate(entries)]
     named = len(parts[0]) == 1
-    first = 0 if named else next((i for i, (_, _, method) in enumerate(entries) if method.num_runs > 1), 0)
+    first = 0 if named else next((i for i, (_, _, method) in enumerate(entries) if not method.deterministic), 0)
     baseline, base_result, base = entries[first]
     others = entries[:first] + entries[first + 1 :]
     for label, result, method in others:
         require_same_set(base_result, result, base, method, (baseline, label))
     notes, rows = [], []
     base_values = per_image_values(base)
-    for label, _, method in others:
+    for label, result, method in others:
         values = per_image_values(method)
-        alike = method.num_runs == base.num_runs > 1
-        if not alike:
-            notes.append(
-                f"{label}: {method.num_runs} runs against {base.num_runs}, so stability over runs is not compared"
-            )
+        skipped, reasons = _incomparable(base_result, result, base, method)
+        notes += [f"{label}: {reason}" for reason in reasons]
         for metric in base_values:
-            if metric not in values or (needs_runs(metric) and not alike):
+            if metric not in values or any(metric.startswith(start) for start in skipped):
                 continue
             both = np.isfinite(values[metric]) & np.isfinite(base_values[metric])
             if not both.any():
@@ -234,6 +235,32 @@ def compare(
     configs = {label: _flat(_own_config(result, method)) for label, result, method in entries}
     compared = replace(base_result, methods={label: replace(method, name=label) for label, _, method in entries})
     return Comparison(baseline, rows, _differing(configs), notes, [result for _, result, _ in entries], compared)
+
+
+def _incomparable(
+    base_result: EvaluationResult, result: EvaluationResult, base: MethodScores, method: MethodScores
+) -> tuple[list[str], list[str]]:
+    """Beginnings of the names of numbers that say nothing beside each other, and the reasons."""
+    skipped: list[str] = []
+    reasons = []
+    if method.deterministic or base.deterministic:
+        which = "it is" if not base.deterministic else "the baseline is" if not method.deterministic else "both are"
+        skipped += OVER_RUNS
+        reasons.append(f"{which} deterministic, so stability over runs is not compared")
+    elif method.num_runs != base.num_runs:
+        skipped += OVER_RUNS
+        reasons.append(f"{method.num_runs} runs against {base.num_runs}, so stability over runs is not compared")
+    elif blurrier := int((np.isnan(method.l_std_equal_sharpness) | np.isnan(base.l_std_equal_sharpness)).sum()):
+        skipped.append("l_std_equal_sharpness")
+        reasons.append(
+            f"it or the baseline is blurrier than bicubic on {blurrier} of {len(base.keys)} images, so L-STD at equal "
+            "sharpness is not compared"
+        )
+    perturbations = [one.run["config"].get("perturbations") for one in (base_result, result)]
+    if perturbations[0] != perturbations[1]:
+        skipped += ["p_std", "p_g_std_"]
+        reasons.append("other perturbations of the input, so stability against them is not compared")
+    return skipped, reasons
 
 
 _Entry = tuple[str, EvaluationResult, MethodScores]

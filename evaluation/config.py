@@ -161,8 +161,9 @@ class EvaluateConfig(Config):
         if len(set(names)) != len(names) or RESERVED & set(names):
             reserved = ", ".join(sorted(RESERVED))
             raise ValueError(f"the methods' names must differ from each other and from {reserved}: {', '.join(names)}")
-        if len(set(self.perturbations)) != len(self.perturbations):
-            raise ValueError("name each perturbation once")
+        for what in ("perturbations", "metrics"):
+            if len(set(getattr(self, what))) != len(getattr(self, what)):
+                raise ValueError(f"name each of the {what} once")
         if set(self.metrics) == {"fid"}:
             raise ValueError("fid describes a whole set; name a metric of single images beside it")
         return self

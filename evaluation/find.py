@@ -5,6 +5,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from evaluation.results import EvaluationResult, MethodScores, load_result
 from infra.errors import DataError
 from infra.locations import location
@@ -62,19 +64,24 @@ def find_result(place: str, tracking: TrackingConfig, scratch: Path, *, pictures
 
 
 def merge_results(results: Sequence[EvaluationResult]) -> EvaluationResult:
-    """One result with the methods of all, for a report; the same method of two results is kept once.
+    """One result with the methods of all, for a report; the same method with the same metrics is kept once.
 
-    Its pictures of LR and HR are the first result's. Raises DataError where test set, convention or images differ.
+    Its pictures of LR and HR are the first result's. Raises DataError where test set, convention, images or the
+    perturbations of the input differ.
     """
     first = results[0]
     methods: dict[str, MethodScores] = {}
     origins: dict[str, tuple] = {}
     configs, inputs, set_metrics = {}, {}, {}
+    perturbed: list[EvaluationResult] = []  # those with a P-STD
     for result in results:
         for name, method in result.methods.items():
             require_same_set(first, result, first.methods[next(iter(first.methods))], method)
+            if np.isfinite(method.p_std).any():
+                perturbed.append(result)
+                _require_same_perturbations(perturbed[0], result)
             config, input_id = (result.run[part]["methods"][name] for part in ("config", "inputs"))
-            origin = (config, input_id, result.run.get("seed"), method.num_runs)
+            origin = (config, input_id, result.run.get("seed"), method.num_runs, set(method.scores))
             if origins.get(name) == origin:
                 continue
             label = name if name not in methods else f"{name} ({result.name})"
@@ -116,6 +123,16 @@ def require_same_set(
             "these results cannot be compared: their images differ",
             where=examples,
             todo="evaluate both on the same images",
+        )
+
+
+def _require_same_perturbations(first: EvaluationResult, second: EvaluationResult) -> None:
+    ours, theirs = (result.run["config"].get("perturbations") for result in (first, second))
+    if ours != theirs:
+        raise DataError(
+            "these results cannot be ranked together: their perturbations of the input differ",
+            where=f"{first.name} has {ours!r}, {second.name} has {theirs!r}",
+            todo="evaluate both with the same perturbations",
         )
 
 

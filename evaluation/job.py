@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from evaluation.config import BicubicMethod, EvaluateConfig, GanMethod, Method, ModelMethod, OutputsMethod
-from evaluation.inputs import EvaluationSet, Outputs, find_outputs, folders_of, load_sets, outputs_id
+from evaluation.inputs import EvaluationImage, EvaluationSet, Outputs, find_outputs, folders_of, load_sets, outputs_id
 from evaluation.metrics.registry import UNAVAILABLE, fid, how_to_get, metric_directions, metric_origins
 from evaluation.mlflow_log import log_result
 from evaluation.report.orderings import ORDERINGS, published_orderings
@@ -29,7 +29,7 @@ from evaluation.results import (
     method_file,
     results_schema,
 )
-from evaluation.scoring import Scorer, ScoreTask, load_gan, record_uri
+from evaluation.scoring import Scorer, ScoreTask, check_gan, load_gan, record_uri
 from infra.config import difference, result_part
 from infra.display.progress import progress
 from infra.errors import ConfigError, DataError
@@ -59,6 +59,10 @@ def run_evaluate(config: EvaluateConfig, *, log_only: bool = False) -> Evaluatio
         if not exists(join(config.output, "report.html")):
             raise DataError("there is no complete result to log", where=config.output, todo="leave --log-only away")
         result = load_result(config.output)
+        absent = [method.name for method in config.methods if method.name not in result.methods]
+        if absent:
+            what = f"the result lacks the methods {', '.join(absent)}"
+            raise DataError(what, where=config.output, todo="leave --log-only away: they alone are computed")
         log_result(config, result)
         return result
     config, data, outputs, origins, ids = _claimed(config)
@@ -86,12 +90,11 @@ def run_evaluate(config: EvaluateConfig, *, log_only: bool = False) -> Evaluatio
 
 def preview_evaluate(config: EvaluateConfig) -> Progress:
     """What `run_evaluate` would do; raises what it would before it starts. Nothing is written."""
-    config, data, *_ = _claimed(config, write=False)
-    total, runs = len(config.methods) * len(data.images), sum(_num_runs(method, config) for method in config.methods)
-    done = total
+    config, data, outputs, *_ = _claimed(config, write=False)
+    tasks, runs = _tasks(config, data, outputs), sum(_num_runs(method, config) for method in config.methods)
+    total, done = len(tasks), len(tasks) - len(_pending(config, tasks))
     if not exists(join(config.output, "report.html")):
         check_tracking(config.tracking)
-        done = len(list_files(join(config.output, "records")))
     what = f"{', '.join(config.metrics)} of {len(config.methods)} methods, {runs * len(data.images):,} pictures"
     return Progress(done, total, "records", f"{len(data.images):,} images", what, _flops(config, data))
 
@@ -145,7 +148,7 @@ def _claimed(
             ids[method.name] = model_id(method.model)
             check_sampling(method.model, method.sampling)
         elif isinstance(method, GanMethod):
-            ids[method.name] = _gan_id(method.model)
+            ids[method.name] = _gan_id(method.model, data.images[0])
     ids |= {name: outputs_id(found, data.images) for name, found in outputs.items()}
     origins = metric_origins(config.metrics)
     facts = {name: getattr(config, name) for name in ("seed", "num_runs", "convention", "published")}
@@ -157,9 +160,10 @@ def _claimed(
     return config, data, outputs, origins, ids
 
 
-def _gan_id(uri: str) -> str:
-    """The sha256 of a network's file, once it has loaded here."""
-    load_gan(uri)
+def _gan_id(uri: str, image: EvaluationImage) -> str:
+    """The sha256 of a network's file, once it has loaded here and fits the test set's scale."""
+    lr, _, size = image.read()
+    check_gan(load_gan(uri), lr, size, where=f"{uri}, image {image.key}")
     with tempfile.TemporaryDirectory(prefix="ccsr-gan-") as scratch:
         return sha256_file(download(uri, Path(scratch)))
 
@@ -194,9 +198,13 @@ def _tasks(config: EvaluateConfig, data: EvaluationSet, outputs: Mapping[str, Ou
     ]
 
 
-def _score(config: EvaluateConfig, tasks: list[ScoreTask], available: Sequence[str]) -> None:
+def _pending(config: EvaluateConfig, tasks: list[ScoreTask]) -> list[ScoreTask]:
     done = set(list_files(join(config.output, "records")))
-    pending = [task for task in tasks if record_uri(config.output, task.method.name, task.image.key) not in done]
+    return [task for task in tasks if record_uri(config.output, task.method.name, task.image.key) not in done]
+
+
+def _score(config: EvaluateConfig, tasks: list[ScoreTask], available: Sequence[str]) -> None:
+    pending = _pending(config, tasks)
     with progress("evaluating", len(tasks), done=len(tasks) - len(pending)) as advance:
         scored = on_ray(
             lambda: Scorer(config, available),

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluation.compare import Comparison
+from evaluation.compare import Comparison, needs_runs
 from evaluation.config import EvaluateConfig, Method, ModelMethod
 from evaluation.inputs import folders_of
 from evaluation.report.page import comparison_page, read_map
-from evaluation.results import TRACE, EvaluationResult, method_file
+from evaluation.results import TRACE, EvaluationResult, is_deterministic, method_file
 from infra.config import fingerprint_of, parameters
 from infra.errors import ClusterError, line_of
 from infra.images import encode_png
@@ -93,12 +93,17 @@ def _experiment(comparison: Comparison, tracking: TrackingConfig) -> str:
 
 def method_metrics(summary: dict[str, Any]) -> dict[str, float]:
     """A method's numbers as MLflow's metrics: METRIC, METRIC.g_std, METRIC.p_g_std, l_std, ...; without those that are
-    unavailable."""
+    unavailable or would sort it before the others for nothing: stability over runs that never differ, and L-STD at
+    equal sharpness without the images on which it is blurrier than bicubic."""
     names = ("l_std", "l_std_equal_sharpness", "num_blurrier", "p_std", "sharpness")
     flat: dict[str, float | None] = {name: summary[name] for name in names}
     for metric, numbers in summary["metrics"].items():
         label = metric.replace("+", "_plus")  # MLflow takes no plus sign
         flat |= {label: numbers["mean"], f"{label}.g_std": numbers["g_std"], f"{label}.p_g_std": numbers.get("p_g_std")}
+    if is_deterministic(summary):
+        flat = {name: value for name, value in flat.items() if not (needs_runs(name) or name.endswith(".g_std"))}
+    elif summary["num_blurrier"]:
+        del flat["l_std_equal_sharpness"]
     return {name: value for name, value in flat.items() if value is not None}
 
 
@@ -124,8 +129,9 @@ def _log_method(
     client.set_terminated(child.run_id)
     psnr = summary["metrics"].get("psnr_y", {}).get("mean")
     quality = f"PSNR-Y {psnr:.2f} dB, " if psnr is not None else ""
+    stability = "deterministic" if is_deterministic(summary) else f"L-STD {summary['l_std']:.4f}"
     by = f", trained by {link(trained)}" if trained else ""
-    return f"* {link(client.get_run(child.run_id))}: {quality}L-STD {summary['l_std']:.4f}{by}"
+    return f"* {link(client.get_run(child.run_id))}: {quality}{stability}{by}"
 
 
 def _log_data(tracker: Tracker, config: EvaluateConfig, result: EvaluationResult) -> None:

@@ -61,6 +61,11 @@ class MethodScores:
     directions: dict[str, int]
     pictures: str
 
+    @property
+    def deterministic(self) -> bool:
+        """One run, or runs that never differ: the spread over runs is 0 by construction and says nothing."""
+        return self.num_runs == 1 or not self.l_std.any()
+
     def summary(self) -> dict[str, Any]:
         """`num_images`, `num_runs`, `l_std`, `l_std_equal_sharpness`, `num_blurrier`, `p_std`, `sharpness` and
         `metrics`: name -> `mean`, `g_std`, `num_images`, `p_g_std` where known, and for pyiqa's `direction`.
@@ -273,6 +278,11 @@ def load_result(folder: str | Path) -> EvaluationResult:
         stored = read_json(join(folder, SET_METRICS))
         run["set_metrics"] = {name: stored[name] for name in methods if name in stored}
     return EvaluationResult(folder, run, methods, folder.rstrip("/").rsplit("/", 1)[-1])
+
+
+def is_deterministic(summary: Mapping[str, Any]) -> bool:
+    """`MethodScores.deterministic` of a method's summary."""
+    return summary["num_runs"] == 1 or not summary["l_std"]
 
 
 def method_file(folder: str, method: str) -> str:

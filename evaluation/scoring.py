@@ -15,7 +15,7 @@ from evaluation.metrics.image import sharpness
 from evaluation.metrics.perturbations import perturb, perturbation_border, undo
 from evaluation.metrics.registry import Quality
 from evaluation.results import image_row
-from infra.errors import CcsrError, DataError, ModelError, line_of
+from infra.errors import DataError, ModelError, line_of
 from infra.images import encode_png, read_image, resize_bicubic
 from infra.pixels import StabilityAccumulator, l_std, l_std_equal_sharpness, psnr_y
 from infra.publish import download, put_if_absent, write_bytes
@@ -183,36 +183,42 @@ def load_gan(uri: str, device: str = "cpu") -> Any:
     architecture that it knows."""
     try:
         from spandrel import ImageModelDescriptor, ModelLoader
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # RuntimeError: of a torchvision that does not fit torch
         raise ModelError(
             f"kind: gan cannot be loaded here ({error})", where=uri, todo="pip install 'ccsr-cluster[gan]'"
         ) from error
-    try:
-        with tempfile.TemporaryDirectory(prefix="ccsr-gan-") as scratch:
-            found = ModelLoader(device).load_from_file(download(uri, Path(scratch)))
-    except CcsrError:
-        raise
-    except Exception as error:  # unpickling raises whatever a file makes it raise
-        raise ModelError(
-            f"this file holds no network that spandrel knows ({type(error).__name__}: {line_of(error)})",
-            where=uri,
-            todo="give a published .pth or .safetensors file, or the method's outputs with kind: outputs",
-        ) from error
+    with tempfile.TemporaryDirectory(prefix="ccsr-gan-") as scratch:
+        file = download(uri, Path(scratch))
+        if not file.is_file():
+            raise ModelError("there is no file here", where=uri, todo="check the path")
+        try:
+            found = ModelLoader(device).load_from_file(file)
+        except Exception as error:  # unpickling raises whatever a file makes it raise
+            raise ModelError(
+                f"this file holds no network that spandrel knows ({type(error).__name__}: {line_of(error)})",
+                where=uri,
+                todo="give a published .pth or .safetensors file, or the method's outputs with kind: outputs",
+            ) from error
     if not isinstance(found, ImageModelDescriptor) or found.input_channels != 3 or found.output_channels != 3:
         raise ModelError("this network does not enlarge RGB images", where=uri, todo="give one that does")
     return found.eval()
 
 
-def run_gan(network: Any, lr: np.ndarray, size: tuple[int, int], *, where: str) -> np.ndarray:
-    """uint8 RGB of `size` = (H, W) from `lr`, uint8 RGB (h, w, 3). DataError where the network has another scale."""
-    import torch
-
+def check_gan(network: Any, lr: np.ndarray, size: tuple[int, int], *, where: str) -> None:
+    """DataError where the network does not enlarge `lr`, uint8 RGB (h, w, 3), to `size` = (H, W)."""
     if (lr.shape[0] * network.scale, lr.shape[1] * network.scale) != tuple(size):
         raise DataError(
             f"this network enlarges {network.scale} times, to another size than {size[0]} x {size[1]} px",
             where=where,
             todo="use a network of the test set's scale",
         )
+
+
+def run_gan(network: Any, lr: np.ndarray, size: tuple[int, int], *, where: str) -> np.ndarray:
+    """uint8 RGB of `size` = (H, W) from `lr`, uint8 RGB (h, w, 3). Errors of `check_gan`."""
+    import torch
+
+    check_gan(network, lr, size, where=where)
     with torch.inference_mode():
         x = torch.from_numpy(lr.copy()).to(network.device).permute(2, 0, 1)[None] / 255
         return network(x)[0].clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()

@@ -187,9 +187,9 @@ def l_std_equal_sharpness(runs: Sequence[np.ndarray], bicubic: np.ndarray, *, cr
     planes = [luma(run).astype(np.float32) for run in runs]
 
     def excess(sigma: float) -> float:
-        """Mean energy of the low-passed runs over bicubic's, less 1."""
+        """Mean energy of the low-passed runs less bicubic's, in parts of that."""
         energies = [gradient_energy(_low_passed(plane, sigma), crop_border) for plane in planes]
-        return sum(energies) / len(energies) / max(target, 1e-12) - 1
+        return (sum(energies) / len(energies) - target) / max(target, 1e-12)
 
     low, high = 0.0, 0.5
     now = excess(low)

@@ -33,12 +33,14 @@ BATCH_PIXELS = 16 * 512**2
 
 
 class RestoreRuntime(Config):
-    """How the job runs; with other `rows_at_once` single levels of the pictures move by float rounding."""
+    """How the job runs; with other `rows_at_once` or `threads` than `ccsr evaluate` has, single levels of the pictures
+    move by float rounding."""
 
     device: Literal["auto", "cpu", "cuda"] = "cpu"
     rows_at_once: int | None = Field(
         None, ge=1, description="(image, run) pairs in a batch; none: 1 on a CPU, by their size on a GPU"
     )
+    threads: int = Field(1, ge=1, description="torch threads of a process on CPUs")
     use_ray: bool = False
     num_actors: int = Field(1, ge=1, description="with use_ray")
     ray: RayConfig = RayConfig()
@@ -86,7 +88,7 @@ def restore_config(options: Mapping[str, Any]) -> RestoreConfig:
         **{name: options[name] for name in ("format", "quality", "noise") if options[name] is not None},
         "num_runs": options["runs"],
         "sampling": sampling,
-        "runtime": {"device": options["device"], "use_ray": options["ray"]},
+        "runtime": {"device": options["device"], "threads": options["threads"], "use_ray": options["ray"]},
     }
     return parse_config(apply_overrides(values, options["set_"] or []), RestoreConfig, where="command line")
 
@@ -203,12 +205,19 @@ class _Row(NamedTuple):
     task: dict[str, Any]
 
 
+def load(model_uri: str, config: RestoreConfig) -> CcsrModel:
+    """The model on its device; on CPUs torch then has `runtime.threads`, as float rounding depends on their number."""
+    if config.runtime.device == "cpu":
+        torch.set_num_threads(config.runtime.threads)
+    return fetch_model(model_uri, config.runtime.device, getattr(torch, config.dtype))
+
+
 class Restorer:
     """Keeps one model loaded and restores images with it; whoever writes an output first wins, nothing is replaced."""
 
     def __init__(self, config: RestoreConfig, model_uri: str, output: str) -> None:
         self._config, self._output = config, output
-        self._model: CcsrModel = fetch_model(model_uri, config.runtime.device, getattr(torch, config.dtype))
+        self._model = load(model_uri, config)
 
     def restore(self, images: Iterable[dict[str, Any]]) -> Iterator[tuple[str, str, str]]:
         """Per task of `pending` its (uri, kind of failure, message), both "" where all its runs were written.

@@ -4,7 +4,6 @@ import math
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 from infra.display.progress import progress
@@ -18,8 +17,8 @@ from infra.publish import download, publish_if_absent, staging, temporary_folder
 from infra.run import claim_output
 from infra.storage import exists, join, sha256_file
 from infra.video import VIDEO_SUFFIXES, WRITTEN, convert, probe
-from pipelines.restore import MIN_SIDE, SHARED_KEY, RestoreConfig, check_own, resolved
-from training.models import fetch_model, model_id
+from pipelines.restore import MIN_SIDE, SHARED_KEY, RestoreConfig, check_own, load, resolved
+from training.models import model_id
 from training.restore.restore import check_sampling, prepare_image, restore_batch
 from training.sampling import SmoothedColorFix
 
@@ -55,7 +54,7 @@ def restore_video(source: str, output: str, model_uri: str, config: RestoreConfi
         if exists(output):
             return info.num_frames
         set_numerics(config.numerics)
-        model = fetch_model(model_uri, config.runtime.device, getattr(torch, config.dtype))
+        model = load(model_uri, config)
         fix = SmoothedColorFix()
         with staging(output) as target, progress("restoring", info.num_frames) as advance:
 

@@ -103,8 +103,8 @@ class Quality:
             return lambda sr, hr, border: _OURS[name](sr, hr, crop_border=border)
         network, low = self._network(name), -1.0 if name == "lpips" else 0.0
         if not _needs_reference(name):
-            return lambda sr, _, border: _score(network, self._tensor(sr, low, border))
-        return lambda sr, hr, border: _score(network, self._tensor(sr, low, border), self._tensor(hr, low, border))
+            return lambda sr, _, border: _score(name, network, self._tensor(sr, low, border))
+        return lambda sr, hr, border: _score(name, network, *(self._tensor(one, low, border) for one in (sr, hr)))
 
     def _network(self, name: str) -> Any:
         if _package(name) == "pyiqa":
@@ -126,7 +126,7 @@ class Quality:
         import torch
 
         height, width = image.shape[:2]
-        inside = np.ascontiguousarray(image[border : height - border, border : width - border])
+        inside = image[border : height - border, border : width - border].copy()
         tensor = torch.from_numpy(inside).to(self._device).permute(2, 0, 1)[None] / 255
         return tensor * (1 - low) + low
 
@@ -151,11 +151,21 @@ def fid(outputs: Sequence[str], references: Sequence[str], *, device: str = "cpu
     return float(distance.compute())
 
 
-def _score(network: Any, *images: Any) -> float | None:
+def _score(name: str, network: Any, *images: Any) -> float | None:
     import torch
 
-    with torch.inference_mode():
-        value = float(network(*images))
+    try:
+        with torch.inference_mode():
+            value = float(network(*images))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of pyiqa's hundred metrics each has its own
+        height, width = images[0].shape[-2:]
+        raise DataError(
+            f"{name} does not score {width}x{height} px ({type(error).__name__}: {line_of(error)})",
+            where=f"metrics: {name}",
+            todo="use larger images, or leave the metric out",
+        ) from error
     return value if math.isfinite(value) else None
 
 

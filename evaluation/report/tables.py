@@ -10,7 +10,7 @@ import numpy as np
 
 from evaluation.compare import bootstrap_interval, needs_runs, per_image_values
 from evaluation.metrics.image import METRICS, Metric
-from evaluation.results import MethodScores
+from evaluation.results import MethodScores, is_deterministic
 from infra.display.table import Cell, Table
 from infra.errors import ConfigError
 
@@ -35,7 +35,7 @@ def table_rows(summary: Mapping[str, Any]) -> list[tuple[str, list[list[Number]]
     """Rows of the paper's table: a label and, per method of `summary`, one or two numbers (docs/metrics.md).
 
     `summary` is `evaluation.results.summarise`'s. The first number is the mean, the second the G-STD; L-STD is
-    next to sharpness. Stability is ranked among methods with two or more runs only.
+    next to sharpness. Stability is ranked among methods whose runs differ only.
     """
     methods = summary.values()
     found = {name: numbers for method in methods for name, numbers in method["metrics"].items()}
@@ -70,7 +70,7 @@ def table_notes(summary: Mapping[str, Any]) -> list[str]:
     """What a reader of the table must know: runs, deterministic methods, metrics that some images lack."""
     runs = sorted({method["num_runs"] for method in summary.values() if method["num_runs"] > 1})
     notes = [f"Mean over {' or '.join(map(str, runs))} runs. Best bold, second best underlined."] if runs else []
-    single = [name for name, method in summary.items() if method["num_runs"] == 1]
+    single = [name for name, method in summary.items() if is_deterministic(method)]
     if len(runs) > 1:
         notes.append("Stability over unlike numbers of runs is not ranked: it grows with the number.")
     if single:
@@ -114,7 +114,8 @@ def _shown(numbers: list[Number], papers: list[Number]) -> Cell:
 def interval_table(methods: Mapping[str, MethodScores]) -> Table:
     """Every metric's mean over the images, its G-STD and L-STD, each with its 95 % bootstrap interval.
 
-    Equal resamples of the images for every cell; images without a number are left out of that row alone.
+    Equal resamples of the images for every cell; images without a number are left out of that row alone. No L-STD at
+    equal sharpness of a method that is blurrier than bicubic on some images: the rest would flatter it.
     """
     values = {name: per_image_values(method) for name, method in methods.items()}
     rows = list(dict.fromkeys(metric for row in values.values() for metric in row if metric != "sharpness"))
@@ -122,7 +123,8 @@ def interval_table(methods: Mapping[str, MethodScores]) -> Table:
     for metric in rows:
         cells = [
             _interval(values[name].get(metric, np.array([])))
-            if method.num_runs > 1 or not needs_runs(metric)
+            if not (needs_runs(metric) and method.deterministic)
+            and not (metric == "l_std_equal_sharpness" and np.isnan(method.l_std_equal_sharpness).any())
             else Cell(None, ())
             for name, method in methods.items()
         ]
@@ -171,14 +173,16 @@ def published_summary(group: str) -> dict[str, Any]:
 
 
 def _over_runs(values: list[float | None], summary: Mapping[str, Any]) -> list[float | None]:
-    """Those that can be ranked: of methods with runs, if all these have equally many."""
-    runs = [method["num_runs"] for method in summary.values()]
-    alike = len({number for number in runs if number > 1}) == 1
-    return [value if alike and number > 1 else None for value, number in zip(values, runs, strict=True)]
+    """Those that can be ranked: of methods whose runs differ, if all these have equally many."""
+    runs = [0 if is_deterministic(method) else method["num_runs"] for method in summary.values()]
+    alike = len({number for number in runs if number}) == 1
+    return [value if alike and number else None for value, number in zip(values, runs, strict=True)]
 
 
 def _ranked(ranked: list[float | None], shown: list[float | None], direction: int, digits: int) -> list[Number]:
-    """Numbers from `shown`; those in `ranked` compete, equal values share a rank. One competitor is not marked."""
+    """Numbers from `shown`; those in `ranked` compete as they are shown, equal ones share a rank. One competitor is not
+    marked."""
+    ranked = [None if value is None else round(value, digits) for value in ranked]
     order = sorted({value for value in ranked if value is not None}, reverse=direction > 0)
     rank = {value: i + 1 for i, value in enumerate(order[:2])} if direction and len(order) > 1 else {}
     return [

@@ -207,7 +207,7 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be in the terminal's encoding
     signal.signal(signal.SIGTERM, terminate)  # ends as Ctrl-C does, so that what is open is closed
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched behind the user's back
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the hub is asked where a command fetches, not at each load
     try:
         app(standalone_mode=True)
     except CcsrError as error:

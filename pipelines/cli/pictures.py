@@ -48,6 +48,9 @@ def restore(
     device: Annotated[str, typer.Option(help="cpu or cuda; auto: what this machine has, not with --ray.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; auto: bfloat16 on CUDA.")] = "auto",
     fp16: Annotated[bool, typer.Option("--fp16", help="--dtype float16, on a GPU.")] = False,
+    threads: Annotated[
+        int, typer.Option(min=1, help="Of a CPU; more are faster, but move single levels from evaluate's pictures.")
+    ] = 1,
     noise: Annotated[
         str | None,
         typer.Option(

@@ -11,7 +11,7 @@ from mlflow.tracking import MlflowClient
 
 from evaluation.compare import compare
 from evaluation.config import EvaluateConfig
-from evaluation.job import run_evaluate
+from evaluation.job import preview_evaluate, run_evaluate
 from evaluation.mlflow_log import log_comparison
 from evaluation.report.page import report_results
 from evaluation.report.tables import table_rows
@@ -119,7 +119,11 @@ def test_a_result_grows_by_other_methods_outputs_and_computes_nothing_else(place
     bicubics = {"kind": "outputs", "name": "bicubics", "outputs": f"{place}/bicubic", "pattern": "{key}_out"}
     before = {path: path.stat().st_mtime_ns for path in (grown / "images").rglob("*.png")}
     ours = config(place, "grown").model_dump(mode="json")["methods"][::-1]
-    result = run_evaluate(config(place, "grown", methods=[theirs, *ours, bicubics]))
+    more = config(place, "grown", methods=[theirs, *ours, bicubics])
+    assert (preview_evaluate(more).done, preview_evaluate(more).total) == (6, 12), "a complete result that grows"
+    with pytest.raises(DataError, match="the result lacks the methods theirs, bicubics"):
+        run_evaluate(more, log_only=True)
+    result = run_evaluate(more)
     assert list(result.methods) == ["theirs", "v2", "bicubic", "bicubics"]
     assert {path: path.stat().st_mtime_ns for path in before} == before
     for method in ("bicubic", "v2"):
@@ -133,8 +137,10 @@ def test_a_result_grows_by_other_methods_outputs_and_computes_nothing_else(place
             {name: numbers[name] for name in numbers.keys() - without_p}, abs=0
         )
     assert (result.summary["bicubics"]["num_runs"], result.summary["bicubics"]["l_std"]) == (1, 0)
-    fewer = run_evaluate(config(place, "grown", methods=ours[1:]))
+    less = config(place, "grown", methods=ours[1:])
+    fewer = run_evaluate(less)
     assert list(fewer.methods) == ["bicubic"]
+    assert (preview_evaluate(less).done, preview_evaluate(less).total) == (3, 3), "not the removed methods' records"
     with pytest.raises(ConfigError, match=r"the method .theirs. of this output was another one: config\.kind"):
         run_evaluate(config(place, "grown", methods=[{"kind": "bicubic", "name": "theirs"}]))
     merged, target = report_results([str(first), str(grown)], f"{place}/merged.html", TrackingConfig())

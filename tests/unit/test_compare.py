@@ -4,12 +4,18 @@ import csv
 import io
 from pathlib import Path
 
+import cv2
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from result_folder import noisy, photographs, write_result
 from rich.console import Console
 
 from evaluation.compare import Comparison, Difference, bootstrap_interval, compare
+from evaluation.find import merge_results
+from evaluation.mlflow_log import method_metrics
+from evaluation.report.tables import interval_table, table_notes, table_rows
 from evaluation.results import load_result
 from infra import ConfigError, DataError, rng_for
 from infra.mlflow_server import TrackingConfig
@@ -124,6 +130,62 @@ def test_unlike_numbers_of_runs_do_not_compare_stability(tmp_path: Path) -> None
     comparison = compare([few, many])
     assert {d.metric for d in comparison.differences} == {"psnr_y", "ssim_y", "sharpness"}
     assert "4 runs against 2" in comparison.notes[0]
+
+
+def same(bicubic: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return bicubic
+
+
+def test_runs_that_never_differ_win_no_stability(tmp_path: Path) -> None:
+    """A one-step model, or another tool's equal outputs: 0 by construction, however many there are."""
+    folder = str(write_result(tmp_path, photographs(3), {"onestep": (3, same), "ccsr": (3, noisy(5))}))
+    comparison = compare([folder])
+    assert comparison.baseline.endswith(":ccsr")
+    assert {d.metric for d in comparison.differences} == {"psnr_y", "ssim_y", "sharpness"}
+    assert "it is deterministic, so stability over runs is not compared" in comparison.notes[0]
+    summary = load_result(folder).summary
+    assert method_metrics(summary["onestep"]).keys() == {"num_blurrier", "sharpness", "psnr_y", "ssim_y"}
+    assert method_metrics(summary["ccsr"]).keys() >= {"l_std", "l_std_equal_sharpness", "psnr_y.g_std"}
+    rows = dict(table_rows(summary | {"other": summary["ccsr"] | {"l_std": 0.5}}))
+    assert [cell[0].rank for cell in rows["↓ L-STD / sharpness"]] == [0, 1, 2]
+    assert "not ranked: onestep" in " ".join(table_notes(summary))
+    assert "L-STD" not in interval_table({"onestep": load_result(folder).methods["onestep"]}).html()
+
+
+def test_a_method_blurrier_on_some_images_is_not_compared_at_equal_sharpness(tmp_path: Path) -> None:
+    """The images that remain would flatter it."""
+    hr, sharp = photographs(3), noisy(9, 1.5)
+    first = iter([True] * 3)
+
+    def mostly_blurred(bicubic: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return sharp(bicubic, rng) if next(first, False) else cv2.GaussianBlur(bicubic, (0, 0), 3) + rng.normal(0, 0.4)
+
+    folder = str(write_result(tmp_path, hr, {"sharp": (3, sharp), "blurred": (3, mostly_blurred)}))
+    comparison = compare([folder])
+    assert "l_std" in {d.metric for d in comparison.differences}
+    assert "l_std_equal_sharpness" not in {d.metric for d in comparison.differences}
+    assert "blurrier than bicubic on 2 of 3 images" in comparison.notes[0]
+    summary = load_result(folder).summary["blurred"]
+    assert summary["l_std_equal_sharpness"] is not None
+    assert "l_std_equal_sharpness" not in method_metrics(summary)
+    assert "equal sharpness" not in interval_table({"blurred": load_result(folder).methods["blurred"]}).html()
+
+
+def test_other_perturbations_are_neither_compared_nor_merged(tmp_path: Path) -> None:
+    places = []
+    for names in (["shift"], ["shift", "jpeg"]):
+        config = {"config": {"perturbations": names}}
+        place = write_result(tmp_path / str(len(names)), photographs(2), {"m": (2, noisy(5))}, run=config)
+        table = pq.read_table(place / "images.parquet")
+        column = table.schema.get_field_index("p_std")
+        pq.write_table(table.set_column(column, "p_std", pa.array([0.1] * 2)), place / "images.parquet")
+        places.append(place)
+    comparison = compare(places)
+    assert "p_std" not in {d.metric for d in comparison.differences}
+    assert "other perturbations" in comparison.notes[0]
+    assert "p_std" in {d.metric for d in compare([places[0], places[0]]).differences}
+    with pytest.raises(DataError, match="their perturbations of the input differ"):
+        merge_results([load_result(place) for place in places])
 
 
 @pytest.mark.parametrize(

@@ -220,6 +220,8 @@ def pyiqa(monkeypatch: pytest.MonkeyPatch) -> None:
             raise URLError("Name or service not known")  # what it raises where the hub cannot be reached
         if name == "broken":
             raise RuntimeError("Error(s) in loading state_dict\nmore")
+        if name == "ckdn":
+            return lambda sr, hr: torch.tensor(2.0) + (sr - hr).mean() * 0
         return lambda *images: torch.tensor(float(len(images)))
 
     table = {
@@ -255,6 +257,14 @@ def test_any_metric_of_pyiqa_has_its_direction_and_origin(pyiqa: None) -> None:
     assert caught.value.todo == "did you mean brisque?"
 
 
+def test_a_metric_that_cannot_score_an_image_is_named(pyiqa: None) -> None:
+    """As the multi-scale ones with pictures that are too small for their scales."""
+    large, small = np.zeros((24, 30, 3), np.uint8), np.zeros((24, 20, 3), np.uint8)
+    with pytest.raises(DataError, match=r"pyiqa:ckdn does not score 22x16 px \(RuntimeError") as caught:
+        Quality(["pyiqa:ckdn"])(large, small)
+    assert caught.value.where == "metrics: pyiqa:ckdn"
+
+
 def test_a_metric_that_is_here_but_does_not_load_is_no_absence(pyiqa: None) -> None:
     with pytest.raises(
         ModelError, match=r"pyiqa:broken does not load \(RuntimeError: Error\(s\) in loading state_dict\)"
@@ -267,6 +277,8 @@ def test_unknown_metrics_and_conventions_are_refused_by_the_config(name: str) ->
     values = {"job": "evaluate", "output": "o", "data": ["d"], "methods": [{"kind": "bicubic"}]}
     with pytest.raises(ConfigError, match="unknown metric; choose from psnr_y"):
         parse_config(values | {"metrics": [name]}, EvaluateConfig, where="test")
+    with pytest.raises(ConfigError, match="name each of the metrics once"):
+        parse_config(values | {"metrics": ["psnr_y", "psnr_y"]}, EvaluateConfig, where="test")
     with pytest.raises(ConfigError, match="'ccsr' or 'pyiqa'"):
         parse_config(values | {"convention": "stablesr"}, EvaluateConfig, where="test")
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from photos import photo
 from PIL import Image
 
@@ -102,7 +103,9 @@ def test_restore_and_evaluate_make_the_same_pictures(family: Any, steps: dict[st
     for image in images:
         score(ScoreTask(config.methods[0], image, None, trace=False))
     ours = {"num_runs": 2, "seed": 3, "scale": 2, "sampling": sampling}
+    torch.set_num_threads(4)  # as a shell has them, whose number moves single levels
     restore(f"{tmp_path}/in", f"{tmp_path}/out", model, RestoreConfig.model_validate(ours))
+    assert torch.get_num_threads() == 1
     restored = {picture for name, picture in written(tmp_path / "out").items()}
     evaluated = written(tmp_path / "evaluation" / "images" / "ours")
     assert len(restored) == (6 if family == "onestep" else 12), "one step: all seeds give one picture"

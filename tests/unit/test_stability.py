@@ -177,6 +177,12 @@ def test_blur_buys_no_stability_at_equal_sharpness(seed: int, noise: float, size
         assert copys > 0.98 * ours
 
 
+def test_flat_pictures_are_as_sharp_as_each_other() -> None:
+    """A black frame or a plain sky: nothing is blurrier than another."""
+    black = np.zeros((32, 32, 3), np.uint8)
+    assert l_std_equal_sharpness([black, black + 4], black) == l_std([black, black + 4]) > 0
+
+
 def test_at_equal_sharpness_it_is_l_std_and_of_identical_runs_exactly_0() -> None:
     runs, bicubic = method_and_bicubic(0, 8, 0.7)
     as_sharp = [bicubic, np.ascontiguousarray(bicubic[::-1]), np.ascontiguousarray(bicubic[:, ::-1])]

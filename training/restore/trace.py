@@ -33,4 +33,5 @@ def trace_runs(
         sample_rows(model, rows, config, seed, lambda t, x0: visited.setdefault(t, []).append(x0))
     for t, parts in visited.items():
         latents = torch.cat(parts)[: None if t == min(visited) else num_traced]
-        yield t, list(decode_images(model, latents, [image] * len(latents), config))
+        together = latents.split(rows_at_once)  # as `restore_runs`, for the same bytes
+        yield t, [one for some in together for one in decode_images(model, some, [image] * len(some), config)]
