@@ -41,7 +41,7 @@ def fit_table(config: TrainConfig, counted: "StepCost | None" = None) -> Table:
     for chosen in ((False, False), (True, False), (False, True), (True, True)):
         switches = dict(zip(SWITCHES, chosen, strict=True))
         one, cost = switched(**switches, zero_stage=max(int(chosen[1]), config.runtime.zero_stage)), costs[chosen[0]]
-        held = sum(memory_needed(cost.num_trained, cost.num_frozen, one, 1).values())
+        held = sum(memory_needed(cost.num_trained, cost.num_frozen, one, 1).values()) + cost.critic_bytes
         totals = {size: (held + cost.activation_bytes * size // largest) / GIB for size in sizes}
         fits = (next((n for n, total in totals.items() if total <= USABLE * card), None) for card in CARDS_GIB)
         names = " + ".join(name for name, on in switches.items() if on) or "neither of the two below"

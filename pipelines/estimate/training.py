@@ -92,7 +92,8 @@ def _estimate(
     from training.run.requirements import memory_needed
 
     activations = cost.activation_bytes * micro // config.runtime.micro_batch_size
-    needed = memory_needed(cost.num_trained, cost.num_frozen, config, num_gpus) | {"activations": activations}
+    needed = memory_needed(cost.num_trained, cost.num_frozen, config, num_gpus)
+    needed |= ({"critic": cost.critic_bytes} if cost.critic_bytes else {}) | {"activations": activations}
     runtime = config.runtime.model_copy(update={"micro_batch_size": micro, "num_workers": num_gpus})
     ahead = window(config.model_copy(update={"runtime": runtime}), num_gpus)
     per_gpu = rate / cost.flops_per_sample

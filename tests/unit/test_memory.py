@@ -9,7 +9,8 @@ from infra.process.memory import free_memory
 from training.config import ModelConfig, TrainConfig
 from training.models import build_model
 from training.run.agreement import WorkerContext
-from training.run.requirements import check_memory, memory_needed, parameter_table
+from training.run.parameters import parameter_table
+from training.run.requirements import check_memory, memory_needed
 
 
 def config(stage: int = 1, precision: str = "fp32", zero_stage: int = 1) -> TrainConfig:

@@ -39,18 +39,38 @@ def config(stage: int = 1, **changes: Any) -> TrainConfig:
     return TrainConfig.model_validate({**values, **changes, "runtime": runtime})
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
-def test_the_count_is_that_of_a_real_step(stage: int) -> None:
-    settings = config(stage)
+ONESTEP = {"model": {"family": "onestep"}, "decoder_loss": {"divide_by_batch": False}, "vsd": {}}
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes"), [(0, {}), (1, {}), (2, {}), (1, ONESTEP)], ids=["stage0", "stage1", "stage2", "onestep"]
+)
+def test_the_count_is_that_of_a_real_step(stage: int, changes: dict[str, Any]) -> None:
+    """With the step of a discriminator or a regulariser, and the memory of its weights, gradients and moments."""
+    settings = config(stage, **changes)
     stage_module = build_stage(build_model(settings.model, 0), settings)
-    batch = _batch(settings)
+    critic = stage_module.critic
+    batch, trained, judges = _batch(settings), list(stage_module.trained.parameters()), []
     with flop_counter() as counter:
-        loss = stage_module(batch, 1000) if stage == 2 else stage_module(batch)
-        loss["loss"].backward()
+        loss = stage_module(batch, update=1000)["loss"]
+        if critic is not None:
+            judges = list(critic.trained.parameters())
+            critic.loss().backward()
+        loss.backward()
     cost = step_cost(settings)
     assert cost.flops_per_sample * 4 == counter.get_total_flops() > 0
-    assert cost.num_trained == sum(weight.numel() for weight in stage_module.trained.parameters())
+    assert cost.num_trained == sum(weight.numel() for weight in trained)
+    assert all(weight.grad is not None for weight in judges)
+    assert cost.critic_bytes == sum(4 * weight.nbytes for weight in judges)
+    assert bool(judges) == (stage == 2 or bool(changes))
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_the_critic_is_part_of_what_a_gpu_holds() -> None:
+    settings = config(2)
+    cost, (one,) = step_cost(settings), estimate_training(settings, Assumed(), [])
+    assert one.gpu_bytes["critic"] == cost.critic_bytes > 0
+    assert sum(one.gpu_bytes.values()) / 2**30 == pytest.approx(fit_table(settings, cost).rows[0][1].value)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from training.config import TrainConfig
 from training.run.checkpoint import EMA, MOMENTS, step_tensor
+from training.run.eight_bit import float_moments, is_eight_bit, make_adamw8bit, quantize_moments
 from training.run.stages import Stage
 
 
@@ -45,13 +46,16 @@ def make_engine(stage: Stage, config: TrainConfig, world_size: int, device: str)
     if settings.no_decay:
         norms_and_biases = [p for p in trained if p.ndim < 2]
         groups = [{"params": [p for p in trained if p.ndim > 1]}, {"params": norms_and_biases, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(
-        groups,
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        weight_decay=settings.weight_decay,
-        fused=device.startswith("cuda"),
-    )
+    if settings.kind == "adamw8bit":
+        optimizer = make_adamw8bit(groups, settings)
+    else:
+        optimizer = torch.optim.AdamW(
+            groups,
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            fused=device.startswith("cuda"),
+        )
     accumulation = config.global_batch_size // (config.runtime.micro_batch_size * world_size)
     zero: dict[str, Any] = {"stage": config.runtime.zero_stage}
     if config.runtime.offload_optimizer:
@@ -147,15 +151,16 @@ def engine_state(
 
     files = ("weights", "moments", EMA) if averaged else ("weights", "moments")
     tensors: dict[str, dict[str, Tensor]] = {file: {} for file in files}
-    for name, parameter in engine.module.trained.named_parameters():
-        full = safe_get_full_fp32_param(parameter) if _is_partitioned(engine) else parameter
-        if keep:
-            tensors["weights"][name] = _copy(full)
-        for kind in (*MOMENTS, EMA) if averaged else MOMENTS:
-            full = _full_state(engine, optimizer, parameter, kind)
+    with _moments(engine, optimizer):
+        for name, parameter in engine.module.trained.named_parameters():
+            full = safe_get_full_fp32_param(parameter) if _is_partitioned(engine) else parameter
             if keep:
-                file, key = (EMA, name) if kind == EMA else ("moments", f"{kind}.{name}")
-                tensors[file][key] = _copy(full)
+                tensors["weights"][name] = _copy(full)
+            for kind in (*MOMENTS, EMA) if averaged else MOMENTS:
+                full = _full_state(engine, optimizer, parameter, kind)
+                if keep:
+                    file, key = (EMA, name) if kind == EMA else ("moments", f"{kind}.{name}")
+                    tensors[file][key] = _copy(full)
     return tensors if keep else None
 
 
@@ -189,7 +194,22 @@ def restore_engine(
                 safe_set_full_optimizer_state(parameter, state[kind], kind)
         else:
             optimizer.state[parameter] = {"step": step_tensor(optimizer, parameter, num_updates), **state}
+    if is_eight_bit(optimizer):
+        quantize_moments(optimizer, num_updates)
+        _link_state(engine)
     _set_weights(engine, tensors["weights"])
+
+
+@contextmanager
+def _moments(engine: Any, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Inside the block the optimiser's states hold AdamW's moments in float32."""
+    if not is_eight_bit(optimizer):
+        yield
+        return
+    with float_moments(optimizer):
+        _link_state(engine)
+        yield
+    _link_state(engine)
 
 
 def _set_weights(engine: Any, weights: Mapping[str, Tensor]) -> None:

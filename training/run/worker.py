@@ -17,6 +17,7 @@ from training.run.agreement import WorkerContext, agree, all_objects, attempt, g
 from training.run.checkpoint import advice
 from training.run.checkpointer import Checkpoints
 from training.run.critics import TrainedCritic
+from training.run.eight_bit import optimizer_libraries
 from training.run.engine import averaged, make_engine, step, update_average
 from training.run.health import Spikes, Stopwatch
 from training.run.meter import Meter, Profile
@@ -91,6 +92,7 @@ def train(config: TrainConfig, manifests: list[Manifest], model: CcsrModel, cont
 
 
 def _stage(config: TrainConfig, model: CcsrModel, context: WorkerContext) -> Stage:
+    optimizer_libraries(config.optimizer)
     check_memory(model, config, context)
     return build_stage(model, config)
 
