@@ -20,7 +20,7 @@ from infra.storage import exists, join, read_json
 from infra.tars import open_set
 from infra.tracking import Tracker, track
 from training.config import TrainConfig, legal_world_sizes
-from training.data.batches import check_cpus
+from training.data.batches import check_cpus, cpus_of_worker
 from training.data.samples import check_crop, check_latents
 from training.models import model_id
 from training.run.agreement import OtherRankError, WorkerContext, agree, attempt, sigterm_noted
@@ -158,7 +158,7 @@ def _fit(
 
             def _initialize_and_run_controller(self, **parts: Any) -> Any:
                 if self.scaling_config.elasticity_enabled:
-                    parts["scaling_policy"] = LegalSizes(self.scaling_config, sizes, board)
+                    parts["scaling_policy"] = LegalSizes(self.scaling_config, sizes, board, cpus_of_worker(runtime))
                 return super()._initialize_and_run_controller(**parts)
 
         check_cpus(config, {"CPU": cpus_here()})
