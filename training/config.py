@@ -224,7 +224,7 @@ class TrainConfig(Config):
                 f"the decoder of family {self.model.family} is frozen, so its GAN weight cannot adapt: "
                 "decoder_loss.adaptive: false"
             )
-        gan = [name for name in DecoderLossConfig.model_fields if name.split("_")[0] in ("gan", "discriminator")]
+        gan = [n for n in DecoderLossConfig.model_fields if n.split("_")[0] in ("gan", "discriminator", "adaptive")]
         for name in gan if self.vsd else ():
             if getattr(self.decoder_loss, name) != DecoderLossConfig.model_fields[name].default:
                 raise ValueError(f"`vsd` takes the GAN term's place: leave decoder_loss.{name} out")

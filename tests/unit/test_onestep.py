@@ -241,6 +241,7 @@ def test_bands_encode_with_the_loras(model: OneStepModel) -> None:
         ({"stage": 2}, "stages 1"),
         ({"num_steps": 4}, "num_steps"),
         ({"decoder_loss": {**LOSS, "gan_weight": 0.1}}, "takes the GAN term's place"),
+        ({"decoder_loss": {**LOSS, "adaptive": False}}, "leave decoder_loss.adaptive out"),
         ({"vsd": None}, "adaptive: false"),
         ({"vsd": {"first_timestep": 990}}, "is above"),
         ({"model": {"family": "v2"}}, "vsd|decoder_loss"),
