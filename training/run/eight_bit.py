@@ -6,6 +6,8 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from infra.errors import ConfigError
 from training.config import OptimizerConfig
@@ -72,11 +74,19 @@ def float_moments(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 def quantize_moments(optimizer: Any, num_updates: int) -> None:
     """Make the float32 moments in the states of an 8-bit AdamW its own after `num_updates` steps."""
-    from bitsandbytes.functional import quantize_blockwise
-
     for weight, state in optimizer.state.items():
         state["step"] = num_updates
         for number, (kind, name) in enumerate(zip(MOMENTS, MAPS, strict=True), start=1):
             meaning = optimizer.name2qmap[name].to(weight.device)
-            codes, quantized = quantize_blockwise(state.pop(kind), code=meaning, blocksize=BLOCK)
-            state |= {f"state{number}": codes, f"qmap{number}": meaning, f"absmax{number}": quantized.absmax}
+            codes, scales = _quantized(state.pop(kind), meaning)
+            state |= {f"state{number}": codes, f"qmap{number}": meaning, f"absmax{number}": scales}
+
+
+def _quantized(moment: Tensor, meaning: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest codes and each block's scale. bitsandbytes' own function on a CPU misses the nearest code of some
+    values near zero, that of a code itself too."""
+    blocks = F.pad(moment.flatten(), (0, -moment.numel() % BLOCK)).view(-1, BLOCK)
+    scales = blocks.abs().amax(1)
+    middles = (meaning[1:] + meaning[:-1]) / 2
+    codes = torch.bucketize(blocks / torch.where(scales > 0, scales, 1)[:, None], middles, out_int32=True)
+    return codes.to(torch.uint8).flatten()[: moment.numel()].view_as(moment), scales

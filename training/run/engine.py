@@ -33,13 +33,7 @@ def make_engine(stage: Stage, config: TrainConfig, world_size: int, device: str)
     bf16 = config.precision == "bf16"
     weights = {name: p.detach().clone() for name, p in stage.trained.named_parameters()} if bf16 else {}
     stage.model.to(device, torch.bfloat16 if bf16 else torch.float32)
-    for network in stage.model.networks.values():
-        # DeepSpeed broadcasts and partitions the trained ones in C order.
-        frozen = [p for p in network.parameters() if p.ndim == 4 and not p.requires_grad]
-        for weight in frozen if config.runtime.channels_last else ():
-            weight.data = weight.data.to(memory_format=torch.channels_last)
-    for network in stage.model.computing if config.runtime.compile else ():
-        _compile_blocks(network)
+    prepare_networks(stage, config)
     settings = config.optimizer
     trained = [p for p in stage.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [{"params": trained}]
@@ -83,10 +77,17 @@ def make_engine(stage: Stage, config: TrainConfig, world_size: int, device: str)
     return engine, optimizer
 
 
-def _compile_blocks(network: nn.Module) -> None:
-    """Compile the blocks that a network repeats, each size once, in place of a whole network of many sizes."""
+def prepare_networks(stage: Stage, config: TrainConfig) -> None:
+    """`runtime.channels_last`, of frozen weights: DeepSpeed broadcasts and partitions trained ones in C order.
+    `runtime.compile`: the blocks that a network repeats, each size once, in place of a whole network of many sizes."""
+    for network in stage.model.networks.values() if config.runtime.channels_last else ():
+        for weight in network.parameters():
+            if weight.ndim == 4 and not weight.requires_grad:
+                weight.data = weight.data.to(memory_format=torch.channels_last)
+    if not config.runtime.compile:
+        return
     torch._dynamo.config.recompile_limit = 64  # sizes of all networks, with and without gradients; torch's default is 8
-    for block in network.modules():
+    for block in (block for network in stage.model.computing for block in network.modules()):
         if isinstance(block, BasicTransformerBlock):
             block.compile()
 
