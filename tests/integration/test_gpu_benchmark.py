@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -36,3 +37,10 @@ def test_runs_in_small_without_ray_or_deepspeed(tmp_path):
     assert all(len(result["seconds"]) == 2 and result["samples_per_second"] > 0 for result in results)
     assert results[0]["tflops_per_second"] > 0
     assert all(result["mfu"] is None for result in results)
+
+
+def test_the_table_of_switches_names_tests_that_exist():
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "benchmarks" / "gpu_step.md").read_text()))
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
+    assert len(named) > 8
+    assert not [name for name in named if f"def {name}(" not in tests]

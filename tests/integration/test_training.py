@@ -62,19 +62,28 @@ STAGE2: dict[str, dict[str, Any]] = {  # by discriminator
 
 PRECISIONS = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("bf16", 1), ("bf16", 2)]  # with each ZeRO stage it allows
 # Stage 2 under ZeRO 1 alone, and the rest in the long run: its engine is stage 1's.
-COMBINATIONS = [(*precision, 1) for precision in PRECISIONS] + [("fp32", 1, 2), ("bf16", 1, 2)]
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "cosine": {"until": 3},
+    "constant": {},
+    "linear": {"until": 3},
+    "multistep": {"at": [1]},
+    "wsd": {"decay_from": 1, "until": 3},
+}
+COMBINATIONS = [(*one, 1, "adamw", schedule) for one, schedule in zip(PRECISIONS, SCHEDULES, strict=True)]
+COMBINATIONS += [("fp32", 1, 2), ("bf16", 1, 2)]
 SMALL = {"small": True}
 EIGHT_BIT = [("bf16", 2, 1, "adamw8bit"), ("fp32", 0, 1, "adamw8bit"), ("fp32", 1, 1, "adamw8bit")]
 MORE_COMBINATIONS = [("fp32", 0, 2), ("fp32", 2, 2), ("bf16", 2, 2)]
 
 
-def combination(precision: str, zero_stage: int, stage: int, kind: str = "adamw") -> dict[str, Any]:
+def combination(
+    precision: str, zero_stage: int, stage: int, kind: str = "adamw", schedule: str = "cosine"
+) -> dict[str, Any]:
     """With `smaller_tiny`, an average, a schedule and two groups of parameters."""
     runtime = {"zero_stage": zero_stage, "checkpoint_every": 1, "micro_batch_size": 1}
     changes = {"precision": precision, "stage": stage, "global_batch_size": 2, "ema": {"decay": 0.75, "warmup": False}}
-    schedule = {"kind": "cosine", "until": 3}
-    rate = 1e-4 if stage == 2 else 1e-3
-    changes |= {"optimizer": {"kind": kind, "learning_rate": rate, "no_decay": True, "schedule": schedule}}
+    rate = {"learning_rate": 1e-4 if stage == 2 else 1e-3, "schedule": {"kind": schedule, **SCHEDULES[schedule]}}
+    changes |= {"optimizer": {"kind": kind, "no_decay": True, **rate}}
     return changes | {"runtime": runtime} | ({"num_steps": 3} if stage == 2 else {})
 
 
@@ -203,8 +212,8 @@ def two(one: tuple[list[float], Path], data: str, tmp_path_factory: pytest.TempP
         tar.write(bytes(64))
     two.plan("damaged", str(damaged), 6)
     two.plan("after", data, 1)
-    for precision, zero_stage, stage in COMBINATIONS:
-        two.plan_resumed(data, precision, zero_stage, stage)
+    for how in COMBINATIONS:
+        two.plan_resumed(data, *how)
     two.plan_resumed(data, *EIGHT_BIT[0])
     eight_bit = train_config(data, folder / "bytes", num_updates=1, **combination(*EIGHT_BIT[0]))
     with smaller_tiny():
@@ -317,15 +326,13 @@ def test_a_damaged_sample_ends_both_ranks_and_the_group_is_still_sound(two, one)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize(("precision", "zero_stage", "stage"), COMBINATIONS)
-def test_resumed_equals_uninterrupted(
-    process_group, small, data, tmp_path, request, precision, zero_stage, stage, world_size
-):
-    """Bit by bit, losses, weights, moments, average and discriminator."""
+@pytest.mark.parametrize("how", COMBINATIONS, ids=lambda how: named("", how)[1:])
+def test_resumed_equals_uninterrupted(process_group, small, data, tmp_path, request, how, world_size):
+    """Bit by bit, losses, weights, moments, average and discriminator, under each schedule."""
     if world_size == 1:
-        assert_resumes_here(data, tmp_path, precision, zero_stage, stage)
+        assert_resumes_here(data, tmp_path, *how)
     else:
-        assert_resumed(request.getfixturevalue("two"), precision, zero_stage, stage)
+        assert_resumed(request.getfixturevalue("two"), *how)
 
 
 @pytest.mark.parametrize("how", [EIGHT_BIT[0], *(pytest.param(how, marks=pytest.mark.slow) for how in EIGHT_BIT[1:])])
