@@ -67,9 +67,6 @@ def test_the_record_of_collectives_is_on_and_named_with_the_lost_worker(monkeypa
     assert FLIGHT_RECORDER.items() <= environment(on_gpu.runtime).items()
     monkeypatch.setenv("TORCH_FR_DUMP_TEMP_FILE", "/scratch/rank_")
     assert environment(on_gpu.runtime)["TORCH_FR_DUMP_TEMP_FILE"] == "/scratch/rank_"
-    assert "TORCHINDUCTOR_CACHE_DIR" not in environment(on_gpu.runtime)
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/scratch/compiled")
-    assert environment(on_gpu.runtime)["TORCHINDUCTOR_CACHE_DIR"] == "/scratch/compiled"
     assert "in /scratch/rank_RANK" in lost_error(RuntimeError("died"), on_gpu, []).todo
     on_cpu = train_config("d", "o", num_updates=1)
     assert not FLIGHT_RECORDER.keys() & environment(on_cpu.runtime).keys()

@@ -17,9 +17,9 @@ FLIGHT_RECORDER = {
 
 
 def environment(runtime: TrainRuntime) -> dict[str, str]:
-    """The workers' variables; the driver's own settings of the flight recorder and of compiled code's cache count."""
+    """The workers' variables; the driver's own settings of the flight recorder count."""
     found = {"OMP_NUM_THREADS": str(runtime.threads)}
-    found |= {name: os.environ[name] for name in ("CCSR_WEIGHTS", "TORCHINDUCTOR_CACHE_DIR") if name in os.environ}
+    found |= {name: os.environ[name] for name in ("CCSR_WEIGHTS",) if name in os.environ}
     if runtime.device != "cuda":
         return found | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     return found | {name: os.environ.get(name, value) for name, value in FLIGHT_RECORDER.items()}
