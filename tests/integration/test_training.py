@@ -733,7 +733,8 @@ def test_fused_adamw_resumes_bit_by_bit(process_group, small, data, tmp_path, mo
     assert_resumes_here(data, tmp_path, "fp32", 1, 1)
 
 
-def test_the_host_reads_two_rows_of_numbers_an_update(process_group, data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_host_reads_two_rows_of_numbers_an_update(process_group, data, tmp_path, monkeypatch, stage):
     """Whether a rank stops, and what is logged. On a GPU any other read would stop the host until the card is done."""
     read: list[str] = []
     for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__"):
@@ -750,7 +751,7 @@ def test_the_host_reads_two_rows_of_numbers_an_update(process_group, data, tmp_p
     counts = []
     for num_updates in (1, 3):
         read.clear()
-        config = train_config(data, tmp_path / f"{num_updates}", num_updates=num_updates)
+        config = train_config(data, tmp_path / f"{num_updates}", stage=stage, num_updates=num_updates)
         in_loop(config.model_copy(update={"runtime": config.runtime.model_copy(update={"checkpoint_every": 9})}))
         counts.append(Counter(read))
     assert counts[1] - counts[0] == {"agree: tolist": 2, "_update: tolist": 2}
