@@ -353,11 +353,12 @@ def test_eight_bit_adamw_resumes_bit_by_bit(process_group, small, data, tmp_path
 
 
 def test_eight_bit_adamw_resumes_bit_by_bit_on_two_workers(two, small):
-    """On another world size, whose blocks are others, its moments come back rounded once more."""
+    """On another world size its moments come back too, here as they were: its partitions are of whole blocks."""
     assert_resumed(two, *EIGHT_BIT[0])
     saved, again = (checkpoint_at(two.folder / name, 1, batch=2).tensors for name in ("bytes", "bytes-on-two"))
     assert all(torch.equal(weight, again["weights"][name]) for name, weight in saved["weights"].items())
-    assert 0 < relative_error(flat(again["moments"]), flat(saved["moments"])) < 0.02
+    assert flat(saved["moments"]).any()
+    assert torch.equal(flat(again["moments"]), flat(saved["moments"]))
 
 
 def flat(tensors: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -81,3 +81,22 @@ def test_it_is_part_of_what_a_result_depends_on() -> None:
         return fingerprint_of(result_part(train_config("d", "o", num_updates=1, optimizer=optimizer)))
 
     assert fingerprint(kind="adamw8bit") != fingerprint(kind="adamw") == fingerprint()
+
+
+def test_blocks_that_begin_elsewhere_round_once_more() -> None:
+    """As on another world size whose partitions are not of whole blocks."""
+    weight = nn.Parameter(torch.ones(5000))
+    optimizer = make_adamw8bit([{"params": [weight]}], SETTINGS)
+    trained(optimizer, weight, 20)
+    with float_moments(optimizer):
+        moments = {kind: optimizer.state[weight][kind].clone() for kind in ("exp_avg", "exp_avg_sq")}
+    for first, most in ((256, 0.0), (100, 0.02)):
+        part = nn.Parameter(weight.detach()[first:].clone())
+        other = make_adamw8bit([{"params": [part]}], SETTINGS)
+        other.state[part] = {kind: moment[first:].clone() for kind, moment in moments.items()}
+        quantize_moments(other, 20)
+        with float_moments(other):
+            for kind, moment in moments.items():
+                error = (other.state[part][kind] - moment[first:]).norm() / moment[first:].norm()
+                assert (error > 0) == (most > 0)
+                assert error <= most, kind
