@@ -1,11 +1,12 @@
-"""Stage 1 at full size on one GPU: our step against the published recipe's arithmetic. Plain PyTorch, random weights.
+"""Stage 1 at full size on one GPU: each of our switches alone and together against the published recipe's arithmetic.
 
-    PYTHONPATH=. python benchmarks/gpu_step.py [--compile] [--micro-batches 4 8]    # CPU: --preset tiny --crop-px 64
+    PYTHONPATH=. python benchmarks/gpu_step.py [--micro-batches 4 8]    # CPU: --preset tiny --crop-px 64
 
-An update is `--accumulation` micro-batches and one optimiser step. Both sides run the same losses (training/losses.py)
-and both VAE encodes. Blocks of the variants alternate, so a card that warms up slows all of them.
+An update is `--accumulation` micro-batches and one optimiser step. All variants run the same losses
+(training/losses.py), both VAE encodes and the copies of the batch. Blocks of a variant alternate with blocks of the
+published one, so a card that warms up slows both. Plain PyTorch, random weights.
   published  fp16 autocast, fp32 ControlNet, fp16 UNet and VAE, loss scaling, unfused AdamW, micro-batch 4
-  ours       bf16 networks with fp32 masters, channels-last, fused AdamW; with --compile also compiled networks
+  ours       bf16 networks with fp32 masters, and nothing else; then that with one switch each, and with all of them
 """
 
 import argparse
@@ -15,12 +16,13 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import date
 from functools import cache
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -33,11 +35,24 @@ from infra.config import parse_config
 from training.config import ModelConfig, TrainConfig
 from training.data.batches import Batch
 from training.models import CcsrModel, build_model
+from training.run.ahead import mover
+from training.run.eight_bit import make_adamw8bit
+from training.run.engine import prepare_networks
 from training.run.meter import flop_counter, peak_flops, peak_memory_bytes
 from training.run.stages import NoiseStage, build_stage
 
 PUBLISHED_MICRO_BATCH = 4
 LEARNING_RATE = 5e-5
+SWITCHES: dict[str, dict[str, Any]] = {  # `runtime`'s, but for the optimiser's two
+    "fused": {},
+    "channels_last": {"channels_last": True},
+    "compile": {"compile": True},
+    "join_passes": {"join_passes": True},
+    "encode_ahead": {"encode_ahead": True},
+    "adamw8bit": {},
+}
+VARIANTS = {"ours": (), **{f"ours, {name}": (name,) for name in SWITCHES}}
+VARIANTS["ours, all"] = tuple(name for name in SWITCHES if name != "adamw8bit")
 
 
 @dataclass
@@ -64,11 +79,8 @@ class Published:
         model.to(options.device)
         for frozen in (model.unet, model.vae):
             nn.Module.to(frozen, self.half)
-        self.stage, self.device, self.accumulation = (
-            make_stage(model, options, micro_batch),
-            options.device,
-            options.accumulation,
-        )
+        self.stage = make_stage(model, options, micro_batch, ())
+        self.device, self.accumulation = options.device, options.accumulation
         self.parameters = list(self.stage.trained.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE, weight_decay=1e-2)
         self.scaler = torch.amp.GradScaler(options.device, enabled=self.half == torch.float16)
@@ -80,7 +92,7 @@ class Published:
 
     def update(self, batch: Batch) -> None:
         for _ in range(self.accumulation):
-            self.scaler.scale(self.forward(batch) / self.accumulation).backward()
+            self.scaler.scale(self.forward(batch.to(self.device)) / self.accumulation).backward()
         self.scaler.unscale_(self.optimizer)
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         scale = self.scaler.get_scale()
@@ -93,25 +105,29 @@ class Published:
 class Ours:
     """bf16 networks; AdamW on fp32 masters, as DeepSpeed's bf16 optimiser keeps them."""
 
-    def __init__(self, model: CcsrModel, options: argparse.Namespace, micro_batch: int, compiled: bool) -> None:
+    def __init__(
+        self, model: CcsrModel, options: argparse.Namespace, micro_batch: int, switches: Sequence[str]
+    ) -> None:
         model.to(options.device, torch.bfloat16)
-        for network in model.networks.values():
-            network.to(memory_format=torch.channels_last)
-        self.stage, self.accumulation = make_stage(model, options, micro_batch), options.accumulation
-        if compiled:
-            model.unet, model.adapter = torch.compile(model.unet), torch.compile(model.adapter)
-            model.vae.encoder.compile()
+        self.stage, self.accumulation = make_stage(model, options, micro_batch, switches), options.accumulation
+        config = self.stage.config
+        prepare_networks(self.stage, config)
+        self.moved = mover(self.stage, config, options.device)
         self.parameters = list(self.stage.trained.parameters())
         self.masters = [parameter.detach().float().clone() for parameter in self.parameters]
-        self.optimizer = torch.optim.AdamW(self.masters, lr=LEARNING_RATE, weight_decay=1e-2, fused=True)
+        if "adamw8bit" in switches:
+            self.optimizer = make_adamw8bit([{"params": self.masters}], config.optimizer)
+        else:
+            fused = True if "fused" in switches else None  # None: by lists of tensors, as the published one
+            self.optimizer = torch.optim.AdamW(self.masters, lr=LEARNING_RATE, weight_decay=1e-2, fused=fused)
         self.skipped = 0
 
     def forward(self, batch: Batch) -> Tensor:
         return self.stage(batch)["loss"]
 
     def update(self, batch: Batch) -> None:
-        for _ in range(self.accumulation):
-            (self.forward(batch) / self.accumulation).backward()
+        for micro in self.moved([batch] * self.accumulation):
+            (self.forward(micro) / self.accumulation).backward()
         for master, parameter in zip(self.masters, self.parameters, strict=True):
             master.grad = parameter.grad.float()
             parameter.grad = None
@@ -121,9 +137,13 @@ class Ours:
             torch._foreach_copy_(self.parameters, self.masters)
 
 
-def make_stage(model: CcsrModel, options: argparse.Namespace, micro_batch: int) -> NoiseStage:
+def make_stage(model: CcsrModel, options: argparse.Namespace, micro_batch: int, switches: Sequence[str]) -> NoiseStage:
+    runtime = {"micro_batch_size": micro_batch, "activation_checkpointing": options.activation_checkpointing}
+    for name in switches:
+        runtime |= SWITCHES[name]
     values = {
         "job": "train",
+        "init_from": "random",
         "output": "out",
         "stage": 1,
         "data": ["none"],
@@ -131,7 +151,8 @@ def make_stage(model: CcsrModel, options: argparse.Namespace, micro_batch: int) 
         "crop_px": options.crop_px,
         "global_batch_size": micro_batch,
         "num_updates": 1,
-        "runtime": {"micro_batch_size": micro_batch, "activation_checkpointing": options.activation_checkpointing},
+        "optimizer": {"learning_rate": LEARNING_RATE},
+        "runtime": runtime,
     }
     stage = build_stage(model, parse_config(values, TrainConfig, where="benchmark"))
     assert isinstance(stage, NoiseStage)
@@ -139,9 +160,10 @@ def make_stage(model: CcsrModel, options: argparse.Namespace, micro_batch: int) 
 
 
 def make_batch(options: argparse.Namespace, micro_batch: int) -> Batch:
+    """In the host's memory, 8-bit, as the ingest makes it."""
     keys = [("image", number) for number in range(micro_batch)]
     shape = (micro_batch, 3, options.crop_px, options.crop_px)
-    hr = noise_for(0, keys, options.device, torch.float32)(shape).sigmoid()
+    hr = (255 * noise_for(0, keys, "cpu", torch.float32)(shape).sigmoid()).byte()
     return Batch([str(k) for k in keys], list(range(micro_batch)), hr, hr.flip(-1))
 
 
@@ -164,7 +186,7 @@ def make_variant(name: str, options: argparse.Namespace, micro_batch: int) -> Pu
     model = copy.deepcopy(base_model(options.preset))
     if name == "published":
         return Published(model, options, micro_batch)
-    return Ours(model, options, micro_batch, compiled=name == "ours, compiled")
+    return Ours(model, options, micro_batch, VARIANTS[name])
 
 
 def measure(cases: list[tuple[str, int]], options: argparse.Namespace) -> list[Result]:
@@ -180,7 +202,7 @@ def measure(cases: list[tuple[str, int]], options: argparse.Namespace) -> list[R
             flops.append(flops[0])  # the same arithmetic per sample; the counter does not see into compiled code
         else:
             with flop_counter() as counter:
-                variant.forward(batch).backward()
+                variant.forward(batch.to(options.device)).backward()
             flops.append(counter.get_total_flops() / len(batch.keys))
         for parameter in variant.parameters:
             parameter.grad = None
@@ -199,8 +221,9 @@ def measure(cases: list[tuple[str, int]], options: argparse.Namespace) -> list[R
     results = []
     for number, ((name, micro_batch), variant, batch) in enumerate(zip(cases, variants, batches, strict=True)):
         autocast = torch.autocast(options.device, variant.half) if isinstance(variant, Published) else nullcontext()
+        there = batch.to(options.device)
         with autocast:
-            encode = min(timed(options, lambda v=variant, b=batch: v.stage._latents(b)) for _ in range(3))
+            encode = min(timed(options, lambda v=variant, b=there: v.stage._latents(b)) for _ in range(3))
         update = median(seconds[number])
         rate = micro_batch * options.accumulation / update
         results.append(
@@ -224,17 +247,17 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--preset", default="sd21", choices=["sd21", "tiny"])
     parser.add_argument("--crop-px", type=int, default=512)
-    parser.add_argument("--micro-batches", type=int, nargs="+", default=[4, 8], help="of our variants")
+    parser.add_argument("--micro-batches", type=int, nargs="+", default=[4], help="of our variants")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), help="default: all whose libraries are here")
     parser.add_argument("--accumulation", type=int, default=6, help="published: 6")
     parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--updates", type=int, default=3)
     parser.add_argument("--blocks", type=int, default=3)
-    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--activation-checkpointing", action="store_true", help="on both sides, as the published v1")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")) / "gpu_step.json")
     options = parser.parse_args()
     torch.backends.cudnn.benchmark = True
-    ours = ["ours", *(["ours, compiled"] if options.compile else [])]
+    ours = options.variants or [name for name in VARIANTS if "8bit" not in name or find_spec("bitsandbytes")]
     cases = [("published", PUBLISHED_MICRO_BATCH), *((name, micro) for micro in options.micro_batches for name in ours)]
     card = torch.cuda.get_device_name() if options.device == "cuda" else platform.machine()
     heading = f"{date.today()}, {card}, torch {torch.__version__}, diffusers {version('diffusers')}, {options.preset}, "
@@ -247,6 +270,7 @@ def main() -> None:
         except torch.OutOfMemoryError:
             print(f"{case[0]}, micro-batch {case[1]}: out of memory", flush=True)
         gc.collect()
+        torch._dynamo.reset()
         if options.device == "cuda":
             torch.cuda.empty_cache()
     print(

@@ -21,7 +21,8 @@ from benchmarks.pretrain_phase import Phase, save_whole
 from degradation.pipeline import degrade
 from degradation.presets import load_preset
 from infra.config import Config, fingerprint_of, load_config
-from infra.images import gradient_energy, read_image, resize_bicubic
+from infra.images import read_image, resize_bicubic
+from infra.pixels import gradient_energy, grey_levels
 from infra.process.numerics import NumericsConfig, set_numerics
 from infra.seeding import rng_for
 from training.config import ModelConfig
@@ -82,7 +83,7 @@ def draw_crop(photos: Sequence[np.ndarray], size: int, rng: np.random.Generator)
     photo = photos[int(rng.integers(len(photos)))]
     places = [[int(rng.integers(side - size + 1)) for side in photo.shape[:2]] for _ in range(3)]
     crops = [photo[y : y + size, x : x + size] for y, x in places]
-    crop = max(crops, key=gradient_energy)
+    crop = max(crops, key=lambda crop: gradient_energy(grey_levels(crop)))
     crop = np.rot90(crop, int(rng.integers(4)))
     return crop[:, ::-1] if rng.random() < 0.5 else crop
 

@@ -19,8 +19,8 @@ from degradation.pipeline import degrade
 from degradation.presets import load_preset
 from evaluation import l_std, niqe, psnr_y
 from infra.config import load_config
-from infra.images import gradient_energy, resize_bicubic
-from infra.pixels import l_std_equal_sharpness
+from infra.images import resize_bicubic
+from infra.pixels import gradient_energy, grey_levels, l_std_equal_sharpness
 from infra.seeding import rng_for
 from training.config import SamplingConfig, TrainConfig
 from training.data.batches import Batch
@@ -61,7 +61,8 @@ class Scores:
         for hr, bicubic, runs in zip(self.hrs, self.bicubic, runs_of, strict=True):
             # Not a number where the runs are less sharp than bicubic.
             stability = (l_std(runs), l_std_equal_sharpness(runs, bicubic)) if len(runs) > 1 else (np.nan, np.nan)
-            energy = np.mean([gradient_energy(run) for run in runs]) / gradient_energy(bicubic)
+            energies = [gradient_energy(grey_levels(image)) for image in (bicubic, *runs)]
+            energy = np.mean(energies[1:]) / energies[0]
             psnr = np.mean([psnr_y(run, hr) for run in runs])
             scores = np.mean([niqe(r) for r in runs]) if hr.shape[0] >= NIQE_PX else np.nan
             rows.append((psnr, psnr - psnr_y(bicubic, hr), energy, scores, *stability))

@@ -211,15 +211,6 @@ def is_plain_jpeg(data: bytes) -> bool:
     return image.format == "JPEG" and image.mode == "RGB" and image.getexif().get(ORIENTATION, 1) == 1
 
 
-def gradient_energy(image: np.ndarray) -> float:
-    """Mean squared difference of neighbouring pixels, across plus down, of uint8 RGB (H, W, 3) as grey levels.
-
-    Below about 4 a picture is flat (sky, wall); most photographs have 50 to 2000.
-    """
-    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)
-    return float(sum(np.mean(np.square(np.diff(grey, axis=axis)), dtype=np.float64) for axis in (0, 1)))
-
-
 def skip_system_files(names: Iterable[str], where: str, *, hidden: bool = False) -> list[str]:
     """Paths below `where` without what operating systems leave there (.DS_Store, ._NAME, Thumbs.db, __MACOSX/ and the
     like), where `hidden` also without hidden files and folders; a note gives the number of those left out."""

@@ -165,8 +165,16 @@ def luma(image: np.ndarray) -> np.ndarray:
     return cv2.transform(image.astype(np.float64), LUMA / 255)
 
 
+def grey_levels(image: np.ndarray) -> np.ndarray:
+    """uint8 RGB (H, W, 3) -> float32 (H, W), rounded to whole levels, 0..255."""
+    return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)
+
+
 def gradient_energy(plane: np.ndarray, crop_border: int = 0) -> float:
-    """Mean squared difference of horizontal neighbours plus that of vertical ones, of a float (H, W) plane."""
+    """Mean squared difference of horizontal neighbours plus that of vertical ones, of a float (H, W) plane.
+
+    Of `grey_levels` below about 4 a picture is flat (sky, wall); most photographs have 50 to 2000.
+    """
     height, width = plane.shape
     inside = plane[crop_border : height - crop_border, crop_border : width - crop_border]
     pairs = (inside[1:], inside[:-1]), (inside[:, 1:], inside[:, :-1])

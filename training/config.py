@@ -213,6 +213,8 @@ class TrainConfig(Config):
             )
         if self.runtime.join_passes and (self.stage != 1 or "start_from" in self.unused()):
             raise ValueError("`runtime.join_passes` has an effect in CCSR's stage 1 alone: leave it out")
+        if self.runtime.encode_ahead and (self.inputs == "latents" or "inputs" in self.unused()):
+            raise ValueError("`runtime.encode_ahead` has no effect where no frozen VAE encodes: leave it out")
         if self.runtime.export_raw and self.ema is None:
             raise ValueError("`runtime.export_raw` has no effect without `ema`: leave it out")
         if self.runtime.offload_optimizer and self.runtime.zero_stage == 0:
@@ -224,7 +226,7 @@ class TrainConfig(Config):
                 f"the decoder of family {self.model.family} is frozen, so its GAN weight cannot adapt: "
                 "decoder_loss.adaptive: false"
             )
-        gan = [name for name in DecoderLossConfig.model_fields if name.split("_")[0] in ("gan", "discriminator")]
+        gan = [n for n in DecoderLossConfig.model_fields if n.split("_")[0] in ("gan", "discriminator", "adaptive")]
         for name in gan if self.vsd else ():
             if getattr(self.decoder_loss, name) != DecoderLossConfig.model_fields[name].default:
                 raise ValueError(f"`vsd` takes the GAN term's place: leave decoder_loss.{name} out")

@@ -79,9 +79,12 @@ class Multistep(Config):
 
 
 class OptimizerConfig(Config):
-    """AdamW. The defaults are v2's stage 1 (train_ccsr_stage1.py). Warm-up multiplies whatever the schedule says; both
-    are of the trained networks, a discriminator keeps its rate."""
+    """AdamW. The defaults are v2's stage 1 (train_ccsr_stage1.py). Warm-up multiplies whatever the schedule says; it,
+    the schedule and `kind` are of the trained networks, a discriminator keeps its rate and float32 moments."""
 
+    kind: Annotated[Literal["adamw", "adamw8bit"], LATER] = Field(
+        "adamw", description="adamw8bit: moments in 8 bits, a quarter of their memory; bitsandbytes (extra [bnb])"
+    )
     learning_rate: float = Field(5e-5, gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = Field(1e-2, ge=0)

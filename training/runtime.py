@@ -43,6 +43,10 @@ class TrainRuntime(Config):
     compile: bool = Field(False, description="torch.compile of the transformer blocks; takes minutes at the start")
     channels_last: bool = Field(False, description="frozen convolution weights in channels-last order")
     join_passes: bool = Field(False, description="CCSR's stage 1: t and T in one pass of the networks: more memory")
+    encode_ahead: bool = Field(
+        False,
+        description="the update's next micro-batch goes through the VAE on a GPU's second stream: more memory",
+    )
     profile: bool = Field(False, description="rank 0 profiles a few updates into OUT/profile")
     ingest_cpus: int = Field(0, ge=0, description="CPUs anywhere that prepare one worker's samples; 0: its own threads")
     prefetch_batches: int = Field(2, ge=1, description="global batches that are prepared ahead")

@@ -108,9 +108,12 @@ def estimate(
     model: Annotated[str | None, typer.Option(help="Instead of a config: sd21 or tiny.")] = None,
     set_: Overrides = None,
     gpus: Annotated[
-        list[int] | None, typer.Option(min=1, help="Numbers of GPUs beside the config's; default 8, 32.")
+        list[int] | None, typer.Option(min=1, help="Numbers of GPUs (workers) beside the config's; default 8, 32.")
     ] = None,
-    card: Annotated[str, typer.Option(help="The GPU that is assumed.")] = "H100",
+    card: Annotated[
+        str | None,
+        typer.Option(help="The GPU that is assumed; default: H100; for device cpu: this CPU."),
+    ] = None,
     mfu: Annotated[float, typer.Option(min=0.01, max=1, help="The share of its bf16 peak that is assumed.")] = 0.4,
     price: Annotated[float, typer.Option(min=0, help="US dollars of a GPU-hour.")] = 3.0,
     as_json: AsJson = False,
@@ -138,10 +141,12 @@ def estimate(
     elif values.job == "shard":
         tables = [shard_table(estimate_shards(values))]
     else:
-        assumed = Assumed(card, mfu, price)
+        assumed = Assumed.for_runtime(values.runtime, card, mfu, price)
         estimates = estimate_training(values, assumed, gpus or [8, 32])
-        tables = [*train_tables(values, assumed, estimates), scaling_table(values, estimates[0], gpus or [8, 32])]
-        tables.append(fit_table(values, estimates[0].step))
+        tables = train_tables(values, assumed, estimates)
+        if not assumed.threads:
+            tables.append(scaling_table(values, estimates[0], gpus or [8, 32]))
+            tables.append(fit_table(values, estimates[0].step))
     print_report(tables, as_json=as_json)
 
 

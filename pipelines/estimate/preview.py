@@ -45,7 +45,6 @@ def _time(config: Any, progress: Progress) -> str:
     """Of what is left."""
     from pipelines.estimate.shards import estimate_shards
     from pipelines.estimate.training import Assumed
-    from training.run.requirements import measured_flops
 
     share = 1 - progress.done / max(1, progress.total)
     if share <= 0:
@@ -59,15 +58,10 @@ def _time(config: Any, progress: Progress) -> str:
     if not progress.flops:
         return "not estimated: no network of a known size computes"
     least, most = _processes(config)
-    if runtime.device == "cuda":
-        assumed = Assumed()
-        speed, by = assumed.flops_per_second, f"{assumed.card} at {assumed.mfu:.0%} of its peak"
-    else:
-        threads = f"{runtime.threads} thread{'s' * (runtime.threads > 1)} a process"
-        speed, by = measured_flops(runtime.threads), f"CPUs as fast as this one, {threads}"
+    assumed = Assumed.for_runtime(runtime)
     by_all = " with all of them" if least < most else ""
-    hours = share * progress.flops / (speed * most) / 3600
-    return f"about {_amount(hours)} for the networks alone{by_all}, assuming {by}"
+    hours = share * progress.flops / (assumed.flops_per_second * most) / 3600
+    return f"about {_amount(hours)} for the networks alone{by_all}, assuming {assumed.processor}"
 
 
 def _amount(hours: float) -> str:

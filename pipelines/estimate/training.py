@@ -16,17 +16,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Assumed:
-    """What is not counted but assumed: card, share of its peak that training reaches, US dollars of a GPU-hour."""
+    """What is not counted but assumed: card, share of its peak that training reaches, US dollars of a GPU-hour. With
+    `threads`, CPUs as fast as this one in the card's place, and no price."""
 
     card: str = "H100"
     mfu: float = 0.4
     price: float = 3.0
+    threads: int = 0
+
+    @classmethod
+    def for_runtime(cls, runtime: Any, card: str | None = None, mfu: float = 0.4, price: float = 3.0) -> "Assumed":
+        """What a job of this `runtime` computes on, unless a card is named."""
+        return (
+            cls(threads=runtime.threads)
+            if runtime.device == "cpu" and card is None
+            else cls(card or "H100", mfu, price)
+        )
 
     @property
     def flops_per_second(self) -> float:
-        """Of one GPU. ConfigError for a card without a known peak."""
+        """Of one GPU, or of one process here, measured. ConfigError for a card without a known peak."""
         from training.run.meter import PEAK_FLOPS
+        from training.run.requirements import measured_flops
 
+        if self.threads:
+            return measured_flops(self.threads)
         if self.card not in PEAK_FLOPS:
             raise ConfigError(
                 f"the peak of a card called {self.card!r} is not known",
@@ -34,6 +48,12 @@ class Assumed:
                 todo=f"choose one of: {', '.join(PEAK_FLOPS)}",
             )
         return self.mfu * PEAK_FLOPS[self.card]
+
+    @property
+    def processor(self) -> str:
+        if self.threads:
+            return f"CPUs as fast as this one, {self.threads} thread{'s' * (self.threads > 1)} a process"
+        return f"{self.card} at {self.mfu:.0%} of its peak"
 
 
 @dataclass(frozen=True)
@@ -92,7 +112,8 @@ def _estimate(
     from training.run.requirements import memory_needed
 
     activations = cost.activation_bytes * micro // config.runtime.micro_batch_size
-    needed = memory_needed(cost.num_trained, cost.num_frozen, config, num_gpus) | {"activations": activations}
+    needed = memory_needed(cost.num_trained, cost.num_frozen, config, num_gpus)
+    needed |= ({"critic": cost.critic_bytes} if cost.critic_bytes else {}) | {"activations": activations}
     runtime = config.runtime.model_copy(update={"micro_batch_size": micro, "num_workers": num_gpus})
     ahead = window(config.model_copy(update={"runtime": runtime}), num_gpus)
     per_gpu = rate / cost.flops_per_sample
@@ -119,15 +140,17 @@ def _estimate(
 def train_tables(config: TrainConfig, assumed: Assumed, estimates: Sequence[TrainEstimate]) -> list[Table]:
     """The answer, a column for each number of GPUs; then what is placed where; then the config's networks."""
     updates, batch = config.num_updates, config.global_batch_size
+    kind = "worker" if assumed.threads else "GPU"
     slower = "; precision fp32 reaches a fraction of that" if config.precision == "fp32" else ""
-    gpus = [f"{one.num_gpus} GPUs" for one in estimates]
+    basis = f"assumed, not measured: {assumed.processor} (dense bf16), perfect scaling, "
+    basis += f"{assumed.price:.2f} USD per GPU-hour (--card, --mfu, --price){slower}"
+    if assumed.threads:
+        basis = f"measured here: a convolution; assumed: {assumed.processor}, perfect scaling (--card: on GPUs)"
+    gpus = [f"{one.num_gpus} {kind}s" for one in estimates]
     answer = Table(
         ("what", *gpus, "unit"),
         f"stage {config.stage}: {updates:,} updates of {batch} = {updates * batch:,} samples",
-        [
-            f"assumed, not measured: {assumed.card} at {assumed.mfu:.0%} of its dense bf16 peak, perfect scaling, "
-            f"{assumed.price:.2f} USD per GPU-hour (--card, --mfu, --price){slower}"
-        ],
+        [basis],
     )
     places = Table(("where", "what", *gpus, "unit"), "placement", ["head node: the driver, one core, no GPU"])
 
@@ -137,20 +160,21 @@ def train_tables(config: TrainConfig, assumed: Assumed, estimates: Sequence[Trai
         table.add(*names, *(cell(of(one), form or form_of(of(one))) for one in estimates), unit)
 
     add(answer, ("time",), lambda one: one.hours, "hours")
-    add(answer, ("GPU time",), lambda one: one.gpu_hours, "GPU-hours")
-    add(answer, ("cost",), lambda one: one.cost, "USD", ",.2f")
+    add(answer, (f"{kind} time",), lambda one: one.gpu_hours, f"{kind}-hours")
+    if not assumed.threads:
+        add(answer, ("cost",), lambda one: one.cost, "USD", ",.2f")
     add(answer, ("speed",), lambda one: one.samples_per_second, "samples/s")
-    add(answer, ("GPU memory",), lambda one: sum(one.gpu_bytes.values()) / GIB, "GiB a GPU", ".2f")
+    add(answer, (f"{kind} memory",), lambda one: sum(one.gpu_bytes.values()) / GIB, f"GiB a {kind}", ".2f")
     add(answer, ("CPUs for degradation",), lambda one: one.ingest_cores * one.num_gpus, "cores", ",.1f")
     splits = ([one.micro_batch_size, one.accumulation] for one in estimates)
     cells = (Cell(split, ((" x ".join(map(str, split)), ""),)) for split in splits)
-    places.add("GPU node", "micro-batch x accumulation", *cells, "samples x steps")
+    places.add(f"{kind} node", "micro-batch x accumulation", *cells, "samples x steps")
     for name in estimates[0].gpu_bytes:
         parts = (cell(one.gpu_bytes[name] / GIB, ".2f") for one in estimates)
-        places.add("GPU node", name, *parts, "GiB a GPU")
-    exchanged = ("GPU node", "gradients exchanged")
-    add(places, exchanged, lambda one: one.exchanged_bytes / GIB, "GiB a GPU and update", ".2f")
-    add(places, ("CPU node", "degradation"), lambda one: one.ingest_cores, "cores a GPU", ".2f")
-    add(places, ("CPU node", "batches in flight"), lambda one: one.window_bytes / MIB, "MiB a GPU", ".0f")
+        places.add(f"{kind} node", name, *parts, f"GiB a {kind}")
+    exchanged = (f"{kind} node", "gradients exchanged")
+    add(places, exchanged, lambda one: one.exchanged_bytes / GIB, f"GiB a {kind} and update", ".2f")
+    add(places, ("CPU node", "degradation"), lambda one: one.ingest_cores, f"cores a {kind}", ".2f")
+    add(places, ("CPU node", "batches in flight"), lambda one: one.window_bytes / MIB, f"MiB a {kind}", ".0f")
     add(places, ("storage", "a checkpoint"), lambda one: one.checkpoint_bytes / GIB, "GiB", ".2f")
     return [answer, places, networks_table(config)]

@@ -14,8 +14,9 @@ import yaml
 from infra.display.bars import bars
 from infra.display.templating import render
 from infra.errors import printable
-from infra.images import decode_image, gradient_energy
+from infra.images import decode_image
 from infra.manifest import Manifest
+from infra.pixels import gradient_energy, grey_levels
 from infra.publish import put_if_absent
 from infra.run import read_run
 from infra.shards import Entry, image_of, read_sample
@@ -66,7 +67,7 @@ def _look(uri: str, entry: Entry) -> Look:
     hr = decode_image(image_of(members), where=f"{uri}: {entry.key}")
     lr_data = image_of(members, "lr")
     lr = decode_image(lr_data, where=f"{uri}: {entry.key}") if lr_data else None
-    energy = gradient_energy(hr)
+    energy = gradient_energy(grey_levels(hr))
     return Look(hr.shape[0], hr.shape[1], float(hr.mean()), energy, _cell(entry.key, hr, lr))
 
 

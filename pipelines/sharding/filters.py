@@ -5,8 +5,8 @@ import numpy as np
 
 from infra.display.bars import bars
 from infra.errors import DataError
-from infra.images import gradient_energy
 from infra.manifest import Manifest
+from infra.pixels import gradient_energy, grey_levels
 from infra.shards import SCORES
 from pipelines.sharding.config import ShardConfig
 
@@ -21,14 +21,14 @@ EDGES = {
 def scores_of(image: np.ndarray) -> tuple[float, ...]:
     """`SCORES` of uint8 RGB (H, W, 3), to four digits, which do not depend on how a CPU sums.
 
-    `gradient_energy`: of `infra.images`. `blockiness`: mean step of grey levels across JPEG's 8 px grid, wherever it
+    `gradient_energy`: of `infra.pixels`. `blockiness`: mean step of grey levels across JPEG's 8 px grid, wherever it
     begins, over the mean of the other steps, of rows and columns; 1: none, about 1.3: visible. `sharpness`: variance of
     the Laplacian of grey levels.
     """
-    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)
+    grey = grey_levels(image)
     sharpness = float(np.var(cv2.Laplacian(grey, cv2.CV_32F), dtype=np.float64))
     blockiness = sum(_blockiness(np.abs(np.diff(grey, axis=axis)).mean(1 - axis)) for axis in (0, 1)) / 2
-    return tuple(float(f"{score:.4g}") for score in (gradient_energy(image), blockiness, sharpness))
+    return tuple(float(f"{score:.4g}") for score in (gradient_energy(grey), blockiness, sharpness))
 
 
 def _blockiness(steps: np.ndarray) -> float:

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ from training.data.samples import SampleReader
 from training.models import load_model
 from training.run.checkpoint import TrainingState, complete_checkpoints, load_checkpoint
 from training.run.export import export_run, initial_model, last_checkpoint
-from training.run.stages import build_stage
+from training.run.stages import Stage, build_stage
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "losses"
 LONG = 30
@@ -62,18 +62,33 @@ STAGE2: dict[str, dict[str, Any]] = {  # by discriminator
 
 PRECISIONS = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("bf16", 1), ("bf16", 2)]  # with each ZeRO stage it allows
 # Stage 2 under ZeRO 1 alone, and the rest in the long run: its engine is stage 1's.
-COMBINATIONS = [(*precision, 1) for precision in PRECISIONS] + [("fp32", 1, 2), ("bf16", 1, 2)]
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "cosine": {"until": 3},
+    "constant": {},
+    "linear": {"until": 3},
+    "multistep": {"at": [1]},
+    "wsd": {"decay_from": 1, "until": 3},
+}
+COMBINATIONS = [(*one, 1, "adamw", schedule) for one, schedule in zip(PRECISIONS, SCHEDULES, strict=True)]
+COMBINATIONS += [("fp32", 1, 2), ("bf16", 1, 2)]
 SMALL = {"small": True}
+EIGHT_BIT = [("bf16", 2, 1, "adamw8bit"), ("fp32", 0, 1, "adamw8bit"), ("fp32", 1, 1, "adamw8bit")]
 MORE_COMBINATIONS = [("fp32", 0, 2), ("fp32", 2, 2), ("bf16", 2, 2)]
 
 
-def combination(precision: str, zero_stage: int, stage: int) -> dict[str, Any]:
+def combination(
+    precision: str, zero_stage: int, stage: int, kind: str = "adamw", schedule: str = "cosine"
+) -> dict[str, Any]:
     """With `smaller_tiny`, an average, a schedule and two groups of parameters."""
     runtime = {"zero_stage": zero_stage, "checkpoint_every": 1, "micro_batch_size": 1}
     changes = {"precision": precision, "stage": stage, "global_batch_size": 2, "ema": {"decay": 0.75, "warmup": False}}
-    schedule = {"kind": "cosine", "until": 3}
-    changes |= {"optimizer": {"learning_rate": 1e-4 if stage == 2 else 1e-3, "no_decay": True, "schedule": schedule}}
+    rate = {"learning_rate": 1e-4 if stage == 2 else 1e-3, "schedule": {"kind": schedule, **SCHEDULES[schedule]}}
+    changes |= {"optimizer": {"kind": kind, "no_decay": True, **rate}}
     return changes | {"runtime": runtime} | ({"num_steps": 3} if stage == 2 else {})
+
+
+def named(name: str, how: Sequence[Any]) -> str:
+    return "-".join(map(str, (name, *how)))
 
 
 def one_gradient(precision: str, zero_stage: int) -> dict[str, Any]:
@@ -156,15 +171,14 @@ class Two:
         run = {"config": config.model_dump(mode="json"), "losses": str(self.folder / f"{name}.losses")}
         self._runs.append(run | (special or {}))
 
-    def plan_resumed(self, data: str, precision: str, zero_stage: int, stage: int) -> None:
-        """Two updates in one go as "whole", and in two as "parts"."""
+    def plan_resumed(self, data: str, *how: Any) -> None:
+        """Two updates of `combination(*how)` in one go as "whole", and in two as "parts"."""
         for name, num_updates in (("whole", 2), ("parts", 1), ("parts", 2)):
-            changes = combination(precision, zero_stage, stage)
-            self.plan(f"{name}-{precision}{zero_stage}-{stage}", data, num_updates, SMALL, **changes)
+            self.plan(named(name, how), data, num_updates, SMALL, **combination(*how))
 
-    def plan_resave(self, name: str, config: Any) -> None:
+    def plan_resave(self, name: str, config: Any, special: dict[str, Any] | None = None) -> None:
         run = {"config": config.model_dump(mode="json"), "losses": str(self.folder / f"{name}.losses")}
-        self._runs.append(run | {"resave": str(self.folder / name)})
+        self._runs.append(run | {"resave": str(self.folder / name)} | (special or {}))
 
     def work(self) -> None:
         run_workers(self.folder, self._runs)
@@ -198,8 +212,13 @@ def two(one: tuple[list[float], Path], data: str, tmp_path_factory: pytest.TempP
         tar.write(bytes(64))
     two.plan("damaged", str(damaged), 6)
     two.plan("after", data, 1)
-    for precision, zero_stage, stage in COMBINATIONS:
-        two.plan_resumed(data, precision, zero_stage, stage)
+    for how in COMBINATIONS:
+        two.plan_resumed(data, *how)
+    two.plan_resumed(data, *EIGHT_BIT[0])
+    eight_bit = train_config(data, folder / "bytes", num_updates=1, **combination(*EIGHT_BIT[0]))
+    with smaller_tiny():
+        train_here(eight_bit)
+    two.plan_resave("bytes-on-two", eight_bit, SMALL)
     for precision, zero_stage in PRECISIONS:
         two.plan(f"gradient-{precision}{zero_stage}", data, 1, SMALL, **one_gradient(precision, zero_stage))
     two.work()
@@ -307,15 +326,43 @@ def test_a_damaged_sample_ends_both_ranks_and_the_group_is_still_sound(two, one)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize(("precision", "zero_stage", "stage"), COMBINATIONS)
-def test_resumed_equals_uninterrupted(
-    process_group, small, data, tmp_path, request, precision, zero_stage, stage, world_size
-):
-    """Bit by bit, losses, weights, moments, average and discriminator."""
+@pytest.mark.parametrize("how", COMBINATIONS, ids=lambda how: named("", how)[1:])
+def test_resumed_equals_uninterrupted(process_group, small, data, tmp_path, request, how, world_size):
+    """Bit by bit, losses, weights, moments, average and discriminator, under each schedule."""
     if world_size == 1:
-        assert_resumes_here(data, tmp_path, precision, zero_stage, stage)
+        assert_resumes_here(data, tmp_path, *how)
     else:
-        assert_resumed(request.getfixturevalue("two"), precision, zero_stage, stage)
+        assert_resumed(request.getfixturevalue("two"), *how)
+
+
+@pytest.mark.parametrize("how", [EIGHT_BIT[0], *(pytest.param(how, marks=pytest.mark.slow) for how in EIGHT_BIT[1:])])
+def test_eight_bit_adamw_resumes_bit_by_bit(process_group, small, data, tmp_path, how):
+    """And what it saves is what AdamW saves, near AdamW's: another kind can continue from it."""
+    assert_resumes_here(data, tmp_path, *how)
+
+    def plain(name: str, num_updates: int, **changes: Any) -> list[float]:
+        changes |= combination(*how[:3])
+        return train_here(train_config(data, tmp_path / name, num_updates=num_updates, **changes))
+
+    plain("plain", 1)
+    places = [f"{tmp_path}/{name}/checkpoints/{2:012d}" for name in (named("parts", how), "plain")]
+    found, expected = (load_checkpoint(place).tensors["moments"] for place in places)
+    assert found.keys() == expected.keys()
+    assert 0 < relative_error(*map(flat, (found, expected))) < 0.05
+    assert plain("continued", 2, continue_from=places[0]) == pytest.approx(plain("plain", 2), rel=1e-3)
+
+
+def test_eight_bit_adamw_resumes_bit_by_bit_on_two_workers(two, small):
+    """On another world size its moments come back too, here as they were: its partitions are of whole blocks."""
+    assert_resumed(two, *EIGHT_BIT[0])
+    saved, again = (checkpoint_at(two.folder / name, 1, batch=2).tensors for name in ("bytes", "bytes-on-two"))
+    assert all(torch.equal(weight, again["weights"][name]) for name, weight in saved["weights"].items())
+    assert flat(saved["moments"]).any()
+    assert torch.equal(flat(again["moments"]), flat(saved["moments"]))
+
+
+def flat(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -348,31 +395,27 @@ def test_resumed_equals_uninterrupted_in_stage2_under_the_other_zero_stages(proc
         assert_resumed(two, precision, zero_stage, stage)
 
 
-def assert_resumes_here(data: str, folder: Path, precision: str, zero_stage: int, stage: int) -> None:
+def assert_resumes_here(data: str, folder: Path, *how: Any) -> None:
     def run(name: str, num_updates: int) -> list[float]:
-        output = folder / f"{name}-{precision}{zero_stage}-{stage}"
-        changes = combination(precision, zero_stage, stage)
-        return train_here(train_config(data, output, num_updates=num_updates, **changes))
+        return train_here(train_config(data, folder / named(name, how), num_updates=num_updates, **combination(*how)))
 
     whole = run("whole", 2)
     assert run("parts", 1) + run("parts", 2) == whole
     assert len(set(whole)) == 2
-    assert_same_end(folder, precision, zero_stage, stage)
+    assert_same_end(folder, how)
 
 
-def assert_resumed(two: Two, precision: str, zero_stage: int, stage: int) -> None:
-    whole = two.losses(f"whole-{precision}{zero_stage}-{stage}")
-    assert two.losses(f"parts-{precision}{zero_stage}-{stage}") == whole
+def assert_resumed(two: Two, *how: Any) -> None:
+    whole = two.losses(named("whole", how))
+    assert two.losses(named("parts", how)) == whole
     assert len(set(whole)) == 2
-    assert_same_end(two.folder, precision, zero_stage, stage)
+    assert_same_end(two.folder, how)
 
 
-def assert_same_end(folder: Path, precision: str, zero_stage: int, stage: int) -> None:
-    ends = [
-        checkpoint_at(folder / f"{name}-{precision}{zero_stage}-{stage}", 2, batch=2) for name in ("whole", "parts")
-    ]
+def assert_same_end(folder: Path, how: Sequence[Any]) -> None:
+    ends = [checkpoint_at(folder / named(name, how), 2, batch=2) for name in ("whole", "parts")]
     assert_equal(*ends)
-    before = checkpoint_at(folder / f"parts-{precision}{zero_stage}-{stage}", 1, batch=2).tensors
+    before = checkpoint_at(folder / named("parts", how), 1, batch=2).tensors
     for name, average in ends[0].tensors["ema"].items():
         assert torch.equal(before["ema"][name], before["weights"][name])
         assert torch.equal(average, before["ema"][name].lerp(ends[0].tensors["weights"][name], 0.25))
@@ -647,6 +690,29 @@ def test_switches_for_speed_change_roundings_alone(one, data, tmp_path, monkeypa
     assert losses == pytest.approx(one[0][:3], rel=1e-5)
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_encodes_ahead_change_nothing(one, stage2, data, tmp_path, monkeypatch, stage):
+    order: list[int] = []
+    encoded = Stage.encoded
+
+    def noted(self: Stage, batch: Any) -> Any:
+        order.extend(batch.positions)
+        return encoded(self, batch)
+
+    monkeypatch.setattr(Stage, "encoded", noted)
+    config = train_config(data, tmp_path, stage=stage, num_updates=2, runtime={"encode_ahead": True})
+    losses = train_here(config)
+    assert order == [2, 3, 0, 1, 6, 7, 4, 5], "the second micro-batch before the first one's own, in each update"
+    assert losses == (one[0] if stage == 1 else stage2("patch")[0].values)[:2]
+
+
+def test_fused_adamw_changes_roundings_alone(one, data, tmp_path, monkeypatch):
+    """As on a GPU, where it is on."""
+    made = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *groups, **named: made(*groups, **named | {"fused": True}))
+    assert train_here(train_config(data, tmp_path, num_updates=3)) == pytest.approx(one[0][:3], rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("precision", "zero_stage"), [("fp32", 1), pytest.param("bf16", 1, marks=pytest.mark.slow), ("bf16", 2)]
 )
@@ -669,7 +735,8 @@ def test_fused_adamw_resumes_bit_by_bit(process_group, small, data, tmp_path, mo
     assert_resumes_here(data, tmp_path, "fp32", 1, 1)
 
 
-def test_the_host_reads_two_rows_of_numbers_an_update(process_group, data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_host_reads_two_rows_of_numbers_an_update(process_group, data, tmp_path, monkeypatch, stage):
     """Whether a rank stops, and what is logged. On a GPU any other read would stop the host until the card is done."""
     read: list[str] = []
     for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__"):
@@ -686,7 +753,7 @@ def test_the_host_reads_two_rows_of_numbers_an_update(process_group, data, tmp_p
     counts = []
     for num_updates in (1, 3):
         read.clear()
-        config = train_config(data, tmp_path / f"{num_updates}", num_updates=num_updates)
+        config = train_config(data, tmp_path / f"{num_updates}", stage=stage, num_updates=num_updates)
         in_loop(config.model_copy(update={"runtime": config.runtime.model_copy(update={"checkpoint_every": 9})}))
         counts.append(Counter(read))
     assert counts[1] - counts[0] == {"agree: tolist": 2, "_update: tolist": 2}

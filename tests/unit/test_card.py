@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from photos import make_shard_set, photo, save_photos, shard_config
 
-from infra.images import decode_image, encode_png, gradient_energy
+from infra.images import decode_image, encode_png
 from infra.manifest import Manifest
+from infra.pixels import gradient_energy, grey_levels
 from infra.run import claim_output
 from infra.storage import join, list_files, read_bytes
 from pipelines.sets.verify import verify
@@ -175,8 +176,8 @@ def test_samples_are_spread_evenly() -> None:
 
 def test_gradient_energy_is_of_neighbouring_pixels() -> None:
     checks = np.zeros((32, 32, 3), np.uint8)
-    assert gradient_energy(checks) == 0
+    assert gradient_energy(grey_levels(checks)) == 0
     checks[::2, ::2] = checks[1::2, 1::2] = 10
-    assert gradient_energy(checks) == pytest.approx(200)  # 10 across and 10 down, everywhere
+    assert gradient_energy(grey_levels(checks)) == pytest.approx(200)  # 10 across and 10 down, everywhere
     ramp = np.repeat(np.arange(0, 96, 3, dtype=np.uint8)[None, :, None], 32, axis=0).repeat(3, axis=2)
-    assert gradient_energy(ramp) == pytest.approx(9)
+    assert gradient_energy(grey_levels(ramp)) == pytest.approx(9)

@@ -5,11 +5,13 @@ import pytest
 import torch
 
 from infra import ConfigError
-from infra.process.memory import free_memory
+from infra.process.memory import free_memory, to_device
 from training.config import ModelConfig, TrainConfig
 from training.models import build_model
+from training.optimizer import EmaConfig, OptimizerConfig
 from training.run.agreement import WorkerContext
-from training.run.requirements import check_memory, memory_needed, parameter_table
+from training.run.parameters import parameter_table
+from training.run.requirements import check_memory, memory_needed
 
 
 def config(stage: int = 1, precision: str = "fp32", zero_stage: int = 1) -> TrainConfig:
@@ -41,6 +43,15 @@ def test_bytes_per_parameter(precision: str, zero_stage: int, per_trained: tuple
     assert list(needed.values()) == [1000 * number for number in per_trained]
     frozen = memory_needed(0, 1000, config(1, precision, zero_stage), 4)
     assert list(frozen.values()) == [per_trained[0] * 1000, 0, 0]
+
+
+@pytest.mark.parametrize(("zero_stage", "masters"), [(0, 0), (1, 1)])
+def test_moments_in_eight_bits_and_an_average(zero_stage: int, masters: float) -> None:
+    """On four workers: a byte a moment, with a float32 scale for 256 of them."""
+    settings = config(1, "fp32", zero_stage)
+    settings = settings.model_copy(update={"optimizer": OptimizerConfig(kind="adamw8bit"), "ema": EmaConfig()})
+    bits, share = 2 * (1 + 4 / 256), 4 if zero_stage else 1
+    assert memory_needed(25600, 0, settings, 4)["optimiser"] == 25600 * (masters + (bits + 4) / share)
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -80,3 +91,12 @@ def test_what_torch_caches_on_a_gpu_is_free(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2_000 + needed - 301)
     with pytest.raises(ConfigError, match="are free"):
         check_memory(model, config(), card)
+
+
+def test_a_copy_to_a_gpu_is_pinned_and_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[object] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: calls.append("pinned") or tensor)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *to, **how: calls.append((to, how)) or tensor)
+    to_device(torch.ones(1), "cuda:0")
+    to_device(torch.ones(1), "cpu")
+    assert calls == ["pinned", (("cuda:0",), {"non_blocking": True}), (("cpu",), {})]

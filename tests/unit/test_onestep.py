@@ -26,7 +26,8 @@ from training.models import (
 from training.models.networks import build_networks
 from training.restore.banded_vae import encode_in_bands
 from training.restore.restore import prepare_image, restore_runs
-from training.run.requirements import parameter_table, regulariser_row, step_cost
+from training.run.parameters import parameter_table, regulariser_row
+from training.run.requirements import step_cost
 from training.run.stages import build_stage
 from training.sampling.schedules import ALPHAS_CUMPROD, add_noise
 
@@ -240,6 +241,7 @@ def test_bands_encode_with_the_loras(model: OneStepModel) -> None:
         ({"stage": 2}, "stages 1"),
         ({"num_steps": 4}, "num_steps"),
         ({"decoder_loss": {**LOSS, "gan_weight": 0.1}}, "takes the GAN term's place"),
+        ({"decoder_loss": {**LOSS, "adaptive": False}}, "leave decoder_loss.adaptive out"),
         ({"vsd": None}, "adaptive: false"),
         ({"vsd": {"first_timestep": 990}}, "is above"),
         ({"model": {"family": "v2"}}, "vsd|decoder_loss"),

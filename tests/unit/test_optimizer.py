@@ -52,6 +52,17 @@ def test_passes_are_joined_where_there_are_two():
             parse_config(values | other, TrainConfig, where="test")
 
 
+def test_encodes_are_made_ahead_where_there_are_any():
+    values = {"job": "train", "init_from": "random", "output": "o", "data": ["d"], "num_updates": 1}
+    values |= {"runtime": {"encode_ahead": True}}
+    for stage in (0, 1, 2):
+        parse_config(values | {"stage": stage}, TrainConfig, where="test")
+    onestep = {"model": {"family": "onestep"}, "vsd": {}}
+    for other in ({"stage": 1, "inputs": "latents"}, {"stage": 1, **onestep}):
+        with pytest.raises(ConfigError, match="encode_ahead"):
+            parse_config(values | other, TrainConfig, where="test")
+
+
 def test_a_schedule_that_cannot_be_meant_is_refused():
     train(20, kind="cosine", until=20)
     with pytest.raises(ConfigError, match="is 0 before the last of 21 updates") as caught:

@@ -22,7 +22,7 @@ from training.models.stablesr import Sft, sft_places
 from training.models.wrapping import Fusion
 from training.restore.restore import prepare_image, restore_batch, restore_runs
 from training.run.meter import flop_counter
-from training.run.requirements import parameter_table
+from training.run.parameters import parameter_table
 from training.run.stages import Stage, build_stage
 
 CONFIG = ModelConfig(family="stablesr")

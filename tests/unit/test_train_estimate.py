@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from infra import ConfigError
 from pipelines.cli.main import app
 from pipelines.estimate.fits import fit_table
-from pipelines.estimate.training import Assumed, TrainEstimate, estimate_training
+from pipelines.estimate.training import Assumed, TrainEstimate, estimate_training, train_tables
 from training.config import ModelConfig, SamplingConfig, TrainConfig
 from training.models import build_model
 from training.restore.restore import decode_images, prepare_image, sample_rows
@@ -39,18 +39,38 @@ def config(stage: int = 1, **changes: Any) -> TrainConfig:
     return TrainConfig.model_validate({**values, **changes, "runtime": runtime})
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
-def test_the_count_is_that_of_a_real_step(stage: int) -> None:
-    settings = config(stage)
+ONESTEP = {"model": {"family": "onestep"}, "decoder_loss": {"divide_by_batch": False}, "vsd": {}}
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes"), [(0, {}), (1, {}), (2, {}), (1, ONESTEP)], ids=["stage0", "stage1", "stage2", "onestep"]
+)
+def test_the_count_is_that_of_a_real_step(stage: int, changes: dict[str, Any]) -> None:
+    """With the step of a discriminator or a regulariser, and the memory of its weights, gradients and moments."""
+    settings = config(stage, **changes)
     stage_module = build_stage(build_model(settings.model, 0), settings)
-    batch = _batch(settings)
+    critic = stage_module.critic
+    batch, trained, judges = _batch(settings), list(stage_module.trained.parameters()), []
     with flop_counter() as counter:
-        loss = stage_module(batch, 1000) if stage == 2 else stage_module(batch)
-        loss["loss"].backward()
+        loss = stage_module(batch, update=1000)["loss"]
+        if critic is not None:
+            judges = list(critic.trained.parameters())
+            critic.loss().backward()
+        loss.backward()
     cost = step_cost(settings)
     assert cost.flops_per_sample * 4 == counter.get_total_flops() > 0
-    assert cost.num_trained == sum(weight.numel() for weight in stage_module.trained.parameters())
+    assert cost.num_trained == sum(weight.numel() for weight in trained)
+    assert all(weight.grad is not None for weight in judges)
+    assert cost.critic_bytes == sum(4 * weight.nbytes for weight in judges)
+    assert bool(judges) == (stage == 2 or bool(changes))
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_the_critic_is_part_of_what_a_gpu_holds() -> None:
+    settings = config(2)
+    cost, (one,) = step_cost(settings), estimate_training(settings, Assumed(), [])
+    assert one.gpu_bytes["critic"] == cost.critic_bytes > 0
+    assert sum(one.gpu_bytes.values()) / 2**30 == pytest.approx(fit_table(settings, cost).rows[0][1].value)
 
 
 @pytest.mark.parametrize(
@@ -118,11 +138,14 @@ def test_what_fits_a_card_is_what_the_bytes_say(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr("training.run.requirements.step_cost", cost)
     rows = [[one.value for one in row] for row in fit_table(config(precision="bf16")).rows]
-    assert [row[2:] for row in rows] == [[None, 2, 4], [None, 4, 4], [1, 3, 4], [4, 4, 4]]
-    assert [row[1] for row in rows] == pytest.approx([gb * 1e9 / 2**30 for gb in (54, 30, 42, 18)])
+    fits = [[None, 2, 4], [None, 2, 4], [1, 3, 4], [None, 4, 4], [3, 4, 4], [4, 4, 4]]
+    assert [row[2:] for row in rows] == fits
+    bits = 2 * (1 + 4 / 256) - 8  # of two moments, in bytes a parameter
+    expected = [gb * 1e9 / 2**30 for gb in (54, 54 + bits, 42, 30, 30 + bits, 18)]
+    assert [row[1] for row in rows] == pytest.approx(expected)
     averaged = fit_table(config(precision="bf16", ema={})).rows
     assert averaged[0][1].value - rows[0][1] == pytest.approx(4e9 / 2**30)
-    assert averaged[3][1].value == rows[3][1]
+    assert averaged[5][1].value == rows[5][1]
 
 
 def test_a_harder_recipe_takes_more_of_a_core() -> None:
@@ -132,10 +155,28 @@ def test_a_harder_recipe_takes_more_of_a_core() -> None:
 
 def test_the_command_prints_a_column_for_each_number_of_gpus() -> None:
     demo = str(CONFIGS / "demo" / "train_stage1.yaml")
-    shown = CliRunner(env={"COLUMNS": "160"}).invoke(app, ["estimate", "-c", demo, "--gpus", "1", "--gpus", "3"])
+    command = ["estimate", "-c", demo, "--gpus", "1", "--gpus", "3"]
+    shown = CliRunner(env={"COLUMNS": "160"}).invoke(app, [*command, "--card", "H100"])
     assert shown.exit_code == 0, shown.output
     assert "2 GPUs" in shown.output
     assert "1 GPUs" in shown.output
     assert "3 GPUs" not in shown.output  # cannot share the global batch
     assert "assumed, not measured: H100 at 40%" in shown.output
     assert "offload_optimizer" in shown.output
+    assert "adamw8bit" in shown.output
+
+
+def test_a_config_for_cpus_is_estimated_on_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.run.requirements.step_cost", lambda config: StepCost(100, 50, 4e12, 400))
+    monkeypatch.setattr("training.run.requirements.measured_flops", lambda threads: 1e10 * threads)
+    settings = config(global_batch_size=96, runtime={"threads": 2, "num_workers": 4})
+    assumed = Assumed.for_runtime(settings.runtime)
+    (one,) = estimate_training(settings, assumed, [])
+    assert one.samples_per_second == pytest.approx(4 * 2e10 / 4e12)
+    answer = train_tables(settings, assumed, [one])[0]
+    assert "CPUs as fast as this one, 2 threads a process" in answer.notes[0]
+    rows = {row[0].value: row[-1].value for row in answer.rows}
+    assert rows["worker time"] == "worker-hours"
+    assert "cost" not in rows
+    assert Assumed.for_runtime(settings.runtime, "A100").card == "A100"
+    assert Assumed.for_runtime(config(runtime={"device": "cuda"}).runtime).threads == 0

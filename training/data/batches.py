@@ -15,6 +15,7 @@ from infra.ray_runtime import RayConfig, cpu_work, user_error
 from training.config import TrainConfig
 from training.data.order import positions_of
 from training.data.samples import Place, SampleMaker, SampleReader, TrainingSample
+from training.runtime import TrainRuntime
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -162,11 +163,17 @@ def _make_on_one_thread(maker: SampleMaker, places: Sequence[Place]) -> dict[str
     return make_arrays(maker, places)
 
 
+def cpus_of_worker(runtime: TrainRuntime) -> int:
+    """A worker's own CPU (Ray Train reserves a GPU worker's GPU alone) and those of its ingest."""
+    return (runtime.device == "cpu") + runtime.ingest_cpus
+
+
 def check_cpus(config: TrainConfig, cluster: Mapping[str, float]) -> None:
-    """Fail fast on CPUs that the cluster (resource -> amount) does not have. Raises ConfigError."""
+    """Fail fast on CPUs that the cluster (resource -> amount) does not have for the fewest workers; more workers start
+    only where there are CPUs for them too. Raises ConfigError."""
     runtime = config.runtime
-    own = 0 if runtime.device == "cuda" else 1  # Ray Train reserves a GPU worker's GPU alone
-    needed, present = runtime.workers.min * (own + runtime.ingest_cpus), int(cluster.get("CPU", 0))
+    own = cpus_of_worker(runtime) - runtime.ingest_cpus
+    needed, present = runtime.workers.min * cpus_of_worker(runtime), int(cluster.get("CPU", 0))
     if needed > present:
         raise ConfigError(
             f"{runtime.workers.min} workers of {own} CPU and {runtime.ingest_cpus} for ingest need {needed} CPUs, "

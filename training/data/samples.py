@@ -146,6 +146,24 @@ def _recipe(config: TrainConfig, number: int, manifest: Manifest) -> Degradation
     return load_preset(chosen) if isinstance(chosen, str) else chosen
 
 
+def check_crop(config: TrainConfig, manifests: Sequence[Manifest]) -> None:
+    """ConfigError where the crop does not fit the shards' scale or smallest image."""
+    for manifest in manifests:
+        if config.crop_px % (manifest.facts["scale"] or 1):
+            raise ConfigError(
+                f"crop_px = {config.crop_px} is no multiple of these shards' scale, {manifest.facts['scale']}",
+                where=manifest.uri,
+                todo="choose a multiple of it",
+            )
+        side = manifest.facts.get("min_side_px") or config.crop_px  # not known of sets of an earlier version
+        if side < config.crop_px or (config.inputs == "latents" and side != config.crop_px):
+            raise ConfigError(
+                f"crop_px = {config.crop_px} does not fit these shards, whose smallest image has a side of {side} px",
+                where=manifest.uri,
+                todo=f"write crop_px: {side - side % (manifest.facts['scale'] or 1)}, or shard with larger crops",
+            )
+
+
 def check_latents(config: TrainConfig, manifests: Sequence[Manifest], encoder_id: str) -> None:
     """Refuse stored latents that another encoder made than the model's: `CcsrModel.encoder_id`."""
     for manifest in manifests if config.inputs == "latents" else ():

@@ -55,7 +55,7 @@ def restore_module(
 
 def step_tensor(optimizer: torch.optim.Optimizer, parameter: Tensor, num_updates: int) -> Tensor:
     """AdamW's count of its steps; a fused one has it on the parameter's device."""
-    return torch.tensor(float(num_updates), device=parameter.device if optimizer.defaults["fused"] else "cpu")
+    return torch.tensor(float(num_updates), device=parameter.device if optimizer.defaults.get("fused") else "cpu")
 
 
 def save_checkpoint(

@@ -20,13 +20,14 @@ from infra.storage import exists, join, read_json
 from infra.tars import open_set
 from infra.tracking import Tracker, track
 from training.config import TrainConfig, legal_world_sizes
-from training.data.batches import check_cpus
-from training.data.samples import check_latents
+from training.data.batches import check_cpus, cpus_of_worker
+from training.data.samples import check_crop, check_latents
 from training.models import model_id
 from training.run.agreement import OtherRankError, WorkerContext, agree, attempt, sigterm_noted
 from training.run.board import Pulse, Watch, make_board
 from training.run.checkpoint import complete_checkpoints, position_of
 from training.run.continued import continued
+from training.run.eight_bit import optimizer_libraries
 from training.run.export import RAW, export_run, initial_model, last_checkpoint, write_model
 from training.run.launch import environment, lost_error, placement
 from training.run.mlflow_log import describe_run, keep_unsent, log_models, try_to_log_models
@@ -97,7 +98,7 @@ def _claimed(
     """The config with the places that it names found, what it reads and its identity, and run.json."""
     config = config.model_copy(update={"init_from": find_model(config.init_from, config.tracking)})
     manifests = [open_set(part.path, join(config.output, ".data"), write=write) for part in config.data]
-    _check_crop(config, manifests)
+    check_crop(config, manifests)
     validation = config.validation.data if config.validation else ()
     check_output(config.output, [*(part.path for part in config.data), *validation])
     dataset_ids = [manifest.dataset_id for manifest in manifests]
@@ -105,7 +106,8 @@ def _claimed(
     if config.continue_from:
         place, inputs["continue_from"] = continued(config, inputs["init_from"])
         config = config.model_copy(update={"continue_from": place})
-    run = claim_output(config.output, config, job="train", inputs=inputs, libraries=LIBRARIES, write=write)
+    libraries = (*LIBRARIES, *optimizer_libraries(config.optimizer))
+    run = claim_output(config.output, config, job="train", inputs=inputs, libraries=libraries, write=write)
     return config, manifests, inputs, run
 
 
@@ -134,23 +136,6 @@ def _check_start(config: TrainConfig, manifests: list[Manifest]) -> None:
     build_stage(model, config)
 
 
-def _check_crop(config: TrainConfig, manifests: list[Manifest]) -> None:
-    for manifest in manifests:
-        if config.crop_px % (manifest.facts["scale"] or 1):
-            raise ConfigError(
-                f"crop_px = {config.crop_px} is no multiple of these shards' scale, {manifest.facts['scale']}",
-                where=manifest.uri,
-                todo="choose a multiple of it",
-            )
-        side = manifest.facts.get("min_side_px") or config.crop_px  # not known of sets of an earlier version
-        if side < config.crop_px or (config.inputs == "latents" and side != config.crop_px):
-            raise ConfigError(
-                f"crop_px = {config.crop_px} does not fit these shards, whose smallest image has a side of {side} px",
-                where=manifest.uri,
-                todo=f"write crop_px: {side - side % (manifest.facts['scale'] or 1)}, or shard with larger crops",
-            )
-
-
 def _fit(
     config: TrainConfig,
     manifests: list[Manifest],
@@ -173,7 +158,7 @@ def _fit(
 
             def _initialize_and_run_controller(self, **parts: Any) -> Any:
                 if self.scaling_config.elasticity_enabled:
-                    parts["scaling_policy"] = LegalSizes(self.scaling_config, sizes, board)
+                    parts["scaling_policy"] = LegalSizes(self.scaling_config, sizes, board, cpus_of_worker(runtime))
                 return super()._initialize_and_run_controller(**parts)
 
         check_cpus(config, {"CPU": cpus_here()})

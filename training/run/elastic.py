@@ -6,21 +6,32 @@ import ray
 from ray.train import ScalingConfig
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ResizeDecision
 
+from infra.ray_runtime import GPU_KIND, KIND, cpus_here
+
 
 class LegalSizes(ElasticScalingPolicy):
-    """Ray Train's policy, restricted to legal world sizes and to nodes that are here to stay. Where more workers have
+    """Ray Train's policy, restricted to legal world sizes, to nodes that are here to stay and take such workers, and,
+    beyond the fewest workers, to as many as leave `cpus` for each, its ingest's included. Where more workers have
     become possible it lets the running ones save and leave; the driver then starts anew.
     """
 
-    def __init__(self, config: ScalingConfig, sizes: list[int], board: Any) -> None:
+    def __init__(self, config: ScalingConfig, sizes: list[int], board: Any, cpus: int = 0) -> None:
         super().__init__(config)
-        self._sizes, self._board = sizes, board
+        self._sizes, self._board, self._cpus = sizes, board, cpus
 
     def _count_possible_workers(self, reserved_resources: dict[str, Any]) -> int:
         draining = ray._private.state.state.get_draining_nodes()  # alive, but no worker starts there
-        here = {node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining}
+        here = {
+            node["NodeID"]
+            for node in ray.nodes()
+            if node["Alive"]
+            and node["NodeID"] not in draining
+            and (self.scaling_config.use_gpu or node["Labels"].get(KIND) != GPU_KIND)
+        }
         staying = {node: resources for node, resources in reserved_resources.items() if node in here}
         possible = super()._count_possible_workers(staying)
+        if self._cpus:
+            possible = min(possible, max(int(cpus_here()) // self._cpus, self.scaling_config.min_workers))
         return max((size for size in self._sizes if size <= possible), default=0)
 
     def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> NoopDecision:

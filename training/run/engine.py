@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from training.config import TrainConfig
 from training.run.checkpoint import EMA, MOMENTS, step_tensor
+from training.run.eight_bit import float_moments, is_eight_bit, make_adamw8bit, quantize_moments
 from training.run.stages import Stage
 
 
@@ -32,26 +33,23 @@ def make_engine(stage: Stage, config: TrainConfig, world_size: int, device: str)
     bf16 = config.precision == "bf16"
     weights = {name: p.detach().clone() for name, p in stage.trained.named_parameters()} if bf16 else {}
     stage.model.to(device, torch.bfloat16 if bf16 else torch.float32)
-    for network in stage.model.networks.values():
-        # DeepSpeed broadcasts and partitions the trained ones in C order.
-        frozen = [p for p in network.parameters() if p.ndim == 4 and not p.requires_grad]
-        for weight in frozen if config.runtime.channels_last else ():
-            weight.data = weight.data.to(memory_format=torch.channels_last)
-    for network in stage.model.computing if config.runtime.compile else ():
-        _compile_blocks(network)
+    prepare_networks(stage, config)
     settings = config.optimizer
     trained = [p for p in stage.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [{"params": trained}]
     if settings.no_decay:
         norms_and_biases = [p for p in trained if p.ndim < 2]
         groups = [{"params": [p for p in trained if p.ndim > 1]}, {"params": norms_and_biases, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(
-        groups,
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        weight_decay=settings.weight_decay,
-        fused=device.startswith("cuda"),
-    )
+    if settings.kind == "adamw8bit":
+        optimizer = make_adamw8bit(groups, settings)
+    else:
+        optimizer = torch.optim.AdamW(
+            groups,
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            fused=device.startswith("cuda"),
+        )
     accumulation = config.global_batch_size // (config.runtime.micro_batch_size * world_size)
     zero: dict[str, Any] = {"stage": config.runtime.zero_stage}
     if config.runtime.offload_optimizer:
@@ -79,10 +77,17 @@ def make_engine(stage: Stage, config: TrainConfig, world_size: int, device: str)
     return engine, optimizer
 
 
-def _compile_blocks(network: nn.Module) -> None:
-    """Compile the blocks that a network repeats, each size once, in place of a whole network of many sizes."""
+def prepare_networks(stage: Stage, config: TrainConfig) -> None:
+    """`runtime.channels_last`, of frozen weights: DeepSpeed broadcasts and partitions trained ones in C order.
+    `runtime.compile`: the blocks that a network repeats, each size once, in place of a whole network of many sizes."""
+    for network in stage.model.networks.values() if config.runtime.channels_last else ():
+        for weight in network.parameters():
+            if weight.ndim == 4 and not weight.requires_grad:
+                weight.data = weight.data.to(memory_format=torch.channels_last)
+    if not config.runtime.compile:
+        return
     torch._dynamo.config.recompile_limit = 64  # sizes of all networks, with and without gradients; torch's default is 8
-    for block in network.modules():
+    for block in (block for network in stage.model.computing for block in network.modules()):
         if isinstance(block, BasicTransformerBlock):
             block.compile()
 
@@ -147,15 +152,16 @@ def engine_state(
 
     files = ("weights", "moments", EMA) if averaged else ("weights", "moments")
     tensors: dict[str, dict[str, Tensor]] = {file: {} for file in files}
-    for name, parameter in engine.module.trained.named_parameters():
-        full = safe_get_full_fp32_param(parameter) if _is_partitioned(engine) else parameter
-        if keep:
-            tensors["weights"][name] = _copy(full)
-        for kind in (*MOMENTS, EMA) if averaged else MOMENTS:
-            full = _full_state(engine, optimizer, parameter, kind)
+    with _moments(engine, optimizer):
+        for name, parameter in engine.module.trained.named_parameters():
+            full = safe_get_full_fp32_param(parameter) if _is_partitioned(engine) else parameter
             if keep:
-                file, key = (EMA, name) if kind == EMA else ("moments", f"{kind}.{name}")
-                tensors[file][key] = _copy(full)
+                tensors["weights"][name] = _copy(full)
+            for kind in (*MOMENTS, EMA) if averaged else MOMENTS:
+                full = _full_state(engine, optimizer, parameter, kind)
+                if keep:
+                    file, key = (EMA, name) if kind == EMA else ("moments", f"{kind}.{name}")
+                    tensors[file][key] = _copy(full)
     return tensors if keep else None
 
 
@@ -189,7 +195,22 @@ def restore_engine(
                 safe_set_full_optimizer_state(parameter, state[kind], kind)
         else:
             optimizer.state[parameter] = {"step": step_tensor(optimizer, parameter, num_updates), **state}
+    if is_eight_bit(optimizer):
+        quantize_moments(optimizer, num_updates)
+        _link_state(engine)
     _set_weights(engine, tensors["weights"])
+
+
+@contextmanager
+def _moments(engine: Any, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Inside the block the optimiser's states hold AdamW's moments in float32."""
+    if not is_eight_bit(optimizer):
+        yield
+        return
+    with float_moments(optimizer):
+        _link_state(engine)
+        yield
+    _link_state(engine)
 
 
 def _set_weights(engine: Any, weights: Mapping[str, Tensor]) -> None:

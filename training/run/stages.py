@@ -1,6 +1,7 @@
 """The modules that DeepSpeed wraps, one per stage: their forward is the loss."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from infra.process.memory import to_device
 from infra.seeding import noise_for, rng_for
 from training.config import TrainConfig
 from training.data.batches import Batch
-from training.data.samples import SAMPLED
+from training.data.samples import MOMENTS, SAMPLED
 from training.losses import eps_terms, generator_loss
 from training.method import METHODS
 from training.models import CcsrModel, EncoderFeatures, Lpips, load_lpips
@@ -50,13 +51,18 @@ class Stage(nn.Module):
         return to_device(torch.tensor(draws), batch.hr.device)
 
     @torch.no_grad()
+    def encoded(self, batch: Batch) -> Batch:
+        """The batch with the moments of its latents, as shards may store them."""
+        moments = (*self.model.encode_moments(batch.hr), *self.model.encode_condition(batch.lr))
+        return replace(batch, moments=dict(zip(MOMENTS, moments, strict=True)))
+
+    @torch.no_grad()
     def _latents(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Scaled latents of HR (a posterior sample) and LR, encoded here or before."""
-        stored = batch.moments
-        mean, std = (stored["hr.mean"], stored["hr.std"]) if stored else self.model.encode_moments(batch.hr)
-        z_hr = mean + std * self._noise(batch, "hr")(mean.shape)
-        mean, std = (stored["lr.mean"], stored["lr.std"]) if stored else self.model.encode_condition(batch.lr)
-        return z_hr, self.method.condition(mean, std, self._noise(batch, "lr"))
+        moments = batch.moments or self.encoded(batch).moments
+        hr_mean, hr_std, lr_mean, lr_std = (moments[name] for name in MOMENTS)
+        z_hr = hr_mean + hr_std * self._noise(batch, "hr")(hr_mean.shape)
+        return z_hr, self.method.condition(lr_mean, lr_std, self._noise(batch, "lr"))
 
 
 class NoiseStage(Stage):

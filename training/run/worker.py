@@ -14,9 +14,11 @@ from training.data.batches import Batch, updates
 from training.data.samples import SampleReader
 from training.models import CcsrModel
 from training.run.agreement import WorkerContext, agree, all_objects, attempt, gathered, limit_collectives
+from training.run.ahead import Mover, mover
 from training.run.checkpoint import advice
 from training.run.checkpointer import Checkpoints
 from training.run.critics import TrainedCritic
+from training.run.eight_bit import optimizer_libraries
 from training.run.engine import averaged, make_engine, step, update_average
 from training.run.health import Spikes, Stopwatch
 from training.run.meter import Meter, Profile
@@ -51,6 +53,7 @@ def train(config: TrainConfig, manifests: list[Manifest], model: CcsrModel, cont
         flops = step_cost(config).flops_per_sample if config.runtime.compile else None
         meter = Meter(config, context.device, context.world_size, flops_per_sample=flops)
         stopwatch, spikes = Stopwatch(context.device), Spikes()
+        moved = mover(stage, config, context.device)
         for update in range(done, config.num_updates):
             batches, error = attempt(lambda: next(stream))
             if agree(context, error or checkpoints.failure(), stop=context.stop_asked(update)):
@@ -66,7 +69,7 @@ def train(config: TrainConfig, manifests: list[Manifest], model: CcsrModel, cont
             learning_rate = config.optimizer.rate_at(update)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
-            terms = _update(engine, critic, batches, update, config, context, meter, stopwatch)
+            terms = _update(engine, critic, batches, update, config, context, meter, stopwatch, moved)
             if config.ema is not None:
                 update_average(engine, optimizer, config.ema.decay_at(update))
             meter.update_done(terms)
@@ -91,6 +94,7 @@ def train(config: TrainConfig, manifests: list[Manifest], model: CcsrModel, cont
 
 
 def _stage(config: TrainConfig, model: CcsrModel, context: WorkerContext) -> Stage:
+    optimizer_libraries(config.optimizer)
     check_memory(model, config, context)
     return build_stage(model, config)
 
@@ -104,6 +108,7 @@ def _update(
     context: WorkerContext,
     meter: Meter,
     stopwatch: Stopwatch,
+    moved: Mover,
 ) -> dict[str, float]:
     """One optimiser update over this rank's micro-batches.
 
@@ -114,8 +119,7 @@ def _update(
     names: list[str] = []
     rows: list[torch.Tensor] = []
     gradient_norm = None
-    for micro_step, micro in enumerate(batches):
-        batch = micro.to(context.device)
+    for micro_step, batch in enumerate(moved(batches)):
         with meter.counting(micro_step):
             with stopwatch.running():
                 terms = engine(batch, update=update)
