@@ -1,5 +1,6 @@
 """Models in MLflow: what names one, the LoggedModel of a model directory, the registry. No artifact is copied."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, overload
@@ -166,5 +167,8 @@ def register(tracker: Tracker, logged: Any, target: str) -> None:
         source = f"models:/{logged.model_id}"
     about = {"run_id": tracker.run_id, "tags": tags, "model_id": logged.model_id, "await_creation_for": 0}
     version = present[0] if present else client.create_model_version(name, source, **about)
+    if not client.tracking_uri.startswith("http"):  # a server links the two itself
+        versions = [{"name": name, "version": version.version}]
+        client.set_logged_model_tags(logged.model_id, {"mlflow.modelVersions": json.dumps(versions)})
     for one in {NEWEST, alias or NEWEST}:
         client.set_registered_model_alias(name, one, version.version)

@@ -4,9 +4,9 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -46,23 +46,29 @@ def environment() -> Iterator[pytest.MonkeyPatch]:
         yield patch
 
 
-@pytest.fixture(scope="module", params=STORES)
-def server(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, environment: pytest.MonkeyPatch
-) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("server")
+@pytest.fixture(scope="module")
+def servers(
+    tmp_path_factory: pytest.TempPathFactory, environment: pytest.MonkeyPatch
+) -> Iterator[Callable[[str], Server]]:
+    """A server by its name in STORES, started on first use."""
     with ExitStack() as ends:
-        on_postgres = request.param.startswith("postgres")
-        database = ends.enter_context(postgres()) if on_postgres else f"sqlite:///{folder}/mlflow.db"
-        made = Server(folder, database, passwords="passwords" in request.param)
-        made.start()
-        ends.callback(made.kill)
-        yield made
+
+        @cache
+        def started(name: str) -> Server:
+            folder = tmp_path_factory.mktemp("server")
+            on_postgres = name.startswith("postgres")
+            database = ends.enter_context(postgres()) if on_postgres else f"sqlite:///{folder}/mlflow.db"
+            server = Server(folder, database, passwords="passwords" in name)
+            server.start()
+            ends.callback(server.kill)
+            return server
+
+        yield started
 
 
 @pytest.fixture
-def finished(server: Server, tmp_path: Path) -> TrainConfig:
-    return finished_run(tmp_path, server.uri)
+def plain(servers: Callable[[str], Server]) -> Server:
+    return servers("sqlite")
 
 
 def client(config: TrainConfig) -> MlflowClient:
@@ -73,7 +79,11 @@ def run_id(config: TrainConfig) -> str:
     return json.loads(Path(config.output, "mlflow.json").read_text())["run_id"]
 
 
-def test_runs_pictures_tables_and_models_reach_every_kind_of_server(finished: TrainConfig) -> None:
+@pytest.mark.parametrize("store", STORES)
+def test_runs_pictures_tables_and_models_reach_every_kind_of_server(
+    store: str, servers: Callable[[str], Server], tmp_path: Path
+) -> None:
+    finished = finished_run(tmp_path, servers(store).uri)
     run_train(finished)
     experiment = client(finished).get_experiment_by_name(finished.tracking.experiment).experiment_id
     by_stability = [{"field_name": "metrics.validation/l_std", "ascending": True}]
@@ -99,11 +109,11 @@ def test_runs_pictures_tables_and_models_reach_every_kind_of_server(finished: Tr
     assert tracker.without_images(["validation/a/lr", "validation/a/hr"]) == ["validation/a/hr"]
 
 
+@pytest.mark.parametrize("store", [name for name in STORES if "passwords" in name])
 def test_a_wrong_password_is_three_lines_at_the_start_and_loses_nothing_later(
-    finished: TrainConfig, request: pytest.FixtureRequest, environment: pytest.MonkeyPatch
+    store: str, servers: Callable[[str], Server], tmp_path: Path, environment: pytest.MonkeyPatch
 ) -> None:
-    if "passwords" not in request.node.callspec.params["server"]:
-        pytest.skip("a server that asks for none")
+    finished = finished_run(tmp_path, servers(store).uri)
     with environment.context() as patch:
         patch.setenv("MLFLOW_TRACKING_PASSWORD", "wrong")
         with pytest.raises(ClusterError, match="MLflow refused the request") as caught:
@@ -118,7 +128,8 @@ def test_a_wrong_password_is_three_lines_at_the_start_and_loses_nothing_later(
     require_sent(finished, 16)
 
 
-def test_what_a_killed_server_did_not_take_it_takes_later(finished: TrainConfig, server: Server) -> None:
+def test_what_a_killed_server_did_not_take_it_takes_later(plain: Server, tmp_path: Path) -> None:
+    server, finished = plain, finished_run(tmp_path, plain.uri)
     sender = BackgroundTracker(Tracker.connect(server.uri, run_id(finished)), seconds_between_tries=0.5)
     server.kill()
     try:
@@ -139,7 +150,8 @@ def test_what_a_killed_server_did_not_take_it_takes_later(finished: TrainConfig,
     require_sent(finished, 16, 20)
 
 
-def test_pictures_wait_while_the_artifact_store_is_full(finished: TrainConfig, server: Server, tmp_path: Path) -> None:
+def test_pictures_wait_while_the_artifact_store_is_full(plain: Server, tmp_path: Path) -> None:
+    server, finished = plain, finished_run(tmp_path, plain.uri)
     experiment = client(finished).get_run(run_id(finished)).info.experiment_id
     folder = server.artifacts / experiment / run_id(finished) / "artifacts" / "images"
     folder.parent.mkdir(parents=True, exist_ok=True)

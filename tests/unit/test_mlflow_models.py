@@ -51,6 +51,7 @@ def test_the_most_stable_model_is_found_and_the_best_registered_once(finished: T
     assert (models[0].params["step"], models[0].model_type) == ("8", "v1 stage 1")
     (version,) = client.search_model_versions("name = 'sr'")[:1]
     assert version.run_id == run.info.run_id
+    assert json.loads(models[0].tags["mlflow.modelVersions"]) == [{"name": "sr", "version": version.version}]
     tracking = finished.tracking
     best = f"{finished.output}/best"
     assert find_model("models:/sr@champion", tracking) == find_model("models:/sr@newest", tracking) == best
