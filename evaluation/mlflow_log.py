@@ -17,7 +17,7 @@ from infra.mlflow_models import DIGEST_TAG, MODEL_TAG, logged_model, trained_by
 from infra.mlflow_server import TrackingConfig, mlflow_errors, tracking_uri
 from infra.pixels import coloured
 from infra.storage import exists, join, list_files, name_of, read_bytes
-from infra.tracking import Tracker, link, run_of, track
+from infra.tracking import Tracker, cite, link, run_of, track
 
 MAX_LOGGED_IMAGES = 8
 TABLE = "scores.json"
@@ -34,10 +34,11 @@ def log_result(config: EvaluateConfig, result: EvaluationResult) -> None:
             summary = result.summary
             lines = [_log_method(tracker, config, result, method, summary[method.name]) for method in config.methods]
             _log_data(tracker, config, result)
-            folders = ", ".join(f"`{folder}`" for part in config.data for folder in folders_of(part))
+            folders = ", ".join(cite(tracker.client, folder) for part in config.data for folder in folders_of(part))
+            own = tracker.client.get_run(tracker.run_id)
             tracker.note(
                 f"{next(iter(summary.values()))['num_images']} images, {config.num_runs} runs each. Each method "
-                "has its own run; the artifact report.html has pictures and intervals.",
+                f"has its own run; {link(own, 'report.html')} has pictures and intervals.",
                 "\n".join(lines),
                 f"Data: {folders} ({result.run['dataset_id']})",
                 f"Output: `{config.output}`",
@@ -67,7 +68,12 @@ def log_comparison(comparison: Comparison, results: Sequence[str], tracking: Tra
         tempfile.TemporaryDirectory(prefix="ccsr-compare-") as folder,
     ):
         compared = ", ".join(f"`{one}`" for one in results)
-        tracker.note(f"Compared: {compared}, against {comparison.baseline}. The artifact comparison.html has all.")
+        page = link(tracker.client.get_run(tracker.run_id), "comparison.html")
+        evaluations = (run_of(tracker.client, result.folder) for result in comparison.results)
+        linked = ", ".join(dict.fromkeys(link(run) for run in evaluations if run))
+        tracker.note(
+            f"Compared: {compared}, against {comparison.baseline}. {page} has all.", linked and f"Evaluations: {linked}"
+        )
         comparison.write_csv(Path(folder) / "differences.csv")
         with (Path(folder) / "comparison.txt").open("w", encoding="utf-8") as file:
             for table in comparison.tables():
@@ -126,12 +132,17 @@ def _log_method(
     dataset = (name_of(folders_of(config.data[0])[0]), result.run["dataset_id"]) if model else ()
     child.metrics(method_metrics(summary), model=model.model_id if model else None, dataset=dataset)
     _log_pictures(child, result, method.name)
-    client.set_terminated(child.run_id)
     psnr = summary["metrics"].get("psnr_y", {}).get("mean")
     quality = f"PSNR-Y {psnr:.2f} dB, " if psnr is not None else ""
     stability = "deterministic" if is_deterministic(summary) else f"L-STD {summary['l_std']:.4f}"
-    by = f", trained by {link(trained)}" if trained else ""
-    return f"* {link(client.get_run(child.run_id))}: {quality}{stability}{by}"
+    numbers = f"{quality}{stability}"
+    by = f"trained by {link(trained)}" if trained else ""
+    child.note(
+        f"Method {method.name} of {link(client.get_run(tracker.run_id))}: {numbers}",
+        f"Model: `{method.model}`{by and ', '}{by}" if isinstance(method, ModelMethod) else "",
+    )
+    client.set_terminated(child.run_id)
+    return f"* {link(client.get_run(child.run_id))}: {numbers}{by and ', '}{by}"
 
 
 def _log_data(tracker: Tracker, config: EvaluateConfig, result: EvaluationResult) -> None:
@@ -140,18 +151,19 @@ def _log_data(tracker: Tracker, config: EvaluateConfig, result: EvaluationResult
 
 
 def _log_pictures(child: Tracker, result: EvaluationResult, name: str) -> None:
-    """Best and worst run and the stability map of the first images, where the run has none yet: MLflow would keep both
-    sets."""
+    """Best and worst run and the stability map of the first images, those that the run has not yet."""
     method = result.methods[name]
-    if "mlflow.loggedImages" in child.client.get_run(child.run_id).data.tags:
-        return
+    pictures: dict[str, tuple[str, int | None]] = {}  # the image's key, and its run or None for the map
     for index, key in enumerate(method.keys[:MAX_LOGGED_IMAGES]):
         best, worst = method.best_run[index], method.worst_run[index]
         labelled = {"run_00": 0} if best is None or worst is None else {"best": best, "worst": worst}
         for label, run in labelled.items() if method.num_runs > 1 else [(next(iter(labelled)), 0)]:
-            child.image(f"{key}/{label}", read_bytes(result.picture(name, key, run)))
+            pictures[f"{key}/{label}"] = key, run
         if method.num_runs > 1:
-            child.image(f"{key}/l_std", encode_png(coloured(read_map(result.picture(name, key)))))
+            pictures[f"{key}/l_std"] = key, None
+    for place in child.without_images(list(pictures)):
+        picture, is_map = result.picture(name, *pictures[place]), pictures[place][1] is None
+        child.image(place, encode_png(coloured(read_map(picture))) if is_map else read_bytes(picture))
 
 
 def _log_table(tracker: Tracker, summary: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Models in MLflow: what names one, the LoggedModel of a model directory, the registry. No artifact is copied."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, overload
@@ -99,9 +100,10 @@ def _registered(place: str, config: TrackingConfig) -> str:
 def logged_model(client: Any, model: str, digest: str) -> Any:
     """The LoggedModel of the model directory `model` with that id (`model_id`), None where its run has none."""
     run = trained_by(client, model)
-    outputs = run.outputs.model_outputs if run and run.outputs else []
-    logged = (client.get_logged_model(output.model_id) for output in outputs)
-    return next((one for one in logged if one.tags.get(DIGEST_TAG) == digest), None)
+    if run is None:
+        return None
+    same = f"source_run_id = '{run.info.run_id}' AND tags.`{DIGEST_TAG}` = '{digest}'"
+    return next(iter(client.search_logged_models([run.info.experiment_id], same)), None)
 
 
 def trained_by(client: Any, model: str) -> Any:
@@ -125,15 +127,15 @@ def log_model(
     dataset: Sequence[str],
 ) -> Any:
     """The LoggedModel of a model directory in the output of the tracker's run, with its numbers on `dataset` (its name
-    and id, or none); made unless it is there."""
+    and id, or none); made unless it is there, READY once it has all."""
     from mlflow.entities import LoggedModelOutput
 
     client, run = tracker.client, tracker.client.get_run(tracker.run_id)
     digest = short_hash(join(model, "ccsr.json"))
     present = logged_model(client, model, digest)
-    if present is not None:
+    if present is not None and present.status == "READY":
         return present
-    logged = client.create_logged_model(
+    logged = present or client.create_logged_model(
         run.info.experiment_id,
         name=re.sub(r"[/:.%\"']", "-", f"{run.info.run_name}-{step}"),  # which MLflow refuses
         source_run_id=tracker.run_id,
@@ -141,10 +143,11 @@ def log_model(
         params={name: str(value) for name, value in parameters.items()},
         model_type=f"{parameters['family']} stage {parameters['stage']}",
     )
-    client.finalize_logged_model(logged.model_id, "READY")
-    client.log_outputs(tracker.run_id, [LoggedModelOutput(logged.model_id, step)])
+    outputs = run.outputs.model_outputs if run.outputs else []
+    if logged.model_id not in {output.model_id for output in outputs}:  # MLflow refuses a second one
+        client.log_outputs(tracker.run_id, [LoggedModelOutput(logged.model_id, step)])
     tracker.metrics(metrics, step, model=logged.model_id, dataset=dataset)
-    return logged
+    return client.finalize_logged_model(logged.model_id, "READY")
 
 
 def register(tracker: Tracker, logged: Any, target: str) -> None:
@@ -164,5 +167,8 @@ def register(tracker: Tracker, logged: Any, target: str) -> None:
         source = f"models:/{logged.model_id}"
     about = {"run_id": tracker.run_id, "tags": tags, "model_id": logged.model_id, "await_creation_for": 0}
     version = present[0] if present else client.create_model_version(name, source, **about)
+    if not client.tracking_uri.startswith("http"):  # a server links the two itself
+        versions = [{"name": name, "version": version.version}]
+        client.set_logged_model_tags(logged.model_id, {"mlflow.modelVersions": json.dumps(versions)})
     for one in {NEWEST, alias or NEWEST}:
         client.set_registered_model_alias(name, one, version.version)

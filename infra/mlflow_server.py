@@ -17,6 +17,7 @@ from infra.locations import tracking_location
 
 # HTTP statuses of requests that may be taken later: rights, a proxy whose server starts, too many at once.
 PASSING = {401, 403, 404, 407, 408, 409, 425, 429}
+DELETED = "must be in the 'active' state"
 BAD_NAMES = {errno.EINVAL, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTDIR}
 HOST = re.compile(r"([\w.-]+:\d+|localhost|[\w-]+(\.[\w-]+)+)(/.*)?")
 
@@ -100,6 +101,8 @@ def refused_for_good(error: BaseException) -> bool:
     """Whether MLflow would refuse the same request again: its contents are at fault, not the server's state."""
     if isinstance(error, OSError) and error.errno in BAD_NAMES:
         return True
+    if DELETED in str(error):  # a run or an experiment, which can be restored
+        return False
     return 400 <= _status(error) < 500 and _status(error) not in PASSING
 
 

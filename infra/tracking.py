@@ -3,7 +3,6 @@
 import getpass
 import io
 import json
-import re
 import sys
 import tempfile
 import time
@@ -12,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from infra.errors import CcsrError, StoppedError, line_of
-from infra.keys import bounded, with_digest
+from infra.errors import CcsrError, StoppedError, StorageError, line_of
+from infra.mlflow_names import flatten, image_key, run_name
 from infra.mlflow_server import (
     TrackingConfig,
     deleted_experiment,
@@ -24,15 +23,15 @@ from infra.mlflow_server import (
 )
 from infra.publish import write_bytes
 from infra.run import MLFLOW_FILE, git_commit
-from infra.storage import exists, join, name_of, read_json
+from infra.storage import exists, join, read_json
 
 EVALUATION_TAG = "ccsr.evaluation"
 NOTE_TAG = "mlflow.note.content"
 METHOD_TAG = "ccsr.method"
 ERROR_TAG = "ccsr.error"
 CHANGED_TAG = "ccsr.changed"
+INHERITED = "mlflow.user", "mlflow.source.", "ccsr.git_commit"
 MAX_PARAMETERS = 100  # in one request: MLflow's limit
-MAX_IMAGE_KEY = 100  # MLflow adds as many characters again, and file systems allow 255
 MAX_TAG = 5000  # characters of a value: a database's limit in MLflow
 
 
@@ -124,12 +123,16 @@ class Tracker:
         self.client.log_batch(self.run_id, tags=[RunTag(name, value[:MAX_TAG]) for name, value in tags.items()])
 
     def image(self, key: str, png: bytes, step: int = 0) -> None:
-        """Log a picture for MLflow's image grid, a row per `key`, in which what MLflow refuses becomes `-`."""
+        """Log a picture for MLflow's image grid, a row per `key`."""
         import PIL.Image
 
-        plain = re.sub(r"[^\w./ -]+", "-", key, flags=re.ASCII)
-        plain = bounded(plain, key, MAX_IMAGE_KEY) if plain == key else with_digest(plain[:MAX_IMAGE_KEY], key)
-        self.client.log_image(self.run_id, PIL.Image.open(io.BytesIO(png)), key=plain, step=step)
+        self.client.log_image(self.run_id, PIL.Image.open(io.BytesIO(png)), key=image_key(key), step=step)
+
+    def without_images(self, keys: Sequence[str]) -> list[str]:
+        """Those of `keys` that have no complete picture: MLflow would keep a second one beside the first."""
+        names = [item.path for item in self.client.list_artifacts(self.run_id, "images")]
+        there = {name.removeprefix("images/").partition("+")[0] for name in names if name.endswith(".webp")}
+        return [key for key in keys if image_key(key).replace("/", "~") not in there]
 
     def table(self, place: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Log a table as the artifact `place`, in place of the one there."""
@@ -140,14 +143,16 @@ class Tracker:
 
     def child(self, method: str, tags: Mapping[str, str], parameters: Mapping[str, Any]) -> "Tracker":
         """The run of a method of this evaluation, made unless it is there. Not nested: MLflow's charts hide those."""
-        parent = self.client.get_run(self.run_id).info
-        name, tags = f"{parent.run_name}/{method}", {METHOD_TAG: method, **tags}
+        parent = self.client.get_run(self.run_id)
+        experiment, name = parent.info.experiment_id, f"{parent.info.run_name}/{method}"
+        own = {EVALUATION_TAG: self.run_id, METHOD_TAG: method, **tags}
+        own |= {name: value for name, value in parent.data.tags.items() if name.startswith(INHERITED)}
         below = f"tags.`{EVALUATION_TAG}` = '{self.run_id}' AND tags.`{METHOD_TAG}` = '{method}'"
-        found = self.client.search_runs([parent.experiment_id], below, max_results=1)
+        found = self.client.search_runs([experiment], below, max_results=1)
         if not found:
-            found = [self.client.create_run(parent.experiment_id, run_name=name)]
+            found = [self.client.create_run(experiment, run_name=name, tags=own)]
         child = Tracker(self.client, found[0].info.run_id)
-        child.tag(**{EVALUATION_TAG: self.run_id}, **tags)
+        child.tag(**own)
         child.describe(parameters, found[0].data.params)
         return child
 
@@ -182,9 +187,19 @@ def run_of(client: Any, output: str) -> Any:
     return run if run.info.lifecycle_stage == "active" else None
 
 
-def link(run: Any) -> str:
-    """A run's name in a description, which leads to its page."""
-    return f"[{run.info.run_name}](#/experiments/{run.info.experiment_id}/runs/{run.info.run_id})"
+def link(run: Any, artifact: str = "") -> str:
+    """A run's name in a description, which leads to its page; or an artifact's."""
+    page = f"#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+    return f"[{artifact}]({page}/artifacts/{artifact})" if artifact else f"[{run.info.run_name}]({page})"
+
+
+def cite(client: Any, uri: str) -> str:
+    """A folder in a description, with the run that made it where this server has it."""
+    try:
+        run = run_of(client, uri)
+    except StorageError:  # S3's answer to a missing file where listing is not allowed
+        run = None
+    return f"{link(run)}, `{uri}`" if run else f"`{uri}`"
 
 
 @contextmanager
@@ -241,14 +256,6 @@ def track(
             tracker.end(status, words)
 
 
-def run_name(run: Mapping[str, Any], output: str | None) -> str:
-    """The output's last folder, with the stage where that does not name it; without output the job and a hash."""
-    if output is None:
-        return f"{run['job']}-{run['fingerprint'][:8]}"
-    folder, stage = name_of(output), f"stage{run['config'].get('stage')}"
-    return folder if "stage" not in run["config"] or stage in folder else f"{folder}-{stage}"
-
-
 def _identity_tags(run: Mapping[str, Any]) -> dict[str, str]:
     commit = git_commit()
     try:
@@ -286,15 +293,3 @@ def _experiment(client: Any, name: str, uri: str) -> str:
                 number = found.experiment_id if found else "ID"
                 raise deleted_experiment(name, number, uri, f" ({line_of(error)})") from error
     return found.experiment_id
-
-
-def flatten(values: Mapping[str, Any] | Sequence[Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings, and lists of them, as one level with dotted keys, as `--set` takes them."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items() if isinstance(values, Mapping) else enumerate(values):
-        inner = value if isinstance(value, list | tuple) else ()
-        if isinstance(value, Mapping) or any(isinstance(one, Mapping) for one in inner):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

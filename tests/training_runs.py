@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -23,7 +24,7 @@ from torch import Tensor
 from infra.config import parse_config
 from infra.images import encode_png
 from infra.manifest import Manifest, ShardRecord, commit_record, write_manifest
-from infra.publish import publish_if_absent
+from infra.publish import publish_if_absent, write_bytes
 from infra.seeding import rng_for
 from infra.shards import IndexedEntry, write_tar
 from infra.storage import sha256_file
@@ -83,9 +84,32 @@ def train_config(data: str, output: Path | str, *, stage: int = 1, num_updates: 
     return parse_config(values | {"runtime": runtime} | changes, TrainConfig, where="test")
 
 
+def finished_run(folder: Path, tracking_uri: str | None) -> TrainConfig:
+    """A run of 3 updates of 4 samples whose second one was the best, exported on its way too; in MLflow its
+    validation's numbers."""
+    from infra.tracking import track
+    from training.run.checkpoint import TrainingState, save_checkpoint
+
+    tracking = {"uri": tracking_uri, "experiment": folder.name, "register": "sr@champion"}
+    data = noise_shards(folder / "set", 4)
+    validation = {"data": [data]}
+    config = train_config(data, folder / "run", num_updates=3, tracking=tracking, validation=validation)
+    scores = {1: (20.0, 0.3), 2: (25.0, 0.1), 3: (24.0, 0.2)}  # update -> PSNR-Y, L-STD
+    for update, (psnr, _) in scores.items():
+        facts = {"position": 4 * update, "num_updates": update, "validation": {"psnr_y": psnr}}
+        save_checkpoint(config.output, TrainingState(facts, {"weights": {}}), keep=9)
+    for name in ("exports/000000000004", "best", "model"):
+        write_bytes(f"{config.output}/{name}/ccsr.json", name.encode())
+    write_bytes(f"{config.output}/trained.json", b'{"num_updates": 3, "position": 12}')
+    with track(config.tracking, {"job": "train", "fingerprint": "1", "config": {}}, output=config.output) as tracker:
+        for update, (psnr, std) in scores.items():
+            tracker.metrics({"validation/psnr_y": psnr, "validation/l_std": std}, 4 * update)
+    return config
+
+
 class Losses:
     """Takes the place of rank 0's MLflow run: keeps the losses, in FILE too; stage 2's `d_values` in FILE.d_loss; and
-    all else that came with them."""
+    all else that came with them, the last in FILE.last."""
 
     def __init__(self, file: Path | None = None) -> None:
         self.values: list[float] = []
@@ -98,6 +122,8 @@ class Losses:
             return
         values = {name.rpartition("/")[2]: value for name, value in values.items()}
         self.reports.append(values)
+        if self._file is not None:
+            Path(f"{self._file}.last").write_text(json.dumps(values))
         for kept, name, suffix in ((self.values, "loss", ""), (self.d_values, "d_loss", ".d_loss")):
             if name in values:
                 kept.append(values[name])
@@ -147,7 +173,7 @@ def run_workers(folder: Path, runs: list[dict[str, Any]], world_size: int = 2) -
     """Let processes of one group do `runs` one after another.
 
     Each is {"config", "losses"} and perhaps "poison" (a position), "bad_gradient" (an update), "resave" (an output),
-    "temporary" (the folder for temporary files), "seed_by_rank" or "small".
+    "temporary" (the folder for temporary files), "seed_by_rank", "small" or "late" (a rank).
     """
     spec = folder / "spec.json"
     spec.write_text(json.dumps({"world_size": world_size, "port": free_port(), "runs": runs}))
@@ -171,6 +197,17 @@ def poisoned(position: int) -> Callable[..., Iterator[list[Any]]]:
     def stream(*arguments: Any, **named: Any) -> Iterator[list[Any]]:
         for batches in updates(*arguments, **named):
             yield [replace(b, hr=b.hr * float("nan")) if position in b.positions else b for b in batches]
+
+    return stream
+
+
+def late(seconds: float) -> Callable[..., Iterator[list[Any]]]:
+    """In place of the loop's `updates`: each update's batches are late."""
+
+    def stream(*arguments: Any, **named: Any) -> Iterator[list[Any]]:
+        for batches in updates(*arguments, **named):
+            time.sleep(seconds)
+            yield batches
 
     return stream
 
@@ -225,6 +262,8 @@ def main(spec_file: str, rank: int) -> None:
         if "seed_by_rank" in run:
             config = config.model_copy(update={"seed": rank})
         loop.updates = poisoned(run["poison"]) if "poison" in run else updates
+        if run.get("late") == rank:
+            loop.updates = late(0.5)
         loop.build_stage = with_bad_gradient(run["bad_gradient"]) if "bad_gradient" in run else build_stage
         tempfile.tempdir = run.get("temporary")
         outcome = ["", ""]

@@ -4,7 +4,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,20 +45,26 @@ class BackgroundTracker:
         """Queue a picture for MLflow's image grid."""
         self._files.put([(key, png, step)])
 
+    def again(self, points: Iterable[Sequence[Any]], files: Iterable[Sequence[Any]]) -> None:
+        """Queue what an earlier `close` kept."""
+        self._points.put(points)
+        self._files.put(files)
+
     @property
     def note(self) -> str:
         """What a progress line should add: empty while the server answers."""
         return f", MLflow away: {len(self._points.waiting)} points wait" if self._points.failing else ""
 
-    def close(self, seconds: float = 60.0, keep: Callable[[list[Any]], object] | None = None) -> int:
+    def close(self, seconds: float = 60.0, keep: Callable[[list[Any], list[Any]], object] | None = None) -> int:
         """Send what waits, trying again for at most `seconds`; the number of points and files that the server never
-        took. `keep` gets the points, to be sent later."""
+        took. `keep` gets the points and the files among them that may be sent later."""
         senders = self._points, self._files
         for sender in senders:
             sender.end_by(time.monotonic() + seconds)
         unsent = sum(sender.num_unsent() for sender in senders)
-        if keep and self._points.waiting:
-            keep([item.content for item in self._points.waiting])
+        points, files = ([item.content for item in (*s.set_aside, *s.waiting)] for s in senders)
+        if keep and (points or files):
+            keep(points, files)
         if unsent:
             self._warn(f"MLflow never took {unsent} points and files of this run")
         return unsent
@@ -83,7 +89,7 @@ class _Sender:
 
     A batch that is refused is halved until the item at fault is alone, and is dropped. Where one item is sent at a
     time, one that fails goes behind the others: a server may answer a bad one as if it were out of order itself. It is
-    dropped after MAX_FAILURES failures if another one got through meanwhile.
+    set aside after MAX_FAILURES failures if another one got through meanwhile.
     """
 
     def __init__(
@@ -100,6 +106,7 @@ class _Sender:
         self._num_taken = self._num_dropped = 0
         self._last_words = ""
         self.waiting: list[_Item] = []
+        self.set_aside: list[_Item] = []
         self.failing = False
         self._thread = threading.Thread(target=self._run, name=f"mlflow {name}", daemon=True)
         self._thread.start()
@@ -118,7 +125,7 @@ class _Sender:
     def num_unsent(self) -> int:
         """Wait for the end; the number of items that were not taken."""
         self._thread.join(max(0.0, self._deadline - time.monotonic()))
-        return len(self.waiting) + self._num_dropped
+        return len(self.waiting) + len(self.set_aside) + self._num_dropped
 
     @property
     def _closing(self) -> bool:
@@ -150,7 +157,11 @@ class _Sender:
                 if not refused and not self._is_hopeless(batch[0]):
                     self._keep(error)
                     continue
-                self._warn_dropped(batch[0], error)
+                if refused:
+                    self._num_dropped += 1
+                else:
+                    self.set_aside.append(batch[0])
+                self._warn_of(batch[0], error, "dropped" if refused else "set aside")
             with self._changed:
                 del self.waiting[: len(batch)]
 
@@ -169,8 +180,7 @@ class _Sender:
             if self._most == 1:
                 self.waiting.append(self.waiting.pop(0))
 
-    def _warn_dropped(self, item: _Item, error: Exception) -> None:
-        self._num_dropped += 1
+    def _warn_of(self, item: _Item, error: Exception, what: str) -> None:
         if (words := line_of(error)) != self._last_words:
-            self._warn(f"MLflow does not take {item.content[0]!r} of the {self._name}, it is dropped ({words})")
+            self._warn(f"MLflow does not take {item.content[0]!r} of the {self._name}, it is {what} ({words})")
         self._last_words = words

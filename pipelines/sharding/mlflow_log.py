@@ -8,8 +8,10 @@ from infra.errors import ClusterError, line_of
 from infra.manifest import Manifest
 from infra.mlflow_server import tracking_uri
 from infra.storage import join, name_of, read_bytes
-from infra.tracking import track
+from infra.tracking import link, track
 from pipelines.sharding.config import ShardConfig
+
+FILES = "DATA_CARD.md", "contact_sheet.jpg"
 
 
 def log_shard_set(config: ShardConfig, manifest: Manifest, run: dict[str, Any], rate: float | None) -> None:
@@ -28,12 +30,13 @@ def log_shard_set(config: ShardConfig, manifest: Manifest, run: dict[str, Any], 
         with track(config.tracking, run, tags, output=config.output, parameters=parameters(config)) as tracker:
             tracker.dataset(name_of(config.output), manifest.dataset_id, config.output, "sharding")
             tracker.metrics(counts | speed)
+            own = tracker.client.get_run(tracker.run_id)
             tracker.note(
                 f"{manifest.num_samples:,} samples, {counts['quarantined']} quarantined; dataset {manifest.dataset_id}",
-                "The artifacts DATA_CARD.md and contact_sheet.jpg show what is in it.",
+                f"{' and '.join(link(own, file) for file in FILES)} show what is in it.",
                 f"Output: `{config.output}`",
             )
-            for file in ("DATA_CARD.md", "contact_sheet.jpg"):
+            for file in FILES:
                 tracker.file(file, read_bytes(join(config.output, file)))
     except ClusterError as error:
         raise ClusterError(

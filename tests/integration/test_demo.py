@@ -140,7 +140,7 @@ def test_mlflow_holds_parameters_metrics_tables_and_pictures(demo):
     assert [point.step for point in losses] == [8 * update for update in range(1, 25)]
     first = client.get_metric_history(train.info.run_id, "loss/l_diff")[0].value
     assert first < 0.5  # random weights have 1: training began at the base
-    assert {"loss/l_T", "loss/l_tmax", "optimizer/gradient_norm", "speed/data_wait_share"} <= set(train.data.metrics)
+    assert {"loss/l_t", "loss/l_tmax", "optimizer/gradient_norm", "speed/data_wait_share"} <= set(train.data.metrics)
     assert train.data.params["optimizer.learning_rate"] == "0.0001"
     evaluation = runs["evaluate", None, None]
     images = pq.read_table(demo.out / "evaluation" / "images.parquet").to_pylist()

@@ -18,7 +18,7 @@ import sys, time, urllib.request
 import ray
 from infra.display.progress import progress
 from infra.gauges import show
-from training.run.driver import _show
+from training.run.launch import show_rates
 from types import SimpleNamespace
 
 port = int(sys.argv[1])
@@ -29,8 +29,8 @@ rates = {"samples_per_second": 8.0, "data_wait_share": 0.25, "forward_seconds": 
 deadline = time.monotonic() + 90
 with progress("sharding", 10) as advance:
     advance(3)
-    _show(SimpleNamespace(global_batch_size=16), 0, rates)
-    _show(SimpleNamespace(global_batch_size=16), 1, rates | {"forward_seconds": 0.75})
+    show_rates(SimpleNamespace(global_batch_size=16), 0, rates)
+    show_rates(SimpleNamespace(global_batch_size=16), 1, rates | {"forward_seconds": 0.75})
     while time.monotonic() < deadline:
         try:
             page = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5).read().decode()

@@ -1,17 +1,19 @@
 """Signs of trouble: spikes among noise, a replica that differs by one bit, and where to read what ranks waited for."""
 
+import json
 import multiprocessing
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
 
 from infra import ModelError
 from infra.seeding import rng_for
-from tests.training_runs import free_port, train_config
+from tests.training_runs import free_port, noise_shards, run_workers, train_config
 from training.run.agreement import OtherRankError, WorkerContext
-from training.run.health import Spikes, Stopwatch, check_replicas
+from training.run.health import Spikes, Stopwatch, by_rank, check_replicas
 from training.run.launch import FLIGHT_RECORDER, environment, lost_error
 
 
@@ -60,6 +62,27 @@ def test_one_bit_of_one_replica_is_found_and_named() -> None:
         rank.join()
     assert found[0] == ""
     assert "b on rank 1 differs from rank 0's after update 2; nothing was saved" in found[1]
+
+
+@pytest.mark.slow
+def test_a_rank_whose_data_is_late_is_named_and_the_others_wait_is_not_theirs(tmp_path: Path) -> None:
+    config = train_config(noise_shards(tmp_path / "set", 8), tmp_path / "run", num_updates=4)
+    losses = tmp_path / "losses"
+    run_workers(tmp_path, [{"config": config.model_dump(mode="json"), "losses": str(losses), "late": 1, "small": True}])
+    last = json.loads(Path(f"{losses}.last").read_text())
+    assert last["most_waiting_rank"] == 1
+    assert last["data_wait_share_max"] > 0.1
+    assert last["data_wait_share"] < 0.75 * last["data_wait_share_max"]
+
+
+def test_all_ranks_nodes_are_logged_by_one() -> None:
+    context = WorkerContext(0, 1, "cpu", {}, node=lambda: {"system/host/cpu_utilization_percentage": 50.0})
+    assert by_rank(context, {"data_wait_share": 0.25}) == {
+        "speed/data_wait_share": 0.25,
+        "speed/data_wait_share_max": 0.25,
+        "speed/most_waiting_rank": 0.0,
+        "system/host/cpu_utilization_percentage": 50.0,
+    }
 
 
 def test_the_record_of_collectives_is_on_and_named_with_the_lost_worker(monkeypatch: pytest.MonkeyPatch) -> None:

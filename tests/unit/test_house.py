@@ -54,6 +54,13 @@ def sources_with(pattern: str) -> dict[str, str]:
     return {name: text for name, text in texts.items() if re.search(pattern, text)}
 
 
+def test_every_tag_that_we_set_in_mlflow_is_in_its_table():
+    texts = sources_with(r'"ccsr\.').values()
+    tags = {tag for text in texts for tag in re.findall(r'"(ccsr\.[a-z_]+)"', text)} - {"ccsr.json"}
+    table = (ROOT / "docs" / "mlflow.md").read_text().partition("| tag |")[2].partition("##")[0]
+    assert {tag for tag in tags if f"`{tag}`" not in table} == set()
+
+
 def test_what_runs_networks_on_ray_sets_their_numerics():
     """`infra.ray_runtime.on_ray` asks its callers for them; whoever starts work otherwise does it itself."""
     without_networks = {"training/run/board.py", "training/data/batches.py"}

@@ -4,43 +4,28 @@ import json
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
+from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from infra import ClusterError, ConfigError, DataError
+from infra.images import encode_png
 from infra.mlflow_models import find_model
 from infra.mlflow_server import TrackingConfig
 from infra.process.background import BackgroundTracker
 from infra.publish import write_bytes
 from infra.tracking import Tracker, track
-from tests.training_runs import noise_shards, train_config
+from tests.training_runs import finished_run, train_config
 from training.config import TrainConfig
-from training.run.checkpoint import TrainingState, save_checkpoint
 from training.run.driver import run_train
-from training.run.mlflow_log import keep_unsent, try_to_log_models
+from training.run.mlflow_log import _send_unsent, keep_unsent, try_to_log_models
 from training.run.validation import Validation
-
-SCORES = {1: (20.0, 0.3), 2: (25.0, 0.1), 3: (24.0, 0.2)}  # update -> PSNR-Y, L-STD
 
 
 @pytest.fixture(params=["server", "database"])
 def finished(tmp_path: Path, store: TrackingConfig, request: pytest.FixtureRequest) -> TrainConfig:
-    """A run of 3 updates of 4 samples whose second one was the best, exported on its way too."""
-    uri = store.uri if request.param == "server" else f"sqlite:///{tmp_path}/mlflow.db"
-    tracking = {"uri": uri, "experiment": tmp_path.name, "register": "sr@champion"}
-    data = noise_shards(tmp_path / "set", 4)
-    validation = {"data": [data]}
-    config = train_config(data, tmp_path / "run", num_updates=3, tracking=tracking, validation=validation)
-    for update, (psnr, _) in SCORES.items():
-        facts = {"position": 4 * update, "num_updates": update, "validation": {"psnr_y": psnr}}
-        save_checkpoint(config.output, TrainingState(facts, {"weights": {}}), keep=9)
-    for name in ("exports/000000000004", "best", "model"):
-        write_bytes(f"{config.output}/{name}/ccsr.json", name.encode())
-    write_bytes(f"{config.output}/trained.json", b'{"num_updates": 3, "position": 12}')
-    with track(config.tracking, {"job": "train", "fingerprint": "1", "config": {}}, output=config.output) as tracker:
-        for update, (psnr, std) in SCORES.items():
-            tracker.metrics({"validation/psnr_y": psnr, "validation/l_std": std}, 4 * update)
-    return config
+    return finished_run(tmp_path, store.uri if request.param == "server" else f"sqlite:///{tmp_path}/mlflow.db")
 
 
 def test_the_most_stable_model_is_found_and_the_best_registered_once(finished: TrainConfig) -> None:
@@ -66,6 +51,7 @@ def test_the_most_stable_model_is_found_and_the_best_registered_once(finished: T
     assert (models[0].params["step"], models[0].model_type) == ("8", "v1 stage 1")
     (version,) = client.search_model_versions("name = 'sr'")[:1]
     assert version.run_id == run.info.run_id
+    assert json.loads(models[0].tags["mlflow.modelVersions"]) == [{"name": "sr", "version": version.version}]
     tracking = finished.tracking
     best = f"{finished.output}/best"
     assert find_model("models:/sr@champion", tracking) == find_model("models:/sr@newest", tracking) == best
@@ -103,18 +89,79 @@ def test_what_mlflow_does_not_take_at_the_end_is_a_warning_and_sent_later(
         run_train(longer, log_only=True)
 
 
-def test_points_that_a_server_never_took_are_sent_later(finished: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_server_never_took_is_sent_later(finished: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    png = encode_png(np.zeros((8, 8, 3), np.uint8))
     for step in (16, 20):  # two starts
         sender = BackgroundTracker(Tracker.connect("http://127.0.0.1:9", "run"))
         sender.metrics({"loss/loss": 1.0 / step, "validation/l_std": 0.05}, step)
-        assert sender.close(0.1, keep=partial(keep_unsent, finished.output)) == 2
+        sender.image("validation/a/lr", png, step)
+        sender.file("profile/top_ops.txt", b"conv")
+        assert sender.close(0.1, keep=partial(keep_unsent, finished.output)) == 4
     run_train(finished, log_only=True)
     client = MlflowClient(finished.tracking.uri)
     run_id = json.loads(Path(finished.output, "mlflow.json").read_text())["run_id"]
     points = client.get_metric_history(run_id, "loss/loss")
     assert {point.step: point.value for point in points} == {16: 1 / 16, 20: 1 / 20}
-    assert not Path(finished.output, "mlflow.unsent.json").exists()
+    pictures = [item.path for item in client.list_artifacts(run_id, "images") if item.path.endswith(".png")]
+    assert sorted(name.split("+")[:3] for name in pictures) == [
+        ["images/validation~a~lr", "step", step] for step in ("16", "20")
+    ]
+    assert [item.path for item in client.list_artifacts(run_id, "profile")] == ["profile/top_ops.txt"]
+    assert not list(Path(finished.output).glob("mlflow.unsent*"))
+
+
+def test_points_of_a_run_whose_experiment_was_deleted_are_sent_once_it_is_restored(
+    finished: TrainConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client = MlflowClient(finished.tracking.uri)
+    number = client.get_experiment_by_name(finished.tracking.experiment).experiment_id
+    (run,) = client.search_runs([number])
+    client.delete_experiment(number)
+    sender = BackgroundTracker(Tracker.connect(finished.tracking.uri, run.info.run_id))
+    sender.metrics({"loss/loss": 0.5}, 16)
+    assert sender.close(1, keep=partial(keep_unsent, finished.output)) == 1
+    try_to_log_models(Tracker.connect(finished.tracking.uri, run.info.run_id), finished)
+    assert "--log-only" in capsys.readouterr().err
+    with pytest.raises(ClusterError, match="is deleted") as caught:
+        run_train(finished, log_only=True)
+    assert f"mlflow experiments restore --experiment-id {number}" in caught.value.todo
+    client.restore_experiment(number)
+    client.rename_experiment(number, f"{finished.tracking.experiment} renamed")
+    run_train(finished, log_only=True)
+    assert client.get_run(run.info.run_id).data.metrics["loss/loss"] == 0.5
+    assert len(client.search_logged_models([number])) == 3
+
+
+def test_what_is_refused_again_stays_for_the_next_time(store: TrackingConfig, tmp_path: Path) -> None:
+    bad, good = "x" * 300 + "/a.png", "b.png"
+    keep_unsent(str(tmp_path), [["loss/loss", 1.0, 1, 4]], [[bad, b"bad"], [good, b"good"]])
+    with track(store, {"job": "train", "fingerprint": "1", "config": {}}) as tracker:
+        _send_unsent(tracker, str(tmp_path), seconds=5)
+    client = MlflowClient(store.uri)
+    assert client.get_run(tracker.run_id).data.metrics == {"loss/loss": 1.0}
+    assert {item.path for item in client.list_artifacts(tracker.run_id)} == {"run.json", good}
+    kept = json.loads((tmp_path / "mlflow.unsent.json").read_text())
+    ((name, digest),) = kept["files"]
+    assert (kept["points"], name) == ([], bad)
+    assert [(path.name, path.read_bytes()) for path in (tmp_path / "mlflow.unsent").iterdir()] == [(digest, b"bad")]
+
+
+def test_a_model_that_was_logged_in_part_is_completed(finished: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Tracker, "metrics", refuse)
+        with pytest.raises(ClusterError, match="away"):
+            run_train(finished)
+    run_train(finished)
+    client = MlflowClient(finished.tracking.uri)
+    experiment = client.get_experiment_by_name(finished.tracking.experiment).experiment_id
+    models = client.search_logged_models([experiment])
+    assert len(models) == 3
+    assert all(model.status == "READY" and len(model.metrics) == 2 for model in models)
+
+
+def refuse(*_: object, **__: object) -> None:
+    raise MlflowException("away")
 
 
 @pytest.mark.parametrize("name", ["a/b", "a:b", "sr@", "@champion", "sr@a b", ""])

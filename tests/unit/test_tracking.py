@@ -259,10 +259,10 @@ def test_what_mlflow_refuses_is_dropped_and_holds_up_nothing(
         }
     history = client(store).get_metric_history(tracker.run_id, "loss")
     assert sorted(point.step for point in history) == list(range(40))
-    dropped = sorted(record.message for record in caplog.records if "it is dropped" in record.message)
-    assert len(dropped) == 2
-    assert "'what?' of the points" in dropped[0]
-    assert "/a.png' of the files" in dropped[1]
+    warned = sorted(record.message for record in caplog.records if ", it is " in record.message)
+    assert len(warned) == 2
+    assert "'what?' of the points, it is dropped" in warned[0]
+    assert "/a.png' of the files, it is set aside" in warned[1]
 
 
 @pytest.fixture

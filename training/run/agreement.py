@@ -44,6 +44,7 @@ class WorkerContext:
     warn: Callable[[str], None] = print
     export: Callable[[dict[str, torch.Tensor], str], None] | None = None
     measured: Callable[[dict[str, float]], None] = lambda values: None
+    node: Callable[[], dict[str, float]] = dict  # this rank's machine since the last call, where no other rank reads it
     agreed: bool = False  # all ranks know that the run ends here
 
 

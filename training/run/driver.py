@@ -2,14 +2,13 @@
 
 import tempfile
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from functools import partial
 from typing import Any
 
 from infra.config import parameters
 from infra.display.progress import progress
 from infra.errors import CcsrError, ConfigError, DataError, StoppedError, line_of
-from infra.gauges import show
 from infra.locations import check_output
 from infra.manifest import Manifest
 from infra.mlflow_models import find_model
@@ -29,7 +28,7 @@ from training.run.checkpoint import complete_checkpoints, position_of
 from training.run.continued import continued
 from training.run.eight_bit import optimizer_libraries
 from training.run.export import RAW, export_run, initial_model, last_checkpoint, write_model
-from training.run.launch import environment, lost_error, placement
+from training.run.launch import environment, lost_error, placement, show_rates
 from training.run.mlflow_log import describe_run, keep_unsent, log_models, try_to_log_models
 from training.run.requirements import step_cost
 from training.run.stages import build_stage
@@ -215,14 +214,6 @@ def _drained(trainer: Any, watch: Watch, config: TrainConfig, sigterm: Callable[
     return False
 
 
-def _show(config: TrainConfig, rank: int, values: dict[str, float]) -> None:
-    """A rank's numbers for Prometheus; what is the same on all comes from rank 0."""
-    show({f"ccsr_{name}": values[name] for name in ("data_wait_share", "forward_seconds")}, rank=str(rank))
-    if rank == 0:
-        rate = values["samples_per_second"]
-        show({"ccsr_samples_per_second": rate, "ccsr_update_seconds": config.global_batch_size / rate})
-
-
 def _worker(settings: dict[str, Any]) -> None:
     """What each Ray Train worker runs."""
     import cv2
@@ -232,6 +223,7 @@ def _worker(settings: dict[str, Any]) -> None:
     from ray.train.v2._internal.execution.context import get_train_context
 
     from infra.process.background import BackgroundTracker
+    from infra.process.node import NodeMonitor
     from infra.process.numerics import set_numerics
     from infra.tracking import Tracker
     from training.run.engine import skip_compiled_collectives
@@ -253,8 +245,11 @@ def _worker(settings: dict[str, Any]) -> None:
     if rank == 0:
         logged = Tracker.connect(settings["tracking_uri"], settings["run_id"])
         tracker = BackgroundTracker(logged, warn=board.warn.remote)
+    node = None
+    if ray_context.get_local_rank() == 0:
+        node = NodeMonitor(settings["tracking_uri"], settings["run_id"], board.warn.remote)
     drain = get_train_context().preemption_context  # the public function waits for all ranks
-    with sigterm_noted() as sigterm:
+    with sigterm_noted() as sigterm, closing(node) if node else nullcontext():
         context = WorkerContext(
             rank=rank,
             world_size=ray_context.get_world_size(),
@@ -265,7 +260,8 @@ def _worker(settings: dict[str, Any]) -> None:
             stop_asked=Pulse(board, rank, lambda: sigterm() or drain.preemption_info is not None),
             warn=board.warn.remote,
             export=lambda weights, uri: write_model(config, weights, uri),
-            measured=partial(_show, config, rank),
+            measured=partial(show_rates, config, rank),
+            node=node or dict,
         )
         try:
             model, error = attempt(lambda: initial_model(config))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from infra.errors import ModelError
-from training.run.agreement import WorkerContext, agree
+from training.run.agreement import WorkerContext, agree, all_objects
 
 WATCHED = ("loss", "gradient_norm")
 WINDOW, FEWEST, SPIKE = 100, 20, 10.0
@@ -71,6 +71,17 @@ class Spikes:
                     found[f"{name}_spike"] = above
             before.append(values[name])
         return found
+
+
+def by_rank(context: WorkerContext, rates: Mapping[str, float]) -> dict[str, float]:
+    """Collective. The share of their time in which ranks waited for their own data: the mean, the largest and whose
+    that is; and what their machines read."""
+    ranks = all_objects(context, (rates["data_wait_share"], context.node()))
+    shares = [share for share, _ in ranks]
+    found = {"data_wait_share": sum(shares) / len(shares), "data_wait_share_max": max(shares)}
+    found["most_waiting_rank"] = float(shares.index(max(shares)))
+    numbers = {f"speed/{name}": value for name, value in found.items()}
+    return numbers | {name: value for _, node in ranks for name, value in node.items()}
 
 
 def check_replicas(context: WorkerContext, tensors: Mapping[str, Tensor], num_updates: int, output: str) -> None:

@@ -1,9 +1,10 @@
-"""Where Ray Train's workers run, in which environment, and the error of those that were lost."""
+"""Where Ray Train's workers run, in which environment, what they show, and the error of those that were lost."""
 
 import os
 from typing import Any
 
 from infra.errors import ClusterError
+from infra.gauges import show
 from infra.ray_runtime import cpu_work, lost_worker
 from training.config import TrainConfig
 from training.runtime import TrainRuntime
@@ -39,6 +40,14 @@ def placement(runtime: TrainRuntime) -> Any:
         label_selector=place.pop("label_selector"),
         resources_per_worker={"CPU": 1, **place},
     )
+
+
+def show_rates(config: TrainConfig, rank: int, values: dict[str, float]) -> None:
+    """A rank's numbers for Prometheus; what is the same on all comes from rank 0."""
+    show({f"ccsr_{name}": values[name] for name in ("data_wait_share", "forward_seconds")}, rank=str(rank))
+    if rank == 0:
+        rate = values["samples_per_second"]
+        show({"ccsr_samples_per_second": rate, "ccsr_update_seconds": config.global_batch_size / rate})
 
 
 def lost_error(error: BaseException, config: TrainConfig, ranks: list[str]) -> ClusterError:

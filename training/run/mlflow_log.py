@@ -1,25 +1,27 @@
 """What a training run says of itself in MLflow beside its curves: inputs, links, description; the curves' groups."""
 
+import hashlib
 import json
 import sys
 from collections import defaultdict
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from infra.errors import ClusterError, line_of
 from infra.manifest import Manifest
 from infra.mlflow_models import MODEL_TAG, log_model, register, trained_by
 from infra.mlflow_server import mlflow_errors, tracking_uri
-from infra.process.background import MAX_POINTS
+from infra.process.background import BackgroundTracker
 from infra.publish import write_bytes
-from infra.storage import exists, join, name_of, read_bytes, remove
-from infra.tracking import Tracker, link, run_of
+from infra.storage import exists, join, name_of, read_bytes, read_json, remove
+from infra.tracking import Tracker, cite, link, run_of
 from training.config import TrainConfig
 from training.run.checkpoint import best_checkpoint, position_of
 from training.run.export import exported_models
 from training.run.validation import Validation
 
-UNSENT = "mlflow.unsent.json"
+UNSENT, UNSENT_FILES = "mlflow.unsent.json", "mlflow.unsent"
 GROUPS = {
     "speed": {"samples_per_second", "samples_per_second_per_worker", "data_wait_share", "tflops_per_second_per_worker"}
     | {"mfu", "hfu", "validation_seconds", "forward_seconds_max", "forward_seconds_mean", "slowest_rank"},
@@ -29,25 +31,47 @@ GROUPS = {
 
 
 def grouped(values: Mapping[str, float]) -> dict[str, float]:
-    """An update's numbers as GROUP/NAME, which MLflow shows in sections; a term of the loss is in `loss`."""
+    """An update's numbers as GROUP/NAME in lower case, which MLflow shows in sections; a term of the loss is in
+    `loss`."""
     groups = {name: group for group, names in GROUPS.items() for name in names}
-    return {f"{groups.get(name, 'loss')}/{name}": value for name, value in values.items()}
+    return {f"{groups.get(name, 'loss')}/{name.lower()}": value for name, value in values.items()}
 
 
-def keep_unsent(output: str, points: list[Any]) -> None:
-    """Store points that the server never took beside those of earlier starts, for `describe_run` to send."""
+def keep_unsent(output: str, points: list[Any], files: list[Any]) -> None:
+    """Store points and files that the server never took beside those of earlier starts, for `describe_run` to send."""
     place = join(output, UNSENT)
-    before = json.loads(read_bytes(place)) if exists(place) else []
-    write_bytes(place, json.dumps([*before, *points]).encode())
+    kept = read_json(place) if exists(place) else {"points": [], "files": []}
+    for _, content, *_ in files:
+        write_bytes(join(output, UNSENT_FILES, _digest(content)), content)
+    kept = {"points": kept["points"] + points, "files": kept["files"] + _by_digest(files)}
+    write_bytes(place, json.dumps(kept).encode())
 
 
-def _send_unsent(tracker: Tracker, output: str) -> None:
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _by_digest(files: list[Any]) -> list[list[Any]]:
+    return [[name, _digest(content), *step] for name, content, *step in files]
+
+
+def _send_unsent(tracker: Tracker, output: str, seconds: float = 60.0) -> None:
+    """Send what is kept, for at most `seconds`; what is not taken this time either stays."""
     place = join(output, UNSENT)
-    points = json.loads(read_bytes(place)) if exists(place) else []
-    for first in range(0, len(points), MAX_POINTS):
-        tracker.send(points[first : first + MAX_POINTS])
-    if points:
+    if not exists(place):
+        return
+    kept: dict[str, list[Any]] = read_json(place)
+    left: dict[str, list[Any]] = {"points": [], "files": []}
+    content = {digest: read_bytes(join(output, UNSENT_FILES, digest)) for _, digest, *_ in kept["files"]}
+    sender = BackgroundTracker(tracker, warn=partial(print, "warning:", file=sys.stderr))
+    sender.again(kept["points"], [[name, content[digest], *step] for name, digest, *step in kept["files"]])
+    sender.close(seconds, lambda points, files: left.update(points=points, files=_by_digest(files)))
+    if left["points"] or left["files"]:
+        write_bytes(place, json.dumps(left).encode())
+    else:
         remove(place)
+    for digest in content.keys() - {digest for _, digest, *_ in left["files"]}:
+        remove(join(output, UNSENT_FILES, digest))
 
 
 def describe_run(tracker: Tracker, config: TrainConfig, manifests: list[Manifest]) -> None:
@@ -73,7 +97,7 @@ def describe_run(tracker: Tracker, config: TrainConfig, manifests: list[Manifest
         "samples. The step of every chart is the number of samples seen.",
         f"Starts from {start}",
         checkpoint if config.continue_from else "",
-        *(f"{context.capitalize()} data: `{uri}` ({digest})" for uri, digest, context in datasets),
+        *(f"{context.capitalize()} data: {cite(tracker.client, uri)} ({digest})" for uri, digest, context in datasets),
         f"Output: `{config.output}`",
     )
 

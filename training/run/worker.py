@@ -20,7 +20,7 @@ from training.run.checkpointer import Checkpoints
 from training.run.critics import TrainedCritic
 from training.run.eight_bit import optimizer_libraries
 from training.run.engine import averaged, make_engine, step, update_average
-from training.run.health import Spikes, Stopwatch
+from training.run.health import Spikes, Stopwatch, by_rank
 from training.run.meter import Meter, Profile
 from training.run.mlflow_log import grouped
 from training.run.requirements import check_memory, step_cost
@@ -56,6 +56,7 @@ def train(config: TrainConfig, manifests: list[Manifest], model: CcsrModel, cont
         moved = mover(stage, config, context.device)
         for update in range(done, config.num_updates):
             batches, error = attempt(lambda: next(stream))
+            meter.batch_arrived()  # before the others' have: a rank's wait is its own
             if agree(context, error or checkpoints.failure(), stop=context.stop_asked(update)):
                 checkpoints.save(update)
                 checkpoints.wait()
@@ -65,7 +66,6 @@ def train(config: TrainConfig, manifests: list[Manifest], model: CcsrModel, cont
                     where=config.output,
                     todo="run the same command again to resume",
                 )
-            meter.batch_arrived()
             learning_rate = config.optimizer.rate_at(update)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
@@ -81,7 +81,7 @@ def train(config: TrainConfig, manifests: list[Manifest], model: CcsrModel, cont
                 terms["learning_rate"] = learning_rate
                 rates = meter.values()
                 context.measured(rates | {"forward_seconds": stopwatch.last})
-                _report(context, finished, terms | rates, step=position)
+                _report(context, finished, grouped(terms | rates) | by_rank(context, rates), step=position)
             scores = None
             if validation is not None and validation.due(finished):
                 with meter.aside(), nullcontext() if config.ema is None else averaged(engine, optimizer):
@@ -170,6 +170,6 @@ def _not_finite(
 
 def _report(context: WorkerContext, update: int, values: dict[str, float], *, step: int) -> None:
     if context.tracker is not None:
-        context.tracker.metrics(grouped(values), step=step)
+        context.tracker.metrics(values, step=step)
     if context.on_update is not None:
-        context.on_update(update, f"loss {values['loss']:.4f}, {values['samples_per_second']:.1f} samples/s")
+        context.on_update(update, f"loss {values['loss/loss']:.4f}, {values['speed/samples_per_second']:.1f} samples/s")
