@@ -37,7 +37,7 @@ class Quarantined:
 @dataclass(frozen=True)
 class ShardRecord:
     """What one shard holds; written after the shard's tar is in its place, and only once. `min_side_px`: the shortest
-    side of its HR images; None for no image, and in sets of an earlier version."""
+    side of its HR images; None for no image, and in sets of an earlier version. `num_captions`: of its samples."""
 
     index: int
     shard: str
@@ -47,6 +47,7 @@ class ShardRecord:
     quarantined: list[Quarantined] = field(default_factory=list)
     dropped: dict[str, int] = field(default_factory=dict)
     min_side_px: int | None = None
+    num_captions: int = 0
 
     def to_bytes(self) -> bytes:
         return json.dumps(dataclasses.asdict(self), sort_keys=True).encode()
@@ -133,7 +134,7 @@ def write_manifest(output: str, num_shards: int, **facts: Any) -> "Manifest":
         {
             "shards": shards,
             "index": parts,
-            **set_aside(records),
+            **summed(records),
             "min_side_px": None if None in sides else min(filter(None, sides)),
             **facts,
         },
@@ -158,14 +159,17 @@ def put_manifest(output: str, facts: dict[str, Any]) -> "Manifest":
     return Manifest.load(output)
 
 
-def set_aside(records: Iterable[ShardRecord]) -> dict[str, Any]:
-    """What the manifest says of samples that were not taken: the quarantined, and how many were dropped, by reason."""
+def summed(records: Iterable[ShardRecord]) -> dict[str, Any]:
+    """What the manifest says of samples that were not taken, the quarantined and how many were dropped, by reason; and
+    the number of captions of the others."""
     quarantined: list[dict[str, str]] = []
     dropped = Counter[str]()
+    num_captions = 0
     for record in records:
         quarantined += [dataclasses.asdict(item) for item in record.quarantined]
         dropped.update(record.dropped)
-    return {"quarantined": quarantined, "dropped": dict(dropped)}
+        num_captions += record.num_captions
+    return {"quarantined": quarantined, "dropped": dict(dropped), "num_captions": num_captions}
 
 
 def dataset_id_of(shards: list[dict[str, Any]]) -> str:
@@ -202,6 +206,11 @@ class Manifest:
     @property
     def num_samples(self) -> int:
         return self.facts["num_samples"]
+
+    @property
+    def num_captions(self) -> int:
+        """Of its samples; an earlier version's sets have none."""
+        return self.facts.get("num_captions", 0)
 
     @property
     def index_parts(self) -> list[dict[str, Any]]:

@@ -13,10 +13,11 @@ from infra.display.table import Table, cell
 from infra.manifest import ShardRecord
 from pipelines.sharding.card import evenly
 from pipelines.sharding.config import ShardConfig
+from pipelines.sharding.files import SourceFile
 from pipelines.sharding.job import latent_encoder, with_model_found, write_shard
 from pipelines.sharding.plan import plan_shards
 from pipelines.sharding.recipe import resolve_degradation
-from pipelines.sharding.sources import SourceFile, list_sources
+from pipelines.sharding.sources import list_sources
 
 NUM_FILES = 16
 GIB, MIB = 2**30, 2**20

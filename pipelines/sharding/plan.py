@@ -7,7 +7,7 @@ from itertools import product
 
 from infra.config import canonical_json
 from pipelines.sharding.config import GridCrop, RandomCrop, ShardConfig
-from pipelines.sharding.sources import SourceFile
+from pipelines.sharding.files import Made, SourceFile
 
 LISTED_AT_ONCE = 10_000
 
@@ -43,21 +43,29 @@ def num_variants(config: ShardConfig) -> int:
     return len(config.scales) + (config.short_side_px is not None)
 
 
-def plan_shards(files: Sequence[SourceFile], config: ShardConfig) -> list[PlannedShard]:
+def plan_shards(files: Sequence[SourceFile], config: ShardConfig) -> Made[int, PlannedShard]:
     """Files in order, each one's sizes and crops in order, each crop's draws in order, cut into shards of equal length.
 
-    Under a grid a shard has `samples_per_shard` whole files.
+    Under a grid a shard has `samples_per_shard` whole files. A shard is computed from its number when it is asked for.
     """
-    if isinstance(config.crop, GridCrop):
-        samples = [PlannedSample(f"{file.key}-grid", f"{file.key}-grid", file) for file in files]
-    else:
-        num_crops = config.crop.num_per_image if isinstance(config.crop, RandomCrop) else 1
-        samples = [
-            PlannedSample(f"{file.key}-{crop:03d}-{draw}", f"{file.key}-{crop:03d}", file, crop // num_crops)
-            for file, crop, draw in product(files, range(num_variants(config) * num_crops), range(config.draws))
-        ]
-    groups = [samples[i : i + config.samples_per_shard] for i in range(0, len(samples), config.samples_per_shard)]
-    return [PlannedShard(index, tuple(group)) for index, group in enumerate(groups)]
+    num_crops = config.crop.num_per_image if isinstance(config.crop, RandomCrop) else 1
+    grid = isinstance(config.crop, GridCrop)
+    per_file = 1 if grid else num_variants(config) * num_crops * config.draws
+    total, size = len(files) * per_file, config.samples_per_shard
+
+    def shard(index: int) -> PlannedShard:
+        start, stop = index * size, min((index + 1) * size, total)
+        first = start // per_file
+        some = files[first : -(-stop // per_file)]
+        return PlannedShard(index, tuple(sample(some[n // per_file - first], n % per_file) for n in range(start, stop)))
+
+    def sample(file: SourceFile, number: int) -> PlannedSample:
+        if grid:
+            return PlannedSample(f"{file.key}-grid", f"{file.key}-grid", file)
+        crop, draw = divmod(number, config.draws)
+        return PlannedSample(f"{file.key}-{crop:03d}-{draw}", f"{file.key}-{crop:03d}", file, crop // num_crops)
+
+    return Made(range(-(-total // size)), shard)
 
 
 def grid_samples(
