@@ -233,9 +233,12 @@ def skip_system_files(
     def skipped(part: str) -> bool:
         return part.lower() in SYSTEM_NAMES or (part.startswith(marks) and part not in (".", ".."))
 
-    first, count = "", 0
+    first, count, folder, skip_folder = "", 0, "", False
     for item in items:
-        if any(map(skipped, name(item).split("/"))):
+        above, _, base = name(item).rpartition("/")
+        if above != folder:  # files of one folder come in a row
+            folder, skip_folder = above, any(map(skipped, above.split("/")))
+        if skip_folder or skipped(base):
             first, count = first or name(item), count + 1
         else:
             yield item
@@ -273,7 +276,7 @@ def no_images(folder: str, *, there: bool) -> DataError:
 def choose_images(files: Iterable[tuple[str, int]], where: str) -> Iterator[tuple[str, int]]:
     """The image files among (path below `where`, size), without hidden and system files."""
     for name, size in skip_system_files(files, where, hidden=True, name=itemgetter(0)):
-        if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
+        if "." + name.rpartition(".")[2].lower() in IMAGE_SUFFIXES:
             yield name, size
 
 

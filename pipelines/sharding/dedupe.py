@@ -49,13 +49,15 @@ def count_near_duplicates(output: str) -> int:
 
 
 def _near_duplicates(files: Sequence[SourceFile], hashes: np.ndarray, max_bits: int) -> list[dict[str, str | int]]:
-    like: dict[int, tuple[int, int]] = {}
-    for i, j, bits in near_pairs(hashes, hashes, max_bits=max_bits):
-        if i not in like:
-            like.setdefault(j, (i, bits))
+    left_out = np.zeros(len(hashes), bool)
+    like: list[tuple[int, int, int]] = []
+    for i, j, bits in near_pairs(hashes, hashes, max_bits=max_bits, skip=left_out):
+        if not left_out[i] and not left_out[j]:
+            left_out[j] = True
+            like.append((j, i, bits))
     return [
         {"key": files[j].key, "file": printable(files[j].name), "like": printable(files[i].name), "bits": bits}
-        for j, (i, bits) in sorted(like.items())
+        for j, i, bits in sorted(like)
     ]
 
 
@@ -72,7 +74,7 @@ def _hashes(files: Sequence[SourceFile], config: ShardConfig) -> np.ndarray:
 
     def hash_group(one: tuple[str, Sequence[SourceFile]]) -> int:
         part, group = one
-        put_if_absent(part, json.dumps([_hash(file, config) for file in group]).encode())
+        put_if_absent(part, json.dumps([hash_file(file, config) for file in group]).encode())
         return len(group)
 
     with progress("looking for near-duplicates", len(files), done=len(files) - num_pending) as advance:
@@ -91,7 +93,8 @@ def _hashes(files: Sequence[SourceFile], config: ShardConfig) -> np.ndarray:
         return np.array([value for values in pool.map(read_json, parts) for value in values], np.uint64)
 
 
-def _hash(file: SourceFile, config: ShardConfig) -> int:
+def hash_file(file: SourceFile, config: ShardConfig) -> int:
+    """A file's perceptual hash; 0 where it cannot be used."""
     try:
         opened = open_source(file, read_source(file), convert=config.converted)
     except UnusableImageError:

@@ -2,22 +2,23 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, overload
 
 import numpy as np
 
 from infra.publish import temporary_folder
 from infra.shards import Entry
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 ROWS_AT_ONCE = 16_384
 KeyT = TypeVar("KeyT")
 ItemT = TypeVar("ItemT")
 
 
-@dataclass(frozen=True, slots=True)
-class SourceFile:
+class SourceFile(NamedTuple):
     """One HR file: `key` names it in shards, `name` is its path within its source, `uri` is where it is now.
 
     `lr_uri` and `scale`: of a pair. `entry`: of a sample of the shard set at `uri`. `identity`: what else it is (the
@@ -31,33 +32,48 @@ class SourceFile:
     num_bytes: int
     lr_uri: str = ""
     scale: int = 1
-    entry: Entry | None = None
     identity: str = ""
     caption_uri: str = ""
+    entry: Entry | None = None
 
 
-TEXTS = ("key", "source", "name", "uri", "lr_uri", "identity", "caption_uri", "shard")
-NUMBERS = ("num_bytes", "scale", "offset_bytes", "length_bytes")  # shard and the last two: of `entry`
+NUMBERS = ("num_bytes", "scale", "offset_bytes", "length_bytes")
+ENTRY = ("shard", "offset_bytes", "length_bytes")  # columns of `entry`, which is named as the file is
 
 
 class FileList(Sequence[SourceFile]):
     """Files in order. Their columns are in a nameless file of the temporary folder (TMPDIR), which the system keeps in
-    memory or not, as it has room: about 150 bytes a file."""
+    memory or not, as it has room: about 150 bytes a file. A part of a list travels pickled as columns too."""
 
     def __init__(self, files: Iterable[SourceFile]) -> None:
         import pyarrow as pa
 
         rest = iter(files)
-        # Text as bytes: a file's name need not be UTF-8.
-        schema = pa.schema([*((name, pa.binary()) for name in TEXTS), *((name, pa.int64()) for name in NUMBERS)])
         with temporary_folder("files") as folder:
             place = str(folder / "files.arrow")
-            with pa.ipc.new_file(place, schema) as file:
+            with pa.ipc.new_file(place, _table([]).schema) as file:
                 while rows := list(islice(rest, ROWS_AT_ONCE)):
-                    columns = zip(*map(_row, rows), strict=True)
-                    arrays = [pa.array(column, kind.type) for column, kind in zip(columns, schema, strict=True)]
-                    file.write_batch(pa.record_batch(arrays, schema=schema))
+                    file.write_table(_table(rows))
             self._table = pa.ipc.open_file(pa.memory_map(place)).read_all()
+
+    def part(self, start: int, stop: int) -> "FileList":
+        """The list of some of these files."""
+        part = FileList.__new__(FileList)
+        part._table = self._table.slice(start, stop - start)
+        return part
+
+    def __getstate__(self) -> bytes:
+        import pyarrow as pa
+
+        with pa.BufferOutputStream() as out:
+            with pa.ipc.new_stream(out, self._table.schema) as stream:
+                stream.write_table(self._table)
+            return out.getvalue().to_pybytes()
+
+    def __setstate__(self, state: bytes) -> None:
+        import pyarrow as pa
+
+        self._table = pa.ipc.open_stream(state).read_all()
 
     def __len__(self) -> int:
         return self._table.num_rows
@@ -71,12 +87,18 @@ class FileList(Sequence[SourceFile]):
             start = range(len(self))[number]
             return self[start : start + 1][0]
         places = range(len(self))[number]
-        if not places:
-            return []
-        start, stop = min(places), max(places) + 1
-        columns = (column.to_pylist() for column in self._table.slice(start, stop - start).columns)
-        found = [_file(*row) for row in zip(*columns, strict=True)]
-        return found[:: places.step] if places.step > 0 else found[::-1][:: -places.step]
+        if places.step != 1:
+            return [self[place] for place in places]
+        columns = self.columns(*SourceFile._fields[:-1], *ENTRY, start=places.start, stop=places.stop)
+        return [_file(*row) for row in zip(*columns, strict=True)]
+
+    def columns(self, *names: str, start: int, stop: int) -> list[list[Any]]:
+        """Some columns of the files from `start` to `stop`."""
+        columns = [column.to_pylist() for column in self._table.select(names).slice(start, stop - start).columns]
+        return [
+            values if name in NUMBERS else [value.decode(errors="surrogateescape") for value in values]
+            for name, values in zip(names, columns, strict=True)
+        ]
 
     def __iter__(self) -> Iterator[SourceFile]:
         for start in range(0, len(self), ROWS_AT_ONCE):
@@ -118,16 +140,29 @@ class Made(Sequence[ItemT], Generic[KeyT, ItemT]):
         )
 
 
-def _row(file: SourceFile) -> tuple[Any, ...]:
-    entry = file.entry
-    texts = (file.key, file.source, file.name, file.uri, file.lr_uri, file.identity, file.caption_uri)
-    shard, *span = (entry.shard, entry.offset_bytes, entry.length_bytes) if entry else ("", 0, 0)
-    return *(text.encode(errors="surrogateescape") for text in (*texts, shard)), file.num_bytes, file.scale, *span
+def _table(files: Sequence[SourceFile]) -> "pa.Table":
+    import pyarrow as pa
+
+    columns: list[Sequence[Any]] = list(zip(*files, strict=True)) or [()] * len(SourceFile._fields)
+    entries = columns.pop()
+    for name, default in zip(ENTRY, ("", 0, 0), strict=True):
+        columns.append(tuple(getattr(entry, name) if entry else default for entry in entries))
+    names = [*SourceFile._fields[:-1], *ENTRY]
+    return pa.table([_column(column, name in NUMBERS) for name, column in zip(names, columns, strict=True)], names)
+
+
+def _column(values: Sequence[Any], number: bool) -> "pa.Array":
+    import pyarrow as pa
+
+    if number:
+        return pa.array(values, pa.int64())
+    try:
+        return pa.array(values, pa.binary())
+    except UnicodeEncodeError:  # a file's name need not be UTF-8
+        return pa.array([value.encode(errors="surrogateescape") for value in values], pa.binary())
 
 
 def _file(*row: Any) -> SourceFile:
-    texts = (text.decode(errors="surrogateescape") for text in row[: len(TEXTS)])
-    key, source, name, uri, lr_uri, identity, caption_uri, shard = texts
-    num_bytes, scale, *span = row[len(TEXTS) :]
-    entry = Entry(name, shard, *span) if shard else None  # a set's samples are named by their keys
-    return SourceFile(key, source, name, uri, num_bytes, lr_uri, scale, entry, identity, caption_uri)
+    *fields, shard, offset_bytes, length_bytes = row
+    file = SourceFile(*fields)
+    return file._replace(entry=Entry(file.name, shard, offset_bytes, length_bytes)) if shard else file

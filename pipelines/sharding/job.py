@@ -131,7 +131,7 @@ def _write_shards(config: ShardConfig, recipe: DegradationConfig | None, shards:
     """Write what is missing; the number of its samples."""
     done = set(committed(config.output))
     pending = Made([index for index in shards.keys if index not in done], shards.make)
-    full, last = config.samples_per_shard, len(shards[-1].samples)
+    full, last = config.samples_per_shard, shards[-1].count
     num_samples = full * (len(shards) - 1) + last
     num_pending = full * len(pending) - (0 if len(shards) - 1 in done else full - last)
     with progress("sharding", num_samples, done=num_samples - num_pending) as advance:

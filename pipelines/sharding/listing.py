@@ -183,8 +183,8 @@ def _list_place(path: str, output: str, caption: str | None = None) -> Iterator[
         there = True
         if pattern is None or pattern.fullmatch(name):
             number += 1
-            text = f"{name.rpartition('.')[0]}.{caption}"
             found = Found(name, base + name, size)
+            text = f"{name.rpartition('.')[0]}.{caption}" if texts else ""
             yield _captioned(found, base + text, texts[text]) if text in texts else found
     if not number:
         todo = "check the path, and the pattern if it has one"

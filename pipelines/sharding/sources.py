@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 from infra.errors import DataError
@@ -16,6 +15,7 @@ from pipelines.sharding.listing import expected_files, layout_of, list_source, s
 from pipelines.sharding.zips import split_zip
 
 MAX_KEY_BYTES = 48
+OTHER = re.compile("[^A-Za-z0-9_-]")
 CONTACT_SHEET = "contact_sheet.jpg"
 
 
@@ -33,7 +33,7 @@ def list_sources(sources: Sequence[Source], output: str = "") -> FileList:
         )
     files = FileList(_listed(sources, output))
     if twice := files.repeated_keys():
-        files = FileList(replace(file, key=_digest_key(file)) if file.key in twice else file for file in files)
+        files = FileList(file._replace(key=_digest_key(file)) if file.key in twice else file for file in files)
         _check_keys(files)
     return files
 
@@ -50,9 +50,9 @@ def _listed(sources: Sequence[Source], output: str) -> Iterator[SourceFile]:
                 one.num_bytes,
                 one.lr_uri,
                 scale,
-                one.entry,
                 one.identity,
                 one.caption_uri,
+                one.entry,
             )
 
 
@@ -109,7 +109,7 @@ def _expected_used(source: Source) -> int | None:
 def _key(source: str, name: str) -> str:
     """ASCII without dots, which end a key in a WebDataset tar."""
     stem = name.rsplit(".", 1)[0].rsplit("/", 1)[-1]
-    return bounded(re.sub(r"[^A-Za-z0-9_-]", "-", f"{source}-{stem}"), f"{source}/{name}", MAX_KEY_BYTES)
+    return bounded(OTHER.sub("-", f"{source}-{stem}"), f"{source}/{name}", MAX_KEY_BYTES)
 
 
 def _digest_key(file: SourceFile) -> str:
