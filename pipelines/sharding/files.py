@@ -115,8 +115,9 @@ class FileList(Sequence[SourceFile]):
         def every() -> Iterator[bytes]:
             return (key for chunk in keys.chunks for key in chunk.to_pylist())
 
-        hashes, counts = np.unique(np.fromiter(map(hash, every()), np.int64, len(self)), return_counts=True)
-        shared = set(hashes[counts > 1].tolist())
+        hashes = np.fromiter(map(hash, every()), np.int64, len(self))
+        hashes.sort()
+        shared = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
         found = Counter(key for key in every() if hash(key) in shared) if shared else {}
         return {key.decode() for key, count in found.items() if count > 1}
 

@@ -14,7 +14,7 @@ FILES_A_PART = 100_000
 
 
 def list_in_parts(uri: str, output: str) -> Iterator[tuple[str, int]]:
-    """`iter_files`; for S3 in parts in OUT/.listing/HASH: [name, size] of 100,000 files each, of fewer in the last.
+    """`iter_files`; for S3 in parts OUT/.listing/HASH-NUMBER.json: [name, size] of 100,000 files, of fewer in the last.
 
     A listing that was not finished is continued behind its last part. A finished one is used again where shards were
     written by it, which holds their plan; before that, the bucket is listed anew. `output`: "" for no parts.
@@ -22,14 +22,14 @@ def list_in_parts(uri: str, output: str) -> Iterator[tuple[str, int]]:
     if not (output and is_s3(uri)):
         yield from iter_files(uri)
         return
-    folder = join(output, LISTINGS, hashlib.sha256(uri.encode()).hexdigest()[:16])
-    parts = list(list_files(folder))
+    start = join(output, LISTINGS, hashlib.sha256(uri.encode()).hexdigest()[:16])
+    parts = [part for part in list_files(join(output, LISTINGS)) if part.startswith(start)]
     if parts and len(read_json(parts[-1])) < FILES_A_PART and not has_work(output):
         _remove(parts)
         parts = []
     rest, last = None, ""
     for number in count():
-        part = join(folder, f"{number:06d}.json")
+        part = f"{start}-{number:06d}.json"
         rows = read_json(part) if part in parts else None
         if rows is None:
             rest = rest or iter_files(uri, last)

@@ -43,10 +43,11 @@ def tower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TextTower:
 def model_of(config: TrainConfig, tower: TextTower) -> CcsrModel:
     model = build_model(config.model, seed=2)
     model.prompts = {"": tower("")}
-    for network in model.networks.values():  # a fresh ControlNet and LoRA add nothing
-        for parameter in network.parameters():
-            if not parameter.any():
-                torch.nn.init.normal_(parameter, std=0.05)
+    with seeded_init(5):
+        for network in model.networks.values():  # a fresh ControlNet and LoRA add nothing
+            for parameter in network.parameters():
+                if not parameter.any():
+                    torch.nn.init.normal_(parameter, std=0.05)
     return model
 
 

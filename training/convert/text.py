@@ -70,7 +70,9 @@ class TextTower:
 
 def _read_encoder(base: Path) -> Any:
     from transformers import CLIPTextModel
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # each worker loads it
     place = base / "text_encoder"
     if not (place / "config.json").is_file():
         raise ModelError(
