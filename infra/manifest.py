@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 FORMAT = "ccsr-shards-1"
+READ_AT_ONCE = 128
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,13 @@ class ShardRecord:
     @classmethod
     def read(cls, place: str) -> "ShardRecord":
         """The record at `place`. DataError where it is damaged."""
+        return cls.parse(read_bytes(place), place)
+
+    @classmethod
+    def parse(cls, data: bytes, place: str) -> "ShardRecord":
+        """A record's bytes, which are at `place`. DataError where they are damaged."""
         try:
-            values = json.loads(read_bytes(place))
+            values = json.loads(data)
             values["entries"] = [IndexedEntry(**entry) for entry in values["entries"]]
             values["quarantined"] = [Quarantined(**item) for item in values["quarantined"]]
             return cls(**values)
@@ -108,16 +114,19 @@ def write_manifest(output: str, num_shards: int, **facts: Any) -> "Manifest":
             todo="run the same command again: it makes only what is missing",
         )
 
-    def read(index: int) -> tuple[ShardRecord, pa.Table]:
-        record = ShardRecord.read(record_uri(output, index))
-        return dataclasses.replace(record, entries=[]), index_table(record.entries)  # a million entries are heavy
+    def read(indexes: range) -> Iterator[tuple[ShardRecord, pa.Table]]:
+        for start in range(indexes.start, indexes.stop, READ_AT_ONCE):
+            places = [record_uri(output, index) for index in range(start, min(start + READ_AT_ONCE, indexes.stop))]
+            for place, data in zip(places, pool.map(read_bytes, places), strict=True):  # threads that parse only wait
+                record = ShardRecord.parse(data, place)
+                yield dataclasses.replace(record, entries=[]), index_table(record.entries)  # a million are heavy
 
     records: list[ShardRecord] = []
     shards: list[dict[str, Any]] = []
     parts: list[dict[str, Any]] = []
     with ThreadPoolExecutor(16) as pool:  # on S3 each read waits for an answer, and there may be thousands
         for start in range(0, num_shards, SHARDS_PER_PART):
-            found = list(pool.map(read, range(start, min(start + SHARDS_PER_PART, num_shards))))
+            found = list(read(range(start, min(start + SHARDS_PER_PART, num_shards))))
             rows = pa.concat_tables([table for _, table in found])
             if rows.num_rows:
                 parts.append(put_part(output, len(parts), rows))

@@ -17,7 +17,7 @@ from infra.images import IMAGE_SUFFIXES
 from infra.manifest import Manifest, put_manifest
 from infra.publish import temporary_folder
 from infra.shards import CAPTION, IMAGES, IndexedEntry, is_member, split_member
-from infra.storage import exists, explained, file_size, join, list_files, open_file
+from infra.storage import exists, explained, file_size, join, list_files, name_of, open_file
 
 NUM_LISTED = 5
 TARS_AT_ONCE = 64  # whose headers are in memory
@@ -62,11 +62,21 @@ def sizes_of(files: Sequence[str], where: str) -> list[int]:
 
 def tar_samples(tars: Sequence[str], extension: str | None = None) -> Iterator[list[TarSample]]:
     """The samples of each tar that have an image, in order. It is the member `extension` (`jpg`, `hr.png`); by default
-    `hr.png` or `hr.jpg`, or the only member whose suffix is an image's. DataError for a tar without images, a damaged
-    or compressed one, and a sample with several images."""
+    `hr.png` or `hr.jpg`, or the only member whose suffix is an image's. DataError for a damaged or compressed tar, a
+    sample with several images, and at the end for tars without images, with their number."""
     with ThreadPoolExecutor(16) as pool:
+        bare = []
         for start in range(0, len(tars), TARS_AT_ONCE):
-            yield from pool.map(lambda tar: _samples_of(tar, extension), tars[start : start + TARS_AT_ONCE])
+            some = tars[start : start + TARS_AT_ONCE]
+            for tar, samples in zip(some, pool.map(lambda tar: _samples_of(tar, extension), some), strict=True):
+                bare += [] if samples else [tar]
+                yield samples
+    if bare:
+        what = f"member .{extension}" if extension else "image"
+        names = ", ".join(map(name_of, bare[:NUM_LISTED]))
+        raise DataError(
+            f"{len(bare)} of {len(tars)} tars hold no {what}: {names}", where=bare[0], todo="check the path"
+        )
 
 
 def _samples_of(tar: str, extension: str | None) -> list[TarSample]:
@@ -96,9 +106,6 @@ def _samples_of(tar: str, extension: str | None) -> list[TarSample]:
             )
         if images:
             samples.append(TarSample(key, sample, images[0]))
-    if not samples:
-        what = f"member .{extension}" if extension else "image"
-        raise DataError(f"{len(members)} members, but no {what}", where=tar, todo="check the path")
     return samples
 
 
