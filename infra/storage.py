@@ -176,7 +176,7 @@ def list_files(uri: str) -> dict[str, int]:
 
     Each begins with `uri` as it was given. Links to folders are not followed.
     """
-    return {join(uri, name): size for name, size in iter_files(uri)}
+    return {join(uri, name): size for name, size in sorted(iter_files(uri))}
 
 
 def iter_files(uri: str, after: str = "") -> Iterator[tuple[str, int]]:
