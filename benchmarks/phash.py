@@ -94,7 +94,7 @@ def speed(num_train: int, num_test: int) -> str:
     rng = np.random.Generator(np.random.Philox(0))
     train, test = (rng.integers(1, 2**64, count, dtype=np.uint64) for count in (num_train, num_test))
     start = time.process_time()
-    found = len(near_pairs(train, test))
+    found = len(list(near_pairs(train, test)))
     seconds = time.process_time() - start
     return f"{num_train:,} x {num_test:,} random hashes: {seconds:.1f} s of one core, {found} near.\n"
 

@@ -8,6 +8,7 @@ from bisect import bisect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from itertools import accumulate
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -31,9 +32,9 @@ def index_table(entries: Sequence[IndexedEntry]) -> "pa.Table":
     kinds = {"key": pa.string(), "shard": pa.string(), "phash": pa.uint64(), "source_hash": pa.uint64()}
     kinds |= dict.fromkeys(SCORES, pa.float32())
     names = [field.name for field in dataclasses.fields(IndexedEntry)]
-    return pa.table(
-        {name: pa.array([getattr(e, name) for e in entries], kinds.get(name, pa.int64())) for name in names}
-    )
+    columns = list(zip(*map(attrgetter(*names), entries), strict=True)) or [()] * len(names)
+    kinds_in_order = [kinds.get(name, pa.int64()) for name in names]
+    return pa.table(list(map(pa.array, columns, kinds_in_order)), names)
 
 
 def put_part(output: str, number: int, rows: "pa.Table") -> dict[str, Any]:

@@ -5,11 +5,11 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
-from typing import Any
+from operator import itemgetter
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -17,7 +17,7 @@ from PIL import Image, ImageCms, ImageOps
 
 from infra.errors import DataError, line_of, printable
 from infra.png import bare_png, chunk
-from infra.storage import exists, join, list_files, read_bytes
+from infra.storage import exists, iter_files, join, read_bytes
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "AVIF")  # Pillow's other readers stay shut: one runs Ghostscript
@@ -35,6 +35,7 @@ _TURNS: dict[int, Any] = {
     7: lambda image: np.rot90(image, 2).swapaxes(0, 1),
     8: np.rot90,
 }
+ItemT = TypeVar("ItemT")
 Image.MAX_IMAGE_PIXELS = None  # our own limit below applies before any pixel is decoded
 
 
@@ -211,47 +212,63 @@ def is_plain_jpeg(data: bytes) -> bool:
     return image.format == "JPEG" and image.mode == "RGB" and image.getexif().get(ORIENTATION, 1) == 1
 
 
-def skip_system_files(names: Iterable[str], where: str, *, hidden: bool = False) -> list[str]:
-    """Paths below `where` without what operating systems leave there (.DS_Store, ._NAME, Thumbs.db, __MACOSX/ and the
-    like), where `hidden` also without hidden files and folders; a note gives the number of those left out."""
+def skip_system_files(
+    items: Iterable[ItemT], where: str, *, hidden: bool = False, name: Callable[[ItemT], str] = str
+) -> Iterator[ItemT]:
+    """Items whose `name` is a path below `where`, without what operating systems leave there (.DS_Store, ._NAME,
+    Thumbs.db, __MACOSX/ and the like), where `hidden` also without hidden files and folders; at the end a note gives
+    the number of those left out."""
 
     marks = "." if hidden else "._"
 
     def skipped(part: str) -> bool:
         return part.lower() in SYSTEM_NAMES or (part.startswith(marks) and part not in (".", ".."))
 
-    kept: list[str] = []
-    left_out: list[str] = []
-    for name in names:
-        (left_out if any(map(skipped, name.split("/"))) else kept).append(name)
-    if left_out:
+    first, count, folder, skip_folder = "", 0, "", False
+    for item in items:
+        above, _, base = name(item).rpartition("/")
+        if above != folder:  # files of one folder come in a row
+            folder, skip_folder = above, any(map(skipped, above.split("/")))
+        if skip_folder or skipped(base):
+            first, count = first or name(item), count + 1
+        else:
+            yield item
+    if count:
         kinds = "hidden or system files" if hidden else "system files"
-        print(f"note: {len(left_out)} {kinds} left out, for one {printable(left_out[0])}: {where}", file=sys.stderr)
-    return kept
+        print(f"note: {count} {kinds} left out, for one {printable(first)}: {where}", file=sys.stderr)
 
 
 def list_images(folder: str) -> dict[str, int]:
     """URI -> size in bytes of all image files below a folder or s3:// prefix, sorted. DataError if there are none."""
-    if exists(folder):
-        raise DataError("this is a file; a folder is expected", where=folder, todo="check the path")
-    files = list_files(folder)
-    names = {below(uri, folder): uri for uri in files}
-    found = {names[name]: files[names[name]] for name in choose_images(names, folder)}
+    check_folder(folder)
+    files = dict(iter_files(folder))
+    found = {join(folder, name): size for name, size in choose_images(files.items(), folder)}
     if not found:
-        there = files or os.path.isdir(folder)
-        what = (
-            f"no images ({', '.join(IMAGE_SUFFIXES)}) here"
-            if there
-            else "no images: this file or folder does not exist"
-        )
-        raise DataError(what, where=folder, todo="check the path")
+        raise no_images(folder, there=bool(files))
     return found
 
 
-def choose_images(names: Iterable[str], where: str) -> list[str]:
-    """The image files among paths below `where`, without hidden and system files."""
-    shown = skip_system_files(names, where, hidden=True)
-    return [name for name in shown if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+def check_folder(folder: str) -> None:
+    """DataError where this is a file."""
+    if exists(folder):
+        raise DataError("this is a file; a folder is expected", where=folder, todo="check the path")
+
+
+def no_images(folder: str, *, there: bool) -> DataError:
+    """The error of a folder without images; `there`: with other files."""
+    what = (
+        f"no images ({', '.join(IMAGE_SUFFIXES)}) here"
+        if there or os.path.isdir(folder)
+        else "no images: this file or folder does not exist"
+    )
+    return DataError(what, where=folder, todo="check the path")
+
+
+def choose_images(files: Iterable[tuple[str, int]], where: str) -> Iterator[tuple[str, int]]:
+    """The image files among (path below `where`, size), without hidden and system files."""
+    for name, size in skip_system_files(files, where, hidden=True, name=itemgetter(0)):
+        if "." + name.rpartition(".")[2].lower() in IMAGE_SUFFIXES:
+            yield name, size
 
 
 def below(uri: str, folder: str) -> str:

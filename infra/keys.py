@@ -57,7 +57,7 @@ def with_digest(key: str, text: str) -> str:
 
 def is_utf8(text: str) -> bool:
     """Whether a file's name is UTF-8; Python escapes other bytes by surrogates, which can be neither sent nor shown."""
-    return not any("\ud800" <= char <= "\udfff" for char in text)
+    return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def output_name(path: str, key: str) -> str:

@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 FORMAT = "ccsr-shards-1"
+READ_AT_ONCE = 128
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Quarantined:
 @dataclass(frozen=True)
 class ShardRecord:
     """What one shard holds; written after the shard's tar is in its place, and only once. `min_side_px`: the shortest
-    side of its HR images; None for no image, and in sets of an earlier version."""
+    side of its HR images; None for no image, and in sets of an earlier version. `num_captions`: of its samples."""
 
     index: int
     shard: str
@@ -47,6 +48,7 @@ class ShardRecord:
     quarantined: list[Quarantined] = field(default_factory=list)
     dropped: dict[str, int] = field(default_factory=dict)
     min_side_px: int | None = None
+    num_captions: int = 0
 
     def to_bytes(self) -> bytes:
         return json.dumps(dataclasses.asdict(self), sort_keys=True).encode()
@@ -54,8 +56,13 @@ class ShardRecord:
     @classmethod
     def read(cls, place: str) -> "ShardRecord":
         """The record at `place`. DataError where it is damaged."""
+        return cls.parse(read_bytes(place), place)
+
+    @classmethod
+    def parse(cls, data: bytes, place: str) -> "ShardRecord":
+        """A record's bytes, which are at `place`. DataError where they are damaged."""
         try:
-            values = json.loads(read_bytes(place))
+            values = json.loads(data)
             values["entries"] = [IndexedEntry(**entry) for entry in values["entries"]]
             values["quarantined"] = [Quarantined(**item) for item in values["quarantined"]]
             return cls(**values)
@@ -107,16 +114,19 @@ def write_manifest(output: str, num_shards: int, **facts: Any) -> "Manifest":
             todo="run the same command again: it makes only what is missing",
         )
 
-    def read(index: int) -> tuple[ShardRecord, pa.Table]:
-        record = ShardRecord.read(record_uri(output, index))
-        return dataclasses.replace(record, entries=[]), index_table(record.entries)  # a million entries are heavy
+    def read(indexes: range) -> Iterator[tuple[ShardRecord, pa.Table]]:
+        for start in range(indexes.start, indexes.stop, READ_AT_ONCE):
+            places = [record_uri(output, index) for index in range(start, min(start + READ_AT_ONCE, indexes.stop))]
+            for place, data in zip(places, pool.map(read_bytes, places), strict=True):  # threads that parse only wait
+                record = ShardRecord.parse(data, place)
+                yield dataclasses.replace(record, entries=[]), index_table(record.entries)  # a million are heavy
 
     records: list[ShardRecord] = []
     shards: list[dict[str, Any]] = []
     parts: list[dict[str, Any]] = []
     with ThreadPoolExecutor(16) as pool:  # on S3 each read waits for an answer, and there may be thousands
         for start in range(0, num_shards, SHARDS_PER_PART):
-            found = list(pool.map(read, range(start, min(start + SHARDS_PER_PART, num_shards))))
+            found = list(read(range(start, min(start + SHARDS_PER_PART, num_shards))))
             rows = pa.concat_tables([table for _, table in found])
             if rows.num_rows:
                 parts.append(put_part(output, len(parts), rows))
@@ -133,7 +143,7 @@ def write_manifest(output: str, num_shards: int, **facts: Any) -> "Manifest":
         {
             "shards": shards,
             "index": parts,
-            **set_aside(records),
+            **summed(records),
             "min_side_px": None if None in sides else min(filter(None, sides)),
             **facts,
         },
@@ -158,14 +168,17 @@ def put_manifest(output: str, facts: dict[str, Any]) -> "Manifest":
     return Manifest.load(output)
 
 
-def set_aside(records: Iterable[ShardRecord]) -> dict[str, Any]:
-    """What the manifest says of samples that were not taken: the quarantined, and how many were dropped, by reason."""
+def summed(records: Iterable[ShardRecord]) -> dict[str, Any]:
+    """What the manifest says of samples that were not taken, the quarantined and how many were dropped, by reason; and
+    the number of captions of the others."""
     quarantined: list[dict[str, str]] = []
     dropped = Counter[str]()
+    num_captions = 0
     for record in records:
         quarantined += [dataclasses.asdict(item) for item in record.quarantined]
         dropped.update(record.dropped)
-    return {"quarantined": quarantined, "dropped": dict(dropped)}
+        num_captions += record.num_captions
+    return {"quarantined": quarantined, "dropped": dict(dropped), "num_captions": num_captions}
 
 
 def dataset_id_of(shards: list[dict[str, Any]]) -> str:
@@ -202,6 +215,11 @@ class Manifest:
     @property
     def num_samples(self) -> int:
         return self.facts["num_samples"]
+
+    @property
+    def num_captions(self) -> int:
+        """Of its samples; an earlier version's sets have none."""
+        return self.facts.get("num_captions", 0)
 
     @property
     def index_parts(self) -> list[dict[str, Any]]:

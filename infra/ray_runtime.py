@@ -24,6 +24,7 @@ KIND = "ccsr.io/kind"
 GPU_KIND = "gpu"
 MAX_GPUS = "ccsr.io/max-gpus"
 MAX_CPUS = "ccsr.io/max-cpus"
+ITEMS_AT_ONCE = 4096
 
 
 class RayConfig(Config):
@@ -194,8 +195,8 @@ def on_ray(
 
     Each of `num_actors` actors calls `make` once, on a GPU (`device`: cuda) or one CPU. None: a task per item, at most
     `num_tasks` at a time (None: as many as there are CPUs); tasks take CPUs as they come free. A CcsrError in a worker
-    is raised here as itself; ClusterError where a worker is lost. Items and results travel pickled. `numerics`: None
-    for work without torch, which then is not imported.
+    is raised here as itself; ClusterError where a worker is lost. Items and results travel pickled; tasks are made
+    ITEMS_AT_ONCE at a time, which bounds memory. `numerics`: None for work without torch, which then is not imported.
     """
     if not items:
         return
@@ -222,16 +223,21 @@ def on_ray(
         def work(row: dict[str, _Sealed]) -> dict[str, _Sealed]:
             return Worker()(row)
 
-        results = ray.data.from_items([{"item": _Sealed(item)} for item in items], override_num_blocks=len(items)).map(
-            Worker if num_actors else work,
-            compute=ActorPoolStrategy(size=min(num_actors, len(items))) if num_actors else TaskPoolStrategy(num_tasks),
-            **({"num_cpus": 0, "num_gpus": 1} if device == "cuda" else {"num_cpus": 1, **cpu_work(config)}),
-        )
-        try:
-            for row in results.iter_rows():
-                yield row["item"].value
-        except ray.exceptions.RayError as error:
-            raise user_error(error) or lost_worker(error, output) from error
+        together = len(items) if num_actors else ITEMS_AT_ONCE  # actors would load their models again
+        for start in range(0, len(items), together):
+            rows = [{"item": _Sealed(item)} for item in items[start : start + together]]
+            results = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+                Worker if num_actors else work,
+                compute=ActorPoolStrategy(size=min(num_actors, len(rows)))
+                if num_actors
+                else TaskPoolStrategy(num_tasks),
+                **({"num_cpus": 0, "num_gpus": 1} if device == "cuda" else {"num_cpus": 1, **cpu_work(config)}),
+            )
+            try:
+                for row in results.iter_rows():
+                    yield row["item"].value
+            except ray.exceptions.RayError as error:
+                raise user_error(error) or lost_worker(error, output) from error
 
 
 def lost_worker(error: BaseException, output: str) -> ClusterError:

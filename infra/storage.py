@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -176,26 +176,49 @@ def list_files(uri: str) -> dict[str, int]:
 
     Each begins with `uri` as it was given. Links to folders are not followed.
     """
-    found: dict[str, int] = {}
+    return {join(uri, name): size for name, size in sorted(iter_files(uri))}
+
+
+def iter_files(uri: str, after: str = "") -> Iterator[tuple[str, int]]:
+    """(path below the folder, size in bytes) of what `list_files` lists, one by one, sorted by path.
+
+    `after`: on S3, only the paths behind this one; the server sends pages of 1,000.
+    """
     with explained("cannot list", uri):
-        if is_s3(uri):
-            root = uri.removeprefix("s3://").rstrip("/") + "/"
-            for name, facts in on_s3(lambda s3: s3.find(uri, detail=True)).items():
-                marker = facts["size"] == 0 and name.endswith(("/", "_$folder$"))  # a folder's, of consoles and Hadoop
-                if name.startswith(root) and not marker:
-                    found[name.removeprefix(root)] = facts["size"]
-        else:
-            for folder, _, names in os.walk(uri, onerror=_unless_absent):
-                for path in (Path(folder, name) for name in names):
-                    if path.is_file():
-                        with suppress(FileNotFoundError):  # another writer's temporary file, gone by now
-                            found[path.relative_to(uri).as_posix()] = path.stat().st_size
-    return {join(uri, name): found[name] for name in sorted(found)}
+        yield from _objects(uri, after) if is_s3(uri) else _walk(uri)
 
 
-def _unless_absent(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError):
-        raise error
+def _objects(uri: str, after: str) -> Iterator[tuple[str, int]]:
+    bucket, _, prefix = join(uri, "").removeprefix("s3://").partition("/")
+    more = {"StartAfter": prefix + after} if after else {}
+    while True:
+        page = on_s3(partial(_page, Bucket=bucket, Prefix=prefix, **more))
+        for one in page.get("Contents", []):
+            name = one["Key"].removeprefix(prefix)
+            marker = one["Size"] == 0 and name.endswith(("/", "_$folder$"))  # a folder's, of consoles and Hadoop
+            if name and not marker:
+                yield name, one["Size"]
+        if not page.get("IsTruncated"):
+            return
+        more = {"ContinuationToken": page["NextContinuationToken"]}
+
+
+def _page(s3: Any, **request: str) -> Any:
+    return s3.call_s3("list_objects_v2", **request)
+
+
+def _walk(folder: str, below: str = "") -> Iterator[tuple[str, int]]:
+    try:
+        with os.scandir(folder) as found:
+            entries = [(f"{one.name}/" if one.is_dir(follow_symlinks=False) else one.name) for one in found]
+    except FileNotFoundError:
+        return
+    for name in sorted(entries):  # a folder with its slash: so paths come sorted as a whole
+        if name.endswith("/"):
+            yield from _walk(os.path.join(folder, name), below + name)
+        elif os.path.isfile(path := os.path.join(folder, name)):
+            with suppress(FileNotFoundError):  # another writer's temporary file, gone by now
+                yield below + name, os.stat(path).st_size
 
 
 def modified_seconds(uri: str) -> float:

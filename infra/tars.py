@@ -3,7 +3,7 @@
 import hashlib
 import json
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
@@ -16,10 +16,11 @@ from infra.errors import ConfigError, DataError, line_of
 from infra.images import IMAGE_SUFFIXES
 from infra.manifest import Manifest, put_manifest
 from infra.publish import temporary_folder
-from infra.shards import IMAGES, IndexedEntry, is_member, split_member
-from infra.storage import exists, explained, file_size, join, list_files, open_file
+from infra.shards import CAPTION, IMAGES, IndexedEntry, is_member, split_member
+from infra.storage import exists, explained, file_size, join, list_files, name_of, open_file
 
 NUM_LISTED = 5
+TARS_AT_ONCE = 64  # whose headers are in memory
 HEADER_BYTES = 16 * 1024  # of one request: a tar's header, and the small members between two images
 
 
@@ -59,12 +60,23 @@ def sizes_of(files: Sequence[str], where: str) -> list[int]:
     return [size or 0 for size in sizes]
 
 
-def tar_samples(tars: Sequence[str], extension: str | None = None) -> list[list[TarSample]]:
+def tar_samples(tars: Sequence[str], extension: str | None = None) -> Iterator[list[TarSample]]:
     """The samples of each tar that have an image, in order. It is the member `extension` (`jpg`, `hr.png`); by default
-    `hr.png` or `hr.jpg`, or the only member whose suffix is an image's. DataError for a tar without images, a damaged
-    or compressed one, and a sample with several images."""
+    `hr.png` or `hr.jpg`, or the only member whose suffix is an image's. DataError for a damaged or compressed tar, a
+    sample with several images, and at the end for tars without images, with their number."""
     with ThreadPoolExecutor(16) as pool:
-        return list(pool.map(lambda tar: _samples_of(tar, extension), tars))
+        bare = []
+        for start in range(0, len(tars), TARS_AT_ONCE):
+            some = tars[start : start + TARS_AT_ONCE]
+            for tar, samples in zip(some, pool.map(lambda tar: _samples_of(tar, extension), some), strict=True):
+                bare += [] if samples else [tar]
+                yield samples
+    if bare:
+        what = f"member .{extension}" if extension else "image"
+        names = ", ".join(map(name_of, bare[:NUM_LISTED]))
+        raise DataError(
+            f"{len(bare)} of {len(tars)} tars hold no {what}: {names}", where=bare[0], todo="check the path"
+        )
 
 
 def _samples_of(tar: str, extension: str | None) -> list[TarSample]:
@@ -94,9 +106,6 @@ def _samples_of(tar: str, extension: str | None) -> list[TarSample]:
             )
         if images:
             samples.append(TarSample(key, sample, images[0]))
-    if not samples:
-        what = f"member .{extension}" if extension else "image"
-        raise DataError(f"{len(members)} members, but no {what}", where=tar, todo="check the path")
     return samples
 
 
@@ -121,7 +130,7 @@ def _index(path: str, cache: str) -> Manifest:
     output = join(cache, hashlib.sha256(json.dumps([tars, sizes]).encode()).hexdigest()[:16])
     if exists(join(output, "manifest.json")):
         return Manifest.load(output)
-    shards, tables = [], []
+    shards, tables, num_captions = [], [], 0
     for tar, size, samples in zip(tars, sizes, tar_samples(tars), strict=True):
         headers = [[one.name, one.offset, one.size] for sample in samples for one in sample.members]
         shards.append(
@@ -132,6 +141,7 @@ def _index(path: str, cache: str) -> Manifest:
                 "num_samples": len(samples),
             }
         )
+        num_captions += sum(split_member(one.name)[1] == CAPTION for sample in samples for one in sample.members)
         tables.append(index_table([_entry(tar, sample) for sample in samples]))
     starts = range(0, len(tars), SHARDS_PER_PART)
     parts = [pa.concat_tables(tables[start : start + SHARDS_PER_PART]) for start in starts]
@@ -143,6 +153,7 @@ def _index(path: str, cache: str) -> Manifest:
         "quarantined": [],
         "scale": None,
         "has_lr": False,
+        "num_captions": num_captions,
     }
     return put_manifest(output, facts)
 

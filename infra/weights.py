@@ -55,9 +55,9 @@ def weight_files() -> list[WeightFile]:
     return files
 
 
-def find_weights(name: str, folder: str | None = None) -> Path:
+def find_weights(name: str, folder: str | None = None, *, parts: tuple[str, ...] = ()) -> Path:
     """The local path of a weight file, or the folder of those that share `name`; a hub id with "/" in it is a
-    repository laid out like sd21-base.
+    repository laid out like sd21-base. `parts`: only these of its sub-folders are needed.
 
     Looked up in `folder`, else where the environment variable CCSR_WEIGHTS points (a folder or an s3:// prefix, whose
     files are copied to the user's cache), else in the cache. Raises ModelError, saying how to get it, where one is
@@ -67,6 +67,8 @@ def find_weights(name: str, folder: str | None = None) -> Path:
     place = weights_folder(folder)
     for file in files:
         path = _local(place) / file.path
+        if parts and path.parent.name not in parts:
+            continue
         if is_s3(place) and not path.is_file() and exists(join(place, file.path)):
             make_once(path, partial(download_file, join(place, file.path)))
         if not path.is_file():

@@ -1,9 +1,12 @@
 """Small networks: frozen ones with seeded weights in place of stage 2's weight files, and a tenth of `preset: tiny`."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from training.models import Lpips
 from training.models.networks import UNET_CONFIGS, VAE_CONFIGS, seeded_init
@@ -40,3 +43,29 @@ def seeded_lpips() -> Lpips:
         for head in lpips.heads:
             torch.nn.init.ones_(head)
     return lpips.requires_grad_(False)
+
+
+def save_text_tower(folder: Path) -> None:
+    """text_encoder/ and tokenizer/ as of Stable Diffusion 2, 16 wide, of 7 tokens, for letters; its weights are drawn
+    from torch's generator."""
+    config = CLIPTextConfig(
+        vocab_size=300,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=7,
+        bos_token_id=298,
+        eos_token_id=299,
+    )
+    CLIPTextModel(config).save_pretrained(folder / "text_encoder")
+    tokenizer = folder / "tokenizer"
+    tokenizer.mkdir()
+    letters = [chr(code) for code in range(33, 127)]
+    tokens = [*letters, *(letter + "</w>" for letter in letters)]
+    tokens += [f"<unused{index}>" for index in range(298 - len(tokens))] + ["<|startoftext|>", "<|endoftext|>"]
+    (tokenizer / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
+    (tokenizer / "merges.txt").write_text("#version: 0.2\n")
+    (tokenizer / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "CLIPTokenizer", "pad_token": "!", "model_max_length": 7})
+    )

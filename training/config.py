@@ -165,6 +165,12 @@ class TrainConfig(Config):
     model: ModelConfig = ModelConfig()
     crop_px: int = Field(512, ge=32)
     degradation: str | DegradationConfig | None = Field(None, description="of sets without one; none: the stored LR")
+    prompt: Annotated[Literal["empty", "caption"], LATER] = Field(
+        "empty", description="what the UNet reads; caption: each sample's own (KEY.txt), by the base's text tower"
+    )
+    prompt_drop_rate: Annotated[float, LATER] = Field(
+        0.1, ge=0, lt=1, description="share of samples that keep the empty prompt, for guidance"
+    )
     start_from: Literal["hr", "lr"] = Field("hr", description="which latent is noised to T")
     num_steps: int = Field(45, ge=1, description="stage 2: steps of the whole chain (CCSR truncates it)")
     t_max: float = Field(0.6667, gt=0, le=1)
@@ -230,6 +236,8 @@ class TrainConfig(Config):
         for name in gan if self.vsd else ():
             if getattr(self.decoder_loss, name) != DecoderLossConfig.model_fields[name].default:
                 raise ValueError(f"`vsd` takes the GAN term's place: leave decoder_loss.{name} out")
+        if self.vsd and self.vsd.prompt and self.prompt == "caption":
+            raise ValueError("`prompt: caption` takes the place of vsd.prompt: leave it out")
         if self.validation is not None:
             (self.validation.sampling or self.trained_sampling).check_family(self.model.family)
         on_dino = self.learns_images and self.decoder_loss.discriminator == "dino" and self.runtime.device == "cuda"
@@ -246,9 +254,13 @@ class TrainConfig(Config):
         family, trains = self.model.family, self.model.facts.trains
         if self.stage not in trains:
             raise ValueError(f"a model of family {family} has the stages {', '.join(map(str, trains))}")
-        used = trains[self.stage] - ({"num_steps"} if self.starts_from_stored_samples else set())
         every = {"inputs", "start_from", "num_steps", "t_max", "t_min", "decoder_loss", "vsd"}
-        return dict.fromkeys(sorted(every - used), f"in stage {self.stage} of family {family}")
+        unused = every - trains[self.stage]
+        if self.starts_from_stored_samples:  # nothing but the decoder computes
+            unused |= {"num_steps", "prompt", "prompt_drop_rate"}
+        where = f"in stage {self.stage} of family {family}"
+        rate = {"prompt_drop_rate": "with prompt: empty"} if self.prompt == "empty" else {}
+        return rate | dict.fromkeys(sorted(unused), where)
 
     @property
     def best_by(self) -> str | None:

@@ -13,10 +13,12 @@ from infra.display.table import Table, cell
 from infra.manifest import ShardRecord
 from pipelines.sharding.card import evenly
 from pipelines.sharding.config import ShardConfig
+from pipelines.sharding.dedupe import hash_file
+from pipelines.sharding.files import SourceFile
 from pipelines.sharding.job import latent_encoder, with_model_found, write_shard
 from pipelines.sharding.plan import plan_shards
 from pipelines.sharding.recipe import resolve_degradation
-from pipelines.sharding.sources import SourceFile, list_sources
+from pipelines.sharding.sources import list_sources
 
 NUM_FILES = 16
 GIB, MIB = 2**30, 2**20
@@ -32,7 +34,8 @@ class Amount:
 
 @dataclass(frozen=True)
 class ShardEstimate:
-    """What a run will make. `core_seconds` is processor time; `seconds` adds the waiting for files, for one worker."""
+    """What a run will make. `core_seconds` is processor time; `seconds` adds the waiting for files, for one worker.
+    `hash_core_seconds`, a part of both: of `dedupe`'s pass over all files."""
 
     num_files: int
     num_measured: int
@@ -42,34 +45,42 @@ class ShardEstimate:
     num_bytes: Amount
     core_seconds: Amount
     seconds: Amount
+    hash_core_seconds: Amount
 
 
 def estimate_shards(config: ShardConfig, *, num_files: int = NUM_FILES) -> ShardEstimate:
     """Make the samples of `num_files` files, spread evenly over the sources, into a temporary folder, and scale up.
 
-    The number of shards is exact, but for `dedupe`: files are not hashed here, so near-duplicates are counted. Ray's
-    start and the network at the output are left out.
+    The number of shards is exact, but for `dedupe`: its pass is measured on these files, so near-duplicates are counted
+    as samples. Ray's start and the network at the output are left out.
     """
     config = with_model_found(config)
     recipe, encoder = resolve_degradation(config), latent_encoder(config)
     files = list_sources(config.sources)
-    measured: list[tuple[float, float, float, float]] = []
+    measured: list[tuple[float, float, float, float, float]] = []
     with tempfile.TemporaryDirectory(prefix="ccsr-estimate-") as folder:
+
+        def hash_first(file: SourceFile) -> None:
+            if config.dedupe is not None:
+                hash_file(file, config)
 
         def make(file: SourceFile, name: str) -> list[ShardRecord]:
             place = config.model_copy(update={"output": str(Path(folder, name))})
             return [write_shard(place, recipe, shard, encoder) for shard in plan_shards([file], place)]
 
         chosen = evenly(files, num_files)
+        hash_first(chosen[0])
         make(chosen[0], "warm-up")  # imports and first calls are not a million samples' share
         with progress("measuring", len(chosen)) as advance:
             for number, file in enumerate(chosen):
                 wall, cpu = time.perf_counter(), time.process_time()
+                hash_first(file)
+                hashed = time.process_time() - cpu if config.dedupe is not None else 0.0
                 records = make(file, str(number))
                 wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
                 num_samples = sum(len(record.entries) for record in records)
                 num_bytes = sum(entry.length_bytes for record in records for entry in record.entries)
-                measured.append((num_samples, num_bytes, cpu, wall))
+                measured.append((num_samples, num_bytes, cpu, wall, hashed))
                 advance()
     return ShardEstimate(
         len(files),
@@ -103,6 +114,8 @@ def shard_table(estimate: ShardEstimate) -> Table:
     add(f"size, {unit}", estimate.num_bytes, 1 / size, ",.2f")
     add("size of a shard, MiB", estimate.num_bytes, 1 / estimate.num_shards / MIB, ",.2f")
     add("core-hours", estimate.core_seconds, 1 / 3600)
+    if estimate.hash_core_seconds.value:
+        add("of them looking for near-duplicates", estimate.hash_core_seconds, 1 / 3600)
     add(f"hours with {workers} workers of one core", estimate.seconds, 1 / workers / 3600)
     return table
 

@@ -46,6 +46,7 @@ def joined(sets: Sequence[Manifest]) -> dict[str, Any]:
         "sources": [source for facts in every for source in facts.get("sources", [])],
         "quarantined": [item for facts in every for item in facts["quarantined"]],
         "dropped": dict(dropped),
+        "num_captions": sum(one.num_captions for one in sets),
         "min_side_px": None if None in sides else min(filter(None, sides)),
     }
 

@@ -41,7 +41,7 @@ def clean(uri: str) -> list[Stray]:
     finished = exists(join(uri, "manifest.json"))
     if not finished and not exists(join(uri, "run.json")):
         raise DataError("no shard set was begun here", where=uri, todo="check the path")
-    names = skip_system_files((below(place, uri) for place in list_files(uri)), uri)
+    names = list(skip_system_files((below(place, uri) for place in list_files(uri)), uri))
     records = {name for name in names if name.startswith("records/") and OURS.fullmatch(name)}
     shards = {name.replace("records", "shards").replace(".json", ".tar") for name in records}
     parts = set(filter(INDEX.fullmatch, names))

@@ -8,10 +8,11 @@ from infra.images import decode_image, encode_png
 from infra.locations import check_output
 from infra.manifest import Manifest
 from infra.publish import write_bytes
-from infra.shards import Entry, image_of, read_sample
+from infra.shards import CAPTION, Entry, image_of, read_sample
 from infra.storage import join
 
 LAYOUTS = {"pairs": ("hr", "lr"), "basicsr": ("GT", "LQ")}
+CAPTIONS = {"pairs": "hr", "basicsr": "captions"}
 NUM_THREADS = 8
 
 
@@ -20,7 +21,8 @@ def export(uri: str, folder: str, layout: str) -> int:
 
     `pairs`: hr/KEY.png and lr/KEY.png as they are stored (a whole JPEG is KEY.jpg), which a `pairs` source reads.
     `basicsr`: GT/KEY.png, LQ/KEY.png, always PNG, and meta_info.txt ("KEY.png (height,width,3)" of each GT image), as
-    BasicSR's PairedImageDataset reads. LR only where the set has it. ConfigError for another layout.
+    BasicSR's PairedImageDataset reads. LR only where the set has it. Captions are hr/KEY.txt, in `basicsr`
+    captions/KEY.txt, as that reads all files of GT. ConfigError for another layout.
     """
     if layout not in LAYOUTS:
         raise ConfigError(f"no layout {layout!r}", where="--layout", todo=f"one of {', '.join(LAYOUTS)}")
@@ -39,6 +41,8 @@ def export(uri: str, folder: str, layout: str) -> int:
                 data, suffix = data if suffix == "png" else encode_png(image), "png"
                 line = line or f"{entry.key}.png ({image.shape[0]},{image.shape[1]},3)\n"
             write_bytes(join(folder, name, f"{entry.key}.{suffix}"), data)
+        if CAPTION in members:
+            write_bytes(join(folder, CAPTIONS[layout], f"{entry.key}.{CAPTION}"), members[CAPTION])
         return line
 
     lines = []

@@ -14,7 +14,7 @@ import numpy as np
 from infra.display.progress import progress
 from infra.errors import CcsrError, DataError
 from infra.images import below, skip_system_files
-from infra.manifest import Manifest, ShardRecord, dataset_id_of, index_table, record_uri, set_aside
+from infra.manifest import Manifest, ShardRecord, dataset_id_of, index_table, record_uri, summed
 from infra.publish import download
 from infra.run import MLFLOW_FILE
 from infra.shards import Entry, read_index
@@ -71,9 +71,9 @@ def verify(uri: str) -> Manifest:
         faults.append("the manifest's list of shards does not match its dataset id")
     if not index.num_rows == starts[-1] == manifest.num_samples:
         faults.append(f"index, shards, manifest count {index.num_rows}, {starts[-1]}, {manifest.num_samples} samples")
-    aside = set_aside(records)
-    if len(records) == len(shards) and any(manifest.facts.get(name, {}) != aside[name] for name in aside):
-        faults.append("the manifest lists other quarantined or dropped samples than the records")
+    sums = summed(records)
+    if len(records) == len(shards) and any(manifest.facts.get(name, type(sums[name])()) != sums[name] for name in sums):
+        faults.append("the manifest lists other quarantined or dropped samples or captions than the records")
     known = {*FILES, *(part["name"] for part in manifest.index_parts), *(shard["shard"] for shard in shards)}
     known |= {f"records/{i:06d}.json" for i in range(len(shards))}
     faults += [f"{name} does not belong" for name in sorted(present - known)]
@@ -97,8 +97,8 @@ def _verify_appended(manifest: Manifest) -> Manifest:
         if sets[-1].dataset_id != base["dataset_id"]:
             raise DataError("another set is there now", where=base["uri"], todo="`ccsr append` into a new output")
     expected = joined(sets)
-    if any(manifest.facts[name] != expected[name] for name in expected):
-        wrong = ", ".join(name for name in expected if manifest.facts[name] != expected[name])
+    wrong = ", ".join(name for name in expected if manifest.facts.get(name, 0) != expected[name])
+    if wrong:
         raise DataError(
             f"the manifest disagrees with its sets: {wrong}", where=manifest.uri, todo="`ccsr append` into a new output"
         )

@@ -124,6 +124,7 @@ def card_text(manifest: Manifest, run: dict[str, Any], looks: Sequence[Look]) ->
             ("scale", facts["scale"] or "none"),
             ("degradation", made),
             ("set aside", f"{len(failed)} quarantined, {sum(dropped.values())} dropped"),
+            *([("captions", f"{manifest.num_captions:,} samples")] if manifest.num_captions else []),
             *([("near-duplicates", f"{alike} files left out: near_duplicates.jsonl")] if alike is not None else []),
         ],
         sources=_sources(facts, config),

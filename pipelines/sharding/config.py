@@ -32,6 +32,9 @@ class FolderSource(Described):
     dataset: str | None = None
     expected_files: int | None = Field(None, ge=1, description="default: the dataset's")
     first: int | None = Field(None, ge=1, description="take the first N in sorted order, after the count was checked")
+    caption: Annotated[str | None, LATER] = Field(
+        None, description="the suffix (txt) of captions beside the images: NAME.txt"
+    )
 
 
 class PairsSource(Described):
@@ -63,6 +66,7 @@ class ListSource(Described):
     image: str = Field("image", description="the column of (HR) images")
     lr: str | None = Field(None, description="the column of LR images, which are kept; `degradation` has to be null")
     scale: int = Field(4, ge=1, le=16, description="with lr: HR px per LR px, along one side")
+    caption: Annotated[str | None, LATER] = Field(None, description="the column of captions")
 
 
 class WebDatasetSource(Described):
@@ -71,6 +75,7 @@ class WebDatasetSource(Described):
     kind: Literal["webdataset"]
     path: Location
     member: str | None = Field(None, description="the image's extension (jpg, hr.png) where samples have several")
+    caption: Annotated[str | None, LATER] = Field(None, description="the captions' extension (txt)")
 
 
 class ParquetSource(Described):
@@ -80,6 +85,7 @@ class ParquetSource(Described):
     kind: Literal["parquet"]
     path: Location
     column: str = "image"
+    caption: Annotated[str | None, LATER] = Field(None, description="the column of captions, which are text")
 
 
 class PackageSource(Described):

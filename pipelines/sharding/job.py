@@ -19,13 +19,15 @@ from infra.process.memory import give_back_memory
 from infra.publish import download, publish_if_absent, staging
 from infra.ray_runtime import on_ray
 from infra.run import Progress, claim_output
-from infra.shards import IndexedEntry, write_tar
+from infra.shards import CAPTION, IndexedEntry, write_tar
 from infra.storage import exists, join, sha256_file
 from pipelines.sharding.card import write_card
-from pipelines.sharding.config import GridCrop, ShardConfig
+from pipelines.sharding.config import GridCrop, ShardConfig, brings_lr
 from pipelines.sharding.dedupe import count_near_duplicates, without_near_duplicates
+from pipelines.sharding.files import FileList, Made
 from pipelines.sharding.filters import scores_of, unwanted, unwanted_file
 from pipelines.sharding.mlflow_log import log_shard_set
+from pipelines.sharding.pages import remove_listings
 from pipelines.sharding.plan import PlannedSample, PlannedShard, grid_samples, num_variants, plan_shards, source_id
 from pipelines.sharding.recipe import resolve_degradation
 from pipelines.sharding.sample import (
@@ -37,7 +39,7 @@ from pipelines.sharding.sample import (
     read_source,
     variant_size,
 )
-from pipelines.sharding.sources import SourceFile, check_apart, list_sources, source_facts
+from pipelines.sharding.sources import check_apart, list_sources, source_facts
 
 if TYPE_CHECKING:
     from pipelines.sharding.latents import LatentEncoder
@@ -61,6 +63,7 @@ def run_shard(config: ShardConfig) -> Manifest:
         rate = _write_shards(config, recipe, shards) / max(time.monotonic() - began, 1e-9)
         facts = {**_facts(config, recipe, files), "fingerprint": run["fingerprint"]}
         write_manifest(config.output, len(shards), **facts)
+    remove_listings(config.output)
     manifest = Manifest.load(config.output)
     if not exists(join(config.output, "DATA_CARD.md")):
         write_card(manifest)
@@ -87,11 +90,12 @@ def with_model_found(config: ShardConfig) -> ShardConfig:
 
 def _claimed(
     config: ShardConfig, *, write: bool = True
-) -> tuple[DegradationConfig | None, list[SourceFile], list[PlannedShard], dict[str, Any]]:
+) -> tuple[DegradationConfig | None, FileList, Made[int, PlannedShard], dict[str, Any]]:
     """The recipe, the source files, the plan of those that are no near-duplicates, and run.json."""
     recipe = resolve_degradation(config)
     check_apart(config.output, config.sources)
-    files = list_sources(config.sources)
+    begun = write and not exists(join(config.output, "manifest.json"))
+    files = list_sources(config.sources, config.output if begun else "")
     inputs = {"source_id": source_id(files), **_latents_inputs(config)}
     run = claim_output(config.output, config, job="shard", inputs=inputs, libraries=LIBRARIES, write=write)
     kept = without_near_duplicates(files, config, write=write)
@@ -107,8 +111,9 @@ def _latents_inputs(config: ShardConfig) -> dict[str, Any]:
     return {"latents": {"model": model_id(config.latents.model), "device": _device(config)}}
 
 
-def _facts(config: ShardConfig, recipe: DegradationConfig | None, files: list[SourceFile]) -> dict[str, Any]:
-    scale = recipe.scale if recipe else next((file.scale for file in files if file.lr_uri), None)
+def _facts(config: ShardConfig, recipe: DegradationConfig | None, files: FileList) -> dict[str, Any]:
+    pairs = (getattr(source, "scale", None) for source in config.sources if brings_lr(source))
+    scale = recipe.scale if recipe else next(pairs, None)
     facts = {
         "source_id": source_id(files),
         **({} if config.dedupe is None else {"near_duplicates": count_near_duplicates(config.output)}),
@@ -122,12 +127,13 @@ def _facts(config: ShardConfig, recipe: DegradationConfig | None, files: list[So
     return facts | {"latents_model": encoder.encoder_id, "sampled_steps": config.latents.sampled_steps}
 
 
-def _write_shards(config: ShardConfig, recipe: DegradationConfig | None, shards: list[PlannedShard]) -> int:
+def _write_shards(config: ShardConfig, recipe: DegradationConfig | None, shards: Made[int, PlannedShard]) -> int:
     """Write what is missing; the number of its samples."""
     done = set(committed(config.output))
-    pending = [shard for shard in shards if shard.index not in done]
-    num_samples = sum(len(shard.samples) for shard in shards)
-    num_pending = sum(len(shard.samples) for shard in pending)
+    pending = Made([index for index in shards.keys if index not in done], shards.make)
+    full, last = config.samples_per_shard, shards[-1].count
+    num_samples = full * (len(shards) - 1) + last
+    num_pending = full * len(pending) - (0 if len(shards) - 1 in done else full - last)
     with progress("sharding", num_samples, done=num_samples - num_pending) as advance:
         runtime = config.runtime
         written = on_ray(
@@ -190,10 +196,12 @@ def write_shard(
     with staging(place) as tar:
         indexed: list[tuple[int, str, tuple[float, ...]]] = []
         sides: list[int] = []
+        captions: list[bool] = []
 
         def members(samples: Iterable[Sample]) -> Iterator[tuple[str, dict[str, bytes]]]:
             for sample in samples:
                 indexed.append((sample.phash, sample.digest, sample.scores))
+                captions.append(CAPTION in sample.members)
                 sides.append(min(sample.hr.shape[:2]))
                 yield sample.key, sample.members
                 give_back_memory()
@@ -210,6 +218,7 @@ def write_shard(
             quarantined,
             dict(sorted(dropped.items())),
             min(sides, default=None),
+            sum(captions),
         )
         if not publish_if_absent(tar, place):
             with tempfile.TemporaryDirectory(prefix="ccsr-shard-") as folder:
@@ -234,8 +243,9 @@ def _samples(
     for file, group in groupby(planned, key=lambda sample: sample.file):  # a file is decoded once for all its crops
         samples, digest = list(group), ""
         try:
-            data, digest = read_source(file)
-            opened = open_source(file, data, digest, convert=config.converted)
+            source = read_source(file)
+            digest = source.sha256
+            opened = open_source(file, source, convert=config.converted)
         except UnusableImageError as error:
             quarantined += [Quarantined(one.key, file.name, error.reason, error.what, digest) for one in samples]
             continue

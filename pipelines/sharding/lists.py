@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from infra.errors import DataError, line_of
@@ -13,10 +13,12 @@ from infra.storage import join, read_bytes
 SUFFIXES = (".txt", ".csv", ".json", ".jsonl", ".parquet")
 
 
-def read_list(path: str, columns: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """The given columns of every row, all text. A .txt file has one path a line; a list of JSON may hold plain paths.
+def read_list(path: str, columns: Sequence[str], caption: str | None = None) -> list[tuple[str, ...]]:
+    """The given columns of every row, all text, and the column `caption`, which may be empty. A .txt file has one path
+    a line; a list of JSON may hold plain paths.
 
-    DataError, with the row's number, for an empty or missing value, and for a file that cannot be parsed.
+    DataError, with the row's number, for an empty or missing value, for a caption of another type, and for a file that
+    cannot be parsed.
     """
     suffix = next((suffix for suffix in SUFFIXES if path.lower().endswith(suffix)), None)
     if suffix is None:
@@ -34,7 +36,16 @@ def read_list(path: str, columns: tuple[str, ...]) -> list[tuple[str, ...]]:
             where=path,
             todo="complete the list, or name its columns (`image`, `lr`)",
         )
-    return [tuple(_text(row, column) for column in columns) for row in rows]
+    if caption:
+        kinds = [(number, row[caption]) for number, row in enumerate(rows, 1) if row.get(caption) is not None]
+        if other := [number for number, value in kinds if not isinstance(value, str)]:
+            raise DataError(
+                f"{len(other)} of {len(rows)} rows have a {caption} that is no text (first: row {other[0]})",
+                where=path,
+                todo="write each caption as one text",
+            )
+    every = [*columns, *([caption] if caption else [])]
+    return [tuple(_text(row, column) for column in every) for row in rows]
 
 
 def resolved(name: str, path: str) -> str:

@@ -3,11 +3,12 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 
 from infra.config import canonical_json
 from pipelines.sharding.config import GridCrop, RandomCrop, ShardConfig
-from pipelines.sharding.sources import SourceFile
+from pipelines.sharding.files import FileList, Made, SourceFile
 
 LISTED_AT_ONCE = 10_000
 
@@ -27,10 +28,37 @@ class PlannedSample:
     at: tuple[int, int] | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
+class Numbering:
+    """Which samples a file has, from 0 to `per_file` - 1."""
+
+    per_file: int
+    num_crops: int
+    draws: int
+    grid: bool
+
+    def sample(self, file: SourceFile, number: int) -> PlannedSample:
+        if self.grid:
+            return PlannedSample(f"{file.key}-grid", f"{file.key}-grid", file)
+        crop, draw = divmod(number, self.draws)
+        return PlannedSample(f"{file.key}-{crop:03d}-{draw}", f"{file.key}-{crop:03d}", file, crop // self.num_crops)
+
+
+@dataclass(frozen=True)
 class PlannedShard:
+    """A shard's files, and its samples among theirs: `count` from the `start`-th on. The worker lists the samples."""
+
     index: int
-    samples: tuple[PlannedSample, ...]
+    files: Sequence[SourceFile]
+    start: int
+    count: int
+    numbering: Numbering
+
+    @cached_property
+    def samples(self) -> tuple[PlannedSample, ...]:
+        places = (divmod(n, self.numbering.per_file) for n in range(self.start, self.start + self.count))
+        files = list(self.files)
+        return tuple(self.numbering.sample(files[file], number) for file, number in places)
 
     @property
     def name(self) -> str:
@@ -43,21 +71,24 @@ def num_variants(config: ShardConfig) -> int:
     return len(config.scales) + (config.short_side_px is not None)
 
 
-def plan_shards(files: Sequence[SourceFile], config: ShardConfig) -> list[PlannedShard]:
+def plan_shards(files: Sequence[SourceFile], config: ShardConfig) -> Made[int, PlannedShard]:
     """Files in order, each one's sizes and crops in order, each crop's draws in order, cut into shards of equal length.
 
-    Under a grid a shard has `samples_per_shard` whole files.
+    Under a grid a shard has `samples_per_shard` whole files. A shard is computed from its number when it is asked for.
     """
-    if isinstance(config.crop, GridCrop):
-        samples = [PlannedSample(f"{file.key}-grid", f"{file.key}-grid", file) for file in files]
-    else:
-        num_crops = config.crop.num_per_image if isinstance(config.crop, RandomCrop) else 1
-        samples = [
-            PlannedSample(f"{file.key}-{crop:03d}-{draw}", f"{file.key}-{crop:03d}", file, crop // num_crops)
-            for file, crop, draw in product(files, range(num_variants(config) * num_crops), range(config.draws))
-        ]
-    groups = [samples[i : i + config.samples_per_shard] for i in range(0, len(samples), config.samples_per_shard)]
-    return [PlannedShard(index, tuple(group)) for index, group in enumerate(groups)]
+    num_crops = config.crop.num_per_image if isinstance(config.crop, RandomCrop) else 1
+    grid = isinstance(config.crop, GridCrop)
+    per_file = 1 if grid else num_variants(config) * num_crops * config.draws
+    numbering = Numbering(per_file, num_crops, config.draws, grid)
+    total, size = len(files) * per_file, config.samples_per_shard
+
+    def shard(index: int) -> PlannedShard:
+        start, stop = index * size, min((index + 1) * size, total)
+        first, end = start // per_file, -(-stop // per_file)
+        some = files.part(first, end) if isinstance(files, FileList) else files[first:end]
+        return PlannedShard(index, some, start % per_file, stop - start, numbering)
+
+    return Made(range(-(-total // size)), shard)
 
 
 def grid_samples(
@@ -87,14 +118,13 @@ def _starts(length: int, crop: GridCrop) -> list[int]:
     return starts
 
 
-def source_id(files: Sequence[SourceFile]) -> str:
+def source_id(files: FileList) -> str:
     """Identifies the source list by names and sizes (shard sets: by their ids too), wherever the files are."""
     digest = hashlib.sha256(b"[")
     for start in range(0, len(files), LISTED_AT_ONCE):  # the JSON of ten million takes gigabytes
-        part = files[start : start + LISTED_AT_ONCE]
-        listed = [
-            [file.source, file.name, file.num_bytes, *([file.identity] if file.identity else [])] for file in part
-        ]
+        stop = min(start + LISTED_AT_ONCE, len(files))
+        rows = zip(*files.columns("source", "name", "num_bytes", "identity", start=start, stop=stop), strict=True)
+        listed = [row if row[-1] else row[:-1] for row in rows]
         digest.update((b"," if start else b"") + canonical_json(listed)[1:-1])
     digest.update(b"]")
     return digest.hexdigest()[:16]

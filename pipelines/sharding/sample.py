@@ -4,23 +4,23 @@ import hashlib
 import json
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from degradation.config import DegradationConfig
 from degradation.pipeline import degrade
-from infra.images import UnusableImageError, decode_image, encode_png, is_plain_jpeg
+from infra.images import UnusableImageError, decode_image, encode_png, is_plain_jpeg, refusing
 from infra.png import is_plain_png
 from infra.seeding import rng_for
-from infra.shards import image_of, read_sample
+from infra.shards import CAPTION, image_of, read_sample
 from pipelines.sharding.config import CenterCrop, GridCrop, RandomCrop, ShardConfig
 from pipelines.sharding.containers import read_source_bytes
+from pipelines.sharding.files import SourceFile
 from pipelines.sharding.pairs import check_pair
 from pipelines.sharding.phash import perceptual_hash
 from pipelines.sharding.plan import PlannedSample
-from pipelines.sharding.sources import SourceFile
 
 
 @dataclass(frozen=True)
@@ -36,35 +36,44 @@ class Sample:
     condition: np.ndarray | None
 
 
+class SourceBytes(NamedTuple):
+    data: bytes
+    sha256: str
+    caption: bytes = b""
+
+
 @dataclass(frozen=True)
 class Opened:
-    """A source file's bytes, the SHA-256 of the photograph's file (a shard set remembers it), and the image(s)."""
+    """A decoded source and its image(s)."""
 
-    data: bytes
-    digest: str
+    source: SourceBytes
     image: np.ndarray
     lr_data: bytes = b""
     lr: np.ndarray | None = None
 
 
-def read_source(file: SourceFile) -> tuple[bytes, str]:
-    """A file's bytes and the SHA-256 of its photograph."""
+def read_source(file: SourceFile) -> SourceBytes:
+    """A file's bytes, the SHA-256 of its photograph (a shard set remembers it), and its caption."""
     if file.entry is not None:
         members = read_sample(file.uri, file.entry)
-        return image_of(members), json.loads(members["json"])["source_sha256"]
+        return SourceBytes(image_of(members), json.loads(members["json"])["source_sha256"], members.get(CAPTION, b""))
     data = read_source_bytes(file.uri)
-    return data, hashlib.sha256(data).hexdigest()
+    caption = read_source_bytes(file.caption_uri) if file.caption_uri else b""
+    return SourceBytes(data, hashlib.sha256(data).hexdigest(), caption if caption.strip() else b"")
 
 
-def open_source(file: SourceFile, data: bytes, digest: str, *, convert: Collection[str] = ()) -> Opened:
-    """Decode a file, of a pair both. UnusableImageError with its reason where that cannot be done."""
-    image = decode_image(data, where=file.uri, convert=convert)
+def open_source(file: SourceFile, source: SourceBytes, *, convert: Collection[str] = ()) -> Opened:
+    """Decode a file, of a pair both. UnusableImageError with its reason where that cannot be done, also (`caption`)
+    where the caption is not UTF-8."""
+    image = decode_image(source.data, where=file.uri, convert=convert)
+    with refusing("caption", "the caption is not UTF-8", file.caption_uri or file.uri):
+        source.caption.decode()
     if not file.lr_uri:
-        return Opened(data, digest, image)
+        return Opened(source, image)
     lr_data = read_source_bytes(file.lr_uri)
     lr = decode_image(lr_data, where=file.lr_uri, convert=convert)
     check_pair(image, lr, file.scale, where=f"{file.uri} and {file.lr_uri}")
-    return Opened(data, digest, image, lr_data, lr)
+    return Opened(source, image, lr_data, lr)
 
 
 def variant_size(image: np.ndarray, variant: int, config: ShardConfig) -> tuple[int, int]:
@@ -137,7 +146,8 @@ def make_sample(
     recipe: DegradationConfig | None,
     scores: tuple[float, ...],
 ) -> Sample:
-    """Degrade and encode a window: hr.png, lr.png where there is a degradation or a pair, json with how they were made.
+    """Degrade and encode a window: hr.png, lr.png where there is a degradation or a pair, txt where there is a caption,
+    json with how they were made.
 
     An image that is taken whole keeps its file's bytes where that is a plain PNG or JPEG (then hr.jpg, lr.jpg); of a
     JPEG, whose decoders differ in rounding, the json has the SHA-256 of the pixels.
@@ -145,7 +155,7 @@ def make_sample(
     facts: dict[str, Any] = {
         "key": planned.key,
         "source": f"{planned.file.source}/{planned.file.name}",
-        "source_sha256": opened.digest,
+        "source_sha256": opened.source.sha256,
         "crop": crop,
         "seed": config.seed,
     }
@@ -161,7 +171,10 @@ def make_sample(
         hr, lr, clean = pair.hr, pair.lr, bool(pair.trace["clean"])
         facts["degradation"] = pair.trace
     members: dict[str, bytes] = {}
-    for side, image, whole, data in (("hr", hr, opened.image, opened.data), ("lr", lr, opened.lr, opened.lr_data)):
+    for side, image, whole, data in (
+        ("hr", hr, opened.image, opened.source.data),
+        ("lr", lr, opened.lr, opened.lr_data),
+    ):
         if image is None:
             continue
         untouched = whole is not None and image.shape == whole.shape and np.array_equal(image, whole)
@@ -170,5 +183,8 @@ def make_sample(
             facts[f"{side}_pixels_sha256"] = hashlib.sha256(image.tobytes()).hexdigest()
         else:
             members[f"{side}.png"] = data if untouched and is_plain_png(data) else encode_png(image)
+    if opened.source.caption:
+        members[CAPTION] = opened.source.caption
     members["json"] = json.dumps(facts, sort_keys=True).encode()
-    return Sample(planned.key, members, perceptual_hash(window), opened.digest, scores, hr, hr if clean else lr)
+    digest = opened.source.sha256
+    return Sample(planned.key, members, perceptual_hash(window), digest, scores, hr, hr if clean else lr)

@@ -12,9 +12,10 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from recordings import recordings
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextModel
 
 from infra import ModelError
+from tests.small_networks import save_text_tower
 from training.config import ModelConfig
 from training.convert import convert_v1, convert_v2
 from training.convert.ldm import unet_names, vae_names
@@ -93,27 +94,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, networks: tuple[UNet2DConditi
     save_file(unet.state_dict(), folder / "unet" / WEIGHTS)
     with seeded_init(2):
         AutoencoderKL(**VAE).save_pretrained(folder / "vae")
-        config = CLIPTextConfig(
-            vocab_size=300,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=7,
-            bos_token_id=298,
-            eos_token_id=299,
-        )
-        CLIPTextModel(config).save_pretrained(folder / "text_encoder")
-    tokenizer = folder / "tokenizer"
-    tokenizer.mkdir()
-    letters = [chr(code) for code in range(33, 127)]
-    tokens = [*letters, *(letter + "</w>" for letter in letters)]
-    tokens += [f"<unused{index}>" for index in range(298 - len(tokens))] + ["<|startoftext|>", "<|endoftext|>"]
-    (tokenizer / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
-    (tokenizer / "merges.txt").write_text("#version: 0.2\n")
-    (tokenizer / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "CLIPTokenizer", "pad_token": "!", "model_max_length": 7})
-    )
+        save_text_tower(folder)
     return folder
 
 

@@ -61,8 +61,9 @@ def test_latents_of_a_shard_set_of_pairs(tmp_path: Path, monkeypatch: pytest.Mon
         )
 
 
-def test_near_duplicates_are_left_out_before_the_plan(tmp_path: Path) -> None:
-    """What is kept makes the set that the kept files make alone."""
+def test_near_duplicates_are_left_out_before_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept makes the set that the kept files make alone; shards go to Ray two at a time."""
+    monkeypatch.setattr("infra.ray_runtime.ITEMS_AT_ONCE", 2)
     photos = tmp_path / "photos"
     photos.mkdir()
     kept, alike = [data.coffee(), data.astronaut(), data.chelsea()], data.astronaut()[8:-8, 8:-8]
@@ -71,6 +72,7 @@ def test_near_duplicates_are_left_out_before_the_plan(tmp_path: Path) -> None:
     (photos / "4.png").write_bytes(b"no picture")
     source = {"kind": "folder", "name": "p", "path": str(photos)}
     changes: dict[str, Any] = {"crop": {"kind": "center", "size_px": 64}, "degradation": "bicubic"}
+    changes["samples_per_shard"] = 1
     changes["runtime"] = {"max_failed_fraction": 1}
     made = run(tmp_path / "out", source, dedupe=6, **changes)
     (line,) = map(json.loads, (tmp_path / "out/near_duplicates.jsonl").read_text().splitlines())

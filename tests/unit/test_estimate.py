@@ -37,6 +37,13 @@ def test_a_part_of_the_files_tells_the_rest_within_its_spread(photos: Path, tmp_
     assert abs(estimate.num_bytes.value - true) < 1.5 * estimate.num_bytes.spread
     assert estimate.num_bytes.spread < 0.5 * true
     assert len(shard_table(estimate).rows) == 6
+    assert estimate.hash_core_seconds == Amount(0, 0)
+
+
+def test_looking_for_near_duplicates_is_counted(photos: Path, tmp_path: Path) -> None:
+    estimate = estimate_shards(shard_config(photos, tmp_path / "set", degradation="bicubic", dedupe=4), num_files=8)
+    assert 0 < estimate.hash_core_seconds.value < estimate.core_seconds.value
+    assert "looking for near-duplicates" in str(shard_table(estimate).rows[-2])
 
 
 def test_files_that_cannot_be_used_count_for_nothing(tmp_path: Path) -> None:

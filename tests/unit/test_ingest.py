@@ -28,7 +28,7 @@ from infra.storage import sha256_file
 from training.config import ModelConfig, TrainConfig, TrainingSet
 from training.data.batches import Batch, check_cpus, collate, updates, window
 from training.data.order import Order
-from training.data.samples import MOMENTS, Place, SampleMaker, SampleReader, TrainingSample, check_latents
+from training.data.samples import MOMENTS, Place, SampleMaker, SampleReader, TrainingSample, check_stored
 from training.models import CcsrModel, build_model
 from training.run.stages import build_stage
 
@@ -295,7 +295,7 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> tuple[Manifest, CcsrMod
 def test_stored_latents_take_the_encoders_place(latents: tuple[Manifest, CcsrModel], number: int) -> None:
     manifest, model = latents
     settings = config(inputs="latents", crop_px=64, stage=number, model={"preset": "tiny", "family": "v2"})
-    check_latents(settings, [manifest], model.encoder_id())
+    check_stored(settings, [manifest], model.encoder_id())
     batch = collate([reader_of([manifest], settings)(position) for position in range(3)]).to("cpu")
     assert batch.hr.shape == ((3, 3, 64, 64) if number == 2 else (3, 3, 0, 0))
     by_key = {entry.key: read_sample(manifest.uri, entry) for entry in manifest.entries}
@@ -320,10 +320,10 @@ def test_latents_that_do_not_fit_are_refused(latents: tuple[Manifest, CcsrModel]
     settings = config(inputs="latents", crop_px=64)
     other = build_model(ModelConfig(preset="tiny", family="v2"), seed=2)
     with pytest.raises(ConfigError, match=f"{model.encoder_id()}, the model's encoder is {other.encoder_id()}"):
-        check_latents(settings, [manifest], other.encoder_id())
+        check_stored(settings, [manifest], other.encoder_id())
     with pytest.raises(ConfigError, match="hold no latents"):
-        check_latents(settings, stored, model.encoder_id())
-    check_latents(config(), stored, other.encoder_id())
+        check_stored(settings, stored, model.encoder_id())
+    check_stored(config(), stored, other.encoder_id())
     with pytest.raises(DataError, match="of 64x64 px, not of crop_px = 32"):
         reader_of([manifest], config(inputs="latents"))(0)
     with pytest.raises(DataError, match="holds no latents"):

@@ -1,6 +1,8 @@
 """Perceptual hashes: near for the same picture, far for others, silent about skies."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -9,8 +11,8 @@ from photos import photo
 
 from infra import rng_for
 from pipelines.sharding.dedupe import _near_duplicates
+from pipelines.sharding.files import SourceFile
 from pipelines.sharding.phash import NEAR_BITS, near_pairs, perceptual_hash
-from pipelines.sharding.sources import SourceFile
 
 skimage = pytest.importorskip("skimage", reason="the photographs come with the extra `demo`")
 sklearn = pytest.importorskip("sklearn", reason="the photographs come with the extra `demo`")
@@ -60,7 +62,7 @@ def test_skies_have_no_hash() -> None:
     assert perceptual_hash(photo(64, 64)).bit_length() <= 64
 
 
-def test_near_pairs_are_those_of_a_plain_loop() -> None:
+def test_near_pairs_are_those_of_a_plain_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = rng_for(1, "hashes")
     b = rng.integers(1, 2**64, 3000, dtype=np.uint64)
     flips = np.bitwise_or.reduce(np.uint64(1) << rng.integers(0, 64, (2000, 7), dtype=np.uint64), axis=1)
@@ -73,11 +75,13 @@ def test_near_pairs_are_those_of_a_plain_loop() -> None:
         if x and y and (x ^ y).bit_count() <= 6
     ]
     assert len(expected) > 100
-    assert near_pairs(a, b) == expected
-    assert near_pairs(a[:0], b) == near_pairs(a, b[:0]) == []
-    assert len(near_pairs(a, b, max_bits=7)) > len(expected)
+    assert list(near_pairs(a, b)) == expected
+    monkeypatch.setattr("pipelines.sharding.phash.COMPARED_AT_ONCE", 100)
+    assert list(near_pairs(a, b)) == expected
+    assert [*near_pairs(a[:0], b), *near_pairs(a, b[:0])] == []
+    assert len(list(near_pairs(a, b, max_bits=7))) > len(expected)
     few = a[:60], b[:60]
-    assert len(near_pairs(*few, max_bits=64)) == np.count_nonzero(few[0]) * np.count_nonzero(few[1])
+    assert len(list(near_pairs(*few, max_bits=64))) == np.count_nonzero(few[0]) * np.count_nonzero(few[1])
 
 
 def test_the_first_of_those_alike_is_kept_and_what_is_left_out_leaves_nothing_out() -> None:
@@ -87,3 +91,23 @@ def test_the_first_of_those_alike_is_kept_and_what_is_left_out_leaves_nothing_ou
     assert [(line["key"], line["like"], line["bits"]) for line in lines] == [("k2", "0.png", 2), ("k4", "0.png", 2)]
     chain = np.array([0b1, 0b111, 0b11111], np.uint64)  # the third is like the second alone, which is gone
     assert [line["key"] for line in _near_duplicates(files[:3], chain, 2)] == ["k1"]
+
+
+def test_many_frames_that_are_alike_are_not_all_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fixed camera's frames: once one is left out, its pairs are not listed."""
+    rng = rng_for(2, "frames")
+    hashes = np.uint64(2**63 - 1) ^ (np.uint64(1) << rng.integers(0, 64, 5000, dtype=np.uint64))
+    files = [SourceFile(f"k{number}", "s", f"{number}.png", "", 0) for number in range(len(hashes))]
+    listed = []
+
+    def counted(*hashes: Any, **how: Any) -> Iterator[tuple[int, int, int]]:
+        for pair in near_pairs(*hashes, **how):
+            listed.append(pair)
+            yield pair
+
+    monkeypatch.setattr("pipelines.sharding.phash.COMPARED_AT_ONCE", 2**18)
+    monkeypatch.setattr("pipelines.sharding.dedupe.near_pairs", counted)
+    lines = _near_duplicates(files, hashes, 4)
+    assert [line["key"] for line in lines] == [file.key for file in files[1:]]
+    assert {line["like"] for line in lines} == {"0.png"}
+    assert len(listed) < 100_000, "of 12 million"

@@ -1,6 +1,7 @@
 """The plan: every crop and draw of every file appears exactly once, under its own key, by a pure function."""
 
 import hashlib
+import pickle
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -12,10 +13,11 @@ from photos import save_photos, shard_config
 from infra import DataError
 from infra.config import canonical_json
 from infra.shards import KEY_PATTERN
-from pipelines.sharding import sources
+from pipelines.sharding import listing
 from pipelines.sharding.config import ShardConfig
+from pipelines.sharding.files import FileList, SourceFile
 from pipelines.sharding.plan import plan_shards, source_id
-from pipelines.sharding.sources import SourceFile, list_sources
+from pipelines.sharding.sources import list_sources
 
 NAME = st.text(st.sampled_from("ab-_. é/写"), min_size=1, max_size=70).filter(lambda name: "//" not in f"/{name}")
 FILES = st.lists(NAME, min_size=1, max_size=12, unique=True)
@@ -31,7 +33,11 @@ def listed(names: list[str], monkeypatch: pytest.MonkeyPatch, source_names: tupl
     """`list_sources` over sources that all hold the files `names`."""
     folders = [{"kind": "folder", "name": name, "path": f"somewhere/{i}"} for i, name in enumerate(source_names)]
     values = {"job": "shard", "output": "out", "sources": folders}
-    monkeypatch.setattr(sources, "list_images", lambda root: {f"{root}/{name}": 7 for name in sorted(names)})
+
+    def found(path: str, *_: Any) -> list[listing.Found]:
+        return [listing.Found(name, f"{path}/{name}", 7) for name in sorted(names)]
+
+    monkeypatch.setattr(listing, "_list_place", found)
     return list_sources(ShardConfig.model_validate(values).sources)
 
 
@@ -41,7 +47,8 @@ def test_every_sample_stands_exactly_once(names: list[str], counts: tuple[int, i
         files = listed([f"{name}.png" for name in names], monkeypatch)
     num_crops, num_draws, samples_per_shard = counts
     shards = plan_shards(files, config(*counts))
-    assert shards == plan_shards(files, config(*counts))
+    assert [shard.samples for shard in shards] == [shard.samples for shard in plan_shards(files, config(*counts))]
+    assert [shard.samples for shard in pickle.loads(pickle.dumps(shards[:]))] == [shard.samples for shard in shards]
     samples = [sample for shard in shards for sample in shard.samples]
     assert len(samples) == len(names) * num_crops * num_draws
     assert len({sample.key for sample in samples}) == len(samples)
@@ -87,9 +94,11 @@ def test_the_source_id_sees_names_sizes_and_order() -> None:
     file = SourceFile("k", "set", "a.png", "/x/a.png", 7)
     changed = [SourceFile("k", "set", "b.png", "/x/a.png", 7), SourceFile("k", "set", "a.png", "/x/a.png", 8)]
     other = SourceFile("l", "set", "c.png", "/x/c.png", 7)
-    ids = [source_id(files) for files in ([file], [changed[0]], [changed[1]], [file, other], [other, file], [])]
+    ids = [
+        source_id(FileList(files)) for files in ([file], [changed[0]], [changed[1]], [file, other], [other, file], [])
+    ]
     assert len(set(ids)) == len(ids)
-    assert source_id([SourceFile("other key", "set", "a.png", "s3://b/a.png", 7)]) == ids[0]
+    assert source_id(FileList([SourceFile("other key", "set", "a.png", "s3://b/a.png", 7)])) == ids[0]
 
 
 def test_the_source_id_is_that_of_the_whole_list(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +106,7 @@ def test_the_source_id_is_that_of_the_whole_list(monkeypatch: pytest.MonkeyPatch
     for count in range(6):
         files = [SourceFile(f"k{i}", "set", f"{i}.png", "u", i, identity="x" * (i == 1)) for i in range(count)]
         listed = [[file.source, file.name, file.num_bytes, *filter(None, [file.identity])] for file in files]
-        assert source_id(files) == hashlib.sha256(canonical_json(listed)).hexdigest()[:16]
+        assert source_id(FileList(files)) == hashlib.sha256(canonical_json(listed)).hexdigest()[:16]
 
 
 def test_a_long_name_is_cut_and_keeps_its_identity() -> None:

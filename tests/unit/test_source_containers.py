@@ -177,7 +177,7 @@ def test_samples_of_several_images_need_a_choice(tmp_path: Path) -> None:
         listed(**source)
     assert caught.value.todo == "write `member: a.png`, for one, in a source of `ccsr shard`"
     assert [file.name for file in listed(**source, member="a.png")] == ["0.tar/d.d/0.a.png", "0.tar/d.d/1.a.png"]
-    with pytest.raises(DataError, match=r"4 members, but no member \.jpg"):
+    with pytest.raises(DataError, match=r"1 of 1 tars hold no member \.jpg: 0\.tar"):
         listed(**source, member="jpg")
 
 
@@ -216,7 +216,7 @@ def test_wrong_tars_are_refused(tmp_path: Path) -> None:
     with webdataset.TarWriter(str(tmp_path / "texts.tar"), encoder=False) as writer:
         writer.write({"__key__": "0", "txt": b"x"})
     for name, content, message in (
-        ("texts", None, "1 members, but no image"),
+        ("texts", None, r"1 of 1 tars hold no image: texts\.tar"),
         ("gz", b"\x1f\x8b" + bytes(600), "the tar cannot be read"),
         ("cut", (tmp_path / "00000.tar").read_bytes()[:2000], "the tar cannot be read"),
         ("empty", b"", "the tar cannot be read"),
@@ -226,6 +226,9 @@ def test_wrong_tars_are_refused(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=message) as caught:
             listed(kind="webdataset", path=str(tmp_path / f"{name}.tar"))
         assert caught.value.where == str(tmp_path / f"{name}.tar")
+    (tmp_path / "more.tar").write_bytes((tmp_path / "texts.tar").read_bytes())
+    with pytest.raises(DataError, match=r"2 of 3 tars hold no image: texts\.tar, more\.tar"):
+        open_set(str(tmp_path / "{texts,00000,more}.tar"), str(tmp_path / "cache"))
     with pytest.raises(ConfigError, match="brace is not closed"):
         listed(kind="webdataset", path=str(tmp_path / "{0,1.tar"))
 

@@ -18,6 +18,7 @@ from infra.shards import read_sample
 from infra.storage import join
 from pipelines.sets.verify import verify
 from pipelines.sharding.config import ShardConfig
+from pipelines.sharding.files import FileList
 from pipelines.sharding.pairs import check_pair
 from pipelines.sharding.plan import source_id
 from pipelines.sharding.recipe import resolve_degradation
@@ -76,7 +77,7 @@ def test_the_expected_counts_are_the_published_ones(tmp_path: Path) -> None:
     counts = {"DIV2K_train": 800, "DIV2K_valid": 100, "Flickr2K": 2650, "DIV8K": 1500, "OST": 10324}
     for dataset, count in {**counts, "FFHQ": 70000, "LSDIR": 84991}.items():
         config = config_of({"kind": "folder", "name": "s", "path": "x", "dataset": dataset})
-        assert source_facts(config.sources, [])[0]["expected_files"] == count
+        assert source_facts(config.sources, FileList([]))[0]["expected_files"] == count
     put(tmp_path, *(f"{number:04d}.png" for number in range(1, 901)))
     assert [file.name for file in listed(path=str(tmp_path), dataset="DIV2K_train")][::799] == ["0001.png", "0800.png"]
     assert len(listed(path=str(tmp_path), dataset="DIV2K_valid")) == 100

@@ -55,7 +55,7 @@ def estimates() -> list[Table]:
     }
     parts = {"weights": 2**31, "gradients": 2**30, "optimiser": 3 * 2**30, "activations": 2**34}
     one = TrainEstimate(4, 4, 6, parts, 2**32, 2**30, 2**26, 2.99, 167.7, 3.2, 12.7, 38.16)
-    some = ShardEstimate(10_000, 16, 1_234, 8, *(Amount(1e6 * n, 1e4) for n in range(1, 5)))
+    some = ShardEstimate(10_000, 16, 1_234, 8, *(Amount(1e6 * n, 1e4) for n in range(1, 6)))
     trained = train_tables(TrainConfig.model_validate(values), Assumed(), [one] * 3)
     return [*trained, *model_tables("tiny"), shard_table(some)]
 

@@ -28,6 +28,7 @@ class Batch:
     """One micro-batch: `hr` and `lr` (B, 3, S, S) RGB, the LR enlarged to the size of the HR.
 
     uint8 as the ingest makes it, float32 in [0, 1] after `to`. `moments`: stored latents by name, float16 and float32.
+    `prompts`: a text for each sample, or none for empty ones.
     """
 
     keys: list[str]
@@ -35,6 +36,7 @@ class Batch:
     hr: "Tensor"
     lr: "Tensor"
     moments: dict[str, "Tensor"] = field(default_factory=dict)
+    prompts: tuple[str, ...] = ()
 
     def to(self, device: str) -> "Batch":
         """On a device, in float32. Moved first: bytes are a quarter of the way."""
@@ -63,15 +65,18 @@ def _stack(samples: Sequence[TrainingSample]) -> dict[str, np.ndarray]:
     images = {"hr": [sample.hr for sample in samples], "lr": lr}
     # In C order whatever the rows are: convolutions of another memory layout round otherwise.
     stacked = {name: np.ascontiguousarray(np.stack(rows)) for name, rows in images.items()}
+    if samples[0].prompt is not None:
+        stacked["prompts"] = np.array([sample.prompt for sample in samples])
     return stacked | {name: np.stack([sample.moments[name] for sample in samples]) for name in samples[0].moments}
 
 
 def _batch(keys: list[str], positions: list[int], arrays: dict[str, np.ndarray]) -> Batch:
     import torch
 
-    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    prompts = tuple(arrays.get("prompts", np.array(())).tolist())
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items() if name != "prompts"}
     hr, lr = (tensors.pop(name).permute(0, 3, 1, 2) for name in ("hr", "lr"))
-    return Batch(keys, positions, hr, lr, tensors)
+    return Batch(keys, positions, hr, lr, tensors, prompts)
 
 
 def collate(samples: Sequence[TrainingSample]) -> Batch:

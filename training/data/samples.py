@@ -4,7 +4,7 @@ import io
 import json
 from bisect import bisect
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -14,11 +14,11 @@ from PIL import Image
 from degradation.config import DegradationConfig
 from degradation.pipeline import degrade
 from degradation.presets import load_preset
-from infra.errors import ConfigError, DataError
+from infra.errors import ConfigError, DataError, line_of
 from infra.images import decode_image
 from infra.manifest import Manifest
 from infra.seeding import rng_for
-from infra.shards import Entry, image_of, read_sample
+from infra.shards import CAPTION, Entry, image_of, read_sample
 from training.config import TrainConfig
 from training.data.order import FEISTEL, Order
 
@@ -39,7 +39,8 @@ class Place(NamedTuple):
 class TrainingSample:
     """`hr` uint8 (S, S, 3) and `lr` uint8 (S / scale, S / scale, 3), RGB; the LR of a clean pair is the HR.
 
-    `moments`: stored latents by name, float16 (4, S/8, S/8); stages 0 and 1 then have images of 0 x 0 px.
+    `moments`: stored latents by name, float16 (4, S/8, S/8); stages 0 and 1 then have images of 0 x 0 px. `prompt`: the
+    caption, or the empty one; None where all prompts are empty.
     """
 
     key: str
@@ -47,6 +48,7 @@ class TrainingSample:
     hr: np.ndarray
     lr: np.ndarray
     moments: dict[str, np.ndarray] = field(default_factory=dict)
+    prompt: str | None = None
 
 
 class SampleReader:
@@ -66,6 +68,7 @@ class SampleReader:
             latents,
             with_images=config.learns_images,
             with_sampled=config.starts_from_stored_samples,
+            prompt_drop_rate=config.prompt_drop_rate if config.prompt == "caption" else None,
         )
 
     def place(self, position: int) -> Place:
@@ -85,7 +88,7 @@ class SampleMaker:
     """Reads one sample. It knows neither index nor model, so it travels with a task and loads quickly anywhere.
 
     `recipes`: of each set; None for the stored LR. `latents`: the stored ones, together with the images only where
-    `with_images`, with the sampled latent where `with_sampled`.
+    `with_images`, with the sampled latent where `with_sampled`. `prompt_drop_rate`: of captions; None for no prompts.
     """
 
     seed: int
@@ -94,14 +97,27 @@ class SampleMaker:
     latents: bool = False
     with_images: bool = True
     with_sampled: bool = False
+    prompt_drop_rate: float | None = None
 
     def __call__(self, place: Place) -> TrainingSample:
-        """Its crop, flip and degradation depend on (seed, position) alone; stored latents are taken as they are."""
+        """Its crop, flip, degradation and whether its caption is dropped depend on (seed, position) alone; stored
+        latents are taken as they are."""
         entry = place.entry
         members = read_sample(place.uri, entry)
         where = f"{place.uri}/{entry.shard}: {entry.key}"
-        if self.latents:
-            return self._stored_latents(members, place, where)
+        sample = self._stored_latents(members, place, where) if self.latents else self._degraded(members, place, where)
+        return sample if self.prompt_drop_rate is None else replace(sample, prompt=self._prompt(members, place, where))
+
+    def _prompt(self, members: dict[str, bytes], place: Place, where: str) -> str:
+        if rng_for(self.seed, "prompt", place.position).random() < (self.prompt_drop_rate or 0):
+            return ""
+        try:
+            return members.get(CAPTION, b"").decode("utf-8-sig").strip()
+        except UnicodeDecodeError as error:
+            what = f"the caption is not UTF-8 ({line_of(error)})"
+            raise DataError(what, where=where, todo="shard these tars: `ccsr shard` sets such samples aside") from error
+
+    def _degraded(self, members: dict[str, bytes], place: Place, where: str) -> TrainingSample:
         hr = decode_image(image_of(members), where=where)
         rng, recipe = rng_for(self.seed, "sample", place.position), self.recipes[place.number]
         lr = decode_image(image_of(members, "lr"), where=where) if recipe is None else hr
@@ -114,7 +130,7 @@ class SampleMaker:
         else:
             pair = degrade(hr, recipe, rng)
             hr, lr, clean = pair.hr, pair.lr, pair.trace["clean"]
-        return TrainingSample(entry.key, place.position, hr, hr if clean else lr)
+        return TrainingSample(place.entry.key, place.position, hr, hr if clean else lr)
 
     def _stored_latents(self, members: dict[str, bytes], place: Place, where: str) -> TrainingSample:
         """No window and no flip: another window is not stored encoded."""
@@ -164,8 +180,15 @@ def check_crop(config: TrainConfig, manifests: Sequence[Manifest]) -> None:
             )
 
 
-def check_latents(config: TrainConfig, manifests: Sequence[Manifest], encoder_id: str) -> None:
-    """Refuse stored latents that another encoder made than the model's: `CcsrModel.encoder_id`."""
+def check_stored(config: TrainConfig, manifests: Sequence[Manifest], encoder_id: str) -> None:
+    """Refuse sets of which none has the captions that are to be prompts, and stored latents that another encoder made
+    than the model's: `CcsrModel.encoder_id`."""
+    if config.prompt == "caption" and not any(manifest.num_captions for manifest in manifests):
+        raise ConfigError(
+            "these shards hold no captions",
+            where=", ".join(manifest.uri for manifest in manifests),
+            todo="shard with `caption` in the sources, or leave `prompt: caption` out",
+        )
     for manifest in manifests if config.inputs == "latents" else ():
         stored = manifest.facts.get("latents_model")
         if stored != encoder_id:

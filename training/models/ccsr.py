@@ -127,9 +127,9 @@ class CcsrModel:
 
         `z_lr`: scaled condition latent (b, 4, H, W) with B a multiple of b; it is repeated whole, so row i of x_t
         sees row i % b. `at` = (y, x) cuts x_t's window out of a larger z_lr: for `training.sampling.tiled`.
-        `prompt`: (1 or B, L, C), default the empty one.
+        `prompt`: (1 or b, L, C), default the empty one.
         """
-        text = self.prompt if prompt is None else prompt
+        text = self.prompt if prompt is None else prompt.to(z_lr.device)
 
         def denoise(x_t: Tensor, t: Tensor, at: tuple[int, int] | None = None) -> Tensor:
             batch, _, height, width = x_t.shape
@@ -139,7 +139,7 @@ class CcsrModel:
             if batch % len(z_lr) or condition.shape[-2:] != x_t.shape[-2:]:
                 raise ValueError(f"x_t {tuple(x_t.shape)} does not fit z_lr {tuple(z_lr.shape)} at {at}")
             condition = condition.repeat(batch // len(z_lr), 1, 1, 1)
-            found = self._predict(x_t, t, text.expand(batch, -1, -1), condition).float()
+            found = self._predict(x_t, t, text.repeat(batch // len(text), 1, 1), condition).float()
             return velocity_to_eps(x_t, found, t) if self.config.prediction == "v" else found
 
         return denoise

@@ -100,14 +100,17 @@ def _discriminator(loss: DecoderLossConfig, seed: int) -> PatchDiscriminator | P
 class Regulariser(Critic):
     """OSEDiff's: a second LoRA on the base UNet, which learns to denoise what the first one makes.
 
-    Its term, variational score distillation, moves the generator's latents from there to the base's own.
+    Its term, variational score distillation, moves the generator's latents from there to the base's own. `prompts`:
+    of each batch, in the place of the config's one.
     """
 
     name = "regulariser"
     prefix = "regulariser_"
 
-    def __init__(self, model: Any, config: TrainConfig, settings: VsdConfig) -> None:
-        self._seed, self._settings = config.seed, settings
+    def __init__(
+        self, model: Any, config: TrainConfig, settings: VsdConfig, prompts: Callable[[Batch], Tensor] | None = None
+    ) -> None:
+        self._prompts, self._seed, self._settings = prompts, config.seed, settings
         self.learning_rate = settings.learning_rate
         with seeded_init(config.seed):
             self.trained = OneStepAdapter.for_networks({"unet": model.unet}, conv_in=False)
@@ -118,6 +121,8 @@ class Regulariser(Critic):
 
     def watch(self, batch: Batch, update: int, latents: Tensor, decoded: Tensor, target: Tensor) -> None:
         self._batch, self._latents = batch, latents
+        if self._prompts:
+            self._prompt = self._prompts(batch)
 
     def term(self) -> dict[str, Tensor]:
         cond, uncond = (self._denoiser(self._base, prompt) for prompt in (self._prompt, self._negative))
@@ -132,7 +137,7 @@ class Regulariser(Critic):
         return eps_loss(self._denoiser(self._model, self._prompt), self._latents.detach(), t=t, noise=noise)
 
     def _denoiser(self, model: OneStepModel, prompt: Tensor) -> Callable[..., Tensor]:
-        return model.denoiser(self._latents.detach(), prompt.to(self._latents.device))
+        return model.denoiser(self._latents.detach(), prompt)
 
     def _draws(self, purpose: str, first: int, end: int) -> tuple[Tensor, Tensor]:
         """Timesteps from `first` to `end` - 1 and noise, by (seed, purpose, position)."""

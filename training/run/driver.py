@@ -20,7 +20,7 @@ from infra.tars import open_set
 from infra.tracking import Tracker, track
 from training.config import TrainConfig, legal_world_sizes
 from training.data.batches import check_cpus, cpus_of_worker
-from training.data.samples import check_crop, check_latents
+from training.data.samples import check_crop, check_stored
 from training.models import model_id
 from training.run.agreement import OtherRankError, WorkerContext, agree, attempt, sigterm_noted
 from training.run.board import Pulse, Watch, make_board
@@ -131,7 +131,7 @@ def _check_start(config: TrainConfig, manifests: list[Manifest]) -> None:
     """Fail here rather than in a worker if anything is missing or does not fit."""
     Validation.load(config)
     model = initial_model(config)
-    check_latents(config, manifests, model.encoder_id())
+    check_stored(config, manifests, model.encoder_id())
     build_stage(model, config)
 
 

@@ -101,7 +101,7 @@ def step_cost(config: TrainConfig) -> StepCost:
     perceptual = "none" if loss.perceptual == "lpips" else loss.perceptual
     light = loss.model_copy(update={"perceptual": perceptual, "discriminator": "patch"})
     vsd = config.vsd and config.vsd.model_copy(update={"prompt": "", "negative_prompt": ""})  # which all models have
-    config = config.model_copy(update={"decoder_loss": light, "vsd": vsd})
+    config = config.model_copy(update={"decoder_loss": light, "vsd": vsd, "prompt": "empty"})
     kept: dict[int, int] = {}
     with FakeTensorMode(allow_non_fake_inputs=True):
         torch.set_default_dtype(torch.bfloat16 if config.precision == "bf16" else torch.float32)

@@ -15,6 +15,8 @@ from training.losses import eps_terms, generator_loss
 from training.method import METHODS
 from training.models import CcsrModel, EncoderFeatures, Lpips, load_lpips
 from training.run.critics import Critic, Discriminator, Regulariser
+from training.run.prompts import Prompts
+from training.sampling import Denoise
 
 
 class Stage(nn.Module):
@@ -30,12 +32,17 @@ class Stage(nn.Module):
         self.trained = trained.requires_grad_(True)
         self.config = config
         # Not registered as submodules: DeepSpeed is to see the trained parameters only.
-        self._frozen = (model,)
+        self._frozen = (model, Prompts(model) if config.prompt == "caption" else None)
         self.method = METHODS[model.config.family]
 
     @property
     def model(self) -> CcsrModel:
         return self._frozen[0]
+
+    def _denoiser(self, batch: Batch, z_lr: Tensor) -> Denoise:
+        """The model's, under the batch's prompts."""
+        prompts = self._frozen[1]
+        return self.model.denoiser(z_lr, prompts(batch) if prompts else None)
 
     @property
     def critic(self) -> Critic | None:
@@ -74,7 +81,7 @@ class NoiseStage(Stage):
     def forward(self, batch: Batch, update: int = 0) -> dict[str, Tensor]:
         """Named terms and "loss" of one micro-batch; see `training.losses`."""
         z_hr, z_lr = self._latents(batch)
-        denoise, noise = self.model.denoiser(z_lr), self._noise(batch, "steps")
+        denoise, noise = self._denoiser(batch, z_lr), self._noise(batch, "steps")
 
         def timesteps(end: int) -> Tensor:
             return self._timesteps(batch, end)
@@ -93,7 +100,7 @@ class DecoderStage(Stage):
     def __init__(self, model: CcsrModel, config: TrainConfig) -> None:
         super().__init__(model, model.trained_part(config.stage), config)
         # Not registered either: the one has its own optimiser, the other is frozen.
-        critic = Regulariser(model, config, config.vsd) if config.vsd else Discriminator(config)
+        critic = Regulariser(model, config, config.vsd, self._frozen[1]) if config.vsd else Discriminator(config)
         self._others = (critic, _perceptual(model, config.decoder_loss.perceptual))
 
     @property
@@ -132,7 +139,7 @@ class DecoderStage(Stage):
             return batch.moments[SAMPLED]
         z_hr, z_lr = self._latents(batch)
         noise = self._noise(batch, "steps")
-        return self.method.stage2_latents(self.model.denoiser(z_lr), z_hr, z_lr, noise, self.config)
+        return self.method.stage2_latents(self._denoiser(batch, z_lr), z_hr, z_lr, noise, self.config)
 
 
 class OneStepStage(DecoderStage):
@@ -142,7 +149,7 @@ class OneStepStage(DecoderStage):
         """x0 from a sample of the LR image's posterior, as published."""
         mean, std = self.model.encode_condition(batch.lr)
         z_lr = mean + std * self._noise(batch, "lr")(mean.shape)
-        denoise, noise = self.model.denoiser(z_lr), self._noise(batch, "steps")
+        denoise, noise = self._denoiser(batch, z_lr), self._noise(batch, "steps")
         return self.method.sample(denoise, denoise, z_lr, noise, self.config.trained_sampling)
 
 
