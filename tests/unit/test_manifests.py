@@ -13,9 +13,12 @@ import kubernetes_validate
 import pytest
 import yaml
 from manifests import REPOSITORY, documents, example
+from typer.main import get_command
 
 from infra.cluster.render import CERTIFICATE
 from infra.errors import ConfigError
+from pipelines.cli.main import app
+from pipelines.cli.needs import require_gpus
 
 OLDEST_KUBERNETES, NEWEST_KUBERNETES = "1.31", "1.37"
 ALL = {
@@ -184,11 +187,12 @@ def test_who_may_call_whom() -> None:
     assert "ServiceAccount/ccsr" in documents(example())
 
 
-def test_a_queue_starts_what_is_suspended_and_does_not_grow() -> None:
+def test_a_queued_cluster_is_not_suspended_again_and_does_not_grow() -> None:
     found = documents(example(**CONFIGS["queue"]))
     for name in ("RayCluster/ccsr", "RayJob/ccsr-job"):
         assert found[name]["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpu-queue"
-        assert found[name]["spec"]["suspend"] is True
+    assert found["RayJob/ccsr-job"]["spec"]["suspend"] is True
+    assert "suspend" not in found["RayCluster/ccsr"]["spec"], "a second apply would end what runs"
     cluster = found["RayCluster/ccsr"]["spec"]
     assert cluster["enableInTreeAutoscaling"] is False
     assert [group["replicas"] for group in cluster["workerGroupSpecs"]] == [4, 16]
@@ -201,6 +205,7 @@ def test_kustomize_finds_the_base() -> None:
 
 NODE = {"cpus": 31.5, "memory_gib": 250, "gpus": 8, "taints": [{"key": "nvidia.com/gpu", "effect": "NoSchedule"}]}
 GPUS = {"cpus": 30, "memory_gib": 240, "max_nodes": 4, "gpus": 8, "node_type": NODE}
+HEAD = {"cpus": 3, "memory_gib": 15, "node_type": {"cpus": 4, "memory_gib": 16}}
 SPOT = {"key": "spot", "value": "true", "effect": "NoSchedule"}
 
 
@@ -213,6 +218,8 @@ SPOT = {"key": "spot", "value": "true", "effect": "NoSchedule"}
             {"gpu_workers": GPUS | {"node_type": NODE | {"taints": [SPOT]}}},
             "no toleration covers node_type's taint spot",
         ),
+        ({"head": HEAD | {"cpus": 4}}, "head.cpus: 4.5 with the autoscaler's 0.5 does not fit node_type, which has 4"),
+        ({"head": HEAD | {"memory_gib": 16}}, "head.memory_gib: 17 with the autoscaler's 1 does not fit"),
         ({"gpu_workers": GPUS | {"min_nodes": 5}}, "min_nodes"),
         ({"gpu_workers": GPUS | {"shm_gib": 300}}, "shm_gib"),
         ({"gpu_workers": GPUS | {"tolerations": [{"effect": "NoSchedule"}]}}, "operator: Exists"),
@@ -227,6 +234,21 @@ def test_what_kubernetes_would_refuse_or_never_schedule_is_refused_here(changes:
     with pytest.raises(ConfigError) as refused:
         example(**changes)
     assert message in f"{refused.value.what} {refused.value.where}"
+
+
+def test_a_head_shares_its_machine_with_the_autoscaler_unless_queued() -> None:
+    spec = documents(example(head=HEAD))["RayCluster/ccsr"]["spec"]
+    assert spec["autoscalerOptions"]["resources"]["limits"] == {"cpu": "0.5", "memory": "1Gi"}
+    example(head=HEAD | {"cpus": 4, "memory_gib": 16}, kubernetes={"queue": "gpu-queue"})
+
+
+def test_a_job_that_needs_more_gpus_than_the_cluster_grows_to_is_refused() -> None:
+    ccsr, command = get_command(app), ["train", "-c", str(REPOSITORY / "configs" / "ccsr_v2_stage1.yaml")]
+    command += ["--set", "runtime.num_workers=24"]
+    require_gpus(ccsr, command, 24)
+    require_gpus(ccsr, ["doctor"], 0)
+    with pytest.raises(ConfigError, match="needs 24 GPUs, the cluster grows to 16"):
+        require_gpus(ccsr, command, example(gpu_workers=GPUS | {"max_nodes": 2}).most_gpus())
 
 
 def test_gpus_are_tolerated_and_secrets_are_named() -> None:
