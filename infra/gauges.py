@@ -1,6 +1,8 @@
 """Numbers of a running job for Prometheus, through the Ray node's metrics agent; nothing where Ray does not run."""
 
 import sys
+import threading
+import time
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -15,14 +17,43 @@ GAUGES = {
 }
 """By name; Ray's agent puts `ray_` before it."""
 
+AGAIN_SECONDS = 5.0
+"""Ray's agent forgets a gauge that is not set for two of its intervals (10 s each), and parts of a job take longer."""
+
+_shown: dict[tuple[str, tuple[str, ...], tuple[str, ...]], float] = {}
+_lock = threading.Lock()  # or an old value would be set again after a new one
+
 
 def show(values: Mapping[str, float], **tags: str) -> None:
-    """Set gauges of GAUGES to `values`; `tags` become Prometheus labels."""
+    """Set gauges of GAUGES to `values`, which stay until the next; `tags` become Prometheus labels."""
+    if _ray_runs():
+        shown = {(name, tuple(tags), tuple(tags.values())): value for name, value in values.items()}
+        with _lock:
+            _shown.update(shown)
+            _set(shown)
+        _keep_shown()
+
+
+def _ray_runs() -> bool:
     ray = sys.modules.get("ray")
-    if ray is None or not ray.is_initialized():
-        return
-    for name, value in values.items():
-        _gauge(name, tuple(tags)).set(value, tags=tags)
+    return ray is not None and ray.is_initialized()
+
+
+def _set(shown: Mapping[tuple[str, tuple[str, ...], tuple[str, ...]], float]) -> None:
+    for (name, keys, labels), value in shown.items():
+        _gauge(name, keys).set(value, tags=dict(zip(keys, labels, strict=True)))
+
+
+@cache
+def _keep_shown() -> None:
+    def again() -> None:
+        while True:
+            time.sleep(AGAIN_SECONDS)
+            if _ray_runs():
+                with _lock:
+                    _set(_shown)
+
+    threading.Thread(target=again, daemon=True).start()
 
 
 @cache

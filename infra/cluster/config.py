@@ -54,6 +54,9 @@ class Toleration(Config):
         return key and value and self.effect in (None, taint.effect)
 
 
+# The container that KubeRay puts beside the head where the cluster grows.
+AUTOSCALER: dict[str, float] = {"cpus": 0.5, "memory_gib": 1}
+
 # Managed clusters taint their GPU nodes so; a toleration that meets no taint does nothing.
 GPU_TOLERATION = Toleration(key="nvidia.com/gpu", operator="Exists", effect="NoSchedule")
 
@@ -194,6 +197,17 @@ class ClusterConfig(Config):
     kubernetes: KubernetesConfig = KubernetesConfig()
     slurm: SlurmConfig = SlurmConfig()
 
+    @model_validator(mode="after")
+    def _head_fits_with_its_autoscaler(self) -> "ClusterConfig":
+        there = self.head.node_type
+        for name, beside in AUTOSCALER.items() if there and not self.kubernetes.queue else ():
+            if (asked := getattr(self.head, name) + beside) > getattr(there, name):
+                raise ValueError(
+                    f"head.{name}: {asked} with the autoscaler's {beside} does not fit node_type, which has "
+                    f"{getattr(there, name)}: the head stays Pending"
+                )
+        return self
+
     @field_validator("image")
     @classmethod
     def _pinned(cls, image: str | None) -> str | None:
@@ -219,6 +233,10 @@ class ClusterConfig(Config):
         """The groups of workers that there are, by name, GPU nodes first."""
         groups = (("gpu", self.gpu_workers), ("cpu", self.cpu_workers))
         return [(name, group) for name, group in groups if group is not None]
+
+    def most_gpus(self) -> int:
+        """GPUs of the largest size that the cluster grows to."""
+        return sum(group.gpus * group.max_nodes for _, group in self.groups())
 
     def secrets(self) -> dict[str, str]:
         """The Secrets that have to exist before the manifests are applied, and what each holds."""

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from infra.cluster.config import ClusterConfig
+from infra.cluster.config import AUTOSCALER, ClusterConfig
 from infra.display import templating
 from infra.errors import ConfigError
 from infra.publish import write_bytes
@@ -87,12 +87,13 @@ def _kuberay(config: ClusterConfig) -> dict[str, str]:
         "ray_pods": {PODS: config.name},
         "pod_labels": {},
         "closed": CLOSED,
+        "autoscaler": {"cpu": f"{AUTOSCALER['cpus']:g}", "memory": f"{AUTOSCALER['memory_gib']:g}Gi"},
         "service_account": config.s3.service_account or config.name,
         "ray_version": version("ray"),
         "ray_options": {"metrics-export-port": str(METRICS_PORT)},
         "metrics_port": METRICS_PORT,
         "grows_to": {
-            MAX_GPUS: str(sum(group.gpus * group.max_nodes for group in groups)),
+            MAX_GPUS: str(config.most_gpus()),
             MAX_CPUS: str(sum(group.cpus * group.max_nodes for group in groups if not config.labels(group))),
         },
         "env": _env(_addresses(config, mlflow_uri)),

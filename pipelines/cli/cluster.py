@@ -135,6 +135,7 @@ def doctor(
 
 @cluster_app.command(cls=ConfigCommand)
 def render(
+    context: typer.Context,
     config: ConfigFile,
     kind: Annotated[str, typer.Option(help="kuberay or slurm.")],
     out: Annotated[Path, typer.Option(parser=local_path, help="The folder to write to.")] = Path("cluster"),
@@ -143,6 +144,10 @@ def render(
     """Write KubeRay manifests and an MLflow server, or a Slurm script, from one config."""
     job = JOBS["cluster"]
     cluster = job.load(config, set_)
+    if kind == "kuberay" and cluster.command:
+        from pipelines.cli.needs import require_gpus
+
+        require_gpus(context.find_root().command, cluster.command, cluster.most_gpus())
     for path in job.run(cluster, kind=kind, folder=out):
         typer.echo(path)
     for name, keys in cluster.secrets().items() if kind == "kuberay" else ():

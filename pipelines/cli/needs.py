@@ -34,6 +34,21 @@ def needs_of(ccsr: Any, arguments: Sequence[str]) -> Need:
     return dataclasses.replace(need, outputs=tuple(map(location, need.outputs)))
 
 
+def require_gpus(ccsr: Any, arguments: Sequence[str], most: int) -> None:
+    """ConfigError where the job of `ccsr ARGUMENTS`, by its config alone, needs more than `most` GPUs."""
+    name, *rest = with_option(list(arguments), ccsr)
+    if name not in JOBS:
+        return
+    options = ccsr.commands[name].make_context(name, rest).params
+    needed = JOBS[name].num_gpus(JOBS[name].load(options["config"], options["set_"]))
+    if needed > most:
+        raise ConfigError(
+            f"the job needs {needed} GPUs, the cluster grows to {most}: it would never start",
+            where=f"command: {' '.join(arguments)}",
+            todo="raise gpu_workers.max_nodes or gpus, or lower runtime.num_workers or num_actors in the job's config",
+        )
+
+
 def with_option(arguments: list[str], ccsr: Any) -> list[str]:
     """The arguments with -c before a config that is given without it: `submit` ships what follows -c."""
     command = ccsr.commands.get(arguments[0]) if arguments else None

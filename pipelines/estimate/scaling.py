@@ -45,10 +45,12 @@ class Limits:
 
 @dataclass(frozen=True)
 class Parts:
-    """Of one worker. `exchanged_bytes`: float32 gradients times the exchanges of an update."""
+    """Of one worker. `gradient_bytes`: of the float32 gradients, exchanged once an update, or after `exchange_every`
+    samples."""
 
     sample_seconds: float
-    exchanged_bytes: float
+    gradient_bytes: float
+    exchange_every: int | None = None
     fixed_seconds: float = 0.0
     ingest_seconds: float = 0.0
     ingest_cpus: int = 1
@@ -65,12 +67,13 @@ def update_seconds(parts: Parts, limits: Limits, num_ranks: int, batch: int) -> 
     """
     crowd = max(1.0, num_ranks / limits.cores) if limits.cores else 1.0
     inside, nodes = min(num_ranks, limits.ranks_per_node), -(-num_ranks // limits.ranks_per_node)
-    ring = 2 * (inside - 1) / inside * parts.exchanged_bytes / limits.link_bytes_per_second
-    ring += 2 * (nodes - 1) / nodes * parts.exchanged_bytes / limits.node_bytes_per_second
+    exchanges = math.ceil(batch / num_ranks / parts.exchange_every) if parts.exchange_every else 1
+    ring = 2 * (inside - 1) / inside * parts.gradient_bytes / limits.link_bytes_per_second
+    ring += 2 * (nodes - 1) / nodes * parts.gradient_bytes / limits.node_bytes_per_second
     hops = 2 * (inside - 1 + nodes - 1) * limits.hop_seconds
     found = {
         "compute": crowd * (batch / num_ranks * parts.sample_seconds + parts.fixed_seconds),
-        "exchange": crowd * (ring + hops),
+        "exchange": crowd * exchanges * (ring + hops),
     }
     busy = sum(found.values())
     degraded = batch / num_ranks * parts.ingest_seconds / parts.ingest_cpus
@@ -83,11 +86,11 @@ def update_seconds(parts: Parts, limits: Limits, num_ranks: int, batch: int) -> 
 
 def parts_of(config: TrainConfig, one: "TrainEstimate") -> Parts:
     """What `ccsr estimate` has counted and measured for one number of GPUs."""
-    gradients = one.exchanged_bytes * one.num_gpus / (2 * (one.num_gpus - 1)) if one.num_gpus > 1 else 0.0
     rate = one.samples_per_second / one.num_gpus
     return Parts(
         sample_seconds=1 / rate,
-        exchanged_bytes=gradients or 4.0 * (one.step.num_trained if one.step else 0),
+        gradient_bytes=4.0 * (one.step.num_trained if one.step else 0),
+        exchange_every=one.micro_batch_size if config.runtime.zero_stage == 2 else None,
         ingest_seconds=RAY_TASKS * one.ingest_cores / rate,
         ingest_cpus=max(1, config.runtime.ingest_cpus),
         sample_bytes=SAMPLE_BYTES_PER_PIXEL * config.crop_px**2,

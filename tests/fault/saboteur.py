@@ -18,14 +18,22 @@ REST_SECONDS, FAULT_SECONDS = (12.0, 25.0), (2.0, 9.0)
 
 
 class Saboteur(threading.Thread):
-    """Hurts until `stop`; `counts` says what it did how often. The head stays, and at least one other node works."""
+    """Hurts what `runs`, until `stop`; `counts` says what it did how often. The head stays, and at least one other node
+    works."""
 
     def __init__(self, nodes: Nodes, s3: FaultyServer, seed: int) -> None:
         super().__init__(daemon=True)
         self._nodes, self._s3 = nodes, s3
         self._rng = np.random.default_rng(seed)
-        self._end = threading.Event()
+        self._end, self._busy = threading.Event(), False
         self.counts: Counter[str] = Counter()
+
+    @contextmanager
+    def runs(self) -> Iterator[None]:
+        """A command runs inside the block. A fault at any other time would be survived by nobody."""
+        self._busy = True
+        yield
+        self._busy = False
 
     def stop(self) -> None:
         self._end.set()
@@ -34,6 +42,8 @@ class Saboteur(threading.Thread):
     def run(self) -> None:
         deck: list[str] = []
         while not self._end.wait(self._rng.uniform(*REST_SECONDS)):
+            if not self._busy:
+                continue
             deck = deck or self._rng.permutation(KINDS).tolist()
             with suppress(psutil.Error, IndexError, subprocess.CalledProcessError):  # a node that is just starting anew
                 if self._hurt(kind := deck.pop()):

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from manifests import REPOSITORY, documents, example
 from packaging.requirements import Requirement
 
 from infra.cluster.config import ClusterConfig
@@ -17,6 +16,7 @@ from infra.cluster.render import render
 from infra.config import load_config
 from infra.errors import ConfigError
 from infra.ray_runtime import cpus_here
+from tests.manifests import REPOSITORY, documents, example
 
 GROUP = {"cpus": 4, "memory_gib": 8, "max_nodes": 2}
 

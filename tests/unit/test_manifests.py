@@ -12,37 +12,17 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
-from manifests import REPOSITORY, documents, example
+from typer.main import get_command
 
-from infra.cluster.render import CERTIFICATE
+from infra.cluster.render import CERTIFICATE, TLS_VARIABLES
 from infra.errors import ConfigError
+from pipelines.cli.main import app
+from pipelines.cli.needs import require_gpus
+from tests.manifests import ALL, CONFIGS, CRDS, REPOSITORY, documents, example, pods
 
 OLDEST_KUBERNETES, NEWEST_KUBERNETES = "1.31", "1.37"
-ALL = {
-    "namespace": "research",
-    "labels": {"team": "sr", "example.com/cost-centre": "42"},
-    "annotations": {"example.com/owner": "a: b"},
-    "pull_policy": "Always",
-    "pull_secrets": ["registry"],
-    "priority_class": "batch-high",
-    "active_deadline_seconds": 86400,
-    "tls_secret": "ray-ca",
-    "operator_namespace": "kuberay",
-    "monitoring_namespace": "monitoring",
-}
-CONFIGS: dict[str, dict[str, Any]] = {
-    "example": {},
-    "all": {
-        "kubernetes": ALL,
-        "s3": {"secret": "keys", "service_account": "robot", "endpoint_url": "http://minio:9000"},
-        "gpu_workers": {"min_nodes": 2, "max_nodes": 4, "cpus": 32, "memory_gib": 256, "gpus": 8},
-    },
-    "queue": {"kubernetes": {"queue": "gpu-queue"}, "mlflow": {"artifacts": "s3://b/m"}},
-    "no CPU nodes": {"cpu_workers": None, "mlflow": None},
-}
 # sha256 of the fields of RayCluster and RayJob that CONFIGS use, as they passed KubeRay's schema (v1.7.0-rc.0).
-CHECKED_FIELDS = "4d0036cd03bec3cd1721234a33ca30156acb6808163fccbaf2c300475721015e"
-CRDS = next((at / "shared" / "crds" for at in REPOSITORY.parents if (at / "shared" / "crds").is_dir()), None)
+CHECKED_FIELDS = "23e3a3ba7ee33f680f0e6bf96f77ce946e7b8ef212aa419545dfa6e95fbdde94"
 
 
 def used_fields(value: Any, place: str = "") -> set[str]:
@@ -97,20 +77,6 @@ def test_manifests_fit_kuberays_schema(name: str) -> None:
         assert [f"{error.json_path}: {error.message}" for error in checker.iter_errors(document)] == []
         document["spec"]["entryPoint"] = "x"
         assert [error.validator for error in checker.iter_errors(document)] == ["additionalProperties"]
-
-
-def pods(found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every pod template."""
-
-    def inside(value: Any) -> list[dict[str, Any]]:
-        if isinstance(value, list):
-            return [pod for item in value for pod in inside(item)]
-        if not isinstance(value, dict):
-            return []
-        here = [value] if "containers" in value.get("spec", {}) else []
-        return [*here, *(pod for item in value.values() for pod in inside(item))]
-
-    return [pod for document in found.values() for pod in inside(document)]
 
 
 @pytest.mark.parametrize(
@@ -184,11 +150,23 @@ def test_who_may_call_whom() -> None:
     assert "ServiceAccount/ccsr" in documents(example())
 
 
-def test_a_queue_starts_what_is_suspended_and_does_not_grow() -> None:
+def test_with_tls_whatever_calls_the_gcs_has_certificates() -> None:
+    spec = documents(example(**CONFIGS["all"]))["RayCluster/ccsr"]["spec"]
+    groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+    callers = [spec["autoscalerOptions"], *(group["template"]["spec"]["containers"][0] for group in groups)]
+    assert len(callers) == 4
+    for caller in callers:
+        assert {entry["name"]: entry.get("value") for entry in caller["env"]}.items() >= TLS_VARIABLES.items()
+        assert {"name": "tls", "mountPath": "/etc/ccsr-tls"} in caller["volumeMounts"]
+    assert "env" not in documents(example())["RayCluster/ccsr"]["spec"]["autoscalerOptions"]
+
+
+def test_a_queued_cluster_is_not_suspended_again_and_does_not_grow() -> None:
     found = documents(example(**CONFIGS["queue"]))
     for name in ("RayCluster/ccsr", "RayJob/ccsr-job"):
         assert found[name]["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpu-queue"
-        assert found[name]["spec"]["suspend"] is True
+    assert found["RayJob/ccsr-job"]["spec"]["suspend"] is True
+    assert "suspend" not in found["RayCluster/ccsr"]["spec"], "a second apply would end what runs"
     cluster = found["RayCluster/ccsr"]["spec"]
     assert cluster["enableInTreeAutoscaling"] is False
     assert [group["replicas"] for group in cluster["workerGroupSpecs"]] == [4, 16]
@@ -201,6 +179,7 @@ def test_kustomize_finds_the_base() -> None:
 
 NODE = {"cpus": 31.5, "memory_gib": 250, "gpus": 8, "taints": [{"key": "nvidia.com/gpu", "effect": "NoSchedule"}]}
 GPUS = {"cpus": 30, "memory_gib": 240, "max_nodes": 4, "gpus": 8, "node_type": NODE}
+HEAD = {"cpus": 3, "memory_gib": 15, "node_type": {"cpus": 4, "memory_gib": 16}}
 SPOT = {"key": "spot", "value": "true", "effect": "NoSchedule"}
 
 
@@ -213,6 +192,8 @@ SPOT = {"key": "spot", "value": "true", "effect": "NoSchedule"}
             {"gpu_workers": GPUS | {"node_type": NODE | {"taints": [SPOT]}}},
             "no toleration covers node_type's taint spot",
         ),
+        ({"head": HEAD | {"cpus": 4}}, "head.cpus: 4.5 with the autoscaler's 0.5 does not fit node_type, which has 4"),
+        ({"head": HEAD | {"memory_gib": 16}}, "head.memory_gib: 17 with the autoscaler's 1 does not fit"),
         ({"gpu_workers": GPUS | {"min_nodes": 5}}, "min_nodes"),
         ({"gpu_workers": GPUS | {"shm_gib": 300}}, "shm_gib"),
         ({"gpu_workers": GPUS | {"tolerations": [{"effect": "NoSchedule"}]}}, "operator: Exists"),
@@ -227,6 +208,21 @@ def test_what_kubernetes_would_refuse_or_never_schedule_is_refused_here(changes:
     with pytest.raises(ConfigError) as refused:
         example(**changes)
     assert message in f"{refused.value.what} {refused.value.where}"
+
+
+def test_a_head_shares_its_machine_with_the_autoscaler_unless_queued() -> None:
+    spec = documents(example(head=HEAD))["RayCluster/ccsr"]["spec"]
+    assert spec["autoscalerOptions"]["resources"]["limits"] == {"cpu": "0.5", "memory": "1Gi"}
+    example(head=HEAD | {"cpus": 4, "memory_gib": 16}, kubernetes={"queue": "gpu-queue"})
+
+
+def test_a_job_that_needs_more_gpus_than_the_cluster_grows_to_is_refused() -> None:
+    ccsr, command = get_command(app), ["train", "-c", str(REPOSITORY / "configs" / "ccsr_v2_stage1.yaml")]
+    command += ["--set", "runtime.num_workers=24"]
+    require_gpus(ccsr, command, 24)
+    require_gpus(ccsr, ["doctor"], 0)
+    with pytest.raises(ConfigError, match="needs 24 GPUs, the cluster grows to 16"):
+        require_gpus(ccsr, command, example(gpu_workers=GPUS | {"max_nodes": 2}).most_gpus())
 
 
 def test_gpus_are_tolerated_and_secrets_are_named() -> None:

@@ -1,9 +1,14 @@
-"""Progress without a terminal: a line now and then, with the time that is left."""
+"""Progress without a terminal: a line now and then, with the time that is left; and as gauges."""
+
+import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 
 from infra.display import progress as module
 from infra.display.progress import last_line, progress
+from infra.gauges import show
 
 
 def test_lines_tell_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -25,3 +30,20 @@ def test_lines_tell_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch, capsy
         "training: 1020/1100 (0.167/s, 0:08:00 left)",
         "training: 1100/1100",
     ]
+
+
+def test_a_gauge_is_set_again_until_it_gets_another_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's agent forgets what is not."""
+    told: list[tuple[float, dict[str, str]]] = []
+    gauge = SimpleNamespace(set=lambda value, tags: told.append((value, tags)))
+    monkeypatch.setattr("infra.gauges._gauge", lambda name, tags: gauge)
+    monkeypatch.setattr("infra.gauges._shown", {})
+    monkeypatch.setattr("infra.gauges.AGAIN_SECONDS", 0.01)
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: True))
+    show({"ccsr_progress_done": 3}, job_title="sharding")
+    deadline = time.monotonic() + 20
+    while len(told) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert told[2] == (3, {"job_title": "sharding"})
+    show({"ccsr_progress_done": 4}, job_title="sharding")
+    assert told[-1][0] == 4

@@ -19,7 +19,7 @@ LIMITS = Limits(
 
 
 def test_an_update_by_hand() -> None:
-    parts = Parts(sample_seconds=1.0, exchanged_bytes=40.0, checkpoint_bytes=100.0, checkpoint_every=10)
+    parts = Parts(sample_seconds=1.0, gradient_bytes=40.0, checkpoint_bytes=100.0, checkpoint_every=10)
     found = update_seconds(parts, LIMITS, 1, 16)
     assert found == {"compute": 16, "exchange": 0, "degradation": 0, "storage": 0, "checkpoints": pytest.approx(0.2)}
     found = update_seconds(parts, LIMITS, 8, 16)
@@ -29,14 +29,34 @@ def test_an_update_by_hand() -> None:
     assert update_seconds(parts, LIMITS, 16, 160)["storage"] == pytest.approx(20 - 10 - 0.6 - 2 * 0.75 * 4)
 
 
+def test_zero_2_exchanges_after_each_micro_batch_of_its_own_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = Parts(sample_seconds=1.0, gradient_bytes=100.0, exchange_every=4)
+    one_exchange = 2 * 0.5 * 100 / 100
+    assert [update_seconds(parts, LIMITS, 2, size)["exchange"] for size in (8, 16, 36)] == [
+        one_exchange, 2 * one_exchange, 5 * one_exchange
+    ]  # fmt: skip
+    monkeypatch.setattr("training.run.requirements.step_cost", lambda config: StepCost(10**9, 50, 4e12, 400))
+    monkeypatch.setattr("training.run.requirements.ingest_seconds", lambda config: 0.0)
+
+    def speeds(stage: int) -> list[float]:
+        settings = config(global_batch_size=64, precision="bf16", runtime={"num_workers": 2, "zero_stage": stage})
+        (first,) = estimate_training(settings, Assumed("A100", mfu=0.5), [])
+        return [row[2].value for row in scaling_table(settings, first, [2, 16]).rows]
+
+    (two, sixteen, grown), (of_zero_1, same, _) = speeds(2), speeds(1)
+    assert two < of_zero_1
+    assert sixteen == same, "a micro-batch a GPU: one exchange under either"
+    assert grown < 8 * two
+
+
 @pytest.mark.parametrize(("cpus", "wait"), [(1, 3.0), (2, 1.0), (4, 0.0)])
 def test_degradation_shows_only_where_it_is_slower_than_the_gpu(cpus: int, wait: float) -> None:
-    parts = Parts(sample_seconds=0.5, exchanged_bytes=0, ingest_seconds=2.0, ingest_cpus=cpus)
+    parts = Parts(sample_seconds=0.5, gradient_bytes=0, ingest_seconds=2.0, ingest_cpus=cpus)
     assert update_seconds(parts, LIMITS, 1, 2)["degradation"] == wait
 
 
 def test_ranks_share_cores() -> None:
-    parts = Parts(sample_seconds=1.0, exchanged_bytes=10.0, fixed_seconds=0.5)
+    parts = Parts(sample_seconds=1.0, gradient_bytes=10.0, fixed_seconds=0.5)
     one, two, four = (on_cores(parts, 20.0, 2, number, 8) for number in (1, 2, 4))
     assert (one, two, four) == (8.5, pytest.approx(4.5 + 0.5), pytest.approx(2 * (2.5 + 0.75)))
 
