@@ -8,8 +8,8 @@ from pathlib import Path
 
 from infra.config import load_config
 from training.config import TrainConfig
-from training.run.meter import PEAK_FLOPS
-from training.run.requirements import ingest_seconds, step_cost
+from training.run.cost.requirements import ingest_seconds, step_cost
+from training.run.monitoring.meter import PEAK_FLOPS
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 STAGES = ("ccsr_v2_stage0", "ccsr_v2_stage1", "ccsr_v1_stage1")

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 
 from evaluation import l_std, psnr_y
-from evaluation.compare import bootstrap_interval
+from evaluation.metrics.bootstrap import bootstrap_interval
 from evaluation.metrics.image import sharpness
 from infra.config import load_config
 from infra.images import decode_image, resize_bicubic
+from infra.imaging.pixels import l_std_equal_sharpness
 from infra.manifest import Manifest
-from infra.pixels import l_std_equal_sharpness
 from infra.shards import image_of, read_sample
 from training.config import TrainConfig
 from training.models import CcsrModel

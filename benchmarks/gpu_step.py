@@ -35,11 +35,11 @@ from infra.config import parse_config
 from training.config import ModelConfig, TrainConfig
 from training.data.batches import Batch
 from training.models import CcsrModel, build_model
-from training.run.ahead import mover
-from training.run.eight_bit import make_adamw8bit
-from training.run.engine import prepare_networks
-from training.run.meter import flop_counter, peak_flops, peak_memory_bytes
-from training.run.stages import NoiseStage, build_stage
+from training.run.monitoring.meter import flop_counter, peak_flops, peak_memory_bytes
+from training.run.step.ahead import mover
+from training.run.step.eight_bit import make_adamw8bit
+from training.run.step.engine import prepare_networks
+from training.run.step.stages import NoiseStage, build_stage
 
 PUBLISHED_MICRO_BATCH = 4
 LEARNING_RATE = 5e-5

@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from infra.byte_index import SHARDS_PER_PART, put_part
+from infra.index.byte_index import SHARDS_PER_PART, put_part
 from infra.manifest import Manifest, ShardRecord, put_manifest, record_uri, write_manifest
 from infra.ray_runtime import ITEMS_AT_ONCE
 from infra.shards import IndexedEntry
-from pipelines.sharding import listing
 from pipelines.sharding.config import ShardConfig
+from pipelines.sharding.inputs import listing
 from pipelines.sharding.plan import plan_shards, source_id
 from pipelines.sharding.sources import list_sources, source_facts
 from training.config import TrainConfig

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from evaluation.metrics.image import sharpness
 from evaluation.metrics.stability import temporal_std
-from infra.pixels import psnr_y
+from infra.imaging.pixels import psnr_y
 from training.config import SamplingConfig
 from training.models import CcsrModel, load_model
 from training.restore.restore import prepare_image, restore_batch

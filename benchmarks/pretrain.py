@@ -22,7 +22,7 @@ from degradation.pipeline import degrade
 from degradation.presets import load_preset
 from infra.config import Config, fingerprint_of, load_config
 from infra.images import read_image, resize_bicubic
-from infra.pixels import gradient_energy, grey_levels
+from infra.imaging.pixels import gradient_energy, grey_levels
 from infra.process.numerics import NumericsConfig, set_numerics
 from infra.seeding import rng_for
 from training.config import ModelConfig

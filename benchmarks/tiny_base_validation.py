@@ -20,14 +20,14 @@ from degradation.presets import load_preset
 from evaluation import l_std, niqe, psnr_y
 from infra.config import load_config
 from infra.images import resize_bicubic
-from infra.pixels import gradient_energy, grey_levels, l_std_equal_sharpness
+from infra.imaging.pixels import gradient_energy, grey_levels, l_std_equal_sharpness
 from infra.seeding import rng_for
 from training.config import SamplingConfig, TrainConfig
 from training.data.batches import Batch
 from training.data.samples import SAMPLED
 from training.models import CcsrModel, load_model
 from training.restore.restore import decode_images, prepare_image, sample_rows
-from training.run.stages import DecoderStage
+from training.run.step.stages import DecoderStage
 
 CONFIG = Path(__file__).with_name("pretrain.yaml")
 STAGE2 = CONFIG.parents[1] / "configs" / "demo" / "train_stage2.yaml"

@@ -24,11 +24,11 @@ import deepspeed
 import numpy as np
 import torch
 
-import training.run.engine
+import training.run.step.engine
 import training.run.worker
 from infra import rng_for
 from infra.config import parse_config
-from infra.mlflow_server import TrackingConfig
+from infra.mlflow.server import TrackingConfig
 from infra.process.background import BackgroundTracker
 from infra.tracking import track
 from training.config import TrainConfig
@@ -146,7 +146,7 @@ def main() -> None:
     torch.set_num_threads(1)
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29547"}
     os.environ.update(alone | {"DS_ACCELERATOR": "cpu"})
-    training.run.engine.skip_compiled_collectives()
+    training.run.step.engine.skip_compiled_collectives()
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     with tempfile.TemporaryDirectory(prefix="ccsr-benchmark-") as folder:
         values = {

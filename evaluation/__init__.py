@@ -6,13 +6,13 @@ from infra.exports import load
 
 # Loaded at first use: the schemas in `evaluation.config` must not wait for OpenCV and SciPy.
 _PLACES = {
-    "StabilityAccumulator": "infra.pixels",
+    "StabilityAccumulator": "infra.imaging.pixels",
     "g_std": "evaluation.metrics.stability",
-    "l_std": "infra.pixels",
-    "l_std_equal_sharpness": "infra.pixels",
+    "l_std": "infra.imaging.pixels",
+    "l_std_equal_sharpness": "infra.imaging.pixels",
     "niqe": "evaluation.metrics.image",
     "niqe_bt601": "evaluation.metrics.image",
-    "psnr_y": "infra.pixels",
+    "psnr_y": "infra.imaging.pixels",
     "sharpness": "evaluation.metrics.image",
     "ssim_y": "evaluation.metrics.image",
     "temporal_std": "evaluation.metrics.stability",

@@ -10,15 +10,12 @@ from typing import Any
 import numpy as np
 
 from evaluation.find import find_result, require_same_set
-from evaluation.metrics.image import METRICS, Metric
+from evaluation.metrics.bootstrap import bootstrap_interval
+from evaluation.metrics.names import OVER_RUNS, metric_direction
 from evaluation.results import EvaluationResult, MethodScores
 from infra.display.table import Cell, Table, cell
 from infra.errors import ConfigError
-from infra.mlflow_server import TrackingConfig
-from infra.seeding import rng_for
-
-OVER_RUNS = ("l_std", "g_std_")
-"""How the names of numbers begin that describe the spread over runs."""
+from infra.mlflow.server import TrackingConfig
 
 
 @dataclass(frozen=True)
@@ -131,40 +128,9 @@ class Comparison:
                     writer.writerow([*head, key, float(value), "", "", "", "", verdict])
 
 
-def metric_direction(metric: str, directions: Mapping[str, int] | None = None) -> int:
-    """+1 where higher is better, -1 where lower is (every g_std_METRIC and p_g_std_METRIC), 0 where neither.
-
-    `directions`: of pyiqa's metrics.
-    """
-    if metric.startswith(("g_std_", "p_g_std_")):
-        return -1
-    return (directions or {}).get(metric, METRICS.get(metric, Metric(metric, 0, 4)).direction)
-
-
 def _short(metric: str) -> str:
     """Folded, so that a terminal of 80 columns has room for the other columns."""
     return metric.replace("_equal_", " at\n  equal\n  ")
-
-
-def needs_runs(metric: str) -> bool:
-    """Whether a number describes the spread over the runs, which a deterministic method has none of."""
-    return metric.startswith(OVER_RUNS)
-
-
-def bootstrap_interval(differences: np.ndarray, *, seed: int = 0, num_resamples: int = 10_000) -> tuple[float, float]:
-    """The 2.5 and 97.5 percentiles of the mean of resampled images (Efron 1979): the 95 % interval of the mean.
-
-    `differences`: float64 (num_images,). Equal `seed` and num_images give equal resamples, so metrics stay paired.
-    """
-    num_images = len(differences)
-    rng = rng_for(seed, "bootstrap")
-    rows = max(1, 4_000_000 // num_images)  # caps the index table at 32 MB
-    means = [
-        differences[rng.integers(num_images, size=(min(rows, num_resamples - start), num_images))].mean(axis=1)
-        for start in range(0, num_resamples, rows)
-    ]
-    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
-    return float(low), float(high)
 
 
 def compare(

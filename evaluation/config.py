@@ -8,7 +8,7 @@ import yaml
 from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from infra.config import EXTENDABLE, Config, Location, ModelLocation
-from infra.mlflow_server import TrackingConfig
+from infra.mlflow.server import TrackingConfig
 from infra.process.numerics import NumericsConfig
 from infra.ray_runtime import RayConfig
 from training.config import SamplingConfig

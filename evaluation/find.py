@@ -9,8 +9,8 @@ import numpy as np
 
 from evaluation.results import EvaluationResult, MethodScores, load_result
 from infra.errors import DataError
-from infra.locations import location
-from infra.mlflow_server import TrackingConfig, is_missing, mlflow_errors, tracking_uri
+from infra.files.locations import location
+from infra.mlflow.server import TrackingConfig, is_missing, mlflow_errors, tracking_uri
 from infra.storage import exists, join
 
 _NEEDED = ("run.json", "results.parquet", "images.parquet")

@@ -13,9 +13,9 @@ from evaluation.config import FolderSet, NamedSet, OutputsMethod
 from infra.display.progress import progress
 from infra.errors import DataError
 from infra.images import below, decode_image, list_images, read_image
+from infra.imaging.pairing import by_pair_name
 from infra.keys import key_of, keys_of
 from infra.manifest import Manifest
-from infra.pairing import by_pair_name
 from infra.shards import Entry, image_of, read_sample
 from infra.storage import join, read_bytes
 

@@ -33,10 +33,10 @@ from evaluation.scoring import Scorer, ScoreTask, check_gan, load_gan, record_ur
 from infra.config import difference, result_part
 from infra.display.progress import progress
 from infra.errors import ConfigError, DataError
-from infra.locations import check_output
-from infra.mlflow_models import find_model
-from infra.mlflow_server import check_tracking
-from infra.publish import download, put_if_absent, write_bytes
+from infra.files.locations import check_output
+from infra.files.publish import download, put_if_absent, write_bytes
+from infra.mlflow.models import find_model
+from infra.mlflow.server import check_tracking
 from infra.ray_runtime import on_ray
 from infra.run import Progress, claim_output
 from infra.storage import exists, join, list_files, read_bytes, read_json, sha256_file
@@ -101,7 +101,7 @@ def preview_evaluate(config: EvaluateConfig) -> Progress:
 
 def _flops(config: EvaluateConfig, data: EvaluationSet) -> float:
     """Of all restorations by models; the pictures' mean size is that of the first few."""
-    from training.run.requirements import restore_flops
+    from training.run.cost.requirements import restore_flops
 
     sizes = [image.read()[2] for image in data.images[:NUM_SIZED]]
     pixels = round(sum(height * width for height, width in sizes) / len(sizes))

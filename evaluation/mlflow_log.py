@@ -5,17 +5,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluation.compare import Comparison, needs_runs
+from evaluation.compare import Comparison
 from evaluation.config import EvaluateConfig, Method, ModelMethod
 from evaluation.inputs import folders_of
+from evaluation.metrics.names import needs_runs
 from evaluation.report.page import comparison_page, read_map
 from evaluation.results import TRACE, EvaluationResult, is_deterministic, method_file
 from infra.config import fingerprint_of, parameters
 from infra.errors import ClusterError, line_of
 from infra.images import encode_png
-from infra.mlflow_models import DIGEST_TAG, MODEL_TAG, logged_model, trained_by
-from infra.mlflow_server import TrackingConfig, mlflow_errors, tracking_uri
-from infra.pixels import coloured
+from infra.imaging.pixels import coloured
+from infra.mlflow.models import DIGEST_TAG, MODEL_TAG, logged_model, trained_by
+from infra.mlflow.server import TrackingConfig, mlflow_errors, tracking_uri
 from infra.storage import exists, join, list_files, name_of, read_bytes
 from infra.tracking import Tracker, cite, link, run_of, track
 

@@ -106,7 +106,7 @@ class EvaluationResult:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """`summarise` of the tables plus the numbers of whole sets (FID) in `run["set_metrics"]`.
+        """`MethodScores.summary` of each, plus the numbers of whole sets (FID) in `run["set_metrics"]`.
 
         `set_metrics`: method -> metric -> number or null; they have a mean and no G-STD.
         """
@@ -243,11 +243,6 @@ def _one_method(
         directions=directions,
         pictures=join(folder, "images", name),
     )
-
-
-def summarise(results: pa.Table, images: pa.Table) -> dict[str, Any]:
-    """Method -> `MethodScores.summary()`; a deterministic method (one run) has exactly 0 stability."""
-    return {name: method.summary() for name, method in method_scores(results, images).items()}
 
 
 def load_result(folder: str | Path) -> EvaluationResult:

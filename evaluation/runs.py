@@ -3,11 +3,11 @@
 from datetime import datetime
 from typing import Any
 
-from evaluation.compare import metric_direction
+from evaluation.metrics.names import metric_direction
 from infra.display.table import Table, cell
 from infra.errors import DataError
-from infra.mlflow_models import MODEL_TAG
-from infra.mlflow_server import TrackingConfig, is_missing, mlflow_errors, tracking_uri
+from infra.mlflow.models import MODEL_TAG
+from infra.mlflow.server import TrackingConfig, is_missing, mlflow_errors, tracking_uri
 
 KEY_NUMBERS = ("psnr_y", "l_std", "lpips")
 MAX_RUNS = 1000  # the newest

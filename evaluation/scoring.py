@@ -16,9 +16,9 @@ from evaluation.metrics.perturbations import perturb, perturbation_border, undo
 from evaluation.metrics.registry import Quality
 from evaluation.results import image_row
 from infra.errors import DataError, ModelError, line_of
+from infra.files.publish import download, put_if_absent, write_bytes
 from infra.images import encode_png, read_image, resize_bicubic
-from infra.pixels import StabilityAccumulator, l_std, l_std_equal_sharpness, psnr_y
-from infra.publish import download, put_if_absent, write_bytes
+from infra.imaging.pixels import StabilityAccumulator, l_std, l_std_equal_sharpness, psnr_y
 from infra.storage import join
 from training.models import fetch_model
 from training.restore.restore import restore_runs

@@ -15,7 +15,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
 from infra.errors import ConfigError, StorageError
-from infra.locations import parse_location, parse_model, parse_tracking
+from infra.files.locations import parse_location, parse_model, parse_tracking
 from infra.storage import read_bytes
 
 

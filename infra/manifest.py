@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from infra.byte_index import SHARDS_PER_PART, Entries, index_table, put_part, read_parts
 from infra.errors import DataError, PartialResultError
-from infra.publish import put_if_absent
+from infra.files.publish import put_if_absent
+from infra.index.byte_index import SHARDS_PER_PART, Entries, index_table, put_part, read_parts
 from infra.shards import IndexedEntry
 from infra.storage import exists, join, list_files, read_bytes, read_json
 

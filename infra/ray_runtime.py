@@ -15,7 +15,14 @@ from pydantic import Field
 from infra.config import Config
 from infra.errors import CcsrError, ClusterError, ConfigError, line_of
 from infra.process.numerics import NumericsConfig, set_numerics
-from infra.ray_start import ONE_MACHINE, local_token, not_started, only_on_loopback, use_token, without_log_level
+from infra.process.ray_start import (
+    ONE_MACHINE,
+    local_token,
+    not_started,
+    only_on_loopback,
+    use_token,
+    without_log_level,
+)
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")

@@ -13,7 +13,7 @@ from infra.storage import read_range, resolve
 
 IMAGES = ("hr.png", "hr.jpg")  # a sample's HR image; an LR image is `lr.` and the same
 CAPTION = "txt"  # the member with a sample's caption, in UTF-8
-SCORES = ("gradient_energy", "blockiness", "sharpness")  # of an HR image; pipelines/sharding/filters.py
+SCORES = ("gradient_energy", "blockiness", "sharpness")  # of an HR image; pipelines/sharding/screening/filters.py
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,80}")
 
 

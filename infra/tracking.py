@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import CcsrError, StoppedError, StorageError, line_of
-from infra.mlflow_names import flatten, image_key, run_name
-from infra.mlflow_server import (
+from infra.files.publish import write_bytes
+from infra.mlflow.names import flatten, image_key, run_name
+from infra.mlflow.server import (
     TrackingConfig,
     deleted_experiment,
     fail_soon,
@@ -21,7 +22,6 @@ from infra.mlflow_server import (
     refused_for_good,
     tracking_uri,
 )
-from infra.publish import write_bytes
 from infra.run import MLFLOW_FILE, git_commit
 from infra.storage import exists, join, read_json
 

@@ -13,11 +13,11 @@ from evaluation.report.tables import interval_table
 from evaluation.results import load_result
 from infra.display.templating import render
 from infra.errors import ConfigError, ModelError
-from infra.locations import check_output
+from infra.files.locations import check_output
+from infra.files.publish import shared_copy, upload_folder
 from infra.manifest import Manifest
-from infra.mlflow_models import find_model
-from infra.mlflow_server import TrackingConfig
-from infra.publish import shared_copy, upload_folder
+from infra.mlflow.models import find_model
+from infra.mlflow.server import TrackingConfig
 from infra.storage import exists, is_s3, join, list_files, read_json
 from training.models.directory import PROMPTS, load_part, read_record, read_weights
 from training.models.remote import merged

@@ -11,13 +11,13 @@ from pydantic import Field
 from infra.config import Config, apply_overrides, parse_config
 from infra.display.progress import progress
 from infra.errors import CcsrError, ConfigError, printable
+from infra.files.locations import location, model_location
+from infra.files.publish import put_if_absent
 from infra.images import refuse
-from infra.locations import location, model_location
-from infra.mlflow_models import find_model
-from infra.mlflow_server import TrackingConfig
-from infra.pictures import FORMATS_OF, MAX_SIDE, Picture, PictureFormat, decode_picture, encode_picture
+from infra.imaging.pictures import FORMATS_OF, MAX_SIDE, Picture, PictureFormat, decode_picture, encode_picture
+from infra.mlflow.models import find_model
+from infra.mlflow.server import TrackingConfig
 from infra.process.numerics import NumericsConfig, set_numerics
-from infra.publish import put_if_absent
 from infra.ray_runtime import RayConfig, on_ray
 from infra.run import claim_output
 from infra.storage import exists, join, list_files, read_bytes

@@ -18,10 +18,10 @@ from evaluation.report import page
 from evaluation.results import EvaluationResult
 from infra.display.templating import render
 from infra.errors import CcsrError, ConfigError, DataError
+from infra.files.locations import location
 from infra.images import IMAGE_SUFFIXES, encode_png
-from infra.locations import location
-from infra.pictures import decode_picture
-from infra.pixels import MAP_TOP, StabilityAccumulator, coloured
+from infra.imaging.pictures import decode_picture
+from infra.imaging.pixels import MAP_TOP, StabilityAccumulator, coloured
 from infra.run import read_run
 from infra.storage import exists, join, list_files, read_bytes
 from infra.tracking import TrackingConfig

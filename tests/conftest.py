@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from infra import storage
-from infra.mlflow_server import TrackingConfig
+from infra.mlflow.server import TrackingConfig
 
 # How long an example takes says how busy the machine is, not whether it is right.
 settings.register_profile("ccsr", deadline=None, suppress_health_check=[HealthCheck.too_slow])

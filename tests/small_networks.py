@@ -9,8 +9,8 @@ import torch
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from training.models import Lpips
+from training.models.judges.vit import VisionTransformer
 from training.models.networks import UNET_CONFIGS, VAE_CONFIGS, seeded_init
-from training.models.vit import VisionTransformer
 
 
 @contextmanager

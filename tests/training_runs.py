@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from infra.config import parse_config
+from infra.files.publish import publish_if_absent, write_bytes
 from infra.images import encode_png
 from infra.manifest import Manifest, ShardRecord, commit_record, write_manifest
-from infra.publish import publish_if_absent, write_bytes
 from infra.seeding import rng_for
 from infra.shards import IndexedEntry, write_tar
 from infra.storage import sha256_file
@@ -32,7 +32,7 @@ from tests.small_networks import seeded_lpips, small_dino, smaller_tiny
 from training.config import TrainConfig
 from training.data.batches import updates
 from training.models import CcsrModel
-from training.run.stages import Stage, build_stage
+from training.run.step.stages import Stage, build_stage
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -156,7 +156,7 @@ def join_group(rank: int, world_size: int, port: int) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     import deepspeed
 
-    from training.run.engine import skip_compiled_collectives
+    from training.run.step.engine import skip_compiled_collectives
 
     skip_compiled_collectives()
     torch.set_num_threads(1)
@@ -249,10 +249,10 @@ def resave(config: TrainConfig, rank: int, world_size: int, output: str) -> None
 def main(spec_file: str, rank: int) -> None:
     """A run's losses, and each rank's [kind of error, where] in LOSSES.RANK, are for the test to read."""
     from infra.errors import CcsrError
-    from training.run import critics
-    from training.run import stages as steps
     from training.run import worker as loop
     from training.run.agreement import OtherRankError
+    from training.run.step import critics
+    from training.run.step import stages as steps
 
     critics.load_dino, steps.load_lpips = small_dino, seeded_lpips
     spec = json.loads(Path(spec_file).read_text())

@@ -6,7 +6,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from degradation.config import DegradationConfig
 from infra.config import EXTENDABLE, LATER, Config, FieldError, Location, ModelLocation
-from infra.mlflow_server import TrainTracking
+from infra.mlflow.server import TrainTracking
 from infra.process.numerics import NumericsConfig
 from training.objective import DecoderLossConfig, VsdConfig
 from training.optimizer import EmaConfig, OptimizerConfig

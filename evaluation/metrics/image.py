@@ -3,38 +3,12 @@
 import math
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import cv2
 import numpy as np
 
 from infra.errors import DataError
-from infra.pixels import CROP_BORDER, cropped, cropped_pair, gradient_energy, luma
-
-
-class Metric(NamedTuple):
-    """How a metric is shown; `direction`: +1 where higher is better, -1 where lower is, 0 where neither."""
-
-    label: str
-    direction: int
-    digits: int
-
-
-METRICS = {
-    "psnr_y": Metric("PSNR", 1, 2),
-    "ssim_y": Metric("SSIM", 1, 4),
-    "lpips": Metric("LPIPS", -1, 4),
-    "dists": Metric("DISTS", -1, 4),
-    "l_std": Metric("L-STD", -1, 4),
-    "l_std_equal_sharpness": Metric("L-STD at equal sharpness", -1, 4),
-    "p_std": Metric("P-STD", -1, 4),
-    "fid": Metric("FID", -1, 2),
-    "niqe": Metric("NIQE", -1, 2),
-    "niqe_bt601": Metric("NIQE (BT.601)", -1, 2),
-    "clipiqa": Metric("CLIPIQA", 1, 4),
-    "musiq": Metric("MUSIQ", 1, 2),
-    "sharpness": Metric("sharpness", 0, 3),
-}
+from infra.imaging.pixels import CROP_BORDER, cropped, cropped_pair, gradient_energy, luma
 
 _SSIM_KERNEL = cv2.getGaussianKernel(11, 1.5, cv2.CV_64F)
 _SSIM_C1, _SSIM_C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2

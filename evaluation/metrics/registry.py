@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.metrics.image import METRICS, niqe, niqe_bt601, ssim_y
+from evaluation.metrics.image import niqe, niqe_bt601, ssim_y
+from evaluation.metrics.names import METRICS
 from infra.errors import ConfigError, DataError, ModelError, line_of
+from infra.files.weights import find_weights, list_weights
 from infra.images import read_image
-from infra.pixels import CROP_BORDER, psnr_y
+from infra.imaging.pixels import CROP_BORDER, psnr_y
 from infra.storage import sha256_file
-from infra.weights import find_weights, list_weights
 
 UNAVAILABLE = "unavailable"
 PYIQA = "pyiqa:"  # any metric of that package: pyiqa:maniqa-pipal

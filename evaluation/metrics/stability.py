@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 
 from infra.errors import DataError
-from infra.pixels import CROP_BORDER, cropped_pair, require_two_runs
+from infra.imaging.pixels import CROP_BORDER, cropped_pair, require_two_runs
 
 
 def g_std(scores: np.ndarray) -> float:

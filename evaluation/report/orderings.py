@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.compare import bootstrap_interval, metric_direction, per_image_values
+from evaluation.compare import per_image_values
+from evaluation.metrics.bootstrap import bootstrap_interval
+from evaluation.metrics.names import metric_direction
 from evaluation.report.tables import published_summary
 from evaluation.results import EvaluationResult
 from infra.display.table import Cell, Table, cell

@@ -22,9 +22,9 @@ from evaluation.results import EvaluationResult, MethodScores, load_result
 from infra.display.table import Table
 from infra.display.templating import render
 from infra.errors import DataError
+from infra.files.publish import write_bytes
 from infra.images import read_image
-from infra.pixels import COLORMAP, coloured
-from infra.publish import write_bytes
+from infra.imaging.pixels import COLORMAP, coloured
 from infra.storage import exists, join, list_files, read_bytes
 from infra.tracking import TrackingConfig
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.metrics.image import METRICS, Metric
+from evaluation.metrics.names import METRICS, Metric
 from evaluation.results import TRACE, EvaluationResult
 from infra.storage import exists, join, read_json
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.compare import bootstrap_interval, needs_runs, per_image_values
-from evaluation.metrics.image import METRICS, Metric
+from evaluation.compare import per_image_values
+from evaluation.metrics.bootstrap import bootstrap_interval
+from evaluation.metrics.names import METRICS, Metric, needs_runs
 from evaluation.results import MethodScores, is_deterministic
 from infra.display.table import Cell, Table
 from infra.errors import ConfigError
@@ -34,7 +35,7 @@ class Number:
 def table_rows(summary: Mapping[str, Any]) -> list[tuple[str, list[list[Number]]]]:
     """Rows of the paper's table: a label and, per method of `summary`, one or two numbers (docs/metrics.md).
 
-    `summary` is `evaluation.results.summarise`'s. The first number is the mean, the second the G-STD; L-STD is
+    `summary` is `EvaluationResult.summary`. The first number is the mean, the second the G-STD; L-STD is
     next to sharpness. Stability is ranked among methods whose runs differ only.
     """
     methods = summary.values()

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from infra.cluster.server import ClusterFacts, check_version, cluster_facts, connect, job_server
 from infra.errors import CcsrError, ClusterError, StorageError, line_of, without_passwords
-from infra.publish import put_if_absent
+from infra.files.publish import put_if_absent
 from infra.ray_runtime import GPU_KIND, KIND
 from infra.run import PACKAGES, ROOT
 from infra.storage import exists, join, read_bytes, remove
@@ -201,7 +201,7 @@ def _storage(place: str) -> Iterator[Line]:
 
 
 def _mlflow(uri: str) -> Iterator[Line]:
-    from infra.mlflow_server import ping
+    from infra.mlflow.server import ping
 
     shown = without_passwords(uri)
     if shown != uri:

@@ -16,8 +16,8 @@ from typing import Any
 from infra.cluster.server import check_version, cluster_facts, connect
 from infra.display.progress import last_line
 from infra.errors import PASSWORD, ClusterError, ConfigError, StorageError, line_of
-from infra.locations import local_path
-from infra.publish import ensure_writable
+from infra.files.locations import local_path
+from infra.files.publish import ensure_writable
 from infra.ray_runtime import check_gpus
 from infra.run import COMMIT, PACKAGES, ROOT, git_commit
 from infra.storage import is_s3

@@ -10,7 +10,7 @@ from typing import Any
 from infra.cluster.config import AUTOSCALER, ClusterConfig
 from infra.display import templating
 from infra.errors import ConfigError
-from infra.publish import write_bytes
+from infra.files.publish import write_bytes
 from infra.ray_runtime import MAX_CPUS, MAX_GPUS
 
 KINDS = ("kuberay", "slurm")

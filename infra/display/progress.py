@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Protocol
 
-from infra.gauges import show
+from infra.process.gauges import show
 
 SECONDS_BETWEEN_LINES = 5.0
 

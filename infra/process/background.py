@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from infra.errors import line_of
-from infra.mlflow_server import refused_for_good
+from infra.mlflow.server import refused_for_good
 from infra.tracking import Tracker
 
 MAX_POINTS = 1000  # in one request: MLflow's limit

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from infra.locations import local_path, location, tracking_location
+from infra.files.locations import local_path, location, tracking_location
 from pipelines.cli.options import AsJson, ConfigCommand, ConfigFile, DryRun, Overrides
 from pipelines.cli.registry import JOBS
 

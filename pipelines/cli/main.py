@@ -13,7 +13,7 @@ import typer
 
 from infra.config import parse_config
 from infra.errors import CcsrError, StoppedError
-from infra.locations import local_path, location, tracking_location
+from infra.files.locations import local_path, location, tracking_location
 from pipelines.cli import cluster as cluster_commands
 from pipelines.cli import models as model_commands
 from pipelines.cli import pictures as picture_commands
@@ -142,7 +142,7 @@ def compare(
     from evaluation.compare import compare as compare_results
     from evaluation.mlflow_log import log_comparison
     from infra.display.table import print_report
-    from infra.mlflow_server import TrackingConfig, check_tracking
+    from infra.mlflow.server import TrackingConfig, check_tracking
 
     tracking = parse_config({"uri": mlflow}, TrackingConfig, where="--mlflow")
     if log:
@@ -155,7 +155,7 @@ def compare(
             comparison.write_csv(csv)
         if html is not None:
             from evaluation.report.page import comparison_page
-            from infra.publish import write_bytes
+            from infra.files.publish import write_bytes
 
             write_bytes(html, comparison_page(comparison).encode())
         if log:

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from infra.config import parse_config
-from infra.locations import location, model_location, tracking_location
+from infra.files.locations import location, model_location, tracking_location
 from pipelines.cli.options import AsJson, ConfigCommand, Overrides
 from pipelines.cli.registry import load_any
 
@@ -26,7 +26,7 @@ def runs(
     """List MLflow's runs, models and their key numbers."""
     from evaluation.runs import runs_table
     from infra.display.table import print_listing
-    from infra.mlflow_server import TrackingConfig
+    from infra.mlflow.server import TrackingConfig
 
     tracking = parse_config({"uri": mlflow}, TrackingConfig, where="--mlflow")
     print_listing(runs_table(tracking, experiment, sort), as_json=as_json)
@@ -157,7 +157,7 @@ Folder = Annotated[str | None, typer.Option(help="Folder or s3:// prefix; defaul
 def weights_list(folder: Folder = None, as_json: AsJson = False) -> None:
     """What the project can use, where each file comes from, and whether it is there."""
     from infra.display.table import Table, print_listing
-    from infra.weights import list_weights
+    from infra.files.weights import list_weights
 
     columns = ("name", "path", "state", "licence", "purpose", "source")
     print_listing(Table.of(columns, list_weights(folder)), as_json=as_json)
@@ -170,7 +170,7 @@ def weights_fetch(
     mirror: Annotated[str | None, typer.Option(help="http(s) or s3:// prefix, or a folder, with the files.")] = None,
 ) -> None:
     """Download weight files and check them."""
-    from infra.weights import fetch_weights
+    from infra.files.weights import fetch_weights
 
     for name in names:
         if name.startswith("pyiqa:"):
@@ -187,7 +187,7 @@ def weights_check(folder: Folder = None, as_json: AsJson = False) -> None:
     """Compare the sha256 of every file that is there; fails where one is wrong."""
     from infra.display.table import Table, print_listing
     from infra.errors import ModelError
-    from infra.weights import check_weights
+    from infra.files.weights import check_weights
 
     rows = check_weights(folder)
     print_listing(Table.of(("name", "path", "state", "detail"), rows), as_json=as_json)

@@ -8,7 +8,7 @@ from typing import Any
 from infra.cluster.jobs import Need
 from infra.config import apply_overrides, load_yaml, result_part
 from infra.errors import CcsrError, ConfigError, StorageError
-from infra.locations import is_relative, location
+from infra.files.locations import is_relative, location
 from infra.run import check_config
 from pipelines.cli.options import ConfigCommand
 from pipelines.cli.registry import JOBS

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from infra.locations import location
+from infra.files.locations import location
 
 
 class ConfigCommand(TyperCommand):

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from infra.locations import location
+from infra.files.locations import location
 from pipelines.cli.options import Overrides
 
 app = typer.Typer()

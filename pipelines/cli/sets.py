@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from infra.locations import location
+from infra.files.locations import location
 
 app = typer.Typer()
 
@@ -40,7 +40,7 @@ def verify(
 
         print_cleaned(uri)
     elif stats:
-        from pipelines.sharding.filters import print_stats
+        from pipelines.sharding.screening.filters import print_stats
 
         print_stats(uri)
     elif against is not None:

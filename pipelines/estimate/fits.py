@@ -7,7 +7,7 @@ from infra.display.table import Cell, Table, cell
 from training.config import TrainConfig
 
 if TYPE_CHECKING:
-    from training.run.requirements import StepCost
+    from training.run.cost.requirements import StepCost
 
 CARDS_GIB = (24, 40, 80)
 USABLE = 0.9
@@ -18,7 +18,7 @@ def fit_table(config: TrainConfig, counted: "StepCost | None" = None) -> Table:
     """A row for each choice of `SWITCHES`: bytes on one GPU by `step_cost`, and for each card the largest micro-batch,
     up to the config's, that fits. Where the result depends on it, the config's or none. `counted`: the
     config's own step cost, where it is known."""
-    from training.run.requirements import GIB, memory_needed, step_cost
+    from training.run.cost.requirements import GIB, memory_needed, step_cost
 
     largest = config.runtime.micro_batch_size
     sizes = [n for n in range(largest, 0, -1) if config.global_batch_size % n == 0]

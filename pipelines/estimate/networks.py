@@ -8,7 +8,7 @@ from training.config import TrainConfig
 
 def networks_table(config: TrainConfig) -> Table:
     """The parameters of the networks that a train config has, and which of them it trains."""
-    from training.run.parameters import discriminator_table, parameter_table, regulariser_row
+    from training.run.cost.parameters import discriminator_table, parameter_table, regulariser_row
 
     stage = "stage2" if config.stage == 2 else "stage1"
     rows = [
@@ -32,7 +32,7 @@ def networks_table(config: TrainConfig) -> Table:
 
 def model_tables(preset: str) -> list[Table]:
     """The parameters of CCSR's networks and of the discriminators, counted on modules without memory."""
-    from training.run.parameters import PAPER_MILLIONS, discriminator_table, parameter_table
+    from training.run.cost.parameters import PAPER_MILLIONS, discriminator_table, parameter_table
 
     rows = parameter_table(preset)
     table = Table(("part", "parameters", "trained in"), f"{preset}: networks")

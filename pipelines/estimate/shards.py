@@ -11,13 +11,13 @@ from pathlib import Path
 from infra.display.progress import progress
 from infra.display.table import Table, cell
 from infra.manifest import ShardRecord
-from pipelines.sharding.card import evenly
 from pipelines.sharding.config import ShardConfig
-from pipelines.sharding.dedupe import hash_file
 from pipelines.sharding.files import SourceFile
 from pipelines.sharding.job import latent_encoder, with_model_found, write_shard
 from pipelines.sharding.plan import plan_shards
 from pipelines.sharding.recipe import resolve_degradation
+from pipelines.sharding.reports.card import evenly
+from pipelines.sharding.screening.dedupe import hash_file
 from pipelines.sharding.sources import list_sources
 
 NUM_FILES = 16

@@ -11,7 +11,7 @@ from pipelines.estimate.shards import GIB, MIB, form_of
 from training.config import TrainConfig
 
 if TYPE_CHECKING:
-    from training.run.requirements import StepCost
+    from training.run.cost.requirements import StepCost
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Assumed:
     @property
     def flops_per_second(self) -> float:
         """Of one GPU, or of one process here, measured. ConfigError for a card without a known peak."""
-        from training.run.meter import PEAK_FLOPS
-        from training.run.requirements import measured_flops
+        from training.run.cost.requirements import measured_flops
+        from training.run.monitoring.meter import PEAK_FLOPS
 
         if self.threads:
             return measured_flops(self.threads)
@@ -82,7 +82,7 @@ def estimate_training(config: TrainConfig, assumed: Assumed, sizes: Sequence[int
     GPU is assumed; all GPUs are taken to work without waiting for each other. A size for which the config's
     micro-batch is too large gets the largest that fits; in stage 2, whose result depends on it, it is left out.
     """
-    from training.run.requirements import ingest_seconds, step_cost
+    from training.run.cost.requirements import ingest_seconds, step_cost
 
     rate, ingest = assumed.flops_per_second, ingest_seconds(config)
     cost: StepCost | None = None
@@ -109,7 +109,7 @@ def _estimate(
     config: TrainConfig, assumed: Assumed, cost: "StepCost", rate: float, ingest: float, num_gpus: int, micro: int
 ) -> TrainEstimate:
     from training.data.batches import window
-    from training.run.requirements import memory_needed
+    from training.run.cost.requirements import memory_needed
 
     activations = cost.activation_bytes * micro // config.runtime.micro_batch_size
     needed = memory_needed(cost.num_trained, cost.num_frozen, config, num_gpus)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from infra.errors import DataError
-from infra.locations import check_output, location
+from infra.files.locations import check_output, location
 from infra.manifest import Manifest, put_manifest
 from infra.storage import resolve
 

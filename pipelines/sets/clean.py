@@ -9,7 +9,7 @@ from infra.images import below, skip_system_files
 from infra.manifest import Manifest
 from infra.storage import abort_upload, exists, is_s3, join, list_files, modified_seconds, remove, unfinished_uploads
 from pipelines.sets.verify import FILES
-from pipelines.sharding.dedupe import HASHES
+from pipelines.sharding.screening.dedupe import HASHES
 
 SECONDS_AT_WORK = 3600.0  # of an unfinished set: what is younger may belong to a writer that is at work
 INDEX = re.compile(r"index(-\d{6})?\.parquet")

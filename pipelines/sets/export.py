@@ -4,10 +4,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 from infra.display.progress import progress
 from infra.errors import ConfigError
+from infra.files.locations import check_output
+from infra.files.publish import write_bytes
 from infra.images import decode_image, encode_png
-from infra.locations import check_output
 from infra.manifest import Manifest
-from infra.publish import write_bytes
 from infra.shards import CAPTION, Entry, image_of, read_sample
 from infra.storage import join
 

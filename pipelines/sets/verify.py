@@ -13,15 +13,15 @@ import numpy as np
 
 from infra.display.progress import progress
 from infra.errors import CcsrError, DataError
+from infra.files.publish import download
 from infra.images import below, skip_system_files
 from infra.manifest import Manifest, ShardRecord, dataset_id_of, index_table, record_uri, summed
-from infra.publish import download
 from infra.run import MLFLOW_FILE
 from infra.shards import Entry, read_index
 from infra.storage import is_s3, join, list_files, sha256_file
 from pipelines.sets.append import joined
-from pipelines.sharding.dedupe import NEAR_DUPLICATES
-from pipelines.sharding.phash import NEAR_BITS, near_pairs
+from pipelines.sharding.screening.dedupe import NEAR_DUPLICATES
+from pipelines.sharding.screening.phash import NEAR_BITS, near_pairs
 
 FILES = ("run.json", MLFLOW_FILE, "manifest.json", "contact_sheet.jpg", "DATA_CARD.md", NEAR_DUPLICATES)
 NUM_THREADS = 8

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from degradation.config import DegradationConfig
 from infra.config import LATER, Config, Location, ModelLocation
-from infra.mlflow_server import TrackingConfig
+from infra.mlflow.server import TrackingConfig
 from infra.process.numerics import NumericsConfig
 from infra.ray_runtime import RayConfig
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, overload
 
 import numpy as np
 
-from infra.publish import temporary_folder
+from infra.files.publish import temporary_folder
 from infra.shards import Entry
 
 if TYPE_CHECKING:

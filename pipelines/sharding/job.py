@@ -11,25 +11,23 @@ from typing import TYPE_CHECKING, Any
 from degradation.config import DegradationConfig
 from infra.display.progress import progress
 from infra.errors import DataError, PartialResultError
+from infra.files.publish import download, publish_if_absent, staging
 from infra.images import UnusableImageError
 from infra.manifest import Manifest, Quarantined, ShardRecord, commit_record, committed, write_manifest
-from infra.mlflow_models import find_model
-from infra.mlflow_server import TrackingConfig, check_tracking
+from infra.mlflow.models import find_model
+from infra.mlflow.server import TrackingConfig, check_tracking
 from infra.process.memory import give_back_memory
-from infra.publish import download, publish_if_absent, staging
 from infra.ray_runtime import on_ray
 from infra.run import Progress, claim_output
 from infra.shards import CAPTION, IndexedEntry, write_tar
 from infra.storage import exists, join, sha256_file
-from pipelines.sharding.card import write_card
 from pipelines.sharding.config import GridCrop, ShardConfig, brings_lr
-from pipelines.sharding.dedupe import count_near_duplicates, without_near_duplicates
 from pipelines.sharding.files import FileList, Made
-from pipelines.sharding.filters import scores_of, unwanted, unwanted_file
-from pipelines.sharding.mlflow_log import log_shard_set
-from pipelines.sharding.pages import remove_listings
+from pipelines.sharding.inputs.pages import remove_listings
 from pipelines.sharding.plan import PlannedSample, PlannedShard, grid_samples, num_variants, plan_shards, source_id
 from pipelines.sharding.recipe import resolve_degradation
+from pipelines.sharding.reports.card import write_card
+from pipelines.sharding.reports.mlflow_log import log_shard_set
 from pipelines.sharding.sample import (
     Sample,
     at_variant,
@@ -39,6 +37,8 @@ from pipelines.sharding.sample import (
     read_source,
     variant_size,
 )
+from pipelines.sharding.screening.dedupe import count_near_duplicates, without_near_duplicates
+from pipelines.sharding.screening.filters import scores_of, unwanted, unwanted_file
 from pipelines.sharding.sources import check_apart, list_sources, source_facts
 
 if TYPE_CHECKING:

@@ -12,15 +12,15 @@ from PIL import Image
 from degradation.config import DegradationConfig
 from degradation.pipeline import degrade
 from infra.images import UnusableImageError, decode_image, encode_png, is_plain_jpeg, refusing
-from infra.png import is_plain_png
+from infra.imaging.png import is_plain_png
 from infra.seeding import rng_for
 from infra.shards import CAPTION, image_of, read_sample
 from pipelines.sharding.config import CenterCrop, GridCrop, RandomCrop, ShardConfig
-from pipelines.sharding.containers import read_source_bytes
 from pipelines.sharding.files import SourceFile
-from pipelines.sharding.pairs import check_pair
-from pipelines.sharding.phash import perceptual_hash
+from pipelines.sharding.inputs.containers import read_source_bytes
+from pipelines.sharding.inputs.pairs import check_pair
 from pipelines.sharding.plan import PlannedSample
+from pipelines.sharding.screening.phash import perceptual_hash
 
 
 @dataclass(frozen=True)

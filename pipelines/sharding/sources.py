@@ -5,14 +5,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from infra.errors import DataError
+from infra.files.locations import check_output
 from infra.images import below
 from infra.keys import bounded, with_digest
-from infra.locations import check_output
 from infra.storage import join
 from pipelines.sharding.config import Source
 from pipelines.sharding.files import FileList, SourceFile
-from pipelines.sharding.listing import expected_files, layout_of, list_source, split_pattern
-from pipelines.sharding.zips import split_zip
+from pipelines.sharding.inputs.listing import expected_files, layout_of, list_source, split_pattern
+from pipelines.sharding.inputs.zips import split_zip
 
 MAX_KEY_BYTES = 48
 OTHER = re.compile("[^A-Za-z0-9_-]")

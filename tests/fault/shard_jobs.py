@@ -17,8 +17,8 @@ import numpy as np
 import psutil
 import yaml
 
+from infra.files.publish import download
 from infra.images import encode_png
-from infra.publish import download
 from infra.shards import read_index
 from infra.storage import join, list_files, read_bytes
 from pipelines.sets.clean import clean

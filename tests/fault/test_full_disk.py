@@ -9,8 +9,8 @@ import pytest
 from shard_jobs import NUM_SHARDS, ShardJob, num_records, require_undisturbed, tmpfs
 
 from infra import StorageError
+from infra.files.publish import download, staging, write_bytes
 from infra.manifest import ShardRecord, committed, record_uri
-from infra.publish import download, staging, write_bytes
 from infra.storage import sha256_file
 from tests.training_runs import noise_shards, run_workers, train_config
 from training.config import ModelConfig

@@ -17,7 +17,7 @@ import s3fs
 from shard_jobs import ShardJob, require_undisturbed
 
 from infra import storage
-from infra.publish import put_if_absent
+from infra.files.publish import put_if_absent
 
 PROGRAMS = ("ceph", "ceph-authtool", "ceph-mon", "ceph-osd", "monmaptool", "radosgw", "radosgw-admin")
 pytestmark = [

@@ -27,7 +27,7 @@ from test_cluster_nodes import (
 from test_cluster_nodes import nodes as nodes  # the fixture
 
 from evaluation.job import run_evaluate
-from infra.publish import download_folder
+from infra.files.publish import download_folder
 from infra.storage import join, read_bytes
 from tests.training_runs import noise_shards, train_config
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from training.models import PatchDiscriminator
-from training.models.discriminators import DiscriminatorHead
+from training.models.judges.discriminators import DiscriminatorHead
 
 DATA = Path(__file__).parent / "data"
 NAMES = {

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.gauges import GAUGES
+from infra.process.gauges import GAUGES
 from tests.prometheus import panels, prometheus, query, target_error
 from tests.training_runs import free_port
 
@@ -20,7 +20,7 @@ JOB = """
 import sys, time, urllib.request
 import ray
 from infra.display.progress import progress
-from infra.gauges import show
+from infra.process.gauges import show
 from training.run.launch import show_rates
 from types import SimpleNamespace
 

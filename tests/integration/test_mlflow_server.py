@@ -16,8 +16,8 @@ from mlflow.tracking import MlflowClient
 
 from infra import ClusterError
 from infra.images import encode_png
-from infra.mlflow_models import find_model
-from infra.mlflow_server import check_tracking
+from infra.mlflow.models import find_model
+from infra.mlflow.server import check_tracking
 from infra.process.background import BackgroundTracker
 from infra.tracking import Tracker, track
 from tests.fault.shard_jobs import tmpfs
@@ -26,7 +26,7 @@ from tests.mlflow_process import PASSWORD, USER, Server, postgres
 from tests.training_runs import finished_run, noise_shards, train_config
 from training.config import TrainConfig
 from training.run.driver import run_train
-from training.run.mlflow_log import keep_unsent
+from training.run.monitoring.mlflow_log import keep_unsent
 
 pytestmark = pytest.mark.slow
 RUN = {"job": "train", "fingerprint": "1", "config": {"stage": 1}}

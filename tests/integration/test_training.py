@@ -43,7 +43,7 @@ from training.data.samples import SampleReader
 from training.models import load_model
 from training.run.checkpoint import TrainingState, complete_checkpoints, load_checkpoint
 from training.run.export import export_run, initial_model, last_checkpoint
-from training.run.stages import Stage, build_stage
+from training.run.step.stages import Stage, build_stage
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "losses"
 LONG = 30
@@ -101,8 +101,8 @@ def one_gradient(precision: str, zero_stage: int) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def process_group() -> Iterator[None]:
     patch = pytest.MonkeyPatch()
-    patch.setattr("training.run.critics.load_dino", small_dino)
-    patch.setattr("training.run.stages.load_lpips", seeded_lpips)
+    patch.setattr("training.run.step.critics.load_dino", small_dino)
+    patch.setattr("training.run.step.stages.load_lpips", seeded_lpips)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR"):
         patch.setenv(name, "")  # so that `undo` takes what `join_group` sets away again
     threads = torch.get_num_threads()
@@ -634,7 +634,7 @@ def test_the_average_is_what_is_validated_and_exported(
         seen.append({name: weight.detach().clone() for name, weight in model.controlnet.named_parameters()})
         return [np.full((*size, 3), 50 * len(seen), np.uint8)] * 2  # the second is nearer to the images' mean, 96
 
-    monkeypatch.setattr("training.run.validation.restore_runs", restored)
+    monkeypatch.setattr("training.run.monitoring.validation.restore_runs", restored)
     changes = combination(precision, zero_stage, 1) | {"validation": {"data": [data], "every": 1, "num_images": 1}}
     plain = train_config(data, tmp_path / "plain", num_updates=2, **changes | {"ema": None})
     config = train_config(data, tmp_path / "run", num_updates=2, **changes)

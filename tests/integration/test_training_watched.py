@@ -15,7 +15,7 @@ from training.models import load_model
 from training.run.agreement import WorkerContext
 from training.run.checkpoint import complete_checkpoints, load_checkpoint
 from training.run.driver import run_train
-from training.run.validation import Validation
+from training.run.monitoring.validation import Validation
 
 pytestmark = pytest.mark.slow
 

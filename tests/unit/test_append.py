@@ -10,9 +10,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from infra import ConfigError, DataError
+from infra.files.publish import write_bytes
 from infra.images import decode_image
 from infra.manifest import Manifest
-from infra.publish import write_bytes
 from infra.shards import image_of, read_sample
 from infra.storage import join, list_files, read_bytes
 from pipelines.cli.main import app

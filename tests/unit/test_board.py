@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from infra.errors import StoppedError
-from training.run import board as module
-from training.run.board import DRAINED, Board, BoardState, Watch
+from training.run.monitoring import board as module
+from training.run.monitoring.board import DRAINED, Board, BoardState, Watch
 
 
 class Clock:

@@ -11,15 +11,15 @@ import pytest
 from photos import make_shard_set, photo, save_photos, shard_config
 
 from infra.images import decode_image, encode_png
+from infra.imaging.pixels import gradient_energy, grey_levels
 from infra.manifest import Manifest
-from infra.pixels import gradient_energy, grey_levels
 from infra.run import claim_output
 from infra.storage import join, list_files, read_bytes
 from pipelines.sets.verify import verify
-from pipelines.sharding import card
-from pipelines.sharding.card import evenly, write_card
 from pipelines.sharding.config import ShardConfig
 from pipelines.sharding.job import LIBRARIES, run_shard
+from pipelines.sharding.reports import card
+from pipelines.sharding.reports.card import evenly, write_card
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from infra import ModelError, publish
-from infra.publish import write_bytes
+from infra import ModelError
+from infra.files import publish
+from infra.files.publish import write_bytes
 from infra.storage import join, list_files, read_bytes, remove, sha256_file
 from training.run.checkpoint import (
     TrainingState,

@@ -7,7 +7,7 @@ import typer
 import yaml
 
 from infra import ConfigError
-from infra.publish import write_bytes
+from infra.files.publish import write_bytes
 from infra.run import check_claim, claim_output, read_run
 from pipelines.cli.main import app
 from pipelines.cli.needs import needs_of

@@ -15,7 +15,7 @@ from photos import make_shard_set, photo, save_photos, shard_config
 from PIL import Image
 
 from infra import DataError
-from infra.publish import write_bytes
+from infra.files.publish import write_bytes
 from infra.storage import list_files
 from pipelines.cli import main as cli
 from tests.training_runs import noise_shards

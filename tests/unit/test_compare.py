@@ -12,13 +12,14 @@ import pytest
 from result_folder import noisy, photographs, write_result
 from rich.console import Console
 
-from evaluation.compare import Comparison, Difference, bootstrap_interval, compare
+from evaluation.compare import Comparison, Difference, compare
 from evaluation.find import merge_results
+from evaluation.metrics.bootstrap import bootstrap_interval
 from evaluation.mlflow_log import method_metrics
 from evaluation.report.tables import interval_table, table_notes, table_rows
 from evaluation.results import load_result
 from infra import ConfigError, DataError, rng_for
-from infra.mlflow_server import TrackingConfig
+from infra.mlflow.server import TrackingConfig
 
 KEYS = [f"img{i}" for i in range(6)]
 

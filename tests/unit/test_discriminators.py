@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from infra import rng_for
 from training.models import PatchDiscriminator, ProjectedDiscriminator, power_iteration, seeded_init
-from training.models.discriminators import TAPS, augment
-from training.models.vit import VisionTransformer
+from training.models.judges.discriminators import TAPS, augment
+from training.models.judges.vit import VisionTransformer
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

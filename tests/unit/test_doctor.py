@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from infra.cluster import doctor
 from infra.cluster.doctor import Line, diagnose
 from infra.cluster.server import ClusterFacts
-from infra.publish import write_bytes
+from infra.files.publish import write_bytes
 from infra.storage import list_files
 from pipelines.cli.main import app
 

@@ -11,8 +11,8 @@ from infra.config import fingerprint_of, result_part
 from infra.seeding import rng_for
 from tests.training_runs import train_config
 from training.optimizer import OptimizerConfig
-from training.run import eight_bit
-from training.run.eight_bit import (
+from training.run.step import eight_bit
+from training.run.step.eight_bit import (
     float_moments,
     is_eight_bit,
     make_adamw8bit,

@@ -8,7 +8,7 @@ from infra import ClusterError, ModelError
 from infra.cluster.jobs import _refuse_passwords, _start_once
 from infra.cluster.server import cluster_facts, connect
 from infra.errors import line_of
-from infra.mlflow_server import mlflow_errors
+from infra.mlflow.server import mlflow_errors
 from infra.ray_runtime import RayConfig, lost_worker, ray_cluster
 from training.models.directory import read_checkpoint
 

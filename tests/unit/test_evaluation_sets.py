@@ -13,15 +13,15 @@ import torch
 from typer.testing import CliRunner
 
 import evaluation.config
-import infra.weights
+import infra.files.weights
 from evaluation.config import EvaluateConfig, FolderSet, NamedSet, OutputsMethod
 from evaluation.inputs import EvaluationSet, OutputFiles, find_outputs, load_sets, outputs_id
 from evaluation.job import run_evaluate
 from evaluation.metrics.registry import UNAVAILABLE, Quality, how_to_get, metric_directions, metric_origins
 from infra import ConfigError, DataError, ModelError
 from infra.config import parse_config
+from infra.files.publish import write_bytes
 from infra.images import encode_png, read_image
-from infra.publish import write_bytes
 from pipelines.cli.main import app
 
 
@@ -289,8 +289,8 @@ def test_weights_with_a_wrong_hash_are_an_error(tmp_path: Path, monkeypatch: pyt
         torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / name)
     with pytest.raises(ModelError, match="its sha256 is not the published one"):
         metric_origins(["lpips"])
-    files = [infra.weights.WeightFile(**{**vars(f), "sha256": None}) for f in infra.weights.weight_files()]
-    monkeypatch.setattr(infra.weights, "weight_files", lambda: files)
+    files = [infra.files.weights.WeightFile(**{**vars(f), "sha256": None}) for f in infra.files.weights.weight_files()]
+    monkeypatch.setattr(infra.files.weights, "weight_files", lambda: files)
     assert metric_origins(["lpips"])["lpips"].startswith("alexnet ")
     with pytest.raises(ModelError, match="has shape"):
         Quality(["lpips"])

@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 
 from infra.config import result_part
 from infra.images import decode_image, encode_png
-from infra.pixels import gradient_energy, grey_levels
+from infra.imaging.pixels import gradient_energy, grey_levels
 from infra.shards import SCORES, read_sample
 from pipelines.cli.main import app
 from pipelines.sets.verify import verify
-from pipelines.sharding.filters import scores_of
+from pipelines.sharding.screening.filters import scores_of
 
 
 def as_jpeg(image: np.ndarray, quality: int) -> np.ndarray:

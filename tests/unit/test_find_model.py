@@ -8,11 +8,11 @@ from typer.testing import CliRunner
 
 from evaluation.config import ModelMethod
 from infra import ClusterError, ConfigError, ModelError
+from infra.files.locations import model_location
+from infra.files.publish import write_bytes
 from infra.images import encode_png
-from infra.locations import model_location
-from infra.mlflow_models import MODEL_TAG, find_model
-from infra.mlflow_server import TrackingConfig
-from infra.publish import write_bytes
+from infra.mlflow.models import MODEL_TAG, find_model
+from infra.mlflow.server import TrackingConfig
 from infra.storage import join
 from infra.tracking import track
 from pipelines.cli.main import app

@@ -13,8 +13,8 @@ from infra import ModelError
 from infra.seeding import rng_for
 from tests.training_runs import free_port, noise_shards, run_workers, train_config
 from training.run.agreement import OtherRankError, WorkerContext
-from training.run.health import Spikes, Stopwatch, by_rank, check_replicas
 from training.run.launch import FLIGHT_RECORDER, environment, lost_error
+from training.run.monitoring.health import Spikes, Stopwatch, by_rank, check_replicas
 
 
 def test_a_spike_is_marked_and_noise_is_not() -> None:

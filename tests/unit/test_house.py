@@ -63,7 +63,7 @@ def test_every_tag_that_we_set_in_mlflow_is_in_its_table():
 
 def test_what_runs_networks_on_ray_sets_their_numerics():
     """`infra.ray_runtime.on_ray` asks its callers for them; whoever starts work otherwise does it itself."""
-    without_networks = {"training/run/board.py", "training/data/batches.py"}
+    without_networks = {"training/run/monitoring/board.py", "training/data/batches.py"}
     starting = sources_with(r"ray\.remote\(|ray\.data\.\w+\(|TorchTrainer\(")
     assert starting.keys() > without_networks
     for name in starting.keys() - without_networks:
@@ -75,7 +75,7 @@ def test_free_memory_refuses_and_never_decides():
     assert sources_with("mem_get_info|virtual_memory").keys() == {"infra/process/memory.py", "infra/cluster/doctor.py"}
     assert sources_with("free_memory").keys() == {
         "infra/process/memory.py",
-        "training/run/requirements.py",
+        "training/run/cost/requirements.py",
         "training/restore/restore.py",
     }
 

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from infra import DataError, rng_for
+from infra.files.publish import write_bytes
 from infra.images import (
     FORMATS,
     UnusableImageError,
@@ -24,9 +25,8 @@ from infra.images import (
     read_image,
     resize_bicubic,
 )
-from infra.pictures import decode_picture
-from infra.png import is_plain_png
-from infra.publish import write_bytes
+from infra.imaging.pictures import decode_picture
+from infra.imaging.png import is_plain_png
 
 
 def photo(height: int = 40, width: int = 56, seed: int = 0) -> np.ndarray:

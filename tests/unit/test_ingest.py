@@ -20,9 +20,9 @@ import training.run.driver
 from degradation import degrade, load_preset
 from infra import ConfigError, DataError, StorageError, rng_for, storage
 from infra.config import result_part
+from infra.files.publish import write_bytes
 from infra.images import decode_image
 from infra.manifest import Manifest, ShardRecord, commit_record, write_manifest
-from infra.publish import write_bytes
 from infra.shards import IndexedEntry, read_sample, write_tar
 from infra.storage import sha256_file
 from training.config import ModelConfig, TrainConfig, TrainingSet
@@ -30,7 +30,7 @@ from training.data.batches import Batch, check_cpus, collate, updates, window
 from training.data.order import Order
 from training.data.samples import MOMENTS, Place, SampleMaker, SampleReader, TrainingSample, check_stored
 from training.models import CcsrModel, build_model
-from training.run.stages import build_stage
+from training.run.step.stages import build_stage
 
 
 @pytest.fixture(scope="module")

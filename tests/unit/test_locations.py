@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from infra import ConfigError
 from infra.config import apply_overrides, load_config
-from infra.locations import check_output, is_inside, location, parse_model, parse_tracking
+from infra.files.locations import check_output, is_inside, location, parse_model, parse_tracking
 from infra.tracking import TrackingConfig, tracking_uri
 from pipelines.cli.main import app
 from pipelines.cli.needs import needs_of
@@ -158,7 +158,7 @@ def test_every_argument_refuses_what_is_none_and_writes_nothing(
 
 
 def test_a_config_is_read_from_s3_and_home(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from infra.publish import write_bytes
+    from infra.files.publish import write_bytes
 
     monkeypatch.setenv("HOME", str(tmp_path))
     for place in (f"{s3}/run.yaml", str(tmp_path / "run.yaml")):

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from infra import DataError, PartialResultError, StorageError
+from infra.files.publish import write_bytes
 from infra.manifest import (
     Manifest,
     Quarantined,
@@ -25,7 +26,6 @@ from infra.manifest import (
     record_uri,
     write_manifest,
 )
-from infra.publish import write_bytes
 from infra.shards import Entry, IndexedEntry
 from infra.storage import exists, join, list_files, read_bytes
 
@@ -145,7 +145,7 @@ def test_an_index_of_an_interrupted_run_is_taken_over_if_it_says_the_same(tmp_pa
 
 def test_an_index_in_parts_is_one_index(output: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("infra.manifest.SHARDS_PER_PART", 2)
-    monkeypatch.setattr("infra.byte_index.ROWS_PER_BATCH", 2)
+    monkeypatch.setattr("infra.index.byte_index.ROWS_PER_BATCH", 2)
     counts = (3, 1, 0, 0, 2)  # the second part has no rows and is not written
     for index, count in enumerate(counts):
         commit_record(output, record(index, count))

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-import training.run.meter
+import training.run.monitoring.meter
 from infra.config import parse_config
 from training.config import TrainConfig
-from training.run.meter import Meter, flop_counter, peak_flops
+from training.run.monitoring.meter import Meter, flop_counter, peak_flops
 
 
 def meter(device: str = "cpu", **runtime: object) -> Meter:
@@ -68,7 +68,7 @@ def test_a_given_count_is_kept() -> None:
 
 def test_rates_leave_validation_out(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 1.0, 4.0, 10.0, 14.0, 20.0, 20.0, 24.0, 24.0])
-    monkeypatch.setattr(training.run.meter.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(training.run.monitoring.meter.time, "perf_counter", lambda: next(clock))
     measured = meter()  # reads 0
     measured.batch_arrived()  # 1: one second of waiting
     with measured.counting(0):

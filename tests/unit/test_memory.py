@@ -10,8 +10,8 @@ from training.config import ModelConfig, TrainConfig
 from training.models import build_model
 from training.optimizer import EmaConfig, OptimizerConfig
 from training.run.agreement import WorkerContext
-from training.run.parameters import parameter_table
-from training.run.requirements import check_memory, memory_needed
+from training.run.cost.parameters import parameter_table
+from training.run.cost.requirements import check_memory, memory_needed
 
 
 def config(stage: int = 1, precision: str = "fp32", zero_stage: int = 1) -> TrainConfig:

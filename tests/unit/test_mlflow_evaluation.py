@@ -10,7 +10,7 @@ from evaluation.config import EvaluateConfig
 from evaluation.mlflow_log import log_comparison, log_result
 from evaluation.results import load_result
 from infra.config import parse_config
-from infra.mlflow_server import TrackingConfig
+from infra.mlflow.server import TrackingConfig
 from infra.tracking import Tracker, track
 from tests.unit.result_folder import noisy, photographs, write_result
 

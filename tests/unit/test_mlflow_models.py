@@ -10,17 +10,17 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from infra import ClusterError, ConfigError, DataError
+from infra.files.publish import write_bytes
 from infra.images import encode_png
-from infra.mlflow_models import find_model
-from infra.mlflow_server import TrackingConfig
+from infra.mlflow.models import find_model
+from infra.mlflow.server import TrackingConfig
 from infra.process.background import BackgroundTracker
-from infra.publish import write_bytes
 from infra.tracking import Tracker, track
 from tests.training_runs import finished_run, train_config
 from training.config import TrainConfig
 from training.run.driver import run_train
-from training.run.mlflow_log import _send_unsent, keep_unsent, try_to_log_models
-from training.run.validation import Validation
+from training.run.monitoring.mlflow_log import _send_unsent, keep_unsent, try_to_log_models
+from training.run.monitoring.validation import Validation
 
 
 @pytest.fixture(params=["server", "database"])

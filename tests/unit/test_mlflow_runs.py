@@ -8,13 +8,13 @@ from mlflow.tracking import MlflowClient
 from evaluation.runs import runs_table
 from infra import ClusterError, DataError
 from infra.manifest import Manifest
-from infra.mlflow_server import TrackingConfig
+from infra.mlflow.server import TrackingConfig
 from infra.run import claim_output
 from infra.tracking import track
 from pipelines.sets.verify import verify
-from pipelines.sharding.card import write_card
 from pipelines.sharding.config import ShardConfig
-from pipelines.sharding.mlflow_log import log_shard_set
+from pipelines.sharding.reports.card import write_card
+from pipelines.sharding.reports.mlflow_log import log_shard_set
 from tests.unit.photos import make_shard_set, save_photos, shard_config
 
 RUN = {"job": "shard", "fingerprint": "1" * 64, "config": {}}

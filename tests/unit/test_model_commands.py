@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from infra import ConfigError, ModelError, StorageError
-from infra.publish import upload_folder, write_bytes
+from infra.files.publish import upload_folder, write_bytes
 from infra.storage import list_files, read_bytes
 from pipelines.cli.main import app
 from pipelines.convert import run_convert

@@ -23,7 +23,7 @@ from training.models import (
 )
 from training.models.directory import WEIGHTS
 from training.models.networks import build_networks
-from training.run.parameters import PAPER_MILLIONS, parameter_table
+from training.run.cost.parameters import PAPER_MILLIONS, parameter_table
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

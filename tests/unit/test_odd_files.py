@@ -16,10 +16,10 @@ from infra.images import encode_png
 from infra.run import claim_output
 from pipelines.estimate.shards import estimate_shards
 from pipelines.sets.verify import verify
-from pipelines.sharding.card import write_card
 from pipelines.sharding.config import ShardConfig
+from pipelines.sharding.inputs.zips import list_members, read_member
+from pipelines.sharding.reports.card import write_card
 from pipelines.sharding.sources import list_sources
-from pipelines.sharding.zips import list_members, read_member
 
 
 def published(folder: Path, hr: str, lr: str, count: int = 2) -> None:

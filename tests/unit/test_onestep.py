@@ -26,9 +26,9 @@ from training.models import (
 from training.models.networks import build_networks
 from training.restore.banded_vae import encode_in_bands
 from training.restore.restore import prepare_image, restore_runs
-from training.run.parameters import parameter_table, regulariser_row
-from training.run.requirements import step_cost
-from training.run.stages import build_stage
+from training.run.cost.parameters import parameter_table, regulariser_row
+from training.run.cost.requirements import step_cost
+from training.run.step.stages import build_stage
 from training.sampling.schedules import ALPHAS_CUMPROD, add_noise
 
 CONFIG = ModelConfig(family="onestep")

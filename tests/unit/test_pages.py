@@ -9,11 +9,11 @@ from photos import save_photos, shard_config
 from test_source_containers import stored
 
 from infra.errors import StorageError
-from infra.publish import write_bytes
+from infra.files.publish import write_bytes
 from infra.storage import iter_files, join, list_files, read_json
-from pipelines.sharding import pages
 from pipelines.sharding.files import FileList, SourceFile
-from pipelines.sharding.pages import list_in_parts, remove_listings
+from pipelines.sharding.inputs import pages
+from pipelines.sharding.inputs.pages import list_in_parts, remove_listings
 from pipelines.sharding.sources import list_sources
 
 

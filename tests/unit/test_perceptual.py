@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import infra.weights
+import infra.files.weights
 from evaluation.metrics.registry import Quality
 from infra import ModelError
 from training.config import ModelConfig
@@ -71,13 +71,13 @@ def folder(tmp_path: Path, vgg: nn.Sequential, alexnet: nn.Sequential, monkeypat
         torch.save(heads, tmp_path / f"lpips_v0.1_{name}.pth")
     shares = {name: draw(1, 1475, 1, 1, seed=index).abs() for index, name in enumerate(("alpha", "beta"))}
     torch.save(shares, tmp_path / "dists_weights.pt")
-    known = {file.path: file for file in infra.weights.weight_files()}
-    monkeypatch.setattr(infra.weights, "weight_files", lambda: [_unhashed(file) for file in known.values()])
+    known = {file.path: file for file in infra.files.weights.weight_files()}
+    monkeypatch.setattr(infra.files.weights, "weight_files", lambda: [_unhashed(file) for file in known.values()])
     return tmp_path
 
 
-def _unhashed(file: infra.weights.WeightFile) -> infra.weights.WeightFile:
-    return infra.weights.WeightFile(**{**vars(file), "sha256": None})
+def _unhashed(file: infra.files.weights.WeightFile) -> infra.files.weights.WeightFile:
+    return infra.files.weights.WeightFile(**{**vars(file), "sha256": None})
 
 
 @pytest.mark.parametrize(

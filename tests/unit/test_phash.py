@@ -10,9 +10,9 @@ import pytest
 from photos import photo
 
 from infra import rng_for
-from pipelines.sharding.dedupe import _near_duplicates
 from pipelines.sharding.files import SourceFile
-from pipelines.sharding.phash import NEAR_BITS, near_pairs, perceptual_hash
+from pipelines.sharding.screening.dedupe import _near_duplicates
+from pipelines.sharding.screening.phash import NEAR_BITS, near_pairs, perceptual_hash
 
 skimage = pytest.importorskip("skimage", reason="the photographs come with the extra `demo`")
 sklearn = pytest.importorskip("sklearn", reason="the photographs come with the extra `demo`")
@@ -76,7 +76,7 @@ def test_near_pairs_are_those_of_a_plain_loop(monkeypatch: pytest.MonkeyPatch) -
     ]
     assert len(expected) > 100
     assert list(near_pairs(a, b)) == expected
-    monkeypatch.setattr("pipelines.sharding.phash.COMPARED_AT_ONCE", 100)
+    monkeypatch.setattr("pipelines.sharding.screening.phash.COMPARED_AT_ONCE", 100)
     assert list(near_pairs(a, b)) == expected
     assert [*near_pairs(a[:0], b), *near_pairs(a, b[:0])] == []
     assert len(list(near_pairs(a, b, max_bits=7))) > len(expected)
@@ -105,8 +105,8 @@ def test_many_frames_that_are_alike_are_not_all_compared(monkeypatch: pytest.Mon
             listed.append(pair)
             yield pair
 
-    monkeypatch.setattr("pipelines.sharding.phash.COMPARED_AT_ONCE", 2**18)
-    monkeypatch.setattr("pipelines.sharding.dedupe.near_pairs", counted)
+    monkeypatch.setattr("pipelines.sharding.screening.phash.COMPARED_AT_ONCE", 2**18)
+    monkeypatch.setattr("pipelines.sharding.screening.dedupe.near_pairs", counted)
     lines = _near_duplicates(files, hashes, 4)
     assert [line["key"] for line in lines] == [file.key for file in files[1:]]
     assert {line["like"] for line in lines} == {"0.png"}

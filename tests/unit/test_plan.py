@@ -13,9 +13,9 @@ from photos import save_photos, shard_config
 from infra import DataError
 from infra.config import canonical_json
 from infra.shards import KEY_PATTERN
-from pipelines.sharding import listing
 from pipelines.sharding.config import ShardConfig
 from pipelines.sharding.files import FileList, SourceFile
+from pipelines.sharding.inputs import listing
 from pipelines.sharding.plan import plan_shards, source_id
 from pipelines.sharding.sources import list_sources
 

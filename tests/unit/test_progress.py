@@ -8,7 +8,7 @@ import pytest
 
 from infra.display import progress as module
 from infra.display.progress import last_line, progress
-from infra.gauges import show
+from infra.process.gauges import show
 
 
 def test_lines_tell_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -36,9 +36,9 @@ def test_a_gauge_is_set_again_until_it_gets_another_value(monkeypatch: pytest.Mo
     """Ray's agent forgets what is not."""
     told: list[tuple[float, dict[str, str]]] = []
     gauge = SimpleNamespace(set=lambda value, tags: told.append((value, tags)))
-    monkeypatch.setattr("infra.gauges._gauge", lambda name, tags: gauge)
-    monkeypatch.setattr("infra.gauges._shown", {})
-    monkeypatch.setattr("infra.gauges.AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr("infra.process.gauges._gauge", lambda name, tags: gauge)
+    monkeypatch.setattr("infra.process.gauges._shown", {})
+    monkeypatch.setattr("infra.process.gauges.AGAIN_SECONDS", 0.01)
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: True))
     show({"ccsr_progress_done": 3}, job_title="sharding")
     deadline = time.monotonic() + 20

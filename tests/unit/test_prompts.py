@@ -13,9 +13,9 @@ from torch import Tensor
 
 from infra import ConfigError, DataError, ModelError, noise_for
 from infra.config import fingerprint_of, result_part
+from infra.files.weights import ENVIRONMENT
+from infra.index.tars import open_set
 from infra.manifest import Manifest
-from infra.tars import open_set
-from infra.weights import ENVIRONMENT
 from tests.small_networks import save_text_tower, smaller_tiny
 from tests.training_runs import train_config
 from training.config import TrainConfig
@@ -24,8 +24,8 @@ from training.data.batches import Batch, updates
 from training.data.samples import SampleReader, check_stored
 from training.models import CcsrModel, build_model
 from training.models.networks import seeded_init
-from training.run.requirements import step_cost
-from training.run.stages import build_stage
+from training.run.cost.requirements import step_cost
+from training.run.step.stages import build_stage
 
 
 @pytest.fixture

@@ -23,12 +23,16 @@ from evaluation.find import merge_results
 from evaluation.report.page import write_report
 from evaluation.report.plots import trace_plots
 from evaluation.report.tables import interval_table, published_summary, score_table, table_rows
-from evaluation.results import image_row, load_result, summarise
+from evaluation.results import image_row, load_result, method_scores
 from infra import ConfigError, DataError, StorageError
 from infra.images import read_image
 from pipelines.cli.main import app
 
 METHODS = {"bicubic": (1, lambda bicubic, rng: bicubic), "ccsr": (3, noisy(4)), "<other>": (3, noisy(15, 1.5))}
+
+
+def summarise(results: pa.Table, images: pa.Table) -> dict[str, dict]:
+    return {name: method.summary() for name, method in method_scores(results, images).items()}
 
 
 @pytest.fixture(scope="module")

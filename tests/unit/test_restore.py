@@ -16,8 +16,8 @@ from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from infra import ConfigError, DataError, ModelError, PartialResultError
+from infra.files.publish import upload_folder, write_bytes
 from infra.images import decode_image, encode_png
-from infra.publish import upload_folder, write_bytes
 from infra.storage import read_bytes
 from pipelines.cli.main import app
 from pipelines.cli.needs import needs_of

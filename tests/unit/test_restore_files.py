@@ -15,8 +15,8 @@ from evaluation.config import EvaluateConfig
 from evaluation.inputs import load_sets
 from evaluation.scoring import Scorer, ScoreTask
 from infra import ConfigError, DataError, PartialResultError
+from infra.files.publish import upload_folder, write_bytes
 from infra.images import encode_png, read_image
-from infra.publish import upload_folder, write_bytes
 from infra.storage import list_files, read_bytes
 from pipelines.restore import RestoreConfig, restore
 from training.config import ModelConfig, SamplingConfig

@@ -15,8 +15,8 @@ from mlflow.tracking import MlflowClient
 import infra.run
 from infra import ConfigError, ModelError
 from infra.config import result_part
-from infra.mlflow_server import TrackingConfig
-from infra.publish import write_bytes
+from infra.files.publish import write_bytes
+from infra.mlflow.server import TrackingConfig
 from infra.run import PACKAGES, claim_output
 from infra.tracking import track
 from tests.training_runs import noise_shards, train_config
@@ -25,7 +25,7 @@ from training.run import driver as train
 from training.run.checkpoint import TrainingState, advice, complete_checkpoints, save_checkpoint
 from training.run.continued import find_checkpoint
 from training.run.driver import _claimed, _updates_done, run_train
-from training.run.mlflow_log import describe_run
+from training.run.monitoring.mlflow_log import describe_run
 
 
 def test_stage_2_does_not_resume_with_another_micro_batch(tmp_path: Path) -> None:

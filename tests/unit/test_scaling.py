@@ -5,7 +5,7 @@ from test_train_estimate import config
 
 from pipelines.estimate.scaling import Limits, Parts, on_cores, scaling_table, update_seconds
 from pipelines.estimate.training import Assumed, estimate_training
-from training.run.requirements import StepCost
+from training.run.cost.requirements import StepCost
 
 LIMITS = Limits(
     ranks_per_node=4,
@@ -35,8 +35,8 @@ def test_zero_2_exchanges_after_each_micro_batch_of_its_own_row(monkeypatch: pyt
     assert [update_seconds(parts, LIMITS, 2, size)["exchange"] for size in (8, 16, 36)] == [
         one_exchange, 2 * one_exchange, 5 * one_exchange
     ]  # fmt: skip
-    monkeypatch.setattr("training.run.requirements.step_cost", lambda config: StepCost(10**9, 50, 4e12, 400))
-    monkeypatch.setattr("training.run.requirements.ingest_seconds", lambda config: 0.0)
+    monkeypatch.setattr("training.run.cost.requirements.step_cost", lambda config: StepCost(10**9, 50, 4e12, 400))
+    monkeypatch.setattr("training.run.cost.requirements.ingest_seconds", lambda config: 0.0)
 
     def speeds(stage: int) -> list[float]:
         settings = config(global_batch_size=64, precision="bf16", runtime={"num_workers": 2, "zero_stage": stage})
@@ -62,8 +62,8 @@ def test_ranks_share_cores() -> None:
 
 
 def test_the_table_names_the_largest_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.run.requirements.step_cost", lambda config: StepCost(10**8, 50, 4e12, 400))
-    monkeypatch.setattr("training.run.requirements.ingest_seconds", lambda config: 0.02)
+    monkeypatch.setattr("training.run.cost.requirements.step_cost", lambda config: StepCost(10**8, 50, 4e12, 400))
+    monkeypatch.setattr("training.run.cost.requirements.ingest_seconds", lambda config: 0.02)
     settings = config(global_batch_size=96, precision="bf16", runtime={"num_workers": 4, "ingest_cpus": 1})
     (first,) = estimate_training(settings, Assumed("A100", mfu=0.5), [])
     rows = scaling_table(settings, first, [8, 256]).rows

@@ -17,18 +17,18 @@ from degradation import apply
 from evaluation.inputs import load_sets
 from infra import ConfigError, DataError, PartialResultError, StorageError
 from infra.config import result_part
+from infra.files.publish import publish_if_absent, write_bytes
 from infra.images import UnusableImageError, decode_image, encode_png, resize_bicubic
 from infra.manifest import Manifest, ShardRecord, committed, record_uri
-from infra.publish import publish_if_absent, write_bytes
 from infra.seeding import noise_for
 from infra.shards import image_of, read_sample
 from infra.storage import exists, join, list_files, read_bytes
 from pipelines.sets.verify import verify
-from pipelines.sharding.card import _look
 from pipelines.sharding.config import LatentsConfig, ShardConfig
 from pipelines.sharding.job import _report_quarantine, write_shard
 from pipelines.sharding.plan import plan_shards
 from pipelines.sharding.recipe import resolve_degradation
+from pipelines.sharding.reports.card import _look
 from pipelines.sharding.sample import crop_image
 from pipelines.sharding.sources import SourceFile, list_sources
 from tests.training_runs import train_config

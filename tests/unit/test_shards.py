@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infra import DataError, StorageError
-from infra.publish import upload
+from infra.files.publish import upload
 from infra.shards import Entry, read_sample, write_tar
 from infra.storage import join, sha256_file
 

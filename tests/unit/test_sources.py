@@ -12,14 +12,14 @@ from photos import make_shard_set, photo, save_photos, shard_config
 
 from degradation import degrade, load_preset
 from infra import ConfigError, DataError, rng_for
+from infra.files.publish import write_bytes
 from infra.images import UnusableImageError, decode_image, encode_png, resize_bicubic
-from infra.publish import write_bytes
 from infra.shards import read_sample
 from infra.storage import join
 from pipelines.sets.verify import verify
 from pipelines.sharding.config import ShardConfig
 from pipelines.sharding.files import FileList
-from pipelines.sharding.pairs import check_pair
+from pipelines.sharding.inputs.pairs import check_pair
 from pipelines.sharding.plan import source_id
 from pipelines.sharding.recipe import resolve_degradation
 from pipelines.sharding.sources import SourceFile, list_sources, source_facts
@@ -149,7 +149,7 @@ def test_a_changed_zip_is_another_source_and_a_damaged_one_is_told(tmp_path: Pat
 
 
 def test_a_zip_bomb_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.sharding.zips.MAX_MEMBER_BYTES", 1 << 20)
+    monkeypatch.setattr("pipelines.sharding.inputs.zips.MAX_MEMBER_BYTES", 1 << 20)
     good = encode_png(photo(64, 64))
     (tmp_path / "set.zip").write_bytes(zipped(**{"good.png": good, "bomb.png": bytes(1 << 21)}))
     manifest = make_shard_set(shard_config(tmp_path / "set.zip", tmp_path / "out", degradation="bicubic"))

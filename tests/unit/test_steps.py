@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import training.run.critics
-import training.run.stages
+import training.run.step.critics
+import training.run.step.stages
 from infra import noise_for
 from infra.config import parse_config
 from tests.small_networks import seeded_lpips, small_dino
@@ -15,8 +15,8 @@ from training.config import ModelConfig, SamplingConfig, TrainConfig
 from training.data.batches import Batch
 from training.models import CcsrModel, PatchDiscriminator, build_model
 from training.restore.restore import restore_runs
-from training.run.meter import flop_counter
-from training.run.stages import DecoderStage, build_stage
+from training.run.monitoring.meter import flop_counter
+from training.run.step.stages import DecoderStage, build_stage
 
 V2 = {
     "reconstruction": "l2",
@@ -32,8 +32,8 @@ V2 = {
 
 @pytest.fixture(autouse=True)
 def small_frozen_networks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training.run.critics, "load_dino", small_dino)
-    monkeypatch.setattr(training.run.stages, "load_lpips", seeded_lpips)
+    monkeypatch.setattr(training.run.step.critics, "load_dino", small_dino)
+    monkeypatch.setattr(training.run.step.stages, "load_lpips", seeded_lpips)
 
 
 def stage(loss: dict[str, Any], family: str = "v2") -> DecoderStage:

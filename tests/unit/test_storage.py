@@ -19,8 +19,9 @@ from typing import Any
 import pytest
 import s3fs
 
-from infra import StorageError, publish, storage
-from infra.publish import (
+from infra import StorageError, storage
+from infra.files import publish
+from infra.files.publish import (
     download,
     download_folder,
     ensure_writable,
@@ -221,9 +222,9 @@ def test_a_place_below_a_file_cannot_be_written(tmp_path: Path) -> None:
 def test_no_permission_is_told() -> None:
     """As root nothing is forbidden, so an ordinary user tries."""
     code = (
-        "import os, sys, infra.publish\n"
+        "import os, sys, infra.files.publish\n"
         "os.getuid() or os.setuid(65534)\n"
-        "try: infra.publish.ensure_writable(sys.argv[1])\n"
+        "try: infra.files.publish.ensure_writable(sys.argv[1])\n"
         "except infra.StorageError as error: print(error)\n"
     )
     with tempfile.TemporaryDirectory() as folder:

@@ -22,8 +22,8 @@ from infra import ClusterError, ConfigError, DataError
 from infra.config import parse_config
 from infra.errors import StoppedError
 from infra.images import encode_png
-from infra.mlflow_models import find_model
-from infra.mlflow_server import TrackingConfig, check_tracking, refused_for_good
+from infra.mlflow.models import find_model
+from infra.mlflow.server import TrackingConfig, check_tracking, refused_for_good
 from infra.process import background
 from infra.process.background import BackgroundTracker
 from infra.tracking import Tracker, track
@@ -202,7 +202,7 @@ def test_a_run_that_mlflow_refuses_to_describe_is_failed_and_in_its_words(store:
 def test_sigterm_ends_a_commands_run(store: TrackingConfig) -> None:
     program = (
         "import os, signal, time\n"
-        "from infra.mlflow_server import TrackingConfig\n"
+        "from infra.mlflow.server import TrackingConfig\n"
         "from infra.tracking import track\n"
         "from pipelines.cli import main as cli\n"
         "@cli.app.command()\n"

@@ -16,9 +16,9 @@ from pipelines.estimate.training import Assumed, TrainEstimate, estimate_trainin
 from training.config import ModelConfig, SamplingConfig, TrainConfig
 from training.models import build_model
 from training.restore.restore import decode_images, prepare_image, sample_rows
-from training.run.meter import flop_counter
-from training.run.requirements import StepCost, _batch, ingest_seconds, memory_needed, restore_flops, step_cost
-from training.run.stages import build_stage
+from training.run.cost.requirements import StepCost, _batch, ingest_seconds, memory_needed, restore_flops, step_cost
+from training.run.monitoring.meter import flop_counter
+from training.run.step.stages import build_stage
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -86,7 +86,7 @@ def test_the_count_of_a_restoration_is_that_of_a_real_one(
     )
     model = build_model(tiny, 0)
     lr = np.zeros((16, 16, 3), np.uint8)
-    monkeypatch.setattr("training.run.requirements.COUNTED_PX", 64)
+    monkeypatch.setattr("training.run.cost.requirements.COUNTED_PX", 64)
     with flop_counter() as counter, torch.no_grad():  # under inference_mode a counter sees nothing
         image = inspect.unwrap(prepare_image)(model, lr, (64, 64), settings, key="k")
         list(decode_images(model, sample_rows(model, [(image, 0)], settings, 0), [image], settings))
@@ -104,8 +104,8 @@ def test_precision_and_checkpointing_show_in_the_memory() -> None:
 
 
 def test_hours_and_cost_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.run.requirements.step_cost", lambda config: StepCost(100, 50, 4e12, 400))
-    monkeypatch.setattr("training.run.requirements.ingest_seconds", lambda config: 0.02)
+    monkeypatch.setattr("training.run.cost.requirements.step_cost", lambda config: StepCost(100, 50, 4e12, 400))
+    monkeypatch.setattr("training.run.cost.requirements.ingest_seconds", lambda config: 0.02)
     settings = config(global_batch_size=96, precision="bf16", runtime={"num_workers": 4})
     estimates = estimate_training(settings, Assumed("A100", mfu=0.5, price=2.0), [8, 32, 5])
     assert [(one.num_gpus, one.micro_batch_size, one.accumulation) for one in estimates] == [
@@ -136,7 +136,7 @@ def test_what_fits_a_card_is_what_the_bytes_say(monkeypatch: pytest.MonkeyPatch)
     def cost(config: TrainConfig) -> StepCost:
         return StepCost(10**9, 10**9, 1.0, 4 * 10**9 * (2 if config.runtime.activation_checkpointing else 8))
 
-    monkeypatch.setattr("training.run.requirements.step_cost", cost)
+    monkeypatch.setattr("training.run.cost.requirements.step_cost", cost)
     rows = [[one.value for one in row] for row in fit_table(config(precision="bf16")).rows]
     fits = [[None, 2, 4], [None, 2, 4], [1, 3, 4], [None, 4, 4], [3, 4, 4], [4, 4, 4]]
     assert [row[2:] for row in rows] == fits
@@ -167,8 +167,8 @@ def test_the_command_prints_a_column_for_each_number_of_gpus() -> None:
 
 
 def test_a_config_for_cpus_is_estimated_on_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.run.requirements.step_cost", lambda config: StepCost(100, 50, 4e12, 400))
-    monkeypatch.setattr("training.run.requirements.measured_flops", lambda threads: 1e10 * threads)
+    monkeypatch.setattr("training.run.cost.requirements.step_cost", lambda config: StepCost(100, 50, 4e12, 400))
+    monkeypatch.setattr("training.run.cost.requirements.measured_flops", lambda threads: 1e10 * threads)
     settings = config(global_batch_size=96, runtime={"threads": 2, "num_workers": 4})
     assumed = Assumed.for_runtime(settings.runtime)
     (one,) = estimate_training(settings, assumed, [])

@@ -10,7 +10,7 @@ import torch
 from infra import DataError, ModelError
 from infra.config import parse_config, result_part
 from infra.images import decode_image, resize_bicubic
-from infra.pixels import l_std, l_std_equal_sharpness, psnr_y
+from infra.imaging.pixels import l_std, l_std_equal_sharpness, psnr_y
 from infra.shards import read_sample
 from tests.small_networks import seeded_lpips
 from tests.unit.photos import make_shard_set, save_photos, shard_config
@@ -18,7 +18,7 @@ from training.config import ModelConfig, SamplingConfig, TrainConfig
 from training.models import CcsrModel, build_model
 from training.restore.restore import restore_runs
 from training.run.agreement import WorkerContext
-from training.run.validation import PERCEPTUAL, Perceptual, Validation, _perceptual
+from training.run.monitoring.validation import PERCEPTUAL, Perceptual, Validation, _perceptual
 
 
 class Log:

@@ -14,17 +14,17 @@ import pytest
 from photos import make_shard_set, save_photos, shard_config
 
 from infra import DataError
+from infra.files.publish import write_bytes
 from infra.images import encode_png
 from infra.manifest import Manifest, ShardRecord, dataset_id_of, record_uri, write_manifest
-from infra.publish import write_bytes
 from infra.shards import read_index
 from infra.storage import _s3, join, list_files, read_bytes, sha256_file
 from pipelines.sets.clean import clean, print_cleaned
 from pipelines.sets.verify import find_duplicates, print_duplicates, verify
-from pipelines.sharding.filters import print_stats
 from pipelines.sharding.job import write_shard
 from pipelines.sharding.plan import plan_shards
 from pipelines.sharding.recipe import resolve_degradation
+from pipelines.sharding.screening.filters import print_stats
 from pipelines.sharding.sources import list_sources
 
 

@@ -18,10 +18,10 @@ from typer.testing import CliRunner
 
 from evaluation import temporal_std
 from infra.errors import CcsrError, ConfigError, DataError, StorageError
+from infra.files.publish import staging
 from infra.images import encode_png, read_image
-from infra.pictures import resized
-from infra.publish import staging
-from infra.video import convert, probe
+from infra.imaging.pictures import resized
+from infra.imaging.video import convert, probe
 from pipelines.cli.main import app
 from tests.small_networks import smaller_tiny
 from training.config import ModelConfig

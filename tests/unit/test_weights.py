@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-import infra.weights
+import infra.files.weights
 from infra import ConfigError, ModelError, StorageError, storage
-from infra.publish import upload_folder, write_bytes
-from infra.weights import (
+from infra.files.publish import upload_folder, write_bytes
+from infra.files.weights import (
     BASE_HUB_ID,
     WeightFile,
     check_weights,
@@ -39,7 +39,7 @@ def table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         WeightFile("pair", "test", "pair/b.bin", "https://huggingface.co/x/y/b.bin", "here", "MIT", None),
         WeightFile("manual", "test", "manual.ckpt", None, "the authors' drive", "MIT", None),
     ]
-    monkeypatch.setattr(infra.weights, "weight_files", lambda: files)
+    monkeypatch.setattr(infra.files.weights, "weight_files", lambda: files)
     monkeypatch.delenv("CCSR_WEIGHTS", raising=False)
     monkeypatch.delenv("HF_ENDPOINT", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -177,7 +177,7 @@ def test_a_hub_id_is_a_repository_like_the_base(
     mirror: Path, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = [WeightFile("sd21-base", "base", f"sd21-base/{n}/config.json", None, "", "", None) for n in ("unet", "vae")]
-    monkeypatch.setattr(infra.weights, "weight_files", lambda: files)
+    monkeypatch.setattr(infra.files.weights, "weight_files", lambda: files)
     with pytest.raises(ModelError, match="ccsr weights fetch team/base"):
         find_weights("team/base")
     for part in ("unet", "vae"):

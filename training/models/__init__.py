@@ -3,10 +3,10 @@
 from training.models.build import build_model
 from training.models.ccsr import CcsrModel
 from training.models.directory import load_model, save_model
-from training.models.discriminators import PatchDiscriminator, ProjectedDiscriminator, power_iteration
+from training.models.judges.discriminators import PatchDiscriminator, ProjectedDiscriminator, power_iteration
+from training.models.judges.perceptual import Dists, EncoderFeatures, Lpips, load_dino, load_dists, load_lpips
 from training.models.networks import seeded_init, with_latent_condition
 from training.models.onestep import OneStepAdapter, OneStepModel
-from training.models.perceptual import Dists, EncoderFeatures, Lpips, load_dino, load_dists, load_lpips
 from training.models.remote import export_trained, fetch_model, model_id, publish_model
 from training.models.stablesr import StableSrAdapter, StableSrModel
 from training.models.wrapping import FeatureWrapping

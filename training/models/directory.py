@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from infra.errors import ModelError, StorageError, line_of
-from infra.publish import sync
+from infra.files.publish import sync
 from infra.storage import explained, sha256_file
 from training.config import ModelConfig
 from training.models.build import model_class

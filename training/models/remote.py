@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from infra.errors import ModelError
-from infra.publish import shared_copy, upload_folder
+from infra.files.publish import shared_copy, upload_folder
 from infra.storage import exists, join, short_hash
 from training.models.ccsr import CcsrModel
 from training.models.directory import (

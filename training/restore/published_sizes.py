@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from infra.errors import ConfigError, DataError
-from infra.pictures import luma, resized
+from infra.imaging.pictures import luma, resized
 from training.config import SamplingConfig, SizeRule
 from training.sampling import color_fix
 

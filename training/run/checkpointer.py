@@ -25,9 +25,9 @@ from training.run.checkpoint import (
     restore_module,
     save_checkpoint,
 )
-from training.run.critics import TrainedCritic
-from training.run.engine import engine_state, restore_engine
-from training.run.health import check_replicas
+from training.run.monitoring.health import check_replicas
+from training.run.step.critics import TrainedCritic
+from training.run.step.engine import engine_state, restore_engine
 
 
 class Checkpoints:

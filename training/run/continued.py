@@ -4,8 +4,8 @@ import re
 from typing import Any
 
 from infra.errors import ConfigError, ModelError
-from infra.mlflow_models import run_tag
-from infra.mlflow_server import TrackingConfig
+from infra.mlflow.models import run_tag
+from infra.mlflow.server import TrackingConfig
 from infra.run import read_run
 from infra.storage import join, read_json, short_hash
 from training.config import TrainConfig

@@ -9,30 +9,30 @@ from typing import Any
 from infra.config import parameters
 from infra.display.progress import progress
 from infra.errors import CcsrError, ConfigError, DataError, StoppedError, line_of
-from infra.locations import check_output
+from infra.files.locations import check_output
+from infra.index.tars import open_set
 from infra.manifest import Manifest
-from infra.mlflow_models import find_model
-from infra.mlflow_server import check_tracking, tracking_uri
+from infra.mlflow.models import find_model
+from infra.mlflow.server import check_tracking, tracking_uri
 from infra.ray_runtime import cpus_here, ray_cluster, user_error
 from infra.run import Progress, claim_output, git_commit
 from infra.storage import exists, join, read_json
-from infra.tars import open_set
 from infra.tracking import Tracker, track
 from training.config import TrainConfig, legal_world_sizes
 from training.data.batches import check_cpus, cpus_of_worker
 from training.data.samples import check_crop, check_stored
 from training.models import model_id
 from training.run.agreement import OtherRankError, WorkerContext, agree, attempt, sigterm_noted
-from training.run.board import Pulse, Watch, make_board
 from training.run.checkpoint import complete_checkpoints, position_of
 from training.run.continued import continued
-from training.run.eight_bit import optimizer_libraries
+from training.run.cost.requirements import step_cost
 from training.run.export import RAW, export_run, initial_model, last_checkpoint, write_model
 from training.run.launch import environment, lost_error, placement, show_rates
-from training.run.mlflow_log import describe_run, keep_unsent, log_models, try_to_log_models
-from training.run.requirements import step_cost
-from training.run.stages import build_stage
-from training.run.validation import Validation
+from training.run.monitoring.board import Pulse, Watch, make_board
+from training.run.monitoring.mlflow_log import describe_run, keep_unsent, log_models, try_to_log_models
+from training.run.monitoring.validation import Validation
+from training.run.step.eight_bit import optimizer_libraries
+from training.run.step.stages import build_stage
 
 LIBRARIES = ("torch", "deepspeed", "diffusers", "numpy", "opencv-python-headless", "pillow")
 
@@ -226,7 +226,7 @@ def _worker(settings: dict[str, Any]) -> None:
     from infra.process.node import NodeMonitor
     from infra.process.numerics import set_numerics
     from infra.tracking import Tracker
-    from training.run.engine import skip_compiled_collectives
+    from training.run.step.engine import skip_compiled_collectives
     from training.run.worker import train
 
     config: TrainConfig = settings["config"]

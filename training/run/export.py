@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import ModelError
-from infra.publish import shared_copy, temporary_folder, write_bytes
+from infra.files.publish import shared_copy, temporary_folder, write_bytes
 from infra.storage import exists, join, list_files, read_json
 from training.config import TrainConfig
 from training.models import CcsrModel, build_model, export_trained, fetch_model, publish_model, save_model

@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 from infra.errors import ClusterError
-from infra.gauges import show
+from infra.process.gauges import show
 from infra.ray_runtime import cpu_work, lost_worker
 from training.config import TrainConfig
 from training.runtime import TrainRuntime

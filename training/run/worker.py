@@ -14,18 +14,18 @@ from training.data.batches import Batch, updates
 from training.data.samples import SampleReader
 from training.models import CcsrModel
 from training.run.agreement import WorkerContext, agree, all_objects, attempt, gathered, limit_collectives
-from training.run.ahead import Mover, mover
 from training.run.checkpoint import advice
 from training.run.checkpointer import Checkpoints
-from training.run.critics import TrainedCritic
-from training.run.eight_bit import optimizer_libraries
-from training.run.engine import averaged, make_engine, step, update_average
-from training.run.health import Spikes, Stopwatch, by_rank
-from training.run.meter import Meter, Profile
-from training.run.mlflow_log import grouped
-from training.run.requirements import check_memory, step_cost
-from training.run.stages import Stage, build_stage
-from training.run.validation import Validation
+from training.run.cost.requirements import check_memory, step_cost
+from training.run.monitoring.health import Spikes, Stopwatch, by_rank
+from training.run.monitoring.meter import Meter, Profile
+from training.run.monitoring.mlflow_log import grouped
+from training.run.monitoring.validation import Validation
+from training.run.step.ahead import Mover, mover
+from training.run.step.critics import TrainedCritic
+from training.run.step.eight_bit import optimizer_libraries
+from training.run.step.engine import averaged, make_engine, step, update_average
+from training.run.step.stages import Stage, build_stage
 
 
 def train(config: TrainConfig, manifests: list[Manifest], model: CcsrModel, context: WorkerContext) -> None:

@@ -1,0 +1,1 @@
+"""Locations, whole-or-nothing writes, and third-party weight files."""

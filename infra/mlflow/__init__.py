@@ -1,0 +1,1 @@
+"""MLflow's server, its models and registry."""

@@ -1,0 +1,1 @@
+"""Kinds of image sets: lists, zips, tars and parquet, existing pairs."""

@@ -1,0 +1,1 @@
+"""What a finished shard set says of itself: data card, MLflow run."""

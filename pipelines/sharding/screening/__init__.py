@@ -1,0 +1,1 @@
+"""What leaves images out: filters and near-duplicates."""

@@ -1,0 +1,1 @@
+"""Networks that judge pictures: discriminators, perceptual distances, their backbones."""
