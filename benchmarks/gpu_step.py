@@ -223,7 +223,7 @@ def measure(cases: list[tuple[str, int]], options: argparse.Namespace) -> list[R
         autocast = torch.autocast(options.device, variant.half) if isinstance(variant, Published) else nullcontext()
         there = batch.to(options.device)
         with autocast:
-            encode = min(timed(options, lambda v=variant, b=there: v.stage._latents(b)) for _ in range(3))
+            encode = min(timed(options, lambda v=variant, b=there: v.stage.latents_of(b)) for _ in range(3))
         update = median(seconds[number])
         rate = micro_batch * options.accumulation / update
         results.append(

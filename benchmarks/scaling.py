@@ -9,7 +9,7 @@ waits, so waiting for another rank is not in them. More ranks than cores share t
 that what they cost is understood.
 
 A core's CPU time depends on what its neighbour does, so no measurement leaves a core idle: one rank is measured as a
-group of its own beside others like it. A round measures parts and updates within minutes of each other; the difference
+separate group beside others like it. A round measures parts and updates within minutes of each other; the difference
 is the median of the rounds' own, and their range is printed.
 """
 

@@ -83,7 +83,7 @@ def stage2_batch(stage: DecoderStage, photos: Sequence[np.ndarray], count: int) 
     hr = as_tensor([hr for hr, _ in pairs], "cpu")
     lr = as_tensor([resize_bicubic(lr, *hr.shape[1::-1]) for hr, lr in pairs], "cpu")
     batch = Batch([""] * count, list(range(count)), hr, lr)
-    return replace(batch, moments={SAMPLED: stage._sampled(batch)})
+    return replace(batch, moments={SAMPLED: stage.sampled_latents(batch)})
 
 
 def fine_tuned(model: CcsrModel, config: TrainConfig, crops: Batch) -> CcsrModel:

@@ -48,7 +48,7 @@ def poisson(planes: np.ndarray, step: Step) -> np.ndarray:
     if step["gray"]:
         source = to_levels(_luma(planes, _OPENCV_GRAY if "photons" in step else _TORCHVISION_GRAY))
     if "photons" in step:
-        return _add(planes, _field(step["seed"], _poisson_quantiles(step["photons"]), source.shape, source))
+        return _add(planes, _field(step["seed"], poisson_quantiles(step["photons"]), source.shape, source))
     histogram = cv2.calcHist([source.reshape(-1, source.shape[2])], [0], None, [256], [0, 256])
     distinct = np.count_nonzero(histogram)
     field = _field(step["seed"], _common_quantiles(int(distinct - 1).bit_length()), source.shape, source)
@@ -101,10 +101,10 @@ def _normal_quantiles() -> np.ndarray:
 
 @lru_cache(maxsize=9)
 def _common_quantiles(log2_photons: int) -> np.ndarray:
-    return _poisson_quantiles(2**log2_photons)
+    return poisson_quantiles(2**log2_photons)
 
 
-def _poisson_quantiles(photons: float) -> np.ndarray:
+def poisson_quantiles(photons: float) -> np.ndarray:
     """(256 * 4096,) float32: for each level n, 4096 equiprobable values of Poisson(n/255 photons)/photons - n/255."""
     rate = np.arange(256) / 255 * photons
     middle = (torch.arange(1 << _POISSON_BITS, dtype=torch.float64) + 0.5) / (1 << _POISSON_BITS)

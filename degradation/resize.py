@@ -21,8 +21,8 @@ def resize(planes: np.ndarray, height: int, width: int, mode: str, factor: float
     # Where a factor just over 1 leaves the size, PyTorch copies in the bilinear mode but samples in the bicubic one.
     if planes.shape[1:] == (height, width) and (factor is None or mode == "bilinear"):
         return planes
-    rows = _weighted_rows(planes, _taps(planes.shape[1], height, mode, factor))
-    return _transpose(_weighted_rows(_transpose(rows), _taps(planes.shape[2], width, mode, factor)))
+    rows = _weighted_rows(planes, resize_taps(planes.shape[1], height, mode, factor))
+    return _transpose(_weighted_rows(_transpose(rows), resize_taps(planes.shape[2], width, mode, factor)))
 
 
 def _weighted_rows(planes: np.ndarray, taps: Taps) -> np.ndarray:
@@ -50,7 +50,7 @@ def _transpose(planes: np.ndarray) -> np.ndarray:
 
 
 @lru_cache(maxsize=64)
-def _taps(size: int, target: int, mode: str, factor: float | None) -> Taps:
+def resize_taps(size: int, target: int, mode: str, factor: float | None) -> Taps:
     """(target, taps) int64 index and float32 weight of the pixels that each of `target` outputs sums."""
     output, ratio = np.arange(target)[:, None], size / target
     window = np.arange(int(np.ceil(ratio)) + 1)

@@ -32,7 +32,7 @@ def resolve(uri: str, name: str) -> str:
 
 
 @cache
-def _s3() -> Any:
+def s3_filesystem() -> Any:
     """The S3 client. StorageError for settings that it does not take."""
     import s3fs
 
@@ -59,7 +59,7 @@ def on_s3(call: Callable[[Any], ResultT]) -> ResultT:
 
     def attempt() -> ResultT:
         try:
-            return call(_s3())
+            return call(s3_filesystem())
         except NoCredentialsError as error:
             raise PermissionError(errno.EACCES, "no S3 credentials are configured") from error
         except ParamValidationError as error:

@@ -158,7 +158,7 @@ def restore(source: str, output: str, model_uri: str, config: RestoreConfig) -> 
     done = set(list_files(output)) if folder == output else {output} if exists(output) else set()
     images = pending(tasks, folder, config.num_runs, done, failures)
     with progress("restoring", len(tasks), done=len(tasks) - len(images)) as advance:
-        for uri, kind, message in _outcomes(images, folder, model_uri, config):
+        for uri, kind, message in restore_pending(images, folder, model_uri, config):
             if kind:
                 failures.add(uri, kind, message)
             advance(1, printable(uri.rpartition("/")[2]))
@@ -171,7 +171,7 @@ def _frame_size(uri: str) -> tuple[int, int]:
     return decode_picture(read_bytes(uri), where=uri, form="png", convert=True).rgb.shape[:2]
 
 
-def _outcomes(
+def restore_pending(
     images: list[dict[str, Any]], output: str, model_uri: str, config: RestoreConfig
 ) -> Iterator[tuple[str, str, str]]:
     if not images:

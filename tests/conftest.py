@@ -65,13 +65,13 @@ def s3_server() -> Iterator[str]:
 @pytest.fixture(scope="session")
 def bucket(s3_server: str) -> Iterator[str]:
     """A bucket that infra.storage is connected to; the environment is set for the time of connecting alone."""
-    storage._s3.cache_clear()
+    storage.s3_filesystem.cache_clear()
     with pytest.MonkeyPatch.context() as environment:
         for name, value in {**S3_SETTINGS, "AWS_ENDPOINT_URL": s3_server}.items():
             environment.setenv(name, value)
-        storage._s3().mkdir("bucket")
+        storage.s3_filesystem().mkdir("bucket")
     yield "s3://bucket"
-    storage._s3.cache_clear()
+    storage.s3_filesystem.cache_clear()
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""MLflow's server as a process of its own: on sqlite or Postgres, with artifact proxy, with or without passwords."""
+"""MLflow's server in a separate process: on sqlite or Postgres, with artifact proxy, with or without passwords."""
 
 import os
 import shutil

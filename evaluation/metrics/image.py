@@ -13,8 +13,8 @@ from infra.imaging.pixels import CROP_BORDER, cropped, cropped_pair, gradient_en
 _SSIM_KERNEL = cv2.getGaussianKernel(11, 1.5, cv2.CV_64F)
 _SSIM_C1, _SSIM_C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 # Luma of integer RGB as an exact fraction (numerators, denominator, offset): halves round as the recipes say.
-_YIQ = np.array([[299.0, 587.0, 114.0]]), 1000, 0  # full swing, 0..255
-_BT601 = np.array([[65481.0, 128553.0, 24966.0]]), 255_000, 16  # studio swing, 16..235
+YIQ = np.array([[299.0, 587.0, 114.0]]), 1000, 0  # full swing, 0..255
+BT601 = np.array([[65481.0, 128553.0, 24966.0]]), 255_000, 16  # studio swing, 16..235
 _NIQE_BLOCK = 96
 # Mean and covariance of pristine photographs as BasicSR 1.4.2 publishes them (Apache-2.0), unchanged; estimated by
 # the authors of NIQE (Mittal, Soundararajan, Bovik 2013).
@@ -35,10 +35,10 @@ def ssim_y(sr: np.ndarray, gt: np.ndarray, *, crop_border: int = CROP_BORDER) ->
             where=f"image after a crop of {crop_border} px",
             todo="use larger images or leave ssim_y out",
         )
-    return _ssim(_rounded_luma(sr, *_BT601), _rounded_luma(gt, *_BT601))
+    return ssim_of_luma(rounded_luma(sr, *BT601), rounded_luma(gt, *BT601))
 
 
-def _ssim(x: np.ndarray, y: np.ndarray) -> float:
+def ssim_of_luma(x: np.ndarray, y: np.ndarray) -> float:
     mean_x, mean_y, mean_xy = _window_mean(x), _window_mean(y), _window_mean(x * y)
     squares = _window_mean(x * x + y * y)  # only the sum of the two variances is needed
     product, mean_squares = mean_x * mean_y, mean_x * mean_x + mean_y * mean_y
@@ -66,16 +66,16 @@ def niqe(sr: np.ndarray, *, crop_border: int = CROP_BORDER) -> float:
     and pyiqa; 96 px blocks at two scales, the published pristine parameters.
     Raises DataError where no two blocks can be described: a side under 96 px, none of 192 px, or flat blocks.
     """
-    return _niqe(sr, crop_border, _YIQ)
+    return _niqe(sr, crop_border, YIQ)
 
 
 def niqe_bt601(sr: np.ndarray, *, crop_border: int = CROP_BORDER) -> float:
     """`niqe` on rounded BT.601 luma (BasicSR, MATLAB): 0.12 to 0.36 higher, not the published tables' number."""
-    return _niqe(sr, crop_border, _BT601)
+    return _niqe(sr, crop_border, BT601)
 
 
 def _niqe(sr: np.ndarray, crop_border: int, weights: tuple[np.ndarray, int, int]) -> float:
-    plane = _rounded_luma(cropped(sr, crop_border, "image"), *weights)
+    plane = rounded_luma(cropped(sr, crop_border, "image"), *weights)
     rows, columns = (side // _NIQE_BLOCK for side in plane.shape)
     if rows * columns < 2:
         raise DataError(
@@ -98,7 +98,7 @@ def _niqe(sr: np.ndarray, crop_border: int, weights: tuple[np.ndarray, int, int]
     return math.sqrt(distance @ np.linalg.pinv(covariance) @ distance)
 
 
-def _rounded_luma(image: np.ndarray, weights: np.ndarray, divisor: int, offset: int) -> np.ndarray:
+def rounded_luma(image: np.ndarray, weights: np.ndarray, divisor: int, offset: int) -> np.ndarray:
     """Luma levels, rounded half to even, float64 (H, W). Products and sums are exact integers in float64."""
     return np.rint(cv2.transform(image.astype(np.float64), weights) / divisor + offset)
 

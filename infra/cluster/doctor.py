@@ -229,10 +229,10 @@ def _cluster(address: str) -> Iterator[Line]:
     else:
         todo = "start Ray with RAY_AUTH_MODE=token and put the token where `ccsr submit` runs"
         yield Line("token", "fail", "anyone who reaches the address may run code there", todo)
-    yield from _nodes(facts)
+    yield from check_nodes(facts)
 
 
-def _nodes(facts: ClusterFacts) -> Iterator[Line]:
+def check_nodes(facts: ClusterFacts) -> Iterator[Line]:
     gpus = facts.gpus
     cpus = sum(int(node["resources_total"].get("CPU", 0)) for node in facts.nodes)
     grows = f" (up to {gpus.most})" if gpus.most > gpus.present else ""

@@ -75,8 +75,8 @@ def submit(
     environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     with tempfile.TemporaryDirectory(prefix="ccsr-submit-") as scratch:
         folder = Path(scratch)
-        shipped = _ship_configs(arguments, folder)
-        _refuse_passwords([*shipped, *environment.values(), *(file.read_text() for file in folder.iterdir())])
+        shipped = ship_configs(arguments, folder)
+        refuse_passwords([*shipped, *environment.values(), *(file.read_text() for file in folder.iterdir())])
         client = connect(address)
         where = client.get_address()
         facts = cluster_facts(client)
@@ -84,7 +84,7 @@ def submit(
         check_gpus(need.num_gpus, facts.gpus, where)
         for note in (*need.notes, *_unwritable(() if dry_run else need.outputs)):
             on_log(f"note: {note}\n")
-        name = f"ccsr-{arguments[0]}-{_identity(shipped, folder, key, image)}"
+        name = f"ccsr-{arguments[0]}-{submission_identity(shipped, folder, key, image)}"
         if dry_run:
             last, newest = _last_attempt(client, name)
             found = f"{last.id} is {last.status}" if last else f"{name}-{newest + 1} would be new"
@@ -94,7 +94,7 @@ def submit(
             environment[COMMIT] = git_commit()
             for package in PACKAGES:
                 shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
-        job = _start_once(
+        job = start_once(
             client,
             name,
             on_log,
@@ -110,7 +110,7 @@ def submit(
         return client, job
 
 
-def _ship_configs(arguments: Sequence[str], folder: Path) -> list[str]:
+def ship_configs(arguments: Sequence[str], folder: Path) -> list[str]:
     """The arguments with each config file replaced by its copy's name in `folder`."""
     shipped = list(arguments)
     for index, argument in enumerate(arguments):
@@ -125,7 +125,7 @@ def _ship_configs(arguments: Sequence[str], folder: Path) -> list[str]:
     return shipped
 
 
-def _refuse_passwords(texts: Sequence[str]) -> None:
+def refuse_passwords(texts: Sequence[str]) -> None:
     for text in texts:
         found = PASSWORD.search(text)
         if found:
@@ -151,7 +151,7 @@ def _unwritable(outputs: Sequence[str]) -> list[str]:
     return notes
 
 
-def _identity(shipped: Sequence[str], folder: Path, key: str | None, image: bool) -> str:
+def submission_identity(shipped: Sequence[str], folder: Path, key: str | None, image: bool) -> str:
     """What makes two submits the same one, as 12 hex digits."""
     if key is not None:
         return hashlib.sha256(key.encode()).hexdigest()[:12]
@@ -176,7 +176,7 @@ def _last_attempt(client: Any, name: str) -> "tuple[JobRow | None, int]":
     return (_row(client, attempts[newest]) if attempts else None), newest
 
 
-def _start_once(client: Any, name: str, on_log: Callable[[str], None], **job: Any) -> str | None:
+def start_once(client: Any, name: str, on_log: Callable[[str], None], **job: Any) -> str | None:
     """The id of the attempt that runs, else of a new one; None where one succeeded. Of racing submits one starts it."""
     deadline = time.monotonic() + 60
     while True:

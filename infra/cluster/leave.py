@@ -12,7 +12,7 @@ DRIVER, NODE = ("pipelines.cli.main", "/ccsr"), "/ray"
 def leave() -> None:
     """SIGTERM to the `ccsr` drivers of this pod, then to its `ray start`; returns when they have ended. The pod's own
     grace period limits the wait."""
-    for is_meant in (_is_driver, _is_node):
+    for is_meant in (is_driver, is_node):
         found = [process for process in psutil.process_iter(["cmdline"]) if is_meant(process.info["cmdline"] or [])]
         for process in found:
             try:
@@ -22,11 +22,11 @@ def leave() -> None:
         psutil.wait_procs(found)
 
 
-def _is_driver(words: list[str]) -> bool:
+def is_driver(words: list[str]) -> bool:
     return _is_python(words) and any(word.endswith(DRIVER) for word in words[1:3])
 
 
-def _is_node(words: list[str]) -> bool:
+def is_node(words: list[str]) -> bool:
     return _is_python(words) and len(words) > 2 and words[1].endswith(NODE) and words[2] == "start"
 
 

@@ -87,11 +87,11 @@ def estimate_shards(config: ShardConfig, *, num_files: int = NUM_FILES) -> Shard
         len(chosen),
         len(plan_shards(files, config)),
         config.runtime.num_actors or os.cpu_count() or 1,
-        *(_scaled_up(list(column), len(files)) for column in zip(*measured, strict=True)),
+        *(scaled_up(list(column), len(files)) for column in zip(*measured, strict=True)),
     )
 
 
-def _scaled_up(values: list[float], total: int) -> Amount:
+def scaled_up(values: list[float], total: int) -> Amount:
     """The sum over `total` files of which `values` are an even part; nothing is unknown where they are all of them."""
     unknown = math.sqrt(1 - len(values) / total)
     deviation = statistics.stdev(values) if len(values) > 1 else values[0] if unknown else 0.0

@@ -61,14 +61,14 @@ def run_shard(config: ShardConfig) -> Manifest:
             check_tracking(config.tracking)
         began = time.monotonic()
         rate = _write_shards(config, recipe, shards) / max(time.monotonic() - began, 1e-9)
-        facts = {**_facts(config, recipe, files), "fingerprint": run["fingerprint"]}
+        facts = {**set_facts(config, recipe, files), "fingerprint": run["fingerprint"]}
         write_manifest(config.output, len(shards), **facts)
     remove_listings(config.output)
     manifest = Manifest.load(config.output)
     if not exists(join(config.output, "DATA_CARD.md")):
         write_card(manifest)
     log_shard_set(config, manifest, run, rate)
-    _report_quarantine(config, manifest)
+    report_quarantine(config, manifest)
     return manifest
 
 
@@ -111,7 +111,7 @@ def _latents_inputs(config: ShardConfig) -> dict[str, Any]:
     return {"latents": {"model": model_id(config.latents.model), "device": _device(config)}}
 
 
-def _facts(config: ShardConfig, recipe: DegradationConfig | None, files: FileList) -> dict[str, Any]:
+def set_facts(config: ShardConfig, recipe: DegradationConfig | None, files: FileList) -> dict[str, Any]:
     pairs = (getattr(source, "scale", None) for source in config.sources if brings_lr(source))
     scale = recipe.scale if recipe else next(pairs, None)
     facts = {
@@ -275,7 +275,7 @@ def _samples(
                 yield make_sample(opened, window, crop, one, config, recipe, scores)
 
 
-def _report_quarantine(config: ShardConfig, manifest: Manifest) -> None:
+def report_quarantine(config: ShardConfig, manifest: Manifest) -> None:
     failed = manifest.facts["quarantined"]
     total = manifest.num_samples + len(failed)
     if len(failed) > config.runtime.max_failed_fraction * total:

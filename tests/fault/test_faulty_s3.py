@@ -28,7 +28,7 @@ def test_what_is_put_through_a_failed_call_is_there_once(
         monkeypatch.setenv(name, value)
     with faulty_server(s3_server, deck=[fate, "passed"]) as server, monkeypatch.context() as patch:
         client = s3fs.S3FileSystem(endpoint_url=server.address, skip_instance_cache=True, use_listings_cache=False)
-        patch.setattr(storage, "_s3", lambda: client)
+        patch.setattr(storage, "s3_filesystem", lambda: client)
         publish_if_absent(tmp_path / "file", join(s3, "file"))
         put_if_absent(join(s3, "small"), b"small")
         assert not put_if_absent(join(s3, "small"), b"other")

@@ -104,7 +104,7 @@ def test_sharding_to_a_server_that_checks_secrets(
     for name, value in ceph.items():
         monkeypatch.setenv(name, value)
     client = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
-    monkeypatch.setattr(storage, "_s3", lambda: client)
+    monkeypatch.setattr(storage, "s3_filesystem", lambda: client)
     client.mkdir("bucket")
     code, printed = ShardJob(photos, "s3://bucket/set", environment={"AWS_SECRET_ACCESS_KEY": "wrong"}).run()
     assert code == 5, printed

@@ -13,7 +13,7 @@ from ncnn_weights import realesrgan_x4plus
 from recordings import recordings
 
 from evaluation import niqe, psnr_y, ssim_y
-from evaluation.metrics.image import _YIQ, _rounded_luma, _ssim
+from evaluation.metrics.image import YIQ, rounded_luma, ssim_of_luma
 from evaluation.scoring import load_gan, run_gan
 from infra import DataError, ModelError
 from infra.images import read_image
@@ -81,7 +81,7 @@ def test_real_esrgan_scores_as_recorded(
     sr = run_gan(network, lr, hr.shape[:2], where=key)
     assert psnr_y(sr, hr) == pytest.approx(recorded["psnr_y_crop4"], abs=1e-4)
     assert psnr_y(sr, hr, crop_border=0) == pytest.approx(recorded["psnr_y_crop0"], abs=1e-4)
-    yiq_ssim = _ssim(*(_rounded_luma(image[4:-4, 4:-4], *_YIQ) for image in (sr, hr)))
+    yiq_ssim = ssim_of_luma(*(rounded_luma(image[4:-4, 4:-4], *YIQ) for image in (sr, hr)))
     assert yiq_ssim == pytest.approx(recorded["ssim_y_crop4"], abs=1e-5)
     assert niqe(sr) == pytest.approx(recorded["niqe_yiq_crop4"], abs=0.02)
     with pytest.raises(DataError, match="enlarges 4 times"):

@@ -203,7 +203,7 @@ import numpy as np
 import ray
 from infra.process.numerics import NumericsConfig
 from infra.ray_runtime import RayConfig, on_ray, ray_cluster
-from training.data.batches import _on_ray
+from training.data.batches import arrays_on_ray
 from training.data.samples import TrainingSample
 
 def node(task):
@@ -223,7 +223,7 @@ with ray_cluster(config):
             pixels = np.full((1, 1, 3), int(ray.get_runtime_context().get_node_id() in gpus), np.uint8)
             time.sleep(0.5)
             return TrainingSample("k", 0, pixels, pixels)
-    make = _on_ray(Maker(), config)
+    make = arrays_on_ray(Maker(), config)
     from concurrent.futures import ThreadPoolExecutor
     with ThreadPoolExecutor(4) as pool:
         found["ingest on gpu nodes"] = [int(one["hr"].max()) for one in pool.map(make, [[None]] * 4)]

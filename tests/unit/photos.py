@@ -10,7 +10,7 @@ from infra import rng_for
 from infra.images import encode_png
 from infra.manifest import Manifest, write_manifest
 from pipelines.sharding.config import ShardConfig
-from pipelines.sharding.job import _facts, write_shard
+from pipelines.sharding.job import set_facts, write_shard
 from pipelines.sharding.plan import plan_shards
 from pipelines.sharding.recipe import resolve_degradation
 from pipelines.sharding.sources import list_sources
@@ -44,7 +44,7 @@ def make_shard_set(config: ShardConfig) -> Manifest:
     shards = plan_shards(files, config)
     for shard in shards:
         write_shard(config, recipe, shard)
-    facts = {"fingerprint": "of a test", **_facts(config, recipe, files)}
+    facts = {"fingerprint": "of a test", **set_facts(config, recipe, files)}
     return write_manifest(config.output, len(shards), **facts)
 
 

@@ -95,7 +95,7 @@ def test_sigterm_ends_the_driver_where_no_worker_runs_that_could_save(
     monkeypatch.setattr(watch, "_show", lambda: None)
     waits = iter([False, False, True])
     monkeypatch.setattr(watch, "_stop", SimpleNamespace(wait=lambda seconds: next(waits)))
-    watch._watch()
+    watch.watch_until_stopped()
     assert asked == [True]
     assert found == ended
 

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from degradation import PRESETS, DegradationConfig, apply, degrade, draw, filters, jpeg, load_preset, noise
 from degradation.kernels import bivariate, sinc
-from degradation.resize import _taps, resize
+from degradation.resize import resize, resize_taps
 from infra import ConfigError, DataError, rng_for
 
 CONFIGS = TypeAdapter(DegradationConfig)
@@ -204,7 +204,7 @@ def test_the_options_change_the_steps_they_name(option: dict[str, object]) -> No
 
 @given(st.integers(1, 90), st.integers(1, 90), st.sampled_from(MODES))
 def test_taps_lie_inside_and_sum_to_one(size: int, target: int, mode: str) -> None:
-    index, weight = _taps(size, target, mode, None)
+    index, weight = resize_taps(size, target, mode, None)
     assert index.shape == weight.shape
     assert len(index) == target
     assert 0 <= index.min() <= index.max() < size
@@ -269,7 +269,7 @@ def test_gaussian_noise_has_its_level_and_gray_noise_one_field() -> None:
 
 @pytest.mark.parametrize("photons", [16, 256, 137.0, 9000.0])
 def test_poisson_quantiles_have_the_mean_and_variance_of_poisson(photons: float) -> None:
-    values = noise._poisson_quantiles(photons).reshape(256, -1).astype(np.float64) * photons
+    values = noise.poisson_quantiles(photons).reshape(256, -1).astype(np.float64) * photons
     rate = np.arange(256) / 255 * photons
     np.testing.assert_allclose(values.mean(1), 0, atol=0.01)
     np.testing.assert_allclose(values.var(1)[20:], rate[20:], rtol=0.005)

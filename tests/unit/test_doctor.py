@@ -87,11 +87,11 @@ def test_nodes_are_looked_at_for_placement() -> None:
 
     gpu = node("10.0.0.2", {"ccsr.io/kind": "gpu"}, CPU=8, GPU=4)
     head = node("10.0.0.1", {"ccsr.io/max-gpus": "16"}, CPU=4)
-    sound = list(doctor._nodes(ClusterFacts("2.60.0", "3.11.0", [head, gpu])))
+    sound = list(doctor.check_nodes(ClusterFacts("2.60.0", "3.11.0", [head, gpu])))
     assert sound == [Line("nodes", "ok", "2 nodes, 12 CPUs, 4 GPUs (up to 16)")]
     plain = node("10.0.0.3", {}, CPU=8, GPU=4)
-    noted = list(doctor._nodes(ClusterFacts("2.60.0", "3.11.0", [head, plain])))[1]
+    noted = list(doctor.check_nodes(ClusterFacts("2.60.0", "3.11.0", [head, plain])))[1]
     assert (noted.state, noted.todo) == ("note", "start them with --labels ccsr.io/kind=gpu")
     assert "10.0.0.3" in noted.found
-    assert [line.state for line in doctor._nodes(ClusterFacts("2.60.0", "3.11.0", [gpu]))] == ["ok", "fail"]
-    assert [line.state for line in doctor._nodes(ClusterFacts("2.60.0", "3.11.0", [plain]))] == ["ok"]
+    assert [line.state for line in doctor.check_nodes(ClusterFacts("2.60.0", "3.11.0", [gpu]))] == ["ok", "fail"]
+    assert [line.state for line in doctor.check_nodes(ClusterFacts("2.60.0", "3.11.0", [plain]))] == ["ok"]

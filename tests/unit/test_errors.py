@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from infra import ClusterError, ModelError
-from infra.cluster.jobs import _refuse_passwords, _start_once
+from infra.cluster.jobs import refuse_passwords, start_once
 from infra.cluster.server import cluster_facts, connect
 from infra.errors import line_of
 from infra.mlflow.server import mlflow_errors
@@ -54,7 +54,7 @@ def test_an_error_without_a_message_is_told_by_its_kind(
         (ClusterError, ray_cluster(RayConfig()).__enter__),
         (ClusterError, lambda: connect("http://there")),
         (ClusterError, lambda: cluster_facts(Silent())),
-        (ClusterError, lambda: _start_once(Silent(), "ccsr-train-0", print)),
+        (ClusterError, lambda: start_once(Silent(), "ccsr-train-0", print)),
         (ClusterError, mlflow_fails),
     ):
         with pytest.raises(kind) as caught:
@@ -62,4 +62,4 @@ def test_an_error_without_a_message_is_told_by_its_kind(
         assert "RuntimeError" in caught.value.what or "MlflowException" in caught.value.what
     assert "ValueError" in lost_worker(ValueError(*message), "out").what
     with pytest.raises(Exception, match="a password"):
-        _refuse_passwords(["https://me:hunter2@"])
+        refuse_passwords(["https://me:hunter2@"])

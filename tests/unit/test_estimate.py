@@ -6,7 +6,7 @@ import pytest
 from photos import make_shard_set, save_photos, shard_config
 
 from infra.errors import DataError
-from pipelines.estimate.shards import Amount, _scaled_up, estimate_shards, shard_table
+from pipelines.estimate.shards import Amount, estimate_shards, scaled_up, shard_table
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_files_that_cannot_be_used_count_for_nothing(tmp_path: Path) -> None:
 
 
 def test_the_spread_is_two_standard_errors() -> None:
-    assert _scaled_up([1.0, 3.0], 2) == Amount(4, 0)
+    assert scaled_up([1.0, 3.0], 2) == Amount(4, 0)
     # Two of 200 files: mean 2, deviation sqrt(2), its error 1 by 0.99 of the files unknown.
-    assert _scaled_up([1.0, 3.0], 200) == Amount(400, pytest.approx(2 * 200 * 0.99**0.5))
-    assert _scaled_up([5.0], 10).spread > 0
+    assert scaled_up([1.0, 3.0], 200) == Amount(400, pytest.approx(2 * 200 * 0.99**0.5))
+    assert scaled_up([5.0], 10).spread > 0

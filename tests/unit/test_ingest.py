@@ -305,7 +305,7 @@ def test_stored_latents_take_the_encoders_place(latents: tuple[Manifest, CcsrMod
     ]
     pixels = collate(images).to("cpu")
     stage = build_stage(model, settings)
-    for stored, encoded in zip(stage._latents(batch), stage._latents(pixels), strict=True):
+    for stored, encoded in zip(stage.latents_of(batch), stage.latents_of(pixels), strict=True):
         assert stored.dtype == torch.float32
         assert 0 < (stored - encoded).abs().max() < 2e-3 * encoded.abs().max()  # float16, but the same noise
     if number == 2:
@@ -350,7 +350,7 @@ def test_a_lost_bucket_stops_the_stream_with_its_place(s3: str, tmp_path: Path) 
     settings = config(num_updates=50)
     batches = updates(reader_of([manifest], settings), settings, start=0, rank=0, world_size=1)
     assert next(batches)[0].hr.shape == (2, 3, 32, 32)
-    storage._s3().rm(s3, recursive=True)
+    storage.s3_filesystem().rm(s3, recursive=True)
     with pytest.raises(StorageError, match="no such file") as caught:
         for _ in batches:
             pass

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from infra import ClusterError, ConfigError
 from infra.cluster import jobs
-from infra.cluster.jobs import Need, _identity, _refuse_passwords, _ship_configs, _start_once, exit_code, submit
+from infra.cluster.jobs import Need, exit_code, refuse_passwords, ship_configs, start_once, submission_identity, submit
 from infra.cluster.server import ClusterFacts, job_server, same_release
 from infra.errors import without_passwords
 from infra.ray_runtime import GpuCount, RayConfig, check_gpus, count_gpus, cpu_work
@@ -75,17 +75,19 @@ def test_a_running_jobs_status_has_its_progress(monkeypatch: pytest.MonkeyPatch)
 def test_the_same_job_is_the_same_arguments_config_and_code(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("seed: 1\n")
     arguments = ["shard", "-c", "a.yaml"]
-    first = _identity(arguments, tmp_path, None, False)
-    assert first == _identity(list(arguments), tmp_path, None, False)
+    first = submission_identity(arguments, tmp_path, None, False)
+    assert first == submission_identity(list(arguments), tmp_path, None, False)
     others = {
-        _identity([*arguments, "--set", "draws=2"], tmp_path, None, False),
-        _identity(arguments, tmp_path, None, True),
-        _identity(arguments, tmp_path, "mine", False),
+        submission_identity([*arguments, "--set", "draws=2"], tmp_path, None, False),
+        submission_identity(arguments, tmp_path, None, True),
+        submission_identity(arguments, tmp_path, "mine", False),
     }
     (tmp_path / "a.yaml").write_text("seed: 2\n")
-    others.add(_identity(arguments, tmp_path, None, False))
+    others.add(submission_identity(arguments, tmp_path, None, False))
     assert len(others - {first}) == 4
-    assert _identity(["train"], tmp_path, "mine", True) == _identity(arguments, tmp_path, "mine", False)
+    assert submission_identity(["train"], tmp_path, "mine", True) == submission_identity(
+        arguments, tmp_path, "mine", False
+    )
 
 
 @pytest.mark.parametrize(
@@ -112,7 +114,7 @@ def test_a_new_attempt_takes_the_number_after_the_newest(known: list[str], expec
             assert submission_id not in {name.split()[0] for name in known}
             return submission_id
 
-    assert _start_once(Server(), "name", print) == expected
+    assert start_once(Server(), "name", print) == expected
 
 
 @pytest.mark.parametrize("option", [["-c", "{}"], ["--config", "{}"], ["--config={}"], ["-c{}"]])
@@ -121,17 +123,17 @@ def test_the_config_travels_under_its_name_alone(tmp_path: Path, option: list[st
     (tmp_path / "ship").mkdir()
     source = tmp_path / "here" / "mine.yaml"
     source.write_text("x: 1\n")
-    shipped = _ship_configs(["shard", *(part.format(source) for part in option), *ON_S3], tmp_path / "ship")
+    shipped = ship_configs(["shard", *(part.format(source) for part in option), *ON_S3], tmp_path / "ship")
     assert shipped == ["shard", *(part.format("mine.yaml") for part in option), *ON_S3]
     assert (tmp_path / "ship" / "mine.yaml").read_text() == "x: 1\n"
     with pytest.raises(ConfigError, match="no such config"):
-        _ship_configs(["shard", "-c", str(tmp_path / "absent.yaml")], tmp_path / "ship")
+        ship_configs(["shard", "-c", str(tmp_path / "absent.yaml")], tmp_path / "ship")
 
 
 def test_a_password_is_neither_sent_nor_printed() -> None:
-    _refuse_passwords(["uri: http://mlflow:5000", "s3://bucket/a@b:c", "postgresql://host/db"])
+    refuse_passwords(["uri: http://mlflow:5000", "s3://bucket/a@b:c", "postgresql://host/db"])
     with pytest.raises(ConfigError) as caught:
-        _refuse_passwords(["fine", "tracking: {uri: 'https://me:hunter2@mlflow:5000'}"])
+        refuse_passwords(["fine", "tracking: {uri: 'https://me:hunter2@mlflow:5000'}"])
     assert "mlflow:5000" in str(caught.value)
     assert "hunter2" not in repr(caught.value)
     shown = str(ClusterError("no answer from http://me:hunter2@x/y", where="http://:hunter2@x", todo="wait"))

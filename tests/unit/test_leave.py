@@ -2,7 +2,7 @@
 
 import pytest
 
-from infra.cluster.leave import _is_driver, _is_node
+from infra.cluster.leave import is_driver, is_node
 
 
 @pytest.mark.parametrize(
@@ -19,4 +19,4 @@ from infra.cluster.leave import _is_driver, _is_node
     ],
 )
 def test_who_is_asked_to_end(command: str, driver: bool, node: bool) -> None:
-    assert (_is_driver(command.split()), _is_node(command.split())) == (driver, node)
+    assert (is_driver(command.split()), is_node(command.split())) == (driver, node)

@@ -8,7 +8,7 @@ import pytest
 from result_folder import photographs
 
 from evaluation import niqe, niqe_bt601, psnr_y, sharpness, ssim_y
-from evaluation.metrics.image import _BT601, _YIQ, _rounded_luma
+from evaluation.metrics.image import BT601, YIQ, rounded_luma
 from infra import DataError, rng_for
 
 
@@ -81,7 +81,7 @@ def test_niqe_prefers_the_undistorted_picture() -> None:
     assert niqe(noisy) > niqe(texture) > 0
 
 
-@pytest.mark.parametrize(("weights", "num_ties"), [(_YIQ, 16_782), (_BT601, 194)])
+@pytest.mark.parametrize(("weights", "num_ties"), [(YIQ, 16_782), (BT601, 194)])
 def test_rounded_luma_is_exact_where_it_is_a_half(weights: tuple[np.ndarray, int, int], num_ties: int) -> None:
     """Of all colours with a tie and of random ones: rounded half to even, as integers say."""
     factors, divisor, offset = weights
@@ -92,7 +92,7 @@ def test_rounded_luma_is_exact_where_it_is_a_half(weights: tuple[np.ndarray, int
     colours = np.concatenate([ties, rng_for(0, "colours").integers(0, 256, (50_000, 3))])
     whole, rest = np.divmod(numerators[tuple(colours.T)], divisor)
     expected = whole + offset + np.where(2 * rest == divisor, (whole + offset) % 2, 2 * rest > divisor)
-    np.testing.assert_array_equal(_rounded_luma(colours.astype(np.uint8)[None], *weights)[0], expected)
+    np.testing.assert_array_equal(rounded_luma(colours.astype(np.uint8)[None], *weights)[0], expected)
 
 
 def test_niqe_is_on_full_swing_luma() -> None:

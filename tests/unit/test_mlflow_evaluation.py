@@ -16,7 +16,7 @@ from tests.unit.result_folder import noisy, photographs, write_result
 
 
 def evaluation(folder: Path, store: TrackingConfig) -> EvaluateConfig:
-    """Three pictures, one method with a run and one with two, on a shard set that has a run of its own."""
+    """Three pictures, one method with a run and one with two, on a shard set that has its own run."""
     tracking = {"uri": store.uri, "experiment": folder.name}
     data = folder / "set"
     data.mkdir()

@@ -19,7 +19,7 @@ from infra.tracking import Tracker, track
 from tests.training_runs import finished_run, train_config
 from training.config import TrainConfig
 from training.run.driver import run_train
-from training.run.monitoring.mlflow_log import _send_unsent, keep_unsent, try_to_log_models
+from training.run.monitoring.mlflow_log import keep_unsent, send_unsent, try_to_log_models
 from training.run.monitoring.validation import Validation
 
 
@@ -137,7 +137,7 @@ def test_what_is_refused_again_stays_for_the_next_time(store: TrackingConfig, tm
     bad, good = "x" * 300 + "/a.png", "b.png"
     keep_unsent(str(tmp_path), [["loss/loss", 1.0, 1, 4]], [[bad, b"bad"], [good, b"good"]])
     with track(store, {"job": "train", "fingerprint": "1", "config": {}}) as tracker:
-        _send_unsent(tracker, str(tmp_path), seconds=5)
+        send_unsent(tracker, str(tmp_path), seconds=5)
     client = MlflowClient(store.uri)
     assert client.get_run(tracker.run_id).data.metrics == {"loss/loss": 1.0}
     assert {item.path for item in client.list_artifacts(tracker.run_id)} == {"run.json", good}

@@ -138,7 +138,7 @@ def test_commands_in_one_process_apply_them(
     numerics = NumericsConfig(deterministic=True)
     monkeypatch.setattr(pipelines.restore, "Restorer", reached)
     with pytest.raises(Reached):
-        list(pipelines.restore._outcomes([{}], "o", "m", RestoreConfig(numerics=numerics)))
+        list(pipelines.restore.restore_pending([{}], "o", "m", RestoreConfig(numerics=numerics)))
     monkeypatch.setattr(benchmarks.pretrain, "build_model", reached)
     photos = {"photos": str(tmp_path), "train": ("a",), "validation": ("a",)}
     updates = {"vae_updates": 0, "decoder_updates": 0, "denoiser_updates": 0}

@@ -154,7 +154,7 @@ def test_the_regulariser_learns_to_denoise_what_the_generator_makes_and_touches_
     terms = stage(batch(), update=0)
     assert terms["vsd"] == 0, "both start as the base, and the prompts are equal"
     critic = stage.critic
-    t, noise = critic._draws("regulariser", 0, 1000)
+    t, noise = critic.draws("regulariser", 0, 1000)
     x0 = critic._latents.detach()
     with torch.no_grad():
         eps = model.unet(add_noise(x0, noise, t), t, model.prompt.expand(2, -1, -1)).sample

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from infra import ConfigError, rng_for
 from training.config import legal_world_sizes
-from training.data.order import FEISTEL, SORTED, Order, _round_keys, feistel, positions_of
+from training.data.order import FEISTEL, SORTED, Order, feistel, positions_of, round_keys
 
 WORLD_SIZES = [1, 2, 3, 4, 6, 8, 12, 24]
 
@@ -62,7 +62,7 @@ def test_the_order_is_a_fixed_function(form: str) -> None:
 
 def walked(size: int, seed: int) -> np.ndarray:
     """The whole of an epoch's permutation by arrays."""
-    rounds = _round_keys(seed, "order", 0)
+    rounds = round_keys(seed, "order", 0)
     index = feistel(np.arange(size, dtype=np.uint64), size, rounds)
     while (outside := index >= size).any():
         index[outside] = feistel(index[outside], size, rounds)

@@ -11,7 +11,7 @@ from photos import photo
 
 from infra import rng_for
 from pipelines.sharding.files import SourceFile
-from pipelines.sharding.screening.dedupe import _near_duplicates
+from pipelines.sharding.screening.dedupe import near_duplicates
 from pipelines.sharding.screening.phash import NEAR_BITS, near_pairs, perceptual_hash
 
 skimage = pytest.importorskip("skimage", reason="the photographs come with the extra `demo`")
@@ -87,10 +87,10 @@ def test_near_pairs_are_those_of_a_plain_loop(monkeypatch: pytest.MonkeyPatch) -
 def test_the_first_of_those_alike_is_kept_and_what_is_left_out_leaves_nothing_out() -> None:
     hashes = np.array([0b111, 0, 0b1, 0, 0b11111, 2**63], np.uint64)
     files = [SourceFile(f"k{number}", "s", f"{number}.png", "", 0) for number in range(len(hashes))]
-    lines = _near_duplicates(files, hashes, 2)
+    lines = near_duplicates(files, hashes, 2)
     assert [(line["key"], line["like"], line["bits"]) for line in lines] == [("k2", "0.png", 2), ("k4", "0.png", 2)]
     chain = np.array([0b1, 0b111, 0b11111], np.uint64)  # the third is like the second alone, which is gone
-    assert [line["key"] for line in _near_duplicates(files[:3], chain, 2)] == ["k1"]
+    assert [line["key"] for line in near_duplicates(files[:3], chain, 2)] == ["k1"]
 
 
 def test_many_frames_that_are_alike_are_not_all_compared(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +107,7 @@ def test_many_frames_that_are_alike_are_not_all_compared(monkeypatch: pytest.Mon
 
     monkeypatch.setattr("pipelines.sharding.screening.phash.COMPARED_AT_ONCE", 2**18)
     monkeypatch.setattr("pipelines.sharding.screening.dedupe.near_pairs", counted)
-    lines = _near_duplicates(files, hashes, 4)
+    lines = near_duplicates(files, hashes, 4)
     assert [line["key"] for line in lines] == [file.key for file in files[1:]]
     assert {line["like"] for line in lines} == {"0.png"}
     assert len(listed) < 100_000, "of 12 million"

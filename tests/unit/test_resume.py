@@ -108,14 +108,14 @@ def test_a_run_goes_on_from_what_was_saved_as_if_never_stopped(tmp_path: Path) -
 
 
 def test_a_lost_bucket_is_told_at_the_next_update_and_at_the_end(bucket: str) -> None:
-    storage._s3().mkdir("short-lived")
+    storage.s3_filesystem().mkdir("short-lived")
     run = Run("s3://short-lived/run")
     checkpoints = run.checkpoints
     run.update()
     checkpoints.save(1)
     written(checkpoints)
     assert len(complete_checkpoints("s3://short-lived/run")) == 1
-    storage._s3().rm("short-lived", recursive=True)
+    storage.s3_filesystem().rm("short-lived", recursive=True)
     run.update()
     checkpoints.save(2)
     with pytest.raises(StorageError, match="no such bucket"):

@@ -24,7 +24,7 @@ from training.models import model_id
 from training.run import driver as train
 from training.run.checkpoint import TrainingState, advice, complete_checkpoints, save_checkpoint
 from training.run.continued import find_checkpoint
-from training.run.driver import _claimed, _updates_done, run_train
+from training.run.driver import claim_run, run_train, updates_done
 from training.run.monitoring.mlflow_log import describe_run
 
 
@@ -47,17 +47,17 @@ def test_stage_2_does_not_resume_with_another_micro_batch(tmp_path: Path) -> Non
 def test_a_finished_run_returns_and_only_more_updates_go_on_from_it(tmp_path: Path) -> None:
     data, output = noise_shards(tmp_path / "set", 4), str(tmp_path / "run")
     config = train_config(data, output, num_updates=3)
-    assert _updates_done(config) == (0, 0)
+    assert updates_done(config) == (0, 0)
     save_checkpoint(output, TrainingState({"position": 12, "num_updates": 3}, {"weights": {}}), keep=2)
-    assert _updates_done(config) == (0, 3), "trained, not yet exported"
+    assert updates_done(config) == (0, 3), "trained, not yet exported"
     write_bytes(f"{output}/model/ccsr.json", b"{}")
-    assert _updates_done(config) == (0, 3), "a model of unknown age"
+    assert updates_done(config) == (0, 3), "a model of unknown age"
     write_bytes(f"{output}/trained.json", b'{"num_updates": 3, "position": 12}')
-    assert _updates_done(config) == (3, 3)
+    assert updates_done(config) == (3, 3)
     raw = {"ema": {}, "runtime": {"export_raw": True}}
-    assert _updates_done(train_config(data, output, num_updates=3, **raw)) == (0, 3), "one of its models is missing"
+    assert updates_done(train_config(data, output, num_updates=3, **raw)) == (0, 3), "one of its models is missing"
     assert run_train(config) == f"{output}/model"
-    assert _updates_done(train_config(data, output, num_updates=5)) == (3, 3)
+    assert updates_done(train_config(data, output, num_updates=5)) == (3, 3)
     with pytest.raises(ConfigError, match="has done 3 updates, the config ends at 2"):
         run_train(train_config(data, output, num_updates=2))
     other = noise_shards(tmp_path / "other", 5)
@@ -173,7 +173,7 @@ def test_a_checkpoint_to_continue_from_is_named_by_its_run_and_position(tmp_path
 
     def claimed(**changes: Any) -> dict[str, Any]:
         after = {"num_updates": 3, "continue_from": f"{before.output}@8", "tracking": {"uri": tracking.uri}, **changes}
-        return _claimed(train_config(data, tmp_path / "after", **after))[3]
+        return claim_run(train_config(data, tmp_path / "after", **after))[3]
 
     run = claimed(optimizer={"learning_rate": 1e-5})
     assert run["inputs"]["continue_from"] | {"checkpoint": ""} == {

@@ -27,7 +27,7 @@ from training.sampling import (
     tile_weights,
     tiled,
 )
-from training.sampling.schedules import ALPHAS_CUMPROD, _scales_on, respaced_grid
+from training.sampling.schedules import ALPHAS_CUMPROD, respaced_grid, scales_on
 
 FRACTIONS = {"t_max": 0.6667, "t_min": 0.3333}
 fraction = st.floats(0, 1)
@@ -283,8 +283,8 @@ def test_the_schedule_is_copied_to_a_device_once_and_can_be_saved_for_a_backward
     x = torch.zeros(1, 4, 2, 2, device="meta")
     with torch.inference_mode():  # a restoration
         add_noise(x, x, torch.zeros(1, dtype=torch.int64, device="meta"))
-        first = _scales_on(x.device)
-    assert first is _scales_on(x.device)
+        first = scales_on(x.device)
+    assert first is scales_on(x.device)
     assert not first.is_inference()
 
 

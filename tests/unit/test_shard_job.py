@@ -25,10 +25,10 @@ from infra.shards import image_of, read_sample
 from infra.storage import exists, join, list_files, read_bytes
 from pipelines.sets.verify import verify
 from pipelines.sharding.config import LatentsConfig, ShardConfig
-from pipelines.sharding.job import _report_quarantine, write_shard
+from pipelines.sharding.job import report_quarantine, write_shard
 from pipelines.sharding.plan import plan_shards
 from pipelines.sharding.recipe import resolve_degradation
-from pipelines.sharding.reports.card import _look
+from pipelines.sharding.reports.card import look_at
 from pipelines.sharding.sample import crop_image
 from pipelines.sharding.sources import SourceFile, list_sources
 from tests.training_runs import train_config
@@ -116,10 +116,10 @@ def test_bad_files_are_set_aside_with_their_reasons(tmp_path: Path) -> None:
     assert sorted(entry.key for entry in manifest.entries) == ["set-00-000-0", "set-01-000-0"]
     assert verify(manifest.uri).num_samples == 2
     with pytest.raises(PartialResultError, match="5 of 7 samples were quarantined") as caught:
-        _report_quarantine(config, manifest)
+        report_quarantine(config, manifest)
     assert str(caught.value).count("\n") == 2
     allowed = config.model_copy(update={"runtime": config.runtime.model_copy(update={"max_failed_fraction": 0.8})})
-    _report_quarantine(allowed, manifest)
+    report_quarantine(allowed, manifest)
 
 
 def test_making_a_shard_again_is_quiet(photos: Path, tmp_path: Path) -> None:
@@ -348,7 +348,7 @@ def test_flat_windows_are_dropped_and_counted(tmp_path: Path) -> None:
     assert [entry.key for entry in manifest.entries] == ["set-00-001-0", "set-01-000-0"]
     assert manifest.facts["dropped"] == {"flat": 1}
     assert verify(manifest.uri) == manifest
-    _report_quarantine(config, manifest)  # no error
+    report_quarantine(config, manifest)  # no error
 
 
 def encoded(image: np.ndarray, kind: str = "PNG", mode: str = "RGB", **options: Any) -> bytes:
@@ -435,7 +435,7 @@ def test_every_reader_takes_whole_jpegs(tmp_path: Path) -> None:
     values |= {"output": str(tmp_path / "again"), "sources": [again]}
     other = make_shard_set(ShardConfig.model_validate(values))
     assert image_of(read_sample(other.uri, other.entries[0])) == (tmp_path / "hr" / "a.jpg").read_bytes()
-    card = _look(made.uri, made.entries[0])
+    card = look_at(made.uri, made.entries[0])
     assert (card.height, card.width) == (64, 96)
 
 

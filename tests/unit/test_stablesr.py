@@ -222,7 +222,7 @@ def test_the_discriminator_starts_to_learn_when_told() -> None:
 def test_stage_2_takes_the_stored_sample() -> None:
     built = stage(2)
     first = built(batch(), update=0)["loss"]
-    stored = Batch(["a", "b"], [0, 1], batch().hr, batch().lr, {"sampled": built._sampled(batch())})
+    stored = Batch(["a", "b"], [0, 1], batch().hr, batch().lr, {"sampled": built.sampled_latents(batch())})
     assert torch.equal(built(stored, update=0)["loss"], first)
     stored.moments["sampled"] = stored.moments["sampled"] + 0.1
     assert not torch.equal(built(stored, update=0)["loss"], first)

@@ -98,7 +98,7 @@ def test_views_depend_on_the_position_alone() -> None:
     def logits(rows: slice, positions: list[int]) -> Tensor:
         built, whole = stage(V2), batch()
         part = Batch(whole.keys[rows], positions, whole.hr[rows], whole.lr[rows])
-        return built.critic._logits(part)(2 * part.hr - 1, "real")
+        return built.critic.critic_logits(part)(2 * part.hr - 1, "real")
 
     together = logits(slice(0, 2), [0, 1])
     torch.testing.assert_close(logits(slice(1, 2), [1]), together[1:], rtol=1e-4, atol=1e-5)
@@ -153,11 +153,11 @@ def test_the_condition_comes_from_the_condition_encoder() -> None:
     built = stage({}, "v1")
     model: CcsrModel = built.model
     model.condition_encoder = build_model(ModelConfig(), seed=9).vae
-    z_hr, z_lr = built._latents(batch())
+    z_hr, z_lr = built.latents_of(batch())
     assert torch.equal(z_lr, model.encode_condition(batch().lr)[0])
     assert not torch.allclose(z_lr, model.encode_moments(batch().lr)[0])
     model.condition_encoder = None
-    assert torch.equal(built._latents(batch())[0], z_hr)
+    assert torch.equal(built.latents_of(batch())[0], z_hr)
 
 
 def test_a_restoration_takes_the_condition_encoder() -> None:

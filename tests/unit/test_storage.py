@@ -90,7 +90,7 @@ def test_a_file_in_several_parts_is_published_once_too(
     file = tmp_path / "big.tar"
     file.write_bytes(os.urandom(1 << 20) * 11)
     assert publish_if_absent(file, join(s3, "big.tar"))
-    etag = storage._s3().info(join(s3, "big.tar"))["ETag"]
+    etag = storage.s3_filesystem().info(join(s3, "big.tar"))["ETag"]
     assert "-3" in etag, "three parts"
     assert not publish_if_absent(file, join(s3, "big.tar"))
     assert list_files(s3) == {join(s3, "big.tar"): 11 << 20}
@@ -163,7 +163,7 @@ def test_folders_travel_whole_and_the_last_file_last(place: str, tmp_path: Path,
 
 
 def test_an_object_named_out_of_its_folder_is_refused(s3: str, tmp_path: Path) -> None:
-    storage._s3().pipe_file(f"{s3}/model/part/../../outside", b"x")
+    storage.s3_filesystem().pipe_file(f"{s3}/model/part/../../outside", b"x")
     with pytest.raises(StorageError, match="leads out of its folder"):
         download_folder(join(s3, "model"), tmp_path / "in" / "copy")
     assert not (tmp_path / "in" / "outside").exists()
@@ -278,7 +278,7 @@ def test_s3_errors_are_explained(s3: str, s3_server: str, monkeypatch: pytest.Mo
         monkeypatch.setenv(name, "/nonexistent")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
-    monkeypatch.setattr(storage, "_s3", lambda: s3fs.S3FileSystem(skip_instance_cache=True))
+    monkeypatch.setattr(storage, "s3_filesystem", lambda: s3fs.S3FileSystem(skip_instance_cache=True))
     with pytest.raises(StorageError, match="no S3 credentials"):
         exists(join(s3, "x"))
 
@@ -333,7 +333,7 @@ class Counting:
     """The S3 client; `fetched` are the files that were downloaded."""
 
     def __init__(self) -> None:
-        self.client, self.fetched = storage._s3(), []
+        self.client, self.fetched = storage.s3_filesystem(), []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.client, name)
@@ -347,7 +347,7 @@ def test_a_node_shares_one_copy_while_it_is_used(s3: str, tmp_path: Path, monkey
     for name in ("ccsr.json", "part/weights.bin"):
         write_bytes(join(s3, "model", name), name.encode() * 1000)
     client = Counting()
-    monkeypatch.setattr(storage, "_s3", lambda: client)
+    monkeypatch.setattr(storage, "s3_filesystem", lambda: client)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     barrier = threading.Barrier(4)
 
@@ -395,7 +395,7 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("no_waiting")
 def test_a_busy_server_is_asked_again_and_never_taken_for_an_absent_file(monkeypatch: pytest.MonkeyPatch) -> None:
     client = Refusing(OSError(16, "Please reduce your request rate."), times=3)
-    monkeypatch.setattr(storage, "_s3", lambda: client)
+    monkeypatch.setattr(storage, "s3_filesystem", lambda: client)
     assert exists("s3://b/x")
     assert client.calls == 4
     client.calls, client.times = 0, 100
@@ -407,7 +407,7 @@ def test_a_busy_server_is_asked_again_and_never_taken_for_an_absent_file(monkeyp
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
 def test_a_full_local_disk_is_no_fault_of_s3(number: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     client = Refusing(OSError(number, os.strerror(number)), times=100)
-    monkeypatch.setattr(storage, "_s3", lambda: client)
+    monkeypatch.setattr(storage, "s3_filesystem", lambda: client)
     with pytest.raises(StorageError, match=os.strerror(number)) as caught:
         download("s3://b/x", tmp_path)
     assert client.calls == 1, "it is not tried again"
@@ -429,7 +429,7 @@ def test_a_refused_conditional_put_is_told_from_a_failed_one(
     error: OSError, present: bool, outcome: bool | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     client = Refusing(error, times=1)
-    monkeypatch.setattr(storage, "_s3", lambda: client)
+    monkeypatch.setattr(storage, "s3_filesystem", lambda: client)
     monkeypatch.setattr(publish, "exists", lambda uri: present)
     (tmp_path / "x").write_bytes(b"")
     for call in (lambda: put_if_absent("s3://b/x", b""), lambda: publish_if_absent(tmp_path / "x", "s3://b/x")):
@@ -459,7 +459,7 @@ def test_a_setting_that_the_s3_client_refuses_is_named(
     for setting in ("AWS_DEFAULT_REGION", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(setting, "us-east-1" if "REGION" in setting else "test")
     monkeypatch.setenv(name, value)
-    monkeypatch.setattr(storage, "_s3", storage._s3.__wrapped__)
+    monkeypatch.setattr(storage, "s3_filesystem", storage.s3_filesystem.__wrapped__)
     started = time.monotonic()
     with pytest.raises(StorageError) as caught:
         read_bytes("s3://bucket/file")

@@ -16,7 +16,14 @@ from pipelines.estimate.training import Assumed, TrainEstimate, estimate_trainin
 from training.config import ModelConfig, SamplingConfig, TrainConfig
 from training.models import build_model
 from training.restore.restore import decode_images, prepare_image, sample_rows
-from training.run.cost.requirements import StepCost, _batch, ingest_seconds, memory_needed, restore_flops, step_cost
+from training.run.cost.requirements import (
+    StepCost,
+    empty_batch,
+    ingest_seconds,
+    memory_needed,
+    restore_flops,
+    step_cost,
+)
 from training.run.monitoring.meter import flop_counter
 from training.run.step.stages import build_stage
 
@@ -50,7 +57,7 @@ def test_the_count_is_that_of_a_real_step(stage: int, changes: dict[str, Any]) -
     settings = config(stage, **changes)
     stage_module = build_stage(build_model(settings.model, 0), settings)
     critic = stage_module.critic
-    batch, trained, judges = _batch(settings), list(stage_module.trained.parameters()), []
+    batch, trained, judges = empty_batch(settings), list(stage_module.trained.parameters()), []
     with flop_counter() as counter:
         loss = stage_module(batch, update=1000)["loss"]
         if critic is not None:

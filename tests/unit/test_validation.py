@@ -18,7 +18,7 @@ from training.config import ModelConfig, SamplingConfig, TrainConfig
 from training.models import CcsrModel, build_model
 from training.restore.restore import restore_runs
 from training.run.agreement import WorkerContext
-from training.run.monitoring.validation import PERCEPTUAL, Perceptual, Validation, _perceptual
+from training.run.monitoring.validation import PERCEPTUAL, Perceptual, Validation, perceptual_metrics
 
 
 class Log:
@@ -97,13 +97,13 @@ def test_lpips_is_measured_where_its_weights_are_and_can_choose_the_best(
     held_out: Path, model: CcsrModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CCSR_WEIGHTS", str(tmp_path))
-    _perceptual.cache_clear()
+    perceptual_metrics.cache_clear()
     with pytest.raises(ModelError):
         Validation.load(config(held_out, best_by="lpips"))
     monkeypatch.setitem(PERCEPTUAL, "lpips", Perceptual(seeded_lpips, frozenset(), -1.0))
     validation = Validation.load(config(held_out, best_by="lpips", num_images=1))
     scores = validation(model, WorkerContext(0, 1, "cpu", {}), 24)
-    _perceptual.cache_clear()
+    perceptual_metrics.cache_clear()
     assert scores["lpips"] > 0
     assert "dists" not in scores
 

@@ -18,7 +18,7 @@ from infra.files.publish import write_bytes
 from infra.images import encode_png
 from infra.manifest import Manifest, ShardRecord, dataset_id_of, record_uri, write_manifest
 from infra.shards import read_index
-from infra.storage import _s3, join, list_files, read_bytes, sha256_file
+from infra.storage import join, list_files, read_bytes, s3_filesystem, sha256_file
 from pipelines.sets.clean import clean, print_cleaned
 from pipelines.sets.verify import find_duplicates, print_duplicates, verify
 from pipelines.sharding.job import write_shard
@@ -200,13 +200,13 @@ def test_unfinished_uploads_are_named_and_dropped(photos: Path, s3: str) -> None
     make_shard_set(shard_config(photos, join(s3, "set"), degradation="bicubic"))
     bucket, _, prefix = s3.removeprefix("s3://").partition("/")
     for name in ("set/shards/000000.tar", "set/film.mkv", "settlement/shards/000000.tar"):
-        _s3().call_s3("create_multipart_upload", Bucket=bucket, Key=f"{prefix}/{name}")
+        s3_filesystem().call_s3("create_multipart_upload", Bucket=bucket, Key=f"{prefix}/{name}")
     found = clean(join(s3, "set"))
     assert [(stray.name, stray.removed, stray.unknown) for stray in sorted(found, key=lambda stray: stray.name)] == [
         ("film.mkv", False, True),
         ("shards/000000.tar", True, False),
     ]
-    left = _s3().call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix)["Uploads"]
+    left = s3_filesystem().call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix)["Uploads"]
     assert sorted(one["Key"] for one in left) == [f"{prefix}/set/film.mkv", f"{prefix}/settlement/shards/000000.tar"]
 
 
@@ -280,7 +280,7 @@ def test_folder_markers_and_system_files_are_no_fault(
     if output.startswith("s3://"):
         bucket, _, prefix = output.removeprefix("s3://").partition("/")
         for name in ("/", "/shards/", "/records/", "/shards_$folder$"):
-            _s3().call_s3("put_object", Bucket=bucket, Key=prefix + name, Body=b"")
+            s3_filesystem().call_s3("put_object", Bucket=bucket, Key=prefix + name, Body=b"")
     for name in (".DS_Store", "shards/._000000.tar", "Thumbs.db"):
         write_bytes(join(output, name), b"x")
     assert verify(output) == manifest

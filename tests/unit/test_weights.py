@@ -161,9 +161,9 @@ def test_a_download_that_is_interrupted_leaves_nothing_that_counts_as_present(
             Path(path).write_bytes(GOOD[:10])
             raise KeyboardInterrupt
 
-    client = storage._s3()
+    client = storage.s3_filesystem()
     with monkeypatch.context() as patch:
-        patch.setattr(storage, "_s3", Interrupted)
+        patch.setattr(storage, "s3_filesystem", Interrupted)
         with pytest.raises(KeyboardInterrupt):
             find_weights("known")
         with pytest.raises(KeyboardInterrupt):  # S3 as a mirror

@@ -55,7 +55,7 @@ class TextTower:
         self._embedded = lru_cache(CACHED)(self._embed)
 
     def __call__(self, text: str) -> Tensor:
-        """A text's embedding, float32 (1, L, C), computed by itself, so that it depends on no other; the last 256 are
+        """A text's embedding, float32 (1, L, C), computed alone, so that it depends on no other; the last 256 are
         kept."""
         return self._embedded(text)
 

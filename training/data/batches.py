@@ -105,7 +105,9 @@ def updates(
         for positions in positions_of(update, rank, world_size, **sizes)
     )
     make = (
-        _on_ray(reader.maker, runtime.ray) if runtime.ingest_cpus else lambda places: make_arrays(reader.maker, places)
+        arrays_on_ray(reader.maker, runtime.ray)
+        if runtime.ingest_cpus
+        else lambda places: make_arrays(reader.maker, places)
     )
 
     def load(positions: range) -> Batch:
@@ -140,7 +142,7 @@ def window(config: TrainConfig, world_size: int) -> int:
     return max(runtime.prefetch_batches * num_micro, 2 * (runtime.ingest_cpus or LOCAL_THREADS))
 
 
-def _on_ray(maker: SampleMaker, config: RayConfig) -> Callable[[Sequence[Place]], dict[str, np.ndarray]]:
+def arrays_on_ray(maker: SampleMaker, config: RayConfig) -> Callable[[Sequence[Place]], dict[str, np.ndarray]]:
     """`make_arrays` as a Ray task of one CPU. A task whose machine dies is run again by Ray, with the same result."""
     import ray
 

@@ -68,7 +68,7 @@ class Order:
     def _permuted(self, index: int, size: int, *keys: str | int) -> int:
         if self.form == SORTED:
             return int(_table(size, self.seed, *keys)[index])
-        rounds = _round_keys(self.seed, *keys)
+        rounds = round_keys(self.seed, *keys)
         while (index := feistel(index, size, rounds)) >= size:
             pass
         return index
@@ -80,7 +80,7 @@ def _table(size: int, seed: int, *keys: str | int) -> np.ndarray:
 
 
 @lru_cache(maxsize=1024)
-def _round_keys(seed: int, *keys: str | int) -> tuple[tuple[int, int], ...]:
+def round_keys(seed: int, *keys: str | int) -> tuple[tuple[int, int], ...]:
     # Raw Philox words, because NumPy keeps those the same from release to release.
     words = rng_for(seed, *keys).bit_generator.random_raw((NUM_ROUNDS, 2)).tolist()
     return tuple((one, other) for one, other in words)

@@ -44,9 +44,9 @@ def run_train(config: TrainConfig, *, log_only: bool = False) -> str:
     the data, the starting model or the output cannot be used; StoppedError after SIGTERM. `log_only`: send a
     finished run's models to MLflow, as a finished run with `tracking.register` does; DataError for an unfinished one.
     """
-    config, manifests, inputs, run = _claimed(config)
+    config, manifests, inputs, run = claim_run(config)
     model_uri = join(config.output, "model")
-    exported, done = _updates_done(config)
+    exported, done = updates_done(config)
     tags = {"ccsr.stage": str(config.stage), "ccsr.num_updates": str(config.num_updates)}
     settings = {**parameters(config), "inputs": inputs}
     tracked = partial(track, config.tracking, run, tags, output=config.output, parameters=settings)
@@ -79,8 +79,8 @@ def run_train(config: TrainConfig, *, log_only: bool = False) -> str:
 
 def preview_train(config: TrainConfig) -> Progress:
     """What `run_train` would do; raises what it would before it starts. Nothing is written."""
-    config, manifests, *_ = _claimed(config, write=False)
-    exported, done = _updates_done(config)
+    config, manifests, *_ = claim_run(config, write=False)
+    exported, done = updates_done(config)
     if exported < config.num_updates:
         check_tracking(config.tracking)
         _check_start(config, manifests)
@@ -91,7 +91,7 @@ def preview_train(config: TrainConfig) -> Progress:
     return Progress(max(exported, done), config.num_updates, "updates", f"{samples:,} samples", what, flops)
 
 
-def _claimed(
+def claim_run(
     config: TrainConfig, *, write: bool = True
 ) -> tuple[TrainConfig, list[Manifest], dict[str, Any], dict[str, Any]]:
     """The config with the places that it names found, what it reads and its identity, and run.json."""
@@ -110,7 +110,7 @@ def _claimed(
     return config, manifests, inputs, run
 
 
-def _updates_done(config: TrainConfig) -> tuple[int, int]:
+def updates_done(config: TrainConfig) -> tuple[int, int]:
     """Updates behind the complete models and behind the newest checkpoint. ConfigError where it is past the end."""
     record = join(config.output, "trained.json")
     models = ["model", RAW] if config.runtime.export_raw else ["model"]

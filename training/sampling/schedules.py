@@ -18,7 +18,7 @@ _SCALES = torch.stack([ALPHAS_CUMPROD.sqrt(), (1 - ALPHAS_CUMPROD).sqrt()]).floa
 
 
 @cache
-def _scales_on(device: torch.device) -> Tensor:
+def scales_on(device: torch.device) -> Tensor:
     """`_SCALES` on a GPU, copied once. Outside inference mode, or no later training could save it for its backward."""
     with torch.inference_mode(False):
         return _SCALES.to(device)
@@ -26,7 +26,7 @@ def _scales_on(device: torch.device) -> Tensor:
 
 def _coefficients(t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     """sqrt(abar_t) and sqrt(1 - abar_t), float32 (B, 1, 1, 1) on the device of `like`."""
-    scales = _SCALES if like.device.type == "cpu" else _scales_on(like.device)
+    scales = _SCALES if like.device.type == "cpu" else scales_on(like.device)
     signal, sigma = scales[:, t.to(like.device)].view(2, -1, 1, 1, 1)
     return signal, sigma
 

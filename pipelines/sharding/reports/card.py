@@ -49,7 +49,7 @@ def write_card(manifest: Manifest) -> None:
     same each time and wherever the set is stored. Neither file is part of the dataset id.
     """
     with ThreadPoolExecutor(8) as pool:
-        looks = list(pool.map(lambda entry: _look(manifest.uri, entry), evenly(manifest.entries, NUM_SAMPLES)))
+        looks = list(pool.map(lambda entry: look_at(manifest.uri, entry), evenly(manifest.entries, NUM_SAMPLES)))
     put_if_absent(join(manifest.uri, CONTACT_SHEET), contact_sheet([look.cell for look in looks]))
     put_if_absent(
         join(manifest.uri, "DATA_CARD.md"), printable(card_text(manifest, read_run(manifest.uri), looks)).encode()
@@ -62,7 +62,7 @@ def evenly(items: Sequence[ItemT], count: int) -> list[ItemT]:
     return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
 
 
-def _look(uri: str, entry: Entry) -> Look:
+def look_at(uri: str, entry: Entry) -> Look:
     members = read_sample(uri, entry)
     hr = decode_image(image_of(members), where=f"{uri}: {entry.key}")
     lr_data = image_of(members, "lr")

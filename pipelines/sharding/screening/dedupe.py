@@ -34,7 +34,7 @@ def without_near_duplicates(files: FileList, config: ShardConfig, *, write: bool
     if config.dedupe is None or not (write or exists(place)):
         return files
     if not exists(place):
-        lines = _near_duplicates(files, _hashes(files, config), config.dedupe)
+        lines = near_duplicates(files, _hashes(files, config), config.dedupe)
         put_if_absent(place, "".join(json.dumps(line) + "\n" for line in lines).encode())
     for part in list_files(join(config.output, HASHES)) if write else []:
         remove(part)
@@ -48,7 +48,7 @@ def count_near_duplicates(output: str) -> int:
     return len(read_bytes(place).splitlines()) if exists(place) else 0
 
 
-def _near_duplicates(files: Sequence[SourceFile], hashes: np.ndarray, max_bits: int) -> list[dict[str, str | int]]:
+def near_duplicates(files: Sequence[SourceFile], hashes: np.ndarray, max_bits: int) -> list[dict[str, str | int]]:
     left_out = np.zeros(len(hashes), bool)
     like: list[tuple[int, int, int]] = []
     for i, j, bits in near_pairs(hashes, hashes, max_bits=max_bits, skip=left_out):

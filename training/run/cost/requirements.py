@@ -114,7 +114,7 @@ def step_cost(config: TrainConfig) -> StepCost:
         stage = build_stage(model, config)
         networks = [*model.networks.values(), *([stage.critic.network] if stage.critic else [])]
         ours = {weight.untyped_storage()._cdata for network in networks for weight in network.parameters()}
-        batch = _batch(config, model.factor)
+        batch = empty_batch(config, model.factor)
 
         def keep(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
@@ -175,7 +175,7 @@ def measured_flops(threads: int) -> float:
     return 2 * weight.numel() * 62 * 62 / statistics.median(seconds)
 
 
-def _batch(config: TrainConfig, factor: int = 8) -> Batch:
+def empty_batch(config: TrainConfig, factor: int = 8) -> Batch:
     size, side = config.runtime.micro_batch_size, config.crop_px
     pixels = torch.zeros(size, 3, side, side)
     stored = torch.zeros(size, 4, side // factor, side // factor)

@@ -154,7 +154,7 @@ class Watch:
         self.state = BoardState()
         self._shown = self._told = 0
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread = threading.Thread(target=self.watch_until_stopped, daemon=True)
 
     def __enter__(self) -> "Watch":
         self._thread.start()
@@ -177,7 +177,7 @@ class Watch:
 
         ray.get(self._board.start_anew.remote())
 
-    def _watch(self) -> None:
+    def watch_until_stopped(self) -> None:
         asked = False
         while not self._stop.wait(1.0):
             self._show()

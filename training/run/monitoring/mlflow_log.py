@@ -55,7 +55,7 @@ def _by_digest(files: list[Any]) -> list[list[Any]]:
     return [[name, _digest(content), *step] for name, content, *step in files]
 
 
-def _send_unsent(tracker: Tracker, output: str, seconds: float = 60.0) -> None:
+def send_unsent(tracker: Tracker, output: str, seconds: float = 60.0) -> None:
     """Send what is kept, for at most `seconds`; what is not taken this time either stays."""
     place = join(output, UNSENT)
     if not exists(place):
@@ -77,7 +77,7 @@ def _send_unsent(tracker: Tracker, output: str, seconds: float = 60.0) -> None:
 def describe_run(tracker: Tracker, config: TrainConfig, manifests: list[Manifest]) -> None:
     """Log what an earlier start could not send, the datasets, tags that name the runs that this one begins with, and a
     description with links to them."""
-    _send_unsent(tracker, config.output)
+    send_unsent(tracker, config.output)
     datasets = [(manifest.uri, manifest.dataset_id, "training") for manifest in manifests]
     validation = Validation.load(config)
     datasets += [(uri, digest, "validation") for uri, digest in (validation.datasets if validation else {}).items()]

@@ -98,7 +98,7 @@ class Validation:
         pictures |= {f"run_{run}": image for run, image in zip(runs, images, strict=True)}
         scores = {"psnr_y": float(np.mean([psnr_y(image, hr) for image in images])), "l_std": stability.l_std()}
         scores["l_std_equal_sharpness"] = l_std_equal_sharpness(images, enlarged)
-        for name, network in _perceptual().items():
+        for name, network in perceptual_metrics().items():
             scores[name] = float(np.mean([network(image, hr) for image in images]))
         return place, scores, {name: encode_png(picture) for name, picture in pictures.items()}
 
@@ -118,7 +118,7 @@ PERCEPTUAL = {
 
 
 @cache
-def _perceptual() -> dict[str, Callable[[np.ndarray, np.ndarray], float]]:
+def perceptual_metrics() -> dict[str, Callable[[np.ndarray, np.ndarray], float]]:
     """The metrics whose weights are here, of two uint8 RGB images (H, W, 3), without their border, on a CPU."""
     present = {row["name"] for row in list_weights() if row["state"] == "present"}
     usable = {name: metric for name, metric in PERCEPTUAL.items() if metric.weights <= present}

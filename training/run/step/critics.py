@@ -69,12 +69,12 @@ class Discriminator(Critic):
         self.trained = self.network.heads if projected else self.network
 
     def watch(self, batch: Batch, update: int, latents: Tensor, decoded: Tensor, target: Tensor) -> None:
-        logits = self._logits(batch)
+        logits = self.critic_logits(batch)
         learns = update >= self._settings.discriminator_start_update
         self.judge = lambda image: logits(image, "generator")
         self._last = (logits, target, decoded.detach(), learns)
 
-    def _logits(self, batch: Batch) -> Callable[[Tensor, str], Tensor]:
+    def critic_logits(self, batch: Batch) -> Callable[[Tensor, str], Tensor]:
         network = self.network
         if not isinstance(network, ProjectedDiscriminator):
             return lambda image, purpose: network(image)
@@ -127,19 +127,19 @@ class Regulariser(Critic):
     def term(self) -> dict[str, Tensor]:
         cond, uncond = (self._denoiser(self._base, prompt) for prompt in (self._prompt, self._negative))
         first, last = self._settings.first_timestep, self._settings.last_timestep
-        t, noise = self._draws("vsd", first, last + 1)
+        t, noise = self.draws("vsd", first, last + 1)
         frozen = guided(cond, uncond, self._settings.guidance)
         learned = self._denoiser(self._model, self._prompt)
         return {"vsd": self._settings.weight * vsd_loss(self._latents, learned, frozen, t=t, noise=noise)}
 
     def loss(self) -> Tensor:
-        t, noise = self._draws("regulariser", 0, NUM_TIMESTEPS)
+        t, noise = self.draws("regulariser", 0, NUM_TIMESTEPS)
         return eps_loss(self._denoiser(self._model, self._prompt), self._latents.detach(), t=t, noise=noise)
 
     def _denoiser(self, model: OneStepModel, prompt: Tensor) -> Callable[..., Tensor]:
         return model.denoiser(self._latents.detach(), prompt)
 
-    def _draws(self, purpose: str, first: int, end: int) -> tuple[Tensor, Tensor]:
+    def draws(self, purpose: str, first: int, end: int) -> tuple[Tensor, Tensor]:
         """Timesteps from `first` to `end` - 1 and noise, by (seed, purpose, position)."""
         positions, device = self._batch.positions, self._latents.device
         steps = [int(rng_for(self._seed, "timestep", purpose, p).integers(first, end)) for p in positions]

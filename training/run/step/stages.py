@@ -64,7 +64,7 @@ class Stage(nn.Module):
         return replace(batch, moments=dict(zip(MOMENTS, moments, strict=True)))
 
     @torch.no_grad()
-    def _latents(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def latents_of(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Scaled latents of HR (a posterior sample) and LR, encoded here or before."""
         moments = batch.moments or self.encoded(batch).moments
         hr_mean, hr_std, lr_mean, lr_std = (moments[name] for name in MOMENTS)
@@ -80,7 +80,7 @@ class NoiseStage(Stage):
 
     def forward(self, batch: Batch, update: int = 0) -> dict[str, Tensor]:
         """Named terms and "loss" of one micro-batch; see `training.losses`."""
-        z_hr, z_lr = self._latents(batch)
+        z_hr, z_lr = self.latents_of(batch)
         denoise, noise = self._denoiser(batch, z_lr), self._noise(batch, "steps")
 
         def timesteps(end: int) -> Tensor:
@@ -110,7 +110,7 @@ class DecoderStage(Stage):
     def forward(self, batch: Batch, update: int) -> dict[str, Tensor]:
         """The generator's terms and "loss" of one micro-batch of an update, from 0; see `training.generator_loss`."""
         loss = self.config.decoder_loss
-        latents = self._sampled(batch)
+        latents = self.sampled_latents(batch)
         decoded = self.method.in_range(self.model.decode(latents, batch.lr))
         target = 2 * batch.hr - 1
         self.critic.watch(batch, update, latents, decoded, target)
@@ -133,11 +133,11 @@ class DecoderStage(Stage):
         return terms
 
     @torch.no_grad()
-    def _sampled(self, batch: Batch) -> Tensor:
+    def sampled_latents(self, batch: Batch) -> Tensor:
         """What the chain makes of the batch, here or when the shards were made."""
         if SAMPLED in batch.moments:
             return batch.moments[SAMPLED]
-        z_hr, z_lr = self._latents(batch)
+        z_hr, z_lr = self.latents_of(batch)
         noise = self._noise(batch, "steps")
         return self.method.stage2_latents(self._denoiser(batch, z_lr), z_hr, z_lr, noise, self.config)
 
@@ -145,7 +145,7 @@ class DecoderStage(Stage):
 class OneStepStage(DecoderStage):
     """OSEDiff: UNet and VAE encoder learn, by LoRA, to make the HR image's latent of the LR image in one step."""
 
-    def _sampled(self, batch: Batch) -> Tensor:
+    def sampled_latents(self, batch: Batch) -> Tensor:
         """x0 from a sample of the LR image's posterior, as published."""
         mean, std = self.model.encode_condition(batch.lr)
         z_lr = mean + std * self._noise(batch, "lr")(mean.shape)
