@@ -21,8 +21,8 @@ from infra.index.byte_index import SHARDS_PER_PART, put_part
 from infra.manifest import Manifest, ShardRecord, put_manifest, record_uri, write_manifest
 from infra.ray_runtime import ITEMS_AT_ONCE
 from infra.shards import IndexedEntry
+from pipelines.sharding import sources
 from pipelines.sharding.config import ShardConfig
-from pipelines.sharding.inputs import listing
 from pipelines.sharding.plan import plan_shards, source_id
 from pipelines.sharding.sources import list_sources, source_facts
 from training.config import TrainConfig
@@ -114,7 +114,7 @@ def plan(million: int) -> None:
     """The driver's cost beyond listing a folder: the list of files, its identity, and every shard's plan as it is sent
     to a worker. Memory is anonymous: what is mapped the system can take back."""
     names = (f"2026/11/{number:09d}.jpg" for number in range(million * 10**6))
-    listing.list_in_parts = lambda root, output: ((name, SAMPLE_BYTES) for name in names)
+    sources.list_in_parts = lambda root, **_: ((name, SAMPLE_BYTES) for name in names)
     source = {"kind": "folder", "name": "photos", "path": "/photos"}
     config = ShardConfig.model_validate({"job": "shard", "output": "o", "sources": [source]})
     began, before, most = time.process_time(), anonymous_bytes(), 0

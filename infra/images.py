@@ -267,7 +267,7 @@ def no_images(folder: str, *, there: bool) -> DataError:
 def choose_images(files: Iterable[tuple[str, int]], where: str) -> Iterator[tuple[str, int]]:
     """The image files among (path below `where`, size), without hidden and system files."""
     for name, size in skip_system_files(files, where, hidden=True, name=itemgetter(0)):
-        if "." + name.rpartition(".")[2].lower() in IMAGE_SUFFIXES:
+        if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
             yield name, size
 
 

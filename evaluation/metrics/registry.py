@@ -158,9 +158,11 @@ def _score(name: str, network: Any, *images: Any) -> float | None:
     try:
         with torch.inference_mode():
             value = float(network(*images))
-    except torch.OutOfMemoryError:
+    except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of pyiqa's hundred metrics each has its own
+        if "allocate memory" in str(error):
+            raise
         height, width = images[0].shape[-2:]
         raise DataError(
             f"{name} does not score {width}x{height} px ({type(error).__name__}: {line_of(error)})",

@@ -10,7 +10,7 @@ import numpy as np
 
 from evaluation.compare import per_image_values
 from evaluation.metrics.bootstrap import bootstrap_interval
-from evaluation.metrics.names import metric_direction
+from evaluation.metrics.names import metric_direction, needs_runs
 from evaluation.report.tables import published_summary
 from evaluation.results import EvaluationResult
 from infra.display.table import Cell, Table, cell
@@ -26,7 +26,8 @@ class Ordering:
 
     `mean`, `low`, `high`: ours of `better` minus `worse` with its 95 % bootstrap interval over images; None where one
     side has no number. `verdict`: "holds" or "fails" where the interval excludes 0 on the paper's or the other side,
-    "unclear" where it contains 0, "not tested" without numbers.
+    "unclear" where it contains 0, "not tested" without numbers, and in stability over runs where those of a
+    method never differ or their numbers do.
     """
 
     metric: str
@@ -63,7 +64,10 @@ def published_orderings(result: EvaluationResult, group: str) -> list[Ordering]:
         )
         for (first, better), (second, worse) in pairwise(ranked):
             if first != second:
-                paired = _paired(values[better], values[worse], metric)
+                both = [result.methods[name] for name in (better, worse)]
+                alike = both[0].num_runs == both[1].num_runs and not any(method.deterministic for method in both)
+                known = alike or not needs_runs(metric)
+                paired = _paired(values[better], values[worse], metric) if known else np.zeros(0)
                 found.append(Ordering(metric, better, worse, first, second, **_tested(paired, direction)))
     return found
 

@@ -136,7 +136,7 @@ def _metrics(result: EvaluationResult) -> list[str]:
 def stored_keys(result: EvaluationResult, num_images: int) -> list[str]:
     """Up to `num_images` images whose pictures are there, from the most to the least stable."""
     methods = list(result.methods.values())
-    leader = next((method for method in methods if method.num_runs > 1), methods[0])
+    leader = next((method for method in methods if not method.deterministic), methods[0])
     folders = {method.pictures for method in methods}  # an MLflow run has the pictures of its first images alone
     present = [{place.rsplit("/", 1)[-1] for place in list_files(join(folder, "00"))} for folder in folders]
     here = {key for key in leader.keys if all(f"{key}.png" in names for names in present)}
@@ -185,7 +185,7 @@ def _image(result: EvaluationResult, key: str, maps: dict[tuple[str, str], np.nd
 def first_shown(result: EvaluationResult, num_before: int) -> int:
     """Number of the figure that a slider shows at first against LR: of the first stochastic method, before which come
     `num_before` figures and one of each method."""
-    stochastic = (i for i, method in enumerate(result.methods.values()) if method.num_runs > 1)
+    stochastic = (i for i, method in enumerate(result.methods.values()) if not method.deterministic)
     return num_before + next(stochastic, 0)
 
 

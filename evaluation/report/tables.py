@@ -69,7 +69,7 @@ def table_rows(summary: Mapping[str, Any]) -> list[tuple[str, list[list[Number]]
 
 def table_notes(summary: Mapping[str, Any]) -> list[str]:
     """What a reader of the table must know: runs, deterministic methods, metrics that some images lack."""
-    runs = sorted({method["num_runs"] for method in summary.values() if method["num_runs"] > 1})
+    runs = sorted({method["num_runs"] for method in summary.values() if not is_deterministic(method)})
     notes = [f"Mean over {' or '.join(map(str, runs))} runs. Best bold, second best underlined."] if runs else []
     single = [name for name, method in summary.items() if is_deterministic(method)]
     if len(runs) > 1:

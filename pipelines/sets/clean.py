@@ -9,13 +9,14 @@ from infra.images import below, skip_system_files
 from infra.manifest import Manifest
 from infra.storage import abort_upload, exists, is_s3, join, list_files, modified_seconds, remove, unfinished_uploads
 from pipelines.sets.verify import FILES
+from pipelines.sharding.inputs.pages import PART
 from pipelines.sharding.screening.dedupe import HASHES
 
 SECONDS_AT_WORK = 3600.0  # of an unfinished set: what is younger may belong to a writer that is at work
 INDEX = re.compile(r"index(-\d{6})?\.parquet")
 HASHED = re.compile(rf"{HASHES}/\d+\.json")
 OURS = re.compile(
-    rf"shards/\d+\.tar|records/\d+\.json|{HASHED.pattern}|{INDEX.pattern}|{'|'.join(map(re.escape, FILES))}"
+    rf"{PART}|shards/\d+\.tar|records/\d+\.json|{HASHED.pattern}|{INDEX.pattern}|{'|'.join(map(re.escape, FILES))}"
 )
 TEMPORARY = re.compile(r"(?P<folder>(?:.*/)?)\.(?P<name>[^/]+)\.[0-9a-f]{12}\.tmp")
 PROBE = re.compile(r"\.writable-[0-9a-f]{12}")
@@ -52,6 +53,11 @@ def clean(uri: str) -> list[Stray]:
         records = {name.replace("shards", "records").replace(".tar", ".json") for name in shards}
     strays = []
     for name in names:
+        if re.fullmatch(PART, name):
+            if finished:
+                remove(join(uri, name))
+                strays.append(_leftover(name, "listing of a finished set", removed=True))
+            continue
         temporary = TEMPORARY.fullmatch(name)
         if PROBE.fullmatch(name) or (temporary and OURS.fullmatch(temporary["folder"] + temporary["name"])):
             old = finished or time.time() - modified_seconds(join(uri, name)) > SECONDS_AT_WORK

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from degradation.config import DegradationConfig
+from infra.config import result_part
 from infra.display.progress import progress
 from infra.errors import DataError, PartialResultError
 from infra.files.publish import download, publish_if_absent, staging
@@ -18,7 +19,7 @@ from infra.mlflow.models import find_model
 from infra.mlflow.server import TrackingConfig, check_tracking
 from infra.process.memory import give_back_memory
 from infra.ray_runtime import on_ray
-from infra.run import Progress, claim_output
+from infra.run import Progress, check_config, claim_output
 from infra.shards import CAPTION, IndexedEntry, write_tar
 from infra.storage import exists, join, sha256_file
 from pipelines.sharding.config import GridCrop, ShardConfig, brings_lr
@@ -63,11 +64,11 @@ def run_shard(config: ShardConfig) -> Manifest:
         rate = _write_shards(config, recipe, shards) / max(time.monotonic() - began, 1e-9)
         facts = {**set_facts(config, recipe, files), "fingerprint": run["fingerprint"]}
         write_manifest(config.output, len(shards), **facts)
-    remove_listings(config.output)
     manifest = Manifest.load(config.output)
     if not exists(join(config.output, "DATA_CARD.md")):
         write_card(manifest)
     log_shard_set(config, manifest, run, rate)
+    remove_listings(config.output)  # where MLflow was away, the next run lists the same files
     report_quarantine(config, manifest)
     return manifest
 
@@ -94,8 +95,9 @@ def _claimed(
     """The recipe, the source files, the plan of those that are no near-duplicates, and run.json."""
     recipe = resolve_degradation(config)
     check_apart(config.output, config.sources)
+    check_config(config.output, result_part(config), job="shard")
     begun = write and not exists(join(config.output, "manifest.json"))
-    files = list_sources(config.sources, config.output if begun else "")
+    files = list_sources(config.sources, config.output, keep=begun)
     inputs = {"source_id": source_id(files), **_latents_inputs(config)}
     run = claim_output(config.output, config, job="shard", inputs=inputs, libraries=LIBRARIES, write=write)
     kept = without_near_duplicates(files, config, write=write)

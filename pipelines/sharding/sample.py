@@ -52,13 +52,13 @@ class Opened:
     lr: np.ndarray | None = None
 
 
-def read_source(file: SourceFile) -> SourceBytes:
+def read_source(file: SourceFile, *, with_caption: bool = True) -> SourceBytes:
     """A file's bytes, the SHA-256 of its photograph (a shard set remembers it), and its caption."""
     if file.entry is not None:
         members = read_sample(file.uri, file.entry)
         return SourceBytes(image_of(members), json.loads(members["json"])["source_sha256"], members.get(CAPTION, b""))
     data = read_source_bytes(file.uri)
-    caption = read_source_bytes(file.caption_uri) if file.caption_uri else b""
+    caption = read_source_bytes(file.caption_uri) if file.caption_uri and with_caption else b""
     return SourceBytes(data, hashlib.sha256(data).hexdigest(), caption if caption.strip() else b"")
 
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from infra.errors import DataError
@@ -11,7 +12,8 @@ from infra.keys import bounded, with_digest
 from infra.storage import join
 from pipelines.sharding.config import Source
 from pipelines.sharding.files import FileList, SourceFile
-from pipelines.sharding.inputs.listing import expected_files, layout_of, list_source, split_pattern
+from pipelines.sharding.inputs.listing import Walk, expected_files, layout_of, list_source, split_pattern
+from pipelines.sharding.inputs.pages import drop_old_listings, list_in_parts
 from pipelines.sharding.inputs.zips import split_zip
 
 MAX_KEY_BYTES = 48
@@ -19,8 +21,8 @@ OTHER = re.compile("[^A-Za-z0-9_-]")
 CONTACT_SHEET = "contact_sheet.jpg"
 
 
-def list_sources(sources: Sequence[Source], output: str = "") -> FileList:
-    """All files of all sources, in the config's order and sorted within each. `output`: as of `list_source`.
+def list_sources(sources: Sequence[Source], output: str = "", *, keep: bool = True) -> FileList:
+    """All files of all sources, in the config's order and sorted within each. `output`, `keep`: as of `list_in_parts`.
 
     DataError as of `list_source`, and where two files would have one key.
     """
@@ -31,16 +33,18 @@ def list_sources(sources: Sequence[Source], output: str = "") -> FileList:
             where="sources",
             todo="give the sources different names",
         )
-    files = FileList(_listed(sources, output))
+    if output and keep:
+        drop_old_listings(output)
+    files = FileList(_listed(sources, partial(list_in_parts, output=output, keep=keep)))
     if twice := files.repeated_keys():
         files = FileList(file._replace(key=_digest_key(file)) if file.key in twice else file for file in files)
         _check_keys(files)
     return files
 
 
-def _listed(sources: Sequence[Source], output: str) -> Iterator[SourceFile]:
+def _listed(sources: Sequence[Source], walk: Walk) -> Iterator[SourceFile]:
     for source in sources:
-        for one in list_source(source, output):
+        for one in list_source(source, walk):
             scale = getattr(source, "scale", 1) if one.lr_uri else 1
             yield SourceFile(
                 _key(source.name, one.name),

@@ -78,11 +78,12 @@ def test_every_kind_of_source_brings_captions(kind: str, place: str, tmp_path: P
     assert captions_of(make_shard_set(bare)) == [None] * 3, "not without being asked for"
 
 
-def test_a_changed_caption_is_another_source(tmp_path: Path) -> None:
-    source = make_source("list.csv", tmp_path / "in")
+@pytest.mark.parametrize("kind", ["folder", "list.csv", "webdataset", "parquet"])
+def test_a_changed_caption_is_another_source(kind: str, tmp_path: Path) -> None:
+    source = make_source(kind, tmp_path / "in")
     config = config_of({"name": "s", **source, "path": str(tmp_path / "in" / source["path"])}, output=tmp_path / "out")
     before = source_id(list_sources(config.sources))
-    make_source("list.csv", tmp_path / "in", ["another", *TEXTS[1:]])
+    make_source(kind, tmp_path / "in", ["another one", *TEXTS[1:]])
     assert source_id(list_sources(config.sources)) != before
 
 
@@ -111,6 +112,16 @@ def test_captions_that_are_not_there_are_refused(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=message) as caught:
             list_sources(config_of(source).sources)
         assert str(tmp_path / kind) in caught.value.where
+    for kind in ("folder", "webdataset", "parquet"):
+        source = make_source(kind, tmp_path / f"no {kind}", [""] * 3) | {"name": "s"}
+        source["path"] = str(tmp_path / f"no {kind}" / source["path"])
+        with pytest.raises(DataError, match="none of 3 images has a caption"):
+            list_sources(config_of(source).sources)
+    (tmp_path / "l.jsonl").write_text('{"image": "a", "title": "cut \\ud83d"}\n')
+    with pytest.raises(DataError, match=r"1 of 1 rows have a title that is not UTF-8 \(first: row 1\)"):
+        list_sources(
+            config_of({"kind": "list", "name": "s", "path": str(tmp_path / "l.jsonl"), "caption": "title"}).sources
+        )
     (tmp_path / "l.jsonl").write_text('{"image": "a", "title": "x"}\n{"image": "b", "title": ["x", "y"]}\n')
     source = {"kind": "list", "name": "s", "path": str(tmp_path / "l.jsonl"), "caption": "title"}
     with pytest.raises(DataError, match=r"1 of 2 rows have a title that is no text \(first: row 2\)"):

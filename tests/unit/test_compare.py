@@ -187,6 +187,10 @@ def test_other_perturbations_are_neither_compared_nor_merged(tmp_path: Path) -> 
     assert "p_std" in {d.metric for d in compare([places[0], places[0]]).differences}
     with pytest.raises(DataError, match="their perturbations of the input differ"):
         merge_results([load_result(place) for place in places])
+    without = write_result(tmp_path / "without", photographs(2), {"m": (2, noisy(5))})
+    for pair in ([without, places[0]], [places[0], without]):
+        merged = merge_results([load_result(place) for place in pair])
+        assert sorted(np.isfinite(method.p_std).all() for method in merged.methods.values()) == [False, True]
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,13 @@ def test_equal_methods_are_unclear(tmp_path: Path) -> None:
     assert (found.verdict, found.mean) == ("unclear", 0)
 
 
+def test_stability_of_runs_that_never_differ_is_not_tested(tmp_path: Path) -> None:
+    methods = {"CCSR": (3, noisy(5)), "truncated": (1, noisy(5)), "uniform": (3, lambda bicubic, rng: bicubic)}
+    found = published_orderings(load_result(write_result(tmp_path, photographs(3), methods)), GROUP)
+    assert {o.verdict for o in found if o.metric in ("l_std", "g_std_psnr_y")} == {"not tested"}
+    assert {o.verdict for o in found if o.metric == "psnr_y"} != {"not tested"}
+
+
 def test_shown_in_terminal_and_report(orderings: dict) -> None:
     rows = [ordering.to_dict() for ordering in orderings.values()]
     console = Console(width=140, record=True, file=io.StringIO())

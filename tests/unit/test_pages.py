@@ -1,7 +1,10 @@
 """Long listings on S3 are written as they come and continued; the list of files is mapped."""
 
 import itertools
+import json
 import pickle
+import re
+import time
 from pathlib import Path
 
 import pytest
@@ -10,10 +13,11 @@ from test_source_containers import stored
 
 from infra.errors import StorageError
 from infra.files.publish import write_bytes
-from infra.storage import iter_files, join, list_files, read_json
+from infra.storage import exists, iter_files, join, list_files, read_json
+from pipelines.sets.clean import clean
 from pipelines.sharding.files import FileList, SourceFile
 from pipelines.sharding.inputs import pages
-from pipelines.sharding.inputs.pages import list_in_parts, remove_listings
+from pipelines.sharding.inputs.pages import PART, drop_old_listings, list_in_parts, remove_listings
 from pipelines.sharding.sources import list_sources
 
 
@@ -49,12 +53,38 @@ def test_a_stopped_listing_is_continued_behind_its_last_part(s3: str, monkeypatc
     assert [len(read_json(part)) for part in parts] == [10, 10, 5]
 
     write_bytes(join(s3, "in", "new.png"), b"x")  # before any shard was written a finished listing is made anew
+    assert [name for name, _ in list_in_parts(uri, output, keep=False)] == [*names, "new.png"], "in a dry run too"
+    drop_old_listings(output)
     assert [name for name, _ in list_in_parts(uri, output)] == [*names, "new.png"]
     write_bytes(join(output, "shards", "000000.tar"), b"x")
     write_bytes(join(s3, "in", "newer.png"), b"x")
-    assert [name for name, _ in list_in_parts(uri, output)] == [*names, "new.png"], "those that the plan is of"
+    drop_old_listings(output)
+    for keep in (True, False):
+        found = [name for name, _ in list_in_parts(uri, output, keep=keep)]
+        assert found == [*names, "new.png"], "those that the plan is of"
     remove_listings(output)
     assert list(list_files(output)) == [join(output, "shards", "000000.tar")]
+
+
+def test_a_listing_that_was_stopped_long_ago_is_made_anew(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would lack what came into the bucket since, into the range that it had listed."""
+    monkeypatch.setattr(pages, "FILES_A_PART", 2)
+    output = join(s3, "out")
+    part = join(output, ".listing", "0" * 16 + "-000000.json")
+    for age, kept in ((3600, True), (25 * 3600, False)):
+        write_bytes(part, json.dumps([["0.png", 1], ["1.png", 1]]).encode())
+        monkeypatch.setattr(pages, "modified_seconds", lambda uri, age=age: time.time() - age)
+        drop_old_listings(output)
+        assert exists(part) == kept
+
+
+def test_verify_and_clean_know_a_listing(s3: str) -> None:
+    """It is there until MLflow has the set's run."""
+    assert re.fullmatch(PART, f".listing/{'0a' * 8}-000123.json")
+    output = join(s3, "set")
+    write_bytes(join(output, "run.json"), b"{}")
+    write_bytes(join(output, ".listing", "0" * 16 + "-000000.json"), b"[]")
+    assert clean(output) == []
 
 
 def test_a_racing_driver_takes_the_others_parts(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:

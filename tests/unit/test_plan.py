@@ -128,7 +128,7 @@ def test_files_of_a_package_are_found_or_named() -> None:
         values = {"job": "shard", "output": "out", "sources": [source]}
         return list_sources(ShardConfig.model_validate(values).sources)
 
-    (found,) = files("infra", "weights.yaml")
+    (found,) = files("infra.files", "weights.yaml")
     assert PurePosixPath(found.uri).name == "weights.yaml"
     assert found.num_bytes == Path(found.uri).stat().st_size
     with pytest.raises(DataError, match=r"holds no file nothing\.png"):

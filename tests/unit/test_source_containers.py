@@ -234,7 +234,7 @@ def test_wrong_tars_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["struct", "binary", "large"])
-def test_parquet_rows_are_images(form: str, place: str) -> None:
+def test_parquet_rows_are_images(form: str, place: str, tmp_path: Path) -> None:
     images = [jpeg(number) for number in range(7)]
     kinds = {"binary": pa.binary(), "large": pa.large_binary()}
     struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -251,6 +251,9 @@ def test_parquet_rows_are_images(form: str, place: str) -> None:
         listed(kind="parquet", path=place, column="text")
     with pytest.raises(DataError, match="no column 'img' here") as caught:
         listed(kind="parquet", path=join(place, "0.parquet"), column="img")
+    pq.write_table(table[:0], tmp_path / "empty.parquet")
+    with pytest.raises(DataError, match="no images here"):
+        listed(kind="parquet", path=str(tmp_path / "empty.parquet"))
     assert caught.value.todo == "write `column:` with one of image, text"
 
 

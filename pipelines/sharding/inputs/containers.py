@@ -24,7 +24,8 @@ IN_PARQUET = re.compile(r"(?P<file>.+)!(?P<group>\d+)/(?P<row>\d+)/(?P<column>.+
 
 
 class Member(NamedTuple):
-    """An image in a container: its name there, where its bytes are, and their number (of a parquet row: unknown, 0)."""
+    """An image or caption in a container: its name there, where its bytes are, and their number (of an image in a
+    parquet row: unknown, 0; of a caption there: its file's)."""
 
     name: str
     uri: str
@@ -61,20 +62,31 @@ def list_tars(path: str, extension: str | None, caption: str | None) -> Iterator
             yield image, texts[0] if texts else None
 
 
-def list_parquet(path: str, column: str, caption: str | None) -> Iterator[tuple[Member, str]]:
+def list_parquet(path: str, column: str, caption: str | None) -> Iterator[tuple[Member, Member | None]]:
     """The images in a column of parquet files: plain binary, or Hugging Face's struct of `bytes` and `path`; each with
-    where its text in the column `caption` is. DataError for a column that is missing or of another type."""
-    for file in expand(path, ".parquet"):
+    its text in the column `caption`, but for row groups without any. DataError for a column that is missing or of
+    another type."""
+    for file, size in expand(path, ".parquet").items():
         parquet = _open(file, os.getpid())
         _check_column(parquet.schema_arrow, column, file)
         if caption:
             _check_column(parquet.schema_arrow, caption, file, text=True)
         number = 0
         for group in range(parquet.num_row_groups):
-            for row in range(parquet.metadata.row_group(group).num_rows):
-                image = Member(f"{Path(file).name}/{number:08d}", f"{file}!{group}/{row}/{column}", 0)
-                yield image, f"{file}!{group}/{row}/{caption}" if caption else ""
+            rows = parquet.metadata.row_group(group)
+            texts = bool(caption) and not _all_null(rows, str(caption))
+            for row in range(rows.num_rows):
+                name, place = f"{Path(file).name}/{number:08d}", f"{file}!{group}/{row}"
+                text = Member(name, f"{place}/{caption}", size) if texts else None
+                yield Member(name, f"{place}/{column}", 0), text
                 number += 1
+
+
+def _all_null(rows: "pa.parquet.RowGroupMetaData", column: str) -> bool:
+    """Whether the row group's statistics, which a writer may leave out, say that a column has no value."""
+    parts = (rows.column(number) for number in range(rows.num_columns))
+    found = next((part.statistics for part in parts if part.path_in_schema == column), None)
+    return found is not None and found.has_null_count and found.null_count == rows.num_rows
 
 
 def _check_column(schema: "pa.Schema", column: str, file: str, *, text: bool = False) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 import importlib.util
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,9 +29,10 @@ from pipelines.sharding.config import (
 )
 from pipelines.sharding.inputs.containers import INLINE, list_parquet, list_tars
 from pipelines.sharding.inputs.lists import read_list, resolved
-from pipelines.sharding.inputs.pages import list_in_parts
 from pipelines.sharding.inputs.zips import list_members, split_zip
 
+Walk = Callable[[str], Iterable[tuple[str, int]]]
+"""A folder or s3:// prefix -> the files below it as (name, size)."""
 WILDCARDS = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
 
 
@@ -47,15 +48,15 @@ class Found(NamedTuple):
     caption_uri: str = ""
 
 
-def list_source(source: Source, output: str) -> Iterator[Found]:
-    """The images of a source. `output`: where a listing on S3 is kept as it comes; "": nowhere.
+def list_source(source: Source, walk: Walk) -> Iterator[Found]:
+    """The images of a source.
 
     DataError for a source without images or, where it names captions, without a single one; for another number of
     files than expected, an image without its partner.
     """
     number, captions = 0, 0
     first = getattr(source, "first", None)
-    for number, one in enumerate(_found(source, output), 1):
+    for number, one in enumerate(_found(source, walk), 1):
         captions += bool(one.caption_uri)
         if first is None or number <= first:
             yield one
@@ -67,6 +68,8 @@ def list_source(source: Source, output: str) -> Iterator[Found]:
             where=f"{source.hr} and {source.lr}" if isinstance(source, PairsSource) else where,
             todo=f"complete it; if it is meant to be so, write `expected_files: {number}`",
         )
+    if not number:
+        raise DataError("no images here", where=where, todo="check the path and the file")
     if (caption := getattr(source, "caption", None)) and not captions:
         raise DataError(
             f"none of {number} images has a caption ({caption})",
@@ -82,7 +85,7 @@ def expected_files(source: Source) -> int | None:
     return expected or (layout_of(dataset, source.name)["expected_files"] if dataset else None)
 
 
-def _found(source: Source, output: str) -> Iterable[Found]:
+def _found(source: Source, walk: Walk) -> Iterable[Found]:
     if isinstance(source, PackageSource):
         return (_package_file(source, name) for name in source.files)
     if isinstance(source, ShardsSource):
@@ -97,12 +100,11 @@ def _found(source: Source, output: str) -> Iterable[Found]:
             for image, text in list_tars(source.path, source.member, source.caption)
         )
     if isinstance(source, ParquetSource):
-        return (
-            Found(*image, caption_uri=text) for image, text in list_parquet(source.path, source.column, source.caption)
-        )
+        found = list_parquet(source.path, source.column, source.caption)
+        return (_captioned(Found(*image), text.uri, text.num_bytes) if text else Found(*image) for image, text in found)
     if isinstance(source, PairsSource):
-        return _list_pairs(source, output)
-    return _list_folder(source, output)
+        return _list_pairs(source, walk)
+    return _list_folder(source, walk)
 
 
 def _captioned(found: Found, uri: str, what: str | int) -> Found:
@@ -110,9 +112,9 @@ def _captioned(found: Found, uri: str, what: str | int) -> Found:
     return found._replace(caption_uri=uri, identity=f"{found.identity} caption {what}".strip())
 
 
-def _list_folder(source: FolderSource, output: str) -> Iterator[Found]:
+def _list_folder(source: FolderSource, walk: Walk) -> Iterator[Found]:
     pattern = re.compile(layout_of(source.dataset, source.name)["files"]) if source.dataset else None
-    found = _list_place(source.path, output, source.caption)
+    found = _list_place(source.path, walk, source.caption)
     return (one for one in found if pattern is None or pattern.fullmatch(one.name))
 
 
@@ -128,11 +130,11 @@ def _list_rows(source: ListSource) -> Iterator[Found]:
         yield _captioned(found, INLINE + quote(text), hashlib.sha256(text.encode()).hexdigest()[:16]) if text else found
 
 
-def _list_pairs(source: PairsSource, output: str) -> list[Found]:
+def _list_pairs(source: PairsSource, walk: Walk) -> list[Found]:
     sides = []
     for place in (source.hr, source.lr):
         files: dict[str, Found] = {}
-        for one in _list_place(place, output):
+        for one in _list_place(place, walk):
             name = one.name.rsplit(".", 1)[0]
             if name in files:
                 raise DataError(
@@ -161,7 +163,7 @@ def _list_pairs(source: PairsSource, output: str) -> list[Found]:
     ]
 
 
-def _list_place(path: str, output: str, caption: str | None = None) -> Iterator[Found]:
+def _list_place(path: str, walk: Walk, caption: str | None = None) -> Iterator[Found]:
     """The image files of a folder, s3:// prefix, zip or pattern, by their names below it; `caption`: with the text
     files of this suffix beside them."""
     zipped = split_zip(path)
@@ -173,22 +175,29 @@ def _list_place(path: str, output: str, caption: str | None = None) -> Iterator[
         files = ((name.removeprefix(folder), size) for name, size in members if name.startswith(folder))
     else:
         check_folder(root)
-        base, files = join(root, ""), list_in_parts(root, output)
+        base, files = join(root, ""), walk(root)
     texts = {}
     if caption:
         files = list(files)
-        texts = {name: size for name, size in files if name.endswith(f".{caption}")}
+        texts = {name: size for name, size in files if size and name.endswith(f".{caption}")}
     number, there = 0, False
-    for name, size in choose_images(files, path):
-        there = True
+
+    def every() -> Iterator[tuple[str, int]]:
+        nonlocal there
+        for file in files:
+            there = True
+            yield file
+
+    for name, size in choose_images(every(), path):
         if pattern is None or pattern.fullmatch(name):
             number += 1
             found = Found(name, base + name, size)
             text = f"{name.rpartition('.')[0]}.{caption}" if texts else ""
             yield _captioned(found, base + text, texts[text]) if text in texts else found
     if not number:
-        todo = "check the path, and the pattern if it has one"
-        raise DataError("no images here", where=path, todo=todo) if zipped or there else no_images(root, there=False)
+        if zipped or (pattern and there):
+            raise DataError("no images here", where=path, todo="check the path, and the pattern if it has one")
+        raise no_images(root, there=there)
 
 
 def split_pattern(path: str) -> tuple[str, re.Pattern[str] | None]:

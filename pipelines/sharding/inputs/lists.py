@@ -8,6 +8,7 @@ from typing import Any
 
 from infra.errors import DataError, line_of
 from infra.files.locations import location
+from infra.keys import is_utf8
 from infra.storage import join, read_bytes
 
 SUFFIXES = (".txt", ".csv", ".json", ".jsonl", ".parquet")
@@ -43,6 +44,12 @@ def read_list(path: str, columns: Sequence[str], caption: str | None = None) -> 
                 f"{len(other)} of {len(rows)} rows have a {caption} that is no text (first: row {other[0]})",
                 where=path,
                 todo="write each caption as one text",
+            )
+        if bad := [number for number, value in kinds if not is_utf8(value)]:
+            raise DataError(
+                f"{len(bad)} of {len(rows)} rows have a {caption} that is not UTF-8 (first: row {bad[0]})",
+                where=path,
+                todo="mend these texts: half of a surrogate pair is left where one was cut",
             )
     every = [*columns, *([caption] if caption else [])]
     return [tuple(_text(row, column) for column in every) for row in rows]

@@ -96,7 +96,7 @@ def _hashes(files: Sequence[SourceFile], config: ShardConfig) -> np.ndarray:
 def hash_file(file: SourceFile, config: ShardConfig) -> int:
     """A file's perceptual hash; 0 where it cannot be used."""
     try:
-        opened = open_source(file, read_source(file), convert=config.converted)
+        opened = open_source(file, read_source(file, with_caption=False), convert=config.converted)
     except UnusableImageError:
         return 0
     return perceptual_hash(opened.image)
