@@ -133,7 +133,7 @@ def test_each_row_is_under_its_own_prompt(changes: dict[str, Any], tower: TextTo
 
 def test_distillation_takes_captions_too(tower: TextTower) -> None:
     with smaller_tiny():
-        loss = {"reconstruction": "l2", "perceptual": "none", "divide_by_batch": False, "adaptive": False}
+        loss = {"reconstruction": "l2", "perceptual": "none", "divide_by_batch": False}
         changes = {"model": {"family": "onestep"}, "vsd": {}, "decoder_loss": loss, "prompt": "caption"}
         config = train_config("d", "o", num_updates=1, **changes)
         model = model_of(config, tower)
