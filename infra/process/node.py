@@ -8,6 +8,8 @@ from typing import Any
 
 from infra.errors import line_of
 
+NOWHERE = "http://127.0.0.1:9"  # what MLflow's monitor would send to, were its thread started
+
 
 class NodeMonitor:
     """Samples in a thread, as often as MLflow does (10 s, MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL); a call returns
@@ -15,20 +17,25 @@ class NodeMonitor:
     MLFLOW_SYSTEM_METRICS_NODE_ID.
 
     MLflow's own thread would count its samples where our charts count images, and end for good once the server is away.
+    The collector here sends nothing and knows no server; a call while it reads is empty too.
     """
 
-    def __init__(self, tracking_uri: str, run_id: str, warn: Callable[[str], object]) -> None:
-        self._made_for, self._warn = (tracking_uri, run_id), warn
+    def __init__(self, warn: Callable[[str], object]) -> None:
+        self._warn = warn
         self._lock, self._closed = threading.Lock(), threading.Event()
         self._monitor: Any = None
         threading.Thread(target=self._run, name="node monitor", daemon=True).start()
 
     def __call__(self) -> dict[str, float]:
-        with self._lock:
+        if not self._lock.acquire(blocking=False):  # a driver that hangs would else stop all ranks
+            return {}
+        try:
             if self._monitor is None:
                 return {}
             values = self._monitor.aggregate_metrics()
             self._clear()
+        finally:
+            self._lock.release()
         return {f"system/{self._monitor.node_id}/{name}": float(value) for name, value in values.items()}
 
     def close(self) -> None:
@@ -49,8 +56,7 @@ class NodeMonitor:
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
         logging.getLogger("mlflow.system_metrics").setLevel(logging.WARNING)  # a line for each node without GPU
-        tracking_uri, run_id = self._made_for
-        monitor = SystemMetricsMonitor(run_id, tracking_uri=tracking_uri, node_id=socket.gethostname())
+        monitor = SystemMetricsMonitor("", tracking_uri=NOWHERE, node_id=socket.gethostname())
         monitor.collect_metrics()  # a thread's first reading of the CPU's use is 0
         for one in monitor.monitors:
             one.clear_metrics()

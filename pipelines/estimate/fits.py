@@ -46,7 +46,9 @@ def fit_table(config: TrainConfig, counted: "StepCost | None" = None) -> Table:
         one = switched(kind, activation_checkpointing=again, offload_optimizer=offload, zero_stage=zero_stage)
         cost = costs[again]
         held = sum(memory_needed(cost.num_trained, cost.num_frozen, one, 1).values()) + cost.critic_bytes
-        totals = {size: (held + cost.activation_bytes * size // largest) / GIB for size in sizes}
+        # Between two updates, without activations, a checkpoint has the 8-bit moments in float32.
+        saved = 8 * cost.num_trained if kind == "adamw8bit" and not offload else 0
+        totals = {size: (held + max(cost.activation_bytes * size // largest, saved)) / GIB for size in sizes}
         fits = (next((n for n, total in totals.items() if total <= USABLE * card), None) for card in CARDS_GIB)
         chosen = compress(SWITCHES, (again, kind == "adamw8bit", offload))
         names = " + ".join(chosen) or "none of the three below"

@@ -17,13 +17,13 @@ from evaluation import g_std, l_std, psnr_y, ssim_y
 from infra.images import decode_image, read_image
 from infra.manifest import Manifest
 from pipelines.sets.verify import verify
-from tests.integration.conftest import REPOSITORY, run_ccsr
+from tests.integration.conftest import NUM_RUNS, REPOSITORY, run_ccsr, run_demo
 from training.config import SamplingConfig
 from training.models import load_model
 from training.restore.restore import restore_runs
 from training.run.checkpoint import complete_checkpoints, load_checkpoint
 
-METHODS = {"bicubic": 1, "uniform": 10, "truncated": 10, "ccsr": 10}
+METHODS = {"bicubic": 1, "uniform": NUM_RUNS, "truncated": NUM_RUNS, "ccsr": NUM_RUNS}
 KEYS = ["skimage-astronaut-000-0", "skimage-chelsea-000-0", "skimage-coffee-000-0", "sklearn-china-000-0"]
 
 
@@ -174,7 +174,7 @@ def test_again_on_the_same_folder_makes_nothing_anew(demo):
         return {path: path.stat().st_mtime_ns for path in kept}
 
     made = times()
-    done = run_ccsr("demo", "--out", str(demo.out))
+    done = run_demo(demo.out)
     assert done.returncode == 0, done.stderr
     assert times() == made
     table = [line for line in demo.stdout.splitlines() if line.startswith(("↑", "↓"))]

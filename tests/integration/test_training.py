@@ -325,8 +325,16 @@ def test_a_damaged_sample_ends_both_ranks_and_the_group_is_still_sound(two, one)
     assert two.losses("after") == pytest.approx(one[0][:1], rel=1e-5)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("how", COMBINATIONS, ids=lambda how: named("", how)[1:])
+@pytest.mark.parametrize(
+    ("how", "world_size"),
+    [  # bf16 on a CPU takes six times as long
+        pytest.param(
+            how, size, marks=[pytest.mark.slow] if (how[0], size) == ("bf16", 1) else [], id=named("", how)[1:]
+        )
+        for how in COMBINATIONS
+        for size in (1, 2)
+    ],
+)
 def test_resumed_equals_uninterrupted(process_group, small, data, tmp_path, request, how, world_size):
     """Bit by bit, losses, weights, moments, average and discriminator, under each schedule."""
     if world_size == 1:

@@ -13,6 +13,7 @@ from tests.training_runs import train_config
 from training.optimizer import OptimizerConfig
 from training.run.step import eight_bit
 from training.run.step.eight_bit import (
+    check_optimizer,
     float_moments,
     is_eight_bit,
     make_adamw8bit,
@@ -69,9 +70,10 @@ def test_moments_come_back_as_the_same_bytes_wherever_their_largest_value_is() -
 def test_without_bitsandbytes_the_config_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert optimizer_libraries(SETTINGS) == ("bitsandbytes",)
     monkeypatch.setattr(eight_bit, "find_spec", lambda name: None)
-    assert optimizer_libraries(OptimizerConfig()) == ()
+    assert optimizer_libraries(SETTINGS) == optimizer_libraries(OptimizerConfig()) == (), "a finished run needs none"
+    check_optimizer(OptimizerConfig())
     with pytest.raises(ConfigError, match="bitsandbytes") as caught:
-        optimizer_libraries(SETTINGS)
+        check_optimizer(SETTINGS)
     assert caught.value.where == "optimizer.kind"
     assert "ccsr-cluster[bnb]" in caught.value.todo
 

@@ -10,8 +10,6 @@ import pytest
 
 from infra.process.node import NodeMonitor
 
-URI, RUN_ID = "http://127.0.0.1:9", "run"
-
 
 def unheard(words: str) -> None:
     raise AssertionError(words)
@@ -27,7 +25,7 @@ def first_values(monitor: NodeMonitor) -> dict[str, float]:
 
 def test_what_mlflows_collector_reads_is_named_by_the_node(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
-    with closing(NodeMonitor(URI, RUN_ID, unheard)) as monitor:
+    with closing(NodeMonitor(unheard)) as monitor:
         values = first_values(monitor)
     prefix = f"system/{socket.gethostname()}/"
     assert all(name.startswith(prefix) for name in values)
@@ -55,7 +53,7 @@ def test_gpus_are_read_through_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_monitor, "pynvml", card)
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_NODE_ID", "rack-7")
-    with closing(NodeMonitor(URI, RUN_ID, unheard)) as monitor:
+    with closing(NodeMonitor(unheard)) as monitor:
         values = first_values(monitor)
     assert values["system/rack-7/gpu_0_utilization_percentage"] == 90
     assert values["system/rack-7/gpu_1_utilization_percentage"] == 30
@@ -65,7 +63,7 @@ def test_gpus_are_read_through_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_machine_that_cannot_be_read_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     warned: list[str] = []
     monkeypatch.setattr("psutil.net_io_counters", lambda: None)  # as in a container without network devices
-    with closing(NodeMonitor(URI, RUN_ID, warned.append)) as monitor:
+    with closing(NodeMonitor(warned.append)) as monitor:
         deadline = time.monotonic() + 60
         while not warned and time.monotonic() < deadline:
             time.sleep(0.02)

@@ -148,6 +148,13 @@ def test_a_text_is_embedded_once_and_by_itself(tower: TextTower) -> None:
     assert tower("").shape == (1, 7, 16)
 
 
+def test_a_tower_that_moves_makes_its_embeddings_anew(tower: TextTower) -> None:
+    """The empty prompt is embedded on the CPU, before the first batch brings the device."""
+    assert tower("").device == tower("boat").device == torch.device("cpu")
+    tower.to("meta")
+    assert tower("").device == tower("boat").device == torch.device("meta")
+
+
 def test_models_without_the_tower_are_refused(
     tower: TextTower, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from infra.errors import ModelError
+from infra.process.memory import to_device
 from training.convert.ldm import open_clip_names
 from training.models.directory import PROMPTS, check_finite, check_keys, read_weights
 
@@ -60,8 +61,10 @@ class TextTower:
         return self._embedded(text)
 
     def to(self, device: torch.device | str) -> "TextTower":
-        """The same tower, moved."""
-        self._encoder.to(device)
+        """The same tower, moved; embeddings that were kept are then made anew."""
+        if self._encoder.device != torch.device(device):
+            self._encoder.to(device)
+            self._embedded.cache_clear()
         return self
 
     def _embed(self, text: str) -> Tensor:
@@ -163,4 +166,4 @@ def _empty_tokens(encoder: torch.nn.Module) -> list[int]:
 
 def _embed(encoder: torch.nn.Module, tokens: list[int]) -> Tensor:
     with torch.no_grad():
-        return encoder.eval()(input_ids=torch.tensor([tokens], device=encoder.device)).last_hidden_state.float()
+        return encoder.eval()(input_ids=to_device(torch.tensor([tokens]), encoder.device)).last_hidden_state.float()

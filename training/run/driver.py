@@ -29,9 +29,9 @@ from training.run.cost.requirements import step_cost
 from training.run.export import RAW, export_run, initial_model, last_checkpoint, write_model
 from training.run.launch import environment, lost_error, placement, show_rates
 from training.run.monitoring.board import Pulse, Watch, make_board
-from training.run.monitoring.mlflow_log import describe_run, keep_unsent, log_models, try_to_log_models
+from training.run.monitoring.mlflow_log import describe_run, has_unsent, keep_unsent, log_models, try_to_log_models
 from training.run.monitoring.validation import Validation
-from training.run.step.eight_bit import optimizer_libraries
+from training.run.step.eight_bit import check_optimizer, optimizer_libraries
 from training.run.step.stages import build_stage
 
 LIBRARIES = ("torch", "deepspeed", "diffusers", "numpy", "opencv-python-headless", "pillow")
@@ -53,7 +53,7 @@ def run_train(config: TrainConfig, *, log_only: bool = False) -> str:
     if exported < config.num_updates and log_only:
         raise DataError("this run is not finished", where=config.output, todo="leave --log-only away")
     if exported == config.num_updates:
-        if log_only or config.tracking.register:
+        if log_only or config.tracking.register or has_unsent(config.output):
             with tracked() as tracker:
                 describe_run(tracker, config, manifests)
                 log_models(tracker, config)
@@ -130,6 +130,7 @@ def updates_done(config: TrainConfig) -> tuple[int, int]:
 def _check_start(config: TrainConfig, manifests: list[Manifest]) -> None:
     """Fail here rather than in a worker if anything is missing or does not fit."""
     Validation.load(config)
+    check_optimizer(config.optimizer)
     model = initial_model(config)
     check_stored(config, manifests, model.encoder_id())
     build_stage(model, config)
@@ -247,7 +248,7 @@ def _worker(settings: dict[str, Any]) -> None:
         tracker = BackgroundTracker(logged, warn=board.warn.remote)
     node = None
     if ray_context.get_local_rank() == 0:
-        node = NodeMonitor(settings["tracking_uri"], settings["run_id"], board.warn.remote)
+        node = NodeMonitor(board.warn.remote)
     drain = get_train_context().preemption_context  # the public function waits for all ranks
     with sigterm_noted() as sigterm, closing(node) if node else nullcontext():
         context = WorkerContext(

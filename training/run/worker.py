@@ -23,7 +23,7 @@ from training.run.monitoring.mlflow_log import grouped
 from training.run.monitoring.validation import Validation
 from training.run.step.ahead import Mover, mover
 from training.run.step.critics import TrainedCritic
-from training.run.step.eight_bit import optimizer_libraries
+from training.run.step.eight_bit import check_optimizer
 from training.run.step.engine import averaged, make_engine, step, update_average
 from training.run.step.stages import Stage, build_stage
 
@@ -94,7 +94,7 @@ def train(config: TrainConfig, manifests: list[Manifest], model: CcsrModel, cont
 
 
 def _stage(config: TrainConfig, model: CcsrModel, context: WorkerContext) -> Stage:
-    optimizer_libraries(config.optimizer)
+    check_optimizer(config.optimizer)
     check_memory(model, config, context)
     return build_stage(model, config)
 

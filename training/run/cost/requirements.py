@@ -29,6 +29,7 @@ from training.sampling import guided
 INGEST_SAMPLES = 12
 COUNTED_PX = 512
 GIB = 2**30
+TEXT_TOWER_BYTES = 4 * 340_387_840  # of Stable Diffusion 2.1, float32
 
 
 def memory_needed(num_trained: int, num_frozen: int, config: TrainConfig, world_size: int) -> dict[str, int]:
@@ -47,7 +48,8 @@ def memory_needed(num_trained: int, num_frozen: int, config: TrainConfig, world_
     moments = 8 * num_trained if config.optimizer.kind == "adamw" else 2 * (num_trained + 4 * num_trained // 256)
     average = 0 if config.ema is None else 4 * num_trained
     rounded = 2 * num_trained if size == 2 else 0
-    return {
+    captions = {"text tower": TEXT_TOWER_BYTES} if config.prompt == "caption" else {}
+    return captions | {
         "weights": size * (num_trained + num_frozen),
         "gradients": 4 * num_trained // (world_size if zero == 2 else 1) + rounded,
         "optimiser": held * (masters + (moments + average) // share),

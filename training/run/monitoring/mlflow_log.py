@@ -40,11 +40,20 @@ def grouped(values: Mapping[str, float]) -> dict[str, float]:
 def keep_unsent(output: str, points: list[Any], files: list[Any]) -> None:
     """Store points and files that the server never took beside those of earlier starts, for `describe_run` to send."""
     place = join(output, UNSENT)
-    kept = read_json(place) if exists(place) else {"points": [], "files": []}
+    kept = _kept(place)
     for _, content, *_ in files:
         write_bytes(join(output, UNSENT_FILES, _digest(content)), content)
     kept = {"points": kept["points"] + points, "files": kept["files"] + _by_digest(files)}
     write_bytes(place, json.dumps(kept).encode())
+
+
+def has_unsent(output: str) -> bool:
+    return exists(join(output, UNSENT))
+
+
+def _kept(place: str) -> dict[str, list[Any]]:
+    kept = read_json(place) if exists(place) else []
+    return kept if isinstance(kept, dict) else {"points": kept, "files": []}  # earlier versions: points alone
 
 
 def _digest(content: bytes) -> str:
@@ -58,9 +67,9 @@ def _by_digest(files: list[Any]) -> list[list[Any]]:
 def send_unsent(tracker: Tracker, output: str, seconds: float = 60.0) -> None:
     """Send what is kept, for at most `seconds`; what is not taken this time either stays."""
     place = join(output, UNSENT)
-    if not exists(place):
+    if not has_unsent(output):
         return
-    kept: dict[str, list[Any]] = read_json(place)
+    kept = _kept(place)
     left: dict[str, list[Any]] = {"points": [], "files": []}
     content = {digest: read_bytes(join(output, UNSENT_FILES, digest)) for _, digest, *_ in kept["files"]}
     sender = BackgroundTracker(tracker, warn=partial(print, "warning:", file=sys.stderr))

@@ -18,16 +18,18 @@ MAPS = ("dynamic", "udynamic")  # what each moment's bytes mean: the first has a
 
 
 def optimizer_libraries(settings: OptimizerConfig) -> tuple[str, ...]:
-    """The optional libraries that an optimiser comes from. ConfigError where one is not installed."""
-    if settings.kind == "adamw":
-        return ()
-    if find_spec("bitsandbytes") is None:
+    """The optional libraries that an optimiser comes from, where they are installed."""
+    return ("bitsandbytes",) if settings.kind == "adamw8bit" and find_spec("bitsandbytes") else ()
+
+
+def check_optimizer(settings: OptimizerConfig) -> None:
+    """ConfigError where an optimiser's library is not installed."""
+    if settings.kind == "adamw8bit" and not optimizer_libraries(settings):
         raise ConfigError(
             "adamw8bit is bitsandbytes', which is not installed here",
             where="optimizer.kind",
             todo="pip install 'ccsr-cluster[bnb]', on every node, or write kind: adamw",
         )
-    return ("bitsandbytes",)
 
 
 def make_adamw8bit(groups: list[dict[str, Any]], settings: OptimizerConfig) -> torch.optim.Optimizer:

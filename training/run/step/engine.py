@@ -146,7 +146,8 @@ def engine_state(
 ) -> dict[str, dict[str, Tensor]] | None:
     """Parameters, moments and, where they are `averaged`, the average by name: full fp32 copies on the CPU.
 
-    Collective: every rank calls it. A rank that does not `keep` them holds one tensor at a time and returns None.
+    Collective: every rank calls it. A rank that does not `keep` them holds one tensor at a time and returns None; of
+    8-bit moments each rank meanwhile holds its own in float32 too.
     """
     from deepspeed.utils import safe_get_full_fp32_param
 
