@@ -9,7 +9,7 @@ from infra.errors import DataError
 from infra.files.locations import check_output
 from infra.images import below
 from infra.keys import bounded, with_digest
-from infra.storage import join
+from infra.storage import is_s3, join
 from pipelines.sharding.config import Source
 from pipelines.sharding.files import FileList, SourceFile
 from pipelines.sharding.inputs.listing import Walk, expected_files, layout_of, list_source, split_pattern
@@ -33,7 +33,7 @@ def list_sources(sources: Sequence[Source], output: str = "", *, keep: bool = Tr
             where="sources",
             todo="give the sources different names",
         )
-    if output and keep:
+    if output and keep and any(map(is_s3, _places(sources))):
         drop_old_listings(output)
     files = FileList(_listed(sources, partial(list_in_parts, output=output, keep=keep)))
     if twice := files.repeated_keys():
@@ -75,13 +75,16 @@ def _check_keys(files: FileList) -> None:
 
 def check_apart(output: str, sources: Sequence[Source]) -> None:
     """ConfigError where a source would list what sharding into `output` writes, of which one file is an image."""
-    for source in sources:
-        for path in (getattr(source, field, None) for field in ("path", "hr", "lr")):
-            if path is None or split_zip(path):
-                continue
-            root, pattern = split_pattern(path)
-            if pattern is None or pattern.fullmatch(below(join(output, CONTACT_SHEET), root)):
-                check_output(output, [root])
+    for path in _places(sources):
+        if split_zip(path):
+            continue
+        root, pattern = split_pattern(path)
+        if pattern is None or pattern.fullmatch(below(join(output, CONTACT_SHEET), root)):
+            check_output(output, [root])
+
+
+def _places(sources: Sequence[Source]) -> Iterator[str]:
+    return (path for one in sources for path in (getattr(one, field, None) for field in ("path", "hr", "lr")) if path)
 
 
 def source_facts(sources: Sequence[Source], files: FileList) -> list[dict[str, Any]]:
