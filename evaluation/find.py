@@ -77,12 +77,13 @@ def merge_results(results: Sequence[EvaluationResult]) -> EvaluationResult:
     for result in results:
         for name, method in result.methods.items():
             require_same_set(first, result, first.methods[next(iter(first.methods))], method)
-            if has_p_std(method):
+            has_p_std = bool(np.isfinite(method.p_std).any())
+            if has_p_std:
                 perturbed.append(result)
                 _require_same_perturbations(perturbed[0], result)
             config, input_id = (result.run[part]["methods"][name] for part in ("config", "inputs"))
-            numbers = {*method.scores, *result.run.get("set_metrics", {}).get(name, {}), *has_p_std(method)}
-            origin = (config, input_id, result.run.get("seed"), method.num_runs, numbers)
+            numbers = {*method.scores, *result.run.get("set_metrics", {}).get(name, {})}
+            origin = (config, input_id, result.run.get("seed"), method.num_runs, numbers, has_p_std)
             if origins.get(name) == origin:
                 continue
             label = name if name not in methods else f"{name} ({result.name})"
@@ -94,11 +95,6 @@ def merge_results(results: Sequence[EvaluationResult]) -> EvaluationResult:
     run = first.run | {"config": {**first.run["config"], "methods": configs}, "set_metrics": set_metrics}
     run["inputs"] = first.run["inputs"] | {"methods": inputs}
     return dataclasses.replace(first, run=run, methods=methods)
-
-
-def has_p_std(method: MethodScores) -> list[str]:
-    """Its name where the method was scored against perturbations of the input."""
-    return ["p_std"] if np.isfinite(method.p_std).any() else []
 
 
 def require_same_set(
