@@ -18,10 +18,10 @@ from evaluation import l_std, psnr_y
 from evaluation.metrics.bootstrap import bootstrap_interval
 from evaluation.metrics.image import sharpness
 from infra.config import load_config
-from infra.images import decode_image, resize_bicubic
+from infra.imaging.images import decode_image, resize_bicubic
 from infra.imaging.pixels import l_std_equal_sharpness
-from infra.manifest import Manifest
-from infra.shards import image_of, read_sample
+from infra.shards.manifest import Manifest
+from infra.shards.shard import image_of, read_sample
 from training.config import TrainConfig
 from training.models import CcsrModel
 from training.restore.restore import restore_runs

@@ -20,8 +20,8 @@ import psutil
 from evaluation.config import EvaluateConfig
 from evaluation.job import run_evaluate
 from infra.config import parse_config
-from infra.images import encode_png
-from infra.ray_runtime import RayConfig, ray_cluster
+from infra.imaging.images import encode_png
+from infra.process.ray_runtime import RayConfig, ray_cluster
 from infra.seeding import rng_for
 
 

@@ -24,7 +24,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from evaluation import StabilityAccumulator, psnr_y, ssim_y
-from infra.images import encode_png, read_image
+from infra.imaging.images import encode_png, read_image
 from infra.seeding import rng_for
 
 BORDER = 4

@@ -29,9 +29,9 @@ import torch
 
 from infra import rng_for
 from infra.config import parse_config
-from infra.images import encode_png
-from infra.manifest import Manifest
-from infra.ray_runtime import RayConfig, ray_cluster
+from infra.imaging.images import encode_png
+from infra.process.ray_runtime import RayConfig, ray_cluster
+from infra.shards.manifest import Manifest
 from pipelines.sharding.config import ShardConfig
 from pipelines.sharding.job import run_shard
 from training.config import TrainConfig

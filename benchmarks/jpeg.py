@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from infra.images import decode_image
+from infra.imaging.images import decode_image
 
 LONG_PX, SHORT_PX, WINDOW_PX, ROUNDS = 2048, 400, 512, 7
 

@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from infra.index.byte_index import SHARDS_PER_PART, put_part
-from infra.manifest import Manifest, ShardRecord, put_manifest, record_uri, write_manifest
-from infra.ray_runtime import ITEMS_AT_ONCE
-from infra.shards import IndexedEntry
+from infra.process.ray_runtime import ITEMS_AT_ONCE
+from infra.shards.byte_index import SHARDS_PER_PART, put_part
+from infra.shards.manifest import Manifest, ShardRecord, put_manifest, record_uri, write_manifest
+from infra.shards.shard import IndexedEntry
 from pipelines.sharding import sources
 from pipelines.sharding.config import ShardConfig
 from pipelines.sharding.plan import plan_shards, source_id

@@ -11,7 +11,7 @@ import numpy as np
 
 from infra.config import library_versions
 from infra.errors import DataError
-from infra.images import decode_image, list_images
+from infra.imaging.images import decode_image, list_images
 from pipelines.sharding.screening.phash import NEAR_BITS, near_pairs, perceptual_hash
 
 PHOTOS = {"skimage": "data", "sklearn": "datasets/images"}

@@ -23,7 +23,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from infra.images import decode_image, encode_png
+from infra.imaging.images import decode_image, encode_png
 from tests.golden.wheel_photos import PHOTOS, patch
 
 

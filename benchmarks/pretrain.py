@@ -21,7 +21,7 @@ from benchmarks.pretrain_phase import Phase, save_whole
 from degradation.pipeline import degrade
 from degradation.presets import load_preset
 from infra.config import Config, fingerprint_of, load_config
-from infra.images import read_image, resize_bicubic
+from infra.imaging.images import read_image, resize_bicubic
 from infra.imaging.pixels import gradient_energy, grey_levels
 from infra.process.numerics import NumericsConfig, set_numerics
 from infra.seeding import rng_for

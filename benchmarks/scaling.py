@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from infra.manifest import Manifest
+from infra.shards.manifest import Manifest
 from pipelines.estimate.scaling import Parts, on_cores
 from tests.training_runs import free_port, join_group, noise_shards, train_config
 from training.run.export import initial_model

@@ -33,8 +33,8 @@ import numpy as np
 import psutil
 import ray
 
-from infra.images import decode_image, encode_png, list_images
-from infra.ray_runtime import RayConfig, ray_cluster
+from infra.imaging.images import decode_image, encode_png, list_images
+from infra.process.ray_runtime import RayConfig, ray_cluster
 from infra.seeding import rng_for
 from pipelines.sets.verify import verify
 from pipelines.sharding.config import ShardConfig

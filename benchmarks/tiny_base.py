@@ -9,8 +9,8 @@ import numpy as np
 from evaluation.config import EvaluateConfig
 from evaluation.job import run_evaluate
 from evaluation.results import load_result
-from infra.images import read_image
-from infra.ray_runtime import RayConfig, ray_cluster
+from infra.imaging.images import read_image
+from infra.process.ray_runtime import RayConfig, ray_cluster
 from pipelines.demo import TRAININGS, demo_config
 from pipelines.sharding.config import ShardConfig
 from pipelines.sharding.job import run_shard

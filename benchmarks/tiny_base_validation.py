@@ -19,7 +19,7 @@ from degradation.pipeline import degrade
 from degradation.presets import load_preset
 from evaluation import l_std, niqe, psnr_y
 from infra.config import load_config
-from infra.images import resize_bicubic
+from infra.imaging.images import resize_bicubic
 from infra.imaging.pixels import gradient_energy, grey_levels, l_std_equal_sharpness
 from infra.seeding import rng_for
 from training.config import SamplingConfig, TrainConfig

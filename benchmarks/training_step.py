@@ -29,8 +29,8 @@ import training.run.worker
 from infra import rng_for
 from infra.config import parse_config
 from infra.mlflow.server import TrackingConfig
+from infra.mlflow.tracking import track
 from infra.process.background import BackgroundTracker
-from infra.tracking import track
 from training.config import TrainConfig
 from training.data.batches import Batch, collate
 from training.data.samples import TrainingSample

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator,
 from infra.config import EXTENDABLE, Config, Location, ModelLocation
 from infra.mlflow.server import TrackingConfig
 from infra.process.numerics import NumericsConfig
-from infra.ray_runtime import RayConfig
+from infra.process.ray_runtime import RayConfig
 from training.config import SamplingConfig
 
 MethodName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]{0,39}$")]

@@ -10,8 +10,8 @@ import numpy as np
 from evaluation.results import EvaluationResult, MethodScores, load_result
 from infra.errors import DataError
 from infra.files.locations import location
+from infra.files.storage import exists, join
 from infra.mlflow.server import TrackingConfig, is_missing, mlflow_errors, tracking_uri
-from infra.storage import exists, join
 
 _NEEDED = ("run.json", "results.parquet", "images.parquet")
 

@@ -12,12 +12,12 @@ import numpy as np
 from evaluation.config import FolderSet, NamedSet, OutputsMethod
 from infra.display.progress import progress
 from infra.errors import DataError
-from infra.images import below, decode_image, list_images, read_image
+from infra.files.storage import join, read_bytes
+from infra.imaging.images import below, decode_image, list_images, read_image
 from infra.imaging.pairing import by_pair_name
-from infra.keys import key_of, keys_of
-from infra.manifest import Manifest
-from infra.shards import Entry, image_of, read_sample
-from infra.storage import join, read_bytes
+from infra.shards.keys import key_of, keys_of
+from infra.shards.manifest import Manifest
+from infra.shards.shard import Entry, image_of, read_sample
 
 _OF_A_RUN = re.compile(r"(?:sample|runs/)(\d+)/(.+)")
 

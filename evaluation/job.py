@@ -35,11 +35,11 @@ from infra.display.progress import progress
 from infra.errors import ConfigError, DataError
 from infra.files.locations import check_output
 from infra.files.publish import download, put_if_absent, write_bytes
+from infra.files.storage import exists, join, list_files, read_bytes, read_json, sha256_file
 from infra.mlflow.models import find_model
 from infra.mlflow.server import check_tracking
-from infra.ray_runtime import on_ray
+from infra.process.ray_runtime import on_ray
 from infra.run import Progress, claim_output
-from infra.storage import exists, join, list_files, read_bytes, read_json, sha256_file
 from training.config import ModelConfig
 from training.models import model_id
 from training.restore.restore import check_sampling

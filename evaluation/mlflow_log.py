@@ -13,12 +13,12 @@ from evaluation.report.page import comparison_page, read_map
 from evaluation.results import TRACE, EvaluationResult, is_deterministic, method_file
 from infra.config import fingerprint_of, parameters
 from infra.errors import ClusterError, line_of
-from infra.images import encode_png
+from infra.files.storage import exists, join, list_files, name_of, read_bytes
+from infra.imaging.images import encode_png
 from infra.imaging.pixels import coloured
 from infra.mlflow.models import DIGEST_TAG, MODEL_TAG, logged_model, trained_by
 from infra.mlflow.server import TrackingConfig, mlflow_errors, tracking_uri
-from infra.storage import exists, join, list_files, name_of, read_bytes
-from infra.tracking import Tracker, cite, link, run_of, track
+from infra.mlflow.tracking import Tracker, cite, link, run_of, track
 
 MAX_LOGGED_IMAGES = 8
 TABLE = "scores.json"

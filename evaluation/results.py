@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from evaluation.metrics.stability import g_std
 from infra.errors import DataError
-from infra.storage import exists, join, read_bytes, read_json
+from infra.files.storage import exists, join, read_bytes, read_json
 
 _AGAIN = "run ccsr evaluate again: it resumes and fills the gaps"
 SET_METRICS = "set_metrics.json"

@@ -17,9 +17,9 @@ from evaluation.metrics.registry import Quality
 from evaluation.results import image_row
 from infra.errors import DataError, ModelError, line_of
 from infra.files.publish import download, put_if_absent, write_bytes
-from infra.images import encode_png, read_image, resize_bicubic
+from infra.files.storage import join
+from infra.imaging.images import encode_png, read_image, resize_bicubic
 from infra.imaging.pixels import StabilityAccumulator, l_std, l_std_equal_sharpness, psnr_y
-from infra.storage import join
 from training.models import fetch_model
 from training.restore.restore import restore_runs
 from training.restore.trace import trace_runs

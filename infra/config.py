@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, mod
 
 from infra.errors import ConfigError, StorageError
 from infra.files.locations import parse_location, parse_model, parse_tracking
-from infra.storage import read_bytes
+from infra.files.storage import read_bytes
 
 
 class Config(BaseModel):

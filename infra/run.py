@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from infra.config import Config, difference, fingerprint_of, library_versions, result_part
 from infra.errors import ConfigError
 from infra.files.publish import ensure_writable, put_if_absent, write_bytes
-from infra.storage import exists, join, list_files, read_json, remove
+from infra.files.storage import exists, join, list_files, read_json, remove
 
 PACKAGES = ("infra", "degradation", "training", "evaluation", "pipelines")
 ROOT = Path(__file__).parents[1]

@@ -7,8 +7,8 @@ from pathlib import Path
 from infra.errors import ConfigError, StorageError
 from infra.files.locations import check_output, location
 from infra.files.publish import download, download_folder
+from infra.files.storage import exists, is_s3, join, list_files
 from infra.files.weights import BASE_HUB_ID, fetch_weights, find_weights
-from infra.storage import exists, is_s3, join, list_files
 from training.config import FAMILIES
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")

@@ -14,8 +14,8 @@ from evaluation.config import EvaluateConfig
 from evaluation.job import run_evaluate
 from evaluation.report.tables import score_table
 from infra.config import Config, load_yaml, parse_config
-from infra.ray_runtime import RayConfig, ray_cluster
-from infra.storage import exists, join
+from infra.files.storage import exists, join
+from infra.process.ray_runtime import RayConfig, ray_cluster
 from pipelines.sharding.config import ShardConfig
 from pipelines.sharding.job import run_shard
 from training.config import TrainConfig

@@ -15,10 +15,10 @@ from infra.display.templating import render
 from infra.errors import ConfigError, ModelError
 from infra.files.locations import check_output
 from infra.files.publish import shared_copy, upload_folder
-from infra.manifest import Manifest
+from infra.files.storage import exists, is_s3, join, list_files, read_json
 from infra.mlflow.models import find_model
 from infra.mlflow.server import TrackingConfig
-from infra.storage import exists, is_s3, join, list_files, read_json
+from infra.shards.manifest import Manifest
 from training.models.directory import PROMPTS, load_part, read_record, read_weights
 from training.models.remote import merged
 from training.restore.pipeline import BESIDE, SAMPLING

@@ -13,14 +13,14 @@ from infra.display.progress import progress
 from infra.errors import CcsrError, ConfigError, printable
 from infra.files.locations import location, model_location
 from infra.files.publish import put_if_absent
-from infra.images import refuse
+from infra.files.storage import exists, join, list_files, read_bytes
+from infra.imaging.images import refuse
 from infra.imaging.pictures import FORMATS_OF, MAX_SIDE, Picture, PictureFormat, decode_picture, encode_picture
 from infra.mlflow.models import find_model
 from infra.mlflow.server import TrackingConfig
 from infra.process.numerics import NumericsConfig, set_numerics
-from infra.ray_runtime import RayConfig, on_ray
+from infra.process.ray_runtime import RayConfig, on_ray
 from infra.run import claim_output
-from infra.storage import exists, join, list_files, read_bytes
 from pipelines.restore_plan import Failures, failure_of, identity, pending, place_of, plan, record_source
 from training.config import SamplingConfig
 from training.models import CcsrModel, fetch_model, model_id

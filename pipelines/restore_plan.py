@@ -11,10 +11,10 @@ from typing import Any
 from infra.errors import CcsrError, ConfigError, DataError, PartialResultError, printable
 from infra.files.locations import check_output, is_inside
 from infra.files.publish import put_if_absent, write_bytes
-from infra.images import IMAGE_SUFFIXES, UnusableImageError, below, list_images
+from infra.files.storage import exists, is_s3, join, read_bytes, read_json
+from infra.imaging.images import IMAGE_SUFFIXES, UnusableImageError, below, list_images
 from infra.imaging.pictures import FORMATS_OF
-from infra.keys import key_of, keys_of, output_name
-from infra.storage import exists, is_s3, join, read_bytes, read_json
+from infra.shards.keys import key_of, keys_of, output_name
 
 SUFFIXES = {"png": ".png", "jpg": ".jpg", "webp": ".webp", "tiff": ".tif"}
 RECORDS = "records"

@@ -10,13 +10,13 @@ from infra.display.progress import progress
 from infra.errors import ConfigError, DataError
 from infra.files.locations import location, model_location
 from infra.files.publish import download, publish_if_absent, staging, temporary_folder
+from infra.files.storage import exists, join, sha256_file
 from infra.imaging.pictures import resized
 from infra.imaging.video import VIDEO_SUFFIXES, WRITTEN, convert, probe
 from infra.mlflow.models import find_model
 from infra.mlflow.server import TrackingConfig
 from infra.process.numerics import set_numerics
 from infra.run import claim_output
-from infra.storage import exists, join, sha256_file
 from pipelines.restore import MIN_SIDE, SHARED_KEY, RestoreConfig, check_own, load, resolved
 from training.models import model_id
 from training.restore.restore import check_sampling, prepare_image, restore_batch

@@ -19,12 +19,12 @@ from evaluation.results import EvaluationResult
 from infra.display.templating import render
 from infra.errors import CcsrError, ConfigError, DataError
 from infra.files.locations import location
-from infra.images import IMAGE_SUFFIXES, encode_png
+from infra.files.storage import exists, join, list_files, read_bytes
+from infra.imaging.images import IMAGE_SUFFIXES, encode_png
 from infra.imaging.pictures import decode_picture
 from infra.imaging.pixels import MAP_TOP, StabilityAccumulator, coloured
+from infra.mlflow.tracking import TrackingConfig
 from infra.run import read_run
-from infra.storage import exists, join, list_files, read_bytes
-from infra.tracking import TrackingConfig
 from pipelines.restore_plan import RECORDS, plan
 
 _TEMPLATE = Path(page.__file__).with_name("view.html.j2")

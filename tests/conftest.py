@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
-from infra import storage
+from infra.files import storage
 from infra.mlflow.server import TrackingConfig
 
 # How long an example takes says how busy the machine is, not whether it is right.
@@ -64,7 +64,7 @@ def s3_server() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def bucket(s3_server: str) -> Iterator[str]:
-    """A bucket that infra.storage is connected to; the environment is set for the time of connecting alone."""
+    """A bucket that infra.files.storage is connected to; the environment is set for the time of connecting alone."""
     storage.s3_filesystem.cache_clear()
     with pytest.MonkeyPatch.context() as environment:
         for name, value in {**S3_SETTINGS, "AWS_ENDPOINT_URL": s3_server}.items():

@@ -23,11 +23,11 @@ from torch import Tensor
 
 from infra.config import parse_config
 from infra.files.publish import publish_if_absent, write_bytes
-from infra.images import encode_png
-from infra.manifest import Manifest, ShardRecord, commit_record, write_manifest
+from infra.files.storage import sha256_file
+from infra.imaging.images import encode_png
 from infra.seeding import rng_for
-from infra.shards import IndexedEntry, write_tar
-from infra.storage import sha256_file
+from infra.shards.manifest import Manifest, ShardRecord, commit_record, write_manifest
+from infra.shards.shard import IndexedEntry, write_tar
 from tests.small_networks import seeded_lpips, small_dino, smaller_tiny
 from training.config import TrainConfig
 from training.data.batches import updates
@@ -87,7 +87,7 @@ def train_config(data: str, output: Path | str, *, stage: int = 1, num_updates: 
 def finished_run(folder: Path, tracking_uri: str | None) -> TrainConfig:
     """A run of 3 updates of 4 samples whose second one was the best, exported on its way too; in MLflow its
     validation's numbers."""
-    from infra.tracking import track
+    from infra.mlflow.tracking import track
     from training.run.checkpoint import TrainingState, save_checkpoint
 
     tracking = {"uri": tracking_uri, "experiment": folder.name, "register": "sr@champion"}

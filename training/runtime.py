@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from infra.config import Config
-from infra.ray_runtime import RayConfig
+from infra.process.ray_runtime import RayConfig
 
 
 class WorkerRange(Config):

@@ -13,10 +13,10 @@ import numpy as np
 from evaluation.metrics.image import niqe, niqe_bt601, ssim_y
 from evaluation.metrics.names import METRICS
 from infra.errors import ConfigError, DataError, ModelError, line_of
+from infra.files.storage import sha256_file
 from infra.files.weights import find_weights, list_weights
-from infra.images import read_image
+from infra.imaging.images import read_image
 from infra.imaging.pixels import CROP_BORDER, psnr_y
-from infra.storage import sha256_file
 
 UNAVAILABLE = "unavailable"
 PYIQA = "pyiqa:"  # any metric of that package: pyiqa:maniqa-pipal

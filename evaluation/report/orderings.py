@@ -14,7 +14,7 @@ from evaluation.metrics.names import metric_direction, needs_runs
 from evaluation.report.tables import published_summary
 from evaluation.results import EvaluationResult
 from infra.display.table import Cell, Table, cell
-from infra.storage import exists, join, read_json
+from infra.files.storage import exists, join, read_json
 
 ORDERINGS = "orderings.json"
 VERDICTS = ("holds", "fails", "unclear", "not tested")

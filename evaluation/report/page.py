@@ -23,10 +23,10 @@ from infra.display.table import Table
 from infra.display.templating import render
 from infra.errors import DataError
 from infra.files.publish import write_bytes
-from infra.images import read_image
+from infra.files.storage import exists, join, list_files, read_bytes
+from infra.imaging.images import read_image
 from infra.imaging.pixels import COLORMAP, coloured
-from infra.storage import exists, join, list_files, read_bytes
-from infra.tracking import TrackingConfig
+from infra.mlflow.tracking import TrackingConfig
 
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
 _SIDE_PX = 400  # of the shown centre crop, in native pixels

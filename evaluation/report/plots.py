@@ -7,7 +7,7 @@ import numpy as np
 
 from evaluation.metrics.names import METRICS, Metric
 from evaluation.results import TRACE, EvaluationResult
-from infra.storage import exists, join, read_json
+from infra.files.storage import exists, join, read_json
 
 _COLOURS = ("#2f6fb2", "#d1661f", "#3c9351", "#9a5fb0", "#b8952b", "#c0455e", "#4aa3a8", "#7a7a7a")
 

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from infra.config import Config, Location
-from infra.ray_runtime import GPU_KIND, KIND
-from infra.storage import is_s3
+from infra.files.storage import is_s3
+from infra.process.ray_runtime import GPU_KIND, KIND
 
 # Names as Kubernetes takes them: of the cluster (from which longer ones are made), of objects, of labels.
 KubernetesName = Annotated[str, Field(pattern=r"^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$")]

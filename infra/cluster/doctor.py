@@ -19,9 +19,9 @@ from urllib.parse import urlsplit
 from infra.cluster.server import ClusterFacts, check_version, cluster_facts, connect, job_server
 from infra.errors import CcsrError, ClusterError, StorageError, line_of, without_passwords
 from infra.files.publish import put_if_absent
-from infra.ray_runtime import GPU_KIND, KIND
+from infra.files.storage import exists, join, read_bytes, remove
+from infra.process.ray_runtime import GPU_KIND, KIND
 from infra.run import PACKAGES, ROOT
-from infra.storage import exists, join, read_bytes, remove
 
 GIB = 2**30
 LEAST_DISK_BYTES = 5 * GIB

@@ -18,9 +18,9 @@ from infra.display.progress import last_line
 from infra.errors import PASSWORD, ClusterError, ConfigError, StorageError, line_of
 from infra.files.locations import local_path
 from infra.files.publish import ensure_writable
-from infra.ray_runtime import check_gpus
+from infra.files.storage import is_s3
+from infra.process.ray_runtime import check_gpus
 from infra.run import COMMIT, PACKAGES, ROOT, git_commit
-from infra.storage import is_s3
 
 COMMANDS = ("shard", "verify", "train", "evaluate", "compare", "restore", "doctor")
 # Addresses travel with a job; credentials do not: a job's environment can be read by everyone on the cluster.

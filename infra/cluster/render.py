@@ -11,7 +11,7 @@ from infra.cluster.config import AUTOSCALER, ClusterConfig
 from infra.display import templating
 from infra.errors import ConfigError
 from infra.files.publish import write_bytes
-from infra.ray_runtime import MAX_CPUS, MAX_GPUS
+from infra.process.ray_runtime import MAX_CPUS, MAX_GPUS
 
 KINDS = ("kuberay", "slurm")
 TEMPLATES = Path(__file__).parent / "templates"

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from infra.errors import ClusterError, line_of
+from infra.process.ray_runtime import GpuCount, count_gpus
 from infra.process.ray_start import use_token
-from infra.ray_runtime import GpuCount, count_gpus
 
 REQUEST_SECONDS = 30
 ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")

@@ -1,1 +1,1 @@
-"""Locations, whole-or-nothing writes, and third-party weight files."""
+"""Locations, reads and whole-or-nothing writes by path or s3:// URI, and third-party weight files."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from infra.errors import ConfigError
-from infra.storage import is_s3
+from infra.files.storage import is_s3
 
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")

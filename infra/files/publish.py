@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import StorageError
-from infra.storage import exists, explained, is_s3, join, list_files, on_s3, read_bytes, remove
+from infra.files.storage import exists, explained, is_s3, join, list_files, on_s3, read_bytes, remove
 
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 AT_FDCWD, RENAME_NOREPLACE = -100, 1  # of Linux's renameat2

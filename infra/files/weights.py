@@ -15,7 +15,7 @@ from infra.display.progress import progress
 from infra.errors import ConfigError, ModelError, StorageError
 from infra.files.locations import address_or_location, location
 from infra.files.publish import download, download_file, make_once, temporary_folder, upload, write_bytes
-from infra.storage import disk_error, exists, is_s3, join, read_json, sha256_file
+from infra.files.storage import disk_error, exists, is_s3, join, read_json, sha256_file
 
 ENVIRONMENT = "CCSR_WEIGHTS"
 RECORD = "sha256.json"

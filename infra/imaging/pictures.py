@@ -10,7 +10,17 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-from infra.images import MODES, deep_pixels, encode_png, is_deep, open_image, refuse, refusing, to_8_bit, to_srgb
+from infra.imaging.images import (
+    MODES,
+    deep_pixels,
+    encode_png,
+    is_deep,
+    open_image,
+    refuse,
+    refusing,
+    to_8_bit,
+    to_srgb,
+)
 
 PictureFormat = Literal["png", "jpg", "webp", "tiff"]
 FORMATS_OF: dict[str, PictureFormat] = {

@@ -1,1 +1,1 @@
-"""MLflow's server, its models and registry."""
+"""MLflow: the run of an output, the server, its models and registry."""

@@ -7,10 +7,10 @@ from typing import Any, overload
 
 from infra.errors import ConfigError, ModelError
 from infra.files.locations import HUB_ID, location
+from infra.files.storage import exists, is_s3, join, short_hash
 from infra.files.weights import weights_folder
 from infra.mlflow.server import TrackingConfig, mlflow_errors, tracking_uri
-from infra.storage import exists, is_s3, join, short_hash
-from infra.tracking import Tracker, run_of
+from infra.mlflow.tracking import Tracker, run_of
 
 MODEL_TAG = "ccsr.model"
 """Of a run, a LoggedModel and a registered version: the model directory, set once that is complete."""

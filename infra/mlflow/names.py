@@ -4,8 +4,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from infra.keys import bounded, with_digest
-from infra.storage import name_of
+from infra.files.storage import name_of
+from infra.shards.keys import bounded, with_digest
 
 MAX_IMAGE_KEY = 100  # MLflow adds as many characters again, and file systems allow 255
 

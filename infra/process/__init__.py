@@ -1,1 +1,1 @@
-"""One process's threads, memory and numerics."""
+"""One process: its Ray, threads, memory and numerics."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from infra.errors import line_of
 from infra.mlflow.server import refused_for_good
-from infra.tracking import Tracker
+from infra.mlflow.tracking import Tracker
 
 MAX_POINTS = 1000  # in one request: MLflow's limit
 MAX_FAILURES = 3

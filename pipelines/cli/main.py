@@ -85,7 +85,7 @@ def train(
     dry_run: DryRun = False,
 ) -> None:
     """Train one stage; the same command resumes."""
-    from infra.storage import exists, join, read_bytes
+    from infra.files.storage import exists, join, read_bytes
 
     job = JOBS["train"]
     registered = [f"tracking.register={json.dumps(register)}"] if register is not None else []
@@ -175,7 +175,7 @@ def report(
     from evaluation.report.page import report_results
     from evaluation.report.tables import score_table
     from infra.display.table import print_report
-    from infra.tracking import TrackingConfig
+    from infra.mlflow.tracking import TrackingConfig
 
     result, target = report_results(runs, out, TrackingConfig(uri=mlflow))
     print_report([score_table(result.summary)], as_json=as_json)

@@ -22,7 +22,7 @@ def view(
     mlflow: Annotated[str | None, typer.Option(help="MLflow's address; default as for the other commands.")] = None,
 ) -> None:
     """Look at results in a browser: every run and stability map beside any other, by keyboard."""
-    from infra.tracking import TrackingConfig
+    from infra.mlflow.tracking import TrackingConfig
     from pipelines.view import view as run_view
 
     run_view(result, port, TrackingConfig(uri=mlflow), source)

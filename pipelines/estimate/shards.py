@@ -10,7 +10,7 @@ from pathlib import Path
 
 from infra.display.progress import progress
 from infra.display.table import Table, cell
-from infra.manifest import ShardRecord
+from infra.shards.manifest import ShardRecord
 from pipelines.sharding.config import ShardConfig
 from pipelines.sharding.files import SourceFile
 from pipelines.sharding.job import latent_encoder, with_model_found, write_shard

@@ -6,8 +6,8 @@ from typing import Any
 
 from infra.errors import DataError
 from infra.files.locations import check_output, location
-from infra.manifest import Manifest, put_manifest
-from infra.storage import resolve
+from infra.files.storage import resolve
+from infra.shards.manifest import Manifest, put_manifest
 
 SAME = ("scale", "has_lr", "latents_model", "sampled_steps")
 

@@ -5,9 +5,18 @@ import time
 from dataclasses import dataclass
 
 from infra.errors import DataError
-from infra.images import below, skip_system_files
-from infra.manifest import Manifest
-from infra.storage import abort_upload, exists, is_s3, join, list_files, modified_seconds, remove, unfinished_uploads
+from infra.files.storage import (
+    abort_upload,
+    exists,
+    is_s3,
+    join,
+    list_files,
+    modified_seconds,
+    remove,
+    unfinished_uploads,
+)
+from infra.imaging.images import below, skip_system_files
+from infra.shards.manifest import Manifest
 from pipelines.sets.verify import FILES
 from pipelines.sharding.inputs.pages import PART
 from pipelines.sharding.screening.dedupe import HASHES

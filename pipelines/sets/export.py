@@ -6,10 +6,10 @@ from infra.display.progress import progress
 from infra.errors import ConfigError
 from infra.files.locations import check_output
 from infra.files.publish import write_bytes
-from infra.images import decode_image, encode_png
-from infra.manifest import Manifest
-from infra.shards import CAPTION, Entry, image_of, read_sample
-from infra.storage import join
+from infra.files.storage import join
+from infra.imaging.images import decode_image, encode_png
+from infra.shards.manifest import Manifest
+from infra.shards.shard import CAPTION, Entry, image_of, read_sample
 
 LAYOUTS = {"pairs": ("hr", "lr"), "basicsr": ("GT", "LQ")}
 CAPTIONS = {"pairs": "hr", "basicsr": "captions"}

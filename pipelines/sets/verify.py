@@ -15,11 +15,11 @@ import numpy as np
 from infra.display.progress import progress
 from infra.errors import CcsrError, DataError
 from infra.files.publish import download
-from infra.images import below, skip_system_files
-from infra.manifest import Manifest, ShardRecord, dataset_id_of, index_table, record_uri, summed
+from infra.files.storage import is_s3, join, list_files, sha256_file
+from infra.imaging.images import below, skip_system_files
 from infra.run import MLFLOW_FILE
-from infra.shards import Entry, read_index
-from infra.storage import is_s3, join, list_files, sha256_file
+from infra.shards.manifest import Manifest, ShardRecord, dataset_id_of, index_table, record_uri, summed
+from infra.shards.shard import Entry, read_index
 from pipelines.sets.append import joined
 from pipelines.sharding.inputs.pages import PART
 from pipelines.sharding.screening.dedupe import NEAR_DUPLICATES

@@ -8,7 +8,7 @@ from degradation.config import DegradationConfig
 from infra.config import LATER, Config, Location, ModelLocation
 from infra.mlflow.server import TrackingConfig
 from infra.process.numerics import NumericsConfig
-from infra.ray_runtime import RayConfig
+from infra.process.ray_runtime import RayConfig
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,32}$")]
 

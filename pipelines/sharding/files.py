@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, overload
 import numpy as np
 
 from infra.files.publish import temporary_folder
-from infra.shards import Entry
+from infra.shards.shard import Entry
 
 if TYPE_CHECKING:
     import pyarrow as pa

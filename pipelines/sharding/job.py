@@ -13,15 +13,15 @@ from infra.config import result_part
 from infra.display.progress import progress
 from infra.errors import DataError, PartialResultError
 from infra.files.publish import download, publish_if_absent, staging
-from infra.images import UnusableImageError
-from infra.manifest import Manifest, Quarantined, ShardRecord, commit_record, committed, write_manifest
+from infra.files.storage import exists, join, sha256_file
+from infra.imaging.images import UnusableImageError
 from infra.mlflow.models import find_model
 from infra.mlflow.server import TrackingConfig, check_tracking
 from infra.process.memory import give_back_memory
-from infra.ray_runtime import on_ray
+from infra.process.ray_runtime import on_ray
 from infra.run import Progress, check_config, claim_output
-from infra.shards import CAPTION, IndexedEntry, write_tar
-from infra.storage import exists, join, sha256_file
+from infra.shards.manifest import Manifest, Quarantined, ShardRecord, commit_record, committed, write_manifest
+from infra.shards.shard import CAPTION, IndexedEntry, write_tar
 from pipelines.sharding.config import GridCrop, ShardConfig, brings_lr
 from pipelines.sharding.files import FileList, Made
 from pipelines.sharding.inputs.pages import remove_listings

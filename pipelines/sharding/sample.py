@@ -11,10 +11,10 @@ from PIL import Image
 
 from degradation.config import DegradationConfig
 from degradation.pipeline import degrade
-from infra.images import UnusableImageError, decode_image, encode_png, is_plain_jpeg, refusing
+from infra.imaging.images import UnusableImageError, decode_image, encode_png, is_plain_jpeg, refusing
 from infra.imaging.png import is_plain_png
 from infra.seeding import rng_for
-from infra.shards import CAPTION, image_of, read_sample
+from infra.shards.shard import CAPTION, image_of, read_sample
 from pipelines.sharding.config import CenterCrop, GridCrop, RandomCrop, ShardConfig
 from pipelines.sharding.files import SourceFile
 from pipelines.sharding.inputs.containers import read_source_bytes

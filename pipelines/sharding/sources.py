@@ -7,9 +7,9 @@ from typing import Any
 
 from infra.errors import DataError
 from infra.files.locations import check_output
-from infra.images import below
-from infra.keys import bounded, with_digest
-from infra.storage import is_s3, join
+from infra.files.storage import is_s3, join
+from infra.imaging.images import below
+from infra.shards.keys import bounded, with_digest
 from pipelines.sharding.config import Source
 from pipelines.sharding.files import FileList, SourceFile
 from pipelines.sharding.inputs.listing import Walk, expected_files, layout_of, list_source, split_pattern

@@ -8,7 +8,7 @@ import pytest
 from shard_jobs import ShardJob, save_photos
 
 from infra.errors import ClusterError
-from infra.ray_runtime import RayConfig, ray_cluster
+from infra.process.ray_runtime import RayConfig, ray_cluster
 
 
 @pytest.fixture(scope="session")

@@ -18,9 +18,9 @@ import psutil
 import yaml
 
 from infra.files.publish import download
-from infra.images import encode_png
-from infra.shards import read_index
-from infra.storage import join, list_files, read_bytes
+from infra.files.storage import join, list_files, read_bytes
+from infra.imaging.images import encode_png
+from infra.shards.shard import read_index
 from pipelines.sets.clean import clean
 from pipelines.sets.verify import verify
 

@@ -24,7 +24,7 @@ from evaluation.config import EvaluateConfig
 from evaluation.job import run_evaluate
 from infra.config import Config, parse_config
 from infra.files.publish import download_folder, write_bytes
-from infra.storage import join, read_bytes
+from infra.files.storage import join, read_bytes
 from tests.conftest import S3_SETTINGS
 from tests.training_runs import noise_shards, run_workers, train_config
 from training.run.checkpoint import complete_checkpoints, load_checkpoint

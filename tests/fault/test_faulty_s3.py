@@ -7,9 +7,9 @@ import s3fs
 from faulty_server import faulty_server
 from shard_jobs import ShardJob, require_undisturbed, wait
 
-from infra import storage
+from infra.files import storage
 from infra.files.publish import publish_if_absent, put_if_absent
-from infra.storage import join, list_files, read_bytes
+from infra.files.storage import join, list_files, read_bytes
 from tests.conftest import S3_SETTINGS
 
 

@@ -10,8 +10,8 @@ from shard_jobs import NUM_SHARDS, ShardJob, num_records, require_undisturbed, t
 
 from infra import StorageError
 from infra.files.publish import download, staging, write_bytes
-from infra.manifest import ShardRecord, committed, record_uri
-from infra.storage import sha256_file
+from infra.files.storage import sha256_file
+from infra.shards.manifest import ShardRecord, committed, record_uri
 from tests.training_runs import noise_shards, run_workers, train_config
 from training.config import ModelConfig
 from training.models import build_model, save_model

@@ -16,7 +16,7 @@ import pytest
 import s3fs
 from shard_jobs import ShardJob, require_undisturbed
 
-from infra import storage
+from infra.files import storage
 from infra.files.publish import put_if_absent
 
 PROGRAMS = ("ceph", "ceph-authtool", "ceph-mon", "ceph-osd", "monmaptool", "radosgw", "radosgw-admin")

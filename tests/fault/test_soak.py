@@ -28,7 +28,7 @@ from test_cluster_nodes import nodes as nodes  # the fixture
 
 from evaluation.job import run_evaluate
 from infra.files.publish import download_folder
-from infra.storage import join, read_bytes
+from infra.files.storage import join, read_bytes
 from tests.training_runs import noise_shards, train_config
 
 # What a disturbed command may end with: storage, or the cluster. The same command then resumes.

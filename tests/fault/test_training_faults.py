@@ -18,7 +18,7 @@ import torch
 import yaml
 from mlflow.tracking import MlflowClient
 
-from infra.manifest import Manifest
+from infra.shards.manifest import Manifest
 from tests.training_runs import noise_shards, run_workers, train_config
 from training.run.checkpoint import complete_checkpoints, load_checkpoint
 

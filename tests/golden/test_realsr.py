@@ -16,7 +16,7 @@ from evaluation import niqe, psnr_y, ssim_y
 from evaluation.metrics.image import YIQ, rounded_luma, ssim_of_luma
 from evaluation.scoring import load_gan, run_gan
 from infra import DataError, ModelError
-from infra.images import read_image
+from infra.imaging.images import read_image
 
 
 @pytest.fixture(scope="module")

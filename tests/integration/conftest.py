@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.ray_runtime import RayConfig, ray_cluster
+from infra.process.ray_runtime import RayConfig, ray_cluster
 
 REPOSITORY = Path(__file__).parents[2]
 CCSR = str(Path(sys.executable).with_name("ccsr"))

@@ -14,8 +14,8 @@ from mlflow.tracking import MlflowClient
 
 from degradation import apply
 from evaluation import g_std, l_std, psnr_y, ssim_y
-from infra.images import decode_image, read_image
-from infra.manifest import Manifest
+from infra.imaging.images import decode_image, read_image
+from infra.shards.manifest import Manifest
 from pipelines.sets.verify import verify
 from tests.integration.conftest import NUM_RUNS, REPOSITORY, run_ccsr, run_demo
 from training.config import SamplingConfig

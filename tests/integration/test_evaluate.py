@@ -18,9 +18,9 @@ from evaluation.report.tables import table_rows
 from evaluation.results import load_result
 from infra.config import apply_overrides, load_yaml, parse_config
 from infra.errors import ClusterError, ConfigError, DataError
-from infra.images import encode_png, read_image, resize_bicubic
+from infra.imaging.images import encode_png, read_image, resize_bicubic
 from infra.mlflow.server import TrackingConfig
-from infra.tracking import track
+from infra.mlflow.tracking import track
 from tests.integration.conftest import REPOSITORY
 from training.config import ModelConfig
 from training.models import build_model, save_model

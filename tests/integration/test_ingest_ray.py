@@ -15,8 +15,8 @@ import ray.cloudpickle
 import torch
 
 from infra import StorageError
-from infra.images import UnusableImageError
-from infra.manifest import Manifest
+from infra.imaging.images import UnusableImageError
+from infra.shards.manifest import Manifest
 from tests.training_runs import noise_shards, train_config
 from tests.unit.photos import make_shard_set, make_two_sets, save_photos, shard_config
 from training.config import TrainConfig

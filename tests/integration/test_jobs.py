@@ -10,8 +10,8 @@ from evaluation.config import EvaluateConfig
 from evaluation.job import run_evaluate
 from infra.config import parse_config
 from infra.errors import ConfigError, DataError, ModelError, PartialResultError
-from infra.images import encode_png
-from infra.manifest import Manifest
+from infra.imaging.images import encode_png
+from infra.shards.manifest import Manifest
 from pipelines.sets.verify import verify
 from pipelines.sharding.config import ShardConfig
 from pipelines.sharding.job import run_shard

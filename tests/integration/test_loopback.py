@@ -10,7 +10,7 @@ from tests.integration.conftest import REPOSITORY
 SCRIPT = """
 import ipaddress, os
 import psutil
-from infra.ray_runtime import ONE_MACHINE, RayConfig, ray_cluster
+from infra.process.ray_runtime import ONE_MACHINE, RayConfig, ray_cluster
 
 with ray_cluster(RayConfig(num_cpus=1)):
     import ray

@@ -15,11 +15,11 @@ import yaml
 from mlflow.tracking import MlflowClient
 
 from infra import ClusterError
-from infra.images import encode_png
+from infra.imaging.images import encode_png
 from infra.mlflow.models import find_model
 from infra.mlflow.server import check_tracking
+from infra.mlflow.tracking import Tracker, track
 from infra.process.background import BackgroundTracker
-from infra.tracking import Tracker, track
 from tests.fault.shard_jobs import tmpfs
 from tests.integration.conftest import CCSR, REPOSITORY, run_ccsr
 from tests.mlflow_process import PASSWORD, USER, Server, postgres

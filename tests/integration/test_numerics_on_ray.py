@@ -15,7 +15,7 @@ import pipelines.sharding.job
 import training.run.driver
 from evaluation.config import EvaluateConfig
 from infra import ModelError
-from infra.images import encode_png
+from infra.imaging.images import encode_png
 from pipelines.restore import RestoreConfig
 from pipelines.sharding.config import ShardConfig
 from tests.training_runs import noise_shards, train_config

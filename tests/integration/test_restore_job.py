@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from infra import PartialResultError, rng_for
-from infra.images import encode_png, read_image
+from infra.imaging.images import encode_png, read_image
 from pipelines import restore as module
 from pipelines.restore import RestoreConfig, RestoreRuntime, restore
 from training.config import ModelConfig, SamplingConfig

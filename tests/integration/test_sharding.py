@@ -10,9 +10,9 @@ from safetensors.numpy import load
 from skimage import data
 
 from infra import ConfigError
-from infra.images import encode_png, resize_bicubic
-from infra.manifest import Manifest
-from infra.shards import read_sample
+from infra.imaging.images import encode_png, resize_bicubic
+from infra.shards.manifest import Manifest
+from infra.shards.shard import read_sample
 from pipelines.sets.verify import verify
 from pipelines.sharding.config import ShardConfig
 from pipelines.sharding.job import run_shard
@@ -63,7 +63,7 @@ def test_latents_of_a_shard_set_of_pairs(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_near_duplicates_are_left_out_before_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is kept makes the set that the kept files make alone; shards go to Ray two at a time."""
-    monkeypatch.setattr("infra.ray_runtime.ITEMS_AT_ONCE", 2)
+    monkeypatch.setattr("infra.process.ray_runtime.ITEMS_AT_ONCE", 2)
     photos = tmp_path / "photos"
     photos.mkdir()
     kept, alike = [data.coffee(), data.astronaut(), data.chelsea()], data.astronaut()[8:-8, 8:-8]

@@ -11,7 +11,7 @@ from evaluation.config import EvaluateConfig
 from evaluation.job import run_evaluate
 from evaluation.results import EvaluationResult
 from infra.config import parse_config
-from infra.images import encode_png, resize_bicubic
+from infra.imaging.images import encode_png, resize_bicubic
 from pipelines.convert import run_convert
 from pipelines.sharding.config import ShardConfig
 from pipelines.sharding.job import run_shard

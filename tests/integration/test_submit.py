@@ -25,8 +25,8 @@ from infra.cluster.follow import follow
 from infra.cluster.jobs import Need, job_status, list_jobs, stop, submit
 from infra.cluster.server import cluster_facts, connect
 from infra.errors import ClusterError, ConfigError, StorageError
-from infra.manifest import Manifest
 from infra.run import git_commit
+from infra.shards.manifest import Manifest
 from pipelines.cli.main import app
 from tests.integration.conftest import REPOSITORY, run_ccsr
 
@@ -202,7 +202,7 @@ import json, sys, time
 import numpy as np
 import ray
 from infra.process.numerics import NumericsConfig
-from infra.ray_runtime import RayConfig, on_ray, ray_cluster
+from infra.process.ray_runtime import RayConfig, on_ray, ray_cluster
 from training.data.batches import arrays_on_ray
 from training.data.samples import TrainingSample
 

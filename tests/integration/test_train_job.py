@@ -6,7 +6,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from infra.errors import ConfigError
-from infra.storage import read_json
+from infra.files.storage import read_json
 from tests.training_runs import noise_shards, train_config
 from training.models import load_model, model_id
 from training.run.checkpoint import complete_checkpoints, load_checkpoint

@@ -24,8 +24,8 @@ from diffusers.models.attention import BasicTransformerBlock
 
 import training.run.checkpointer
 from infra.errors import ConfigError, ModelError, StoppedError, StorageError
-from infra.manifest import Manifest
-from infra.storage import sha256_file
+from infra.files.storage import sha256_file
+from infra.shards.manifest import Manifest
 from tests.small_networks import seeded_lpips, small_dino, smaller_tiny
 from tests.training_runs import (
     Losses,

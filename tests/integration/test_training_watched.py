@@ -7,8 +7,8 @@ from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
 from infra.config import parse_config
-from infra.images import decode_image
-from infra.manifest import Manifest
+from infra.imaging.images import decode_image
+from infra.shards.manifest import Manifest
 from tests.unit.photos import make_shard_set, save_photos, shard_config
 from training.config import TrainConfig
 from training.models import load_model

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from infra import rng_for
-from infra.images import encode_png
-from infra.manifest import Manifest, write_manifest
+from infra.imaging.images import encode_png
+from infra.shards.manifest import Manifest, write_manifest
 from pipelines.sharding.config import ShardConfig
 from pipelines.sharding.job import set_facts, write_shard
 from pipelines.sharding.plan import plan_shards

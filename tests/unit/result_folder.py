@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from evaluation import StabilityAccumulator, l_std_equal_sharpness, psnr_y, sharpness, ssim_y
 from evaluation.results import image_row, images_schema, results_schema
 from infra import rng_for
-from infra.images import encode_png
+from infra.imaging.images import encode_png
 
 METRICS = ["psnr_y", "ssim_y", "lpips"]  # lpips is an example of a metric whose weights are missing
 Restore = Callable[[np.ndarray, np.random.Generator], np.ndarray]  # bicubic image, generator -> output

@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 
 from infra import ConfigError, DataError
 from infra.files.publish import write_bytes
-from infra.images import decode_image
-from infra.manifest import Manifest
-from infra.shards import image_of, read_sample
-from infra.storage import join, list_files, read_bytes
+from infra.files.storage import join, list_files, read_bytes
+from infra.imaging.images import decode_image
+from infra.shards.manifest import Manifest
+from infra.shards.shard import image_of, read_sample
 from pipelines.cli.main import app
 from pipelines.sets.append import append
 from pipelines.sets.export import LAYOUTS, export

@@ -13,10 +13,10 @@ from test_source_containers import as_csv, as_parquet, jpeg, stored
 from test_sources import config_of
 
 from infra import DataError
-from infra.images import encode_png
-from infra.manifest import Manifest
-from infra.shards import read_sample
-from infra.storage import join, read_bytes
+from infra.files.storage import join, read_bytes
+from infra.imaging.images import encode_png
+from infra.shards.manifest import Manifest
+from infra.shards.shard import read_sample
 from pipelines.sets.append import append
 from pipelines.sets.export import export
 from pipelines.sets.verify import verify

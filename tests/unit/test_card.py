@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from photos import make_shard_set, photo, save_photos, shard_config
 
-from infra.images import decode_image, encode_png
+from infra.files.storage import join, list_files, read_bytes
+from infra.imaging.images import decode_image, encode_png
 from infra.imaging.pixels import gradient_energy, grey_levels
-from infra.manifest import Manifest
 from infra.run import claim_output
-from infra.storage import join, list_files, read_bytes
+from infra.shards.manifest import Manifest
 from pipelines.sets.verify import verify
 from pipelines.sharding.config import ShardConfig
 from pipelines.sharding.job import LIBRARIES, run_shard

@@ -12,7 +12,7 @@ from torch import nn
 from infra import ModelError
 from infra.files import publish
 from infra.files.publish import write_bytes
-from infra.storage import join, list_files, read_bytes, remove, sha256_file
+from infra.files.storage import join, list_files, read_bytes, remove, sha256_file
 from training.run.checkpoint import (
     TrainingState,
     best_checkpoint,

@@ -16,7 +16,7 @@ from PIL import Image
 
 from infra import DataError
 from infra.files.publish import write_bytes
-from infra.storage import list_files
+from infra.files.storage import list_files
 from pipelines.cli import main as cli
 from tests.training_runs import noise_shards
 from training.config import ModelConfig

@@ -15,7 +15,7 @@ from infra.cluster.config import ClusterConfig
 from infra.cluster.render import render
 from infra.config import load_config
 from infra.errors import ConfigError
-from infra.ray_runtime import cpus_here
+from infra.process.ray_runtime import cpus_here
 from tests.manifests import REPOSITORY, documents, example
 
 GROUP = {"cpus": 4, "memory_gib": 8, "max_nodes": 2}
@@ -87,9 +87,9 @@ def test_gpu_nodes_take_all_work_where_there_are_no_others():
 
 def test_a_cluster_that_can_grow_has_the_cpus_that_its_head_promises(monkeypatch):
     nodes = [({}, {"ccsr.io/max-cpus": "256"}), ({"CPU": 32.0}, {"ccsr.io/kind": "gpu"}), ({"CPU": 16.0}, {})]
-    monkeypatch.setattr("infra.ray_runtime._nodes_here", lambda: nodes)
+    monkeypatch.setattr("infra.process.ray_runtime._nodes_here", lambda: nodes)
     assert cpus_here() == 256
-    monkeypatch.setattr("infra.ray_runtime._nodes_here", lambda: nodes[1:])
+    monkeypatch.setattr("infra.process.ray_runtime._nodes_here", lambda: nodes[1:])
     assert cpus_here() == 16
 
 

@@ -11,7 +11,7 @@ from infra.cluster import doctor
 from infra.cluster.doctor import Line, diagnose
 from infra.cluster.server import ClusterFacts
 from infra.files.publish import write_bytes
-from infra.storage import list_files
+from infra.files.storage import list_files
 from pipelines.cli.main import app
 
 

@@ -9,7 +9,7 @@ from infra.cluster.jobs import refuse_passwords, start_once
 from infra.cluster.server import cluster_facts, connect
 from infra.errors import line_of
 from infra.mlflow.server import mlflow_errors
-from infra.ray_runtime import RayConfig, lost_worker, ray_cluster
+from infra.process.ray_runtime import RayConfig, lost_worker, ray_cluster
 from training.models.directory import read_checkpoint
 
 

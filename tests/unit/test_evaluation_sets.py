@@ -21,7 +21,7 @@ from evaluation.metrics.registry import UNAVAILABLE, Quality, how_to_get, metric
 from infra import ConfigError, DataError, ModelError
 from infra.config import parse_config
 from infra.files.publish import write_bytes
-from infra.images import encode_png, read_image
+from infra.imaging.images import encode_png, read_image
 from pipelines.cli.main import app
 
 

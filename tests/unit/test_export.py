@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from evaluation.report.tables import interval_table
 from evaluation.results import load_result
 from infra.errors import CcsrError, ConfigError, ModelError
-from infra.images import encode_png, read_image
+from infra.imaging.images import encode_png, read_image
 from pipelines.cli.main import app
 from pipelines.export import export_diffusers
 from tests.small_networks import smaller_tiny

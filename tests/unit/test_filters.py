@@ -11,9 +11,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from infra.config import result_part
-from infra.images import decode_image, encode_png
+from infra.imaging.images import decode_image, encode_png
 from infra.imaging.pixels import gradient_energy, grey_levels
-from infra.shards import SCORES, read_sample
+from infra.shards.shard import SCORES, read_sample
 from pipelines.cli.main import app
 from pipelines.sets.verify import verify
 from pipelines.sharding.screening.filters import scores_of

@@ -10,11 +10,11 @@ from evaluation.config import ModelMethod
 from infra import ClusterError, ConfigError, ModelError
 from infra.files.locations import model_location
 from infra.files.publish import write_bytes
-from infra.images import encode_png
+from infra.files.storage import join
+from infra.imaging.images import encode_png
 from infra.mlflow.models import MODEL_TAG, find_model
 from infra.mlflow.server import TrackingConfig
-from infra.storage import join
-from infra.tracking import track
+from infra.mlflow.tracking import track
 from pipelines.cli.main import app
 from pipelines.restore import RestoreConfig, restore
 from training.config import ModelConfig, SamplingConfig

@@ -48,6 +48,22 @@ def test_the_commands_in_the_papers_configs_are_valid():
             load_config(ROOT / file, CONFIG_CLASSES[job], overrides)
 
 
+def test_rooms_hold_at_most_twelve_entries_and_files_300_lines():
+    """Beside `__init__.py`; of the files one may be longer."""
+    folders = {path.parent for name in FLOORS for path in (ROOT / name).rglob("*.py")}
+    rooms = {
+        str(folder.relative_to(ROOT)): {
+            entry.name
+            for entry in folder.iterdir()
+            if entry.name not in ("__init__.py", "__pycache__") and (entry.is_file() or any(entry.rglob("*.*")))
+        }
+        for folder in folders
+    }
+    assert {name: sorted(entries) for name, entries in rooms.items() if len(entries) > 12} == {}
+    long = {name for name, text in sources_with("").items() if text.count("\n") > 300}
+    assert long <= {"infra/config.py"}
+
+
 def sources_with(pattern: str) -> dict[str, str]:
     """Path -> text of our modules in which `pattern` is found."""
     texts = {str(path.relative_to(ROOT)): path.read_text() for name in FLOORS for path in (ROOT / name).rglob("*.py")}
@@ -62,7 +78,7 @@ def test_every_tag_that_we_set_in_mlflow_is_in_its_table():
 
 
 def test_what_runs_networks_on_ray_sets_their_numerics():
-    """`infra.ray_runtime.on_ray` asks its callers for them; whoever starts work otherwise does it itself."""
+    """`infra.process.ray_runtime.on_ray` asks its callers for them; whoever starts work otherwise does it itself."""
     without_networks = {"training/run/monitoring/board.py", "training/data/batches.py"}
     starting = sources_with(r"ray\.remote\(|ray\.data\.\w+\(|TorchTrainer\(")
     assert starting.keys() > without_networks

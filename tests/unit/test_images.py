@@ -15,7 +15,7 @@ from PIL import Image
 
 from infra import DataError, rng_for
 from infra.files.publish import write_bytes
-from infra.images import (
+from infra.imaging.images import (
     FORMATS,
     UnusableImageError,
     decode_image,
@@ -155,7 +155,7 @@ def test_avif_and_heic_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     pillow_heif.from_pillow(picture()).save(heic, quality=95)
     for data in (avif, heic.getvalue()):
         assert np.abs(decode_image(data, where="x").astype(int) - PHOTO).mean() < 6
-    monkeypatch.setattr("infra.images._formats", lambda: FORMATS)
+    monkeypatch.setattr("infra.imaging.images._formats", lambda: FORMATS)
     with pytest.raises(UnusableImageError, match="pillow-heif") as caught:
         decode_image(heic.getvalue(), where="x")
     assert caught.value.reason == "heic"
@@ -278,9 +278,9 @@ def test_whatever_a_decoder_raises_is_a_reason(error: Exception, monkeypatch: py
     data = saved(picture(), "BMP")
     for place, reason in (("Image.open", "unreadable"), ("ImageOps.exif_transpose", "truncated")):
         with monkeypatch.context() as patched:
-            patched.setattr(f"infra.images.{place}", broken)
+            patched.setattr(f"infra.imaging.images.{place}", broken)
             assert looked_at(data) == reason
-            patched.setattr(f"infra.images.{place}", lambda *_, **__: (_ for _ in ()).throw(MemoryError))
+            patched.setattr(f"infra.imaging.images.{place}", lambda *_, **__: (_ for _ in ()).throw(MemoryError))
             with pytest.raises(MemoryError):
                 decode_image(data, where="x")
 

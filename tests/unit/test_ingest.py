@@ -18,13 +18,14 @@ from safetensors.numpy import save
 
 import training.run.driver
 from degradation import degrade, load_preset
-from infra import ConfigError, DataError, StorageError, rng_for, storage
+from infra import ConfigError, DataError, StorageError, rng_for
 from infra.config import result_part
+from infra.files import storage
 from infra.files.publish import write_bytes
-from infra.images import decode_image
-from infra.manifest import Manifest, ShardRecord, commit_record, write_manifest
-from infra.shards import IndexedEntry, read_sample, write_tar
-from infra.storage import sha256_file
+from infra.files.storage import sha256_file
+from infra.imaging.images import decode_image
+from infra.shards.manifest import Manifest, ShardRecord, commit_record, write_manifest
+from infra.shards.shard import IndexedEntry, read_sample, write_tar
 from training.config import ModelConfig, TrainConfig, TrainingSet
 from training.data.batches import Batch, check_cpus, collate, updates, window
 from training.data.order import Order

@@ -15,8 +15,8 @@ from infra.cluster import jobs
 from infra.cluster.jobs import Need, exit_code, refuse_passwords, ship_configs, start_once, submission_identity, submit
 from infra.cluster.server import ClusterFacts, job_server, same_release
 from infra.errors import without_passwords
-from infra.ray_runtime import GpuCount, RayConfig, check_gpus, count_gpus, cpu_work
-from infra.storage import list_files
+from infra.files.storage import list_files
+from infra.process.ray_runtime import GpuCount, RayConfig, check_gpus, count_gpus, cpu_work
 from pipelines.cli.main import app
 from pipelines.cli.needs import needs_of, preview_command, with_option
 from tests.training_runs import noise_shards, train_config

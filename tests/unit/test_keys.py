@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infra.keys import MAX_KEY_BYTES, key_of, keys_of, output_name
+from infra.shards.keys import MAX_KEY_BYTES, key_of, keys_of, output_name
 
 NOT_UTF8 = os.fsdecode(b"caf\xe9.png")
 NAME = st.text(st.sampled_from("ab-_. é/写👍\udce9\t"), min_size=1, max_size=300).filter(lambda n: "//" not in f"/{n}/")

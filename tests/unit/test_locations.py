@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from infra import ConfigError
 from infra.config import apply_overrides, load_config
 from infra.files.locations import check_output, is_inside, location, parse_model, parse_tracking
-from infra.tracking import TrackingConfig, tracking_uri
+from infra.mlflow.tracking import TrackingConfig, tracking_uri
 from pipelines.cli.main import app
 from pipelines.cli.needs import needs_of
 from training.config import TrainConfig

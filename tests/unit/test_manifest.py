@@ -16,7 +16,8 @@ import pytest
 
 from infra import DataError, PartialResultError, StorageError
 from infra.files.publish import write_bytes
-from infra.manifest import (
+from infra.files.storage import exists, join, list_files, read_bytes
+from infra.shards.manifest import (
     Manifest,
     Quarantined,
     ShardRecord,
@@ -26,8 +27,7 @@ from infra.manifest import (
     record_uri,
     write_manifest,
 )
-from infra.shards import Entry, IndexedEntry
-from infra.storage import exists, join, list_files, read_bytes
+from infra.shards.shard import Entry, IndexedEntry
 
 FACTS: dict[str, Any] = {"scale": 4, "has_lr": True, "source_id": "s", "fingerprint": "f"}
 
@@ -144,8 +144,8 @@ def test_an_index_of_an_interrupted_run_is_taken_over_if_it_says_the_same(tmp_pa
 
 
 def test_an_index_in_parts_is_one_index(output: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("infra.manifest.SHARDS_PER_PART", 2)
-    monkeypatch.setattr("infra.index.byte_index.ROWS_PER_BATCH", 2)
+    monkeypatch.setattr("infra.shards.manifest.SHARDS_PER_PART", 2)
+    monkeypatch.setattr("infra.shards.byte_index.ROWS_PER_BATCH", 2)
     counts = (3, 1, 0, 0, 2)  # the second part has no rows and is not written
     for index, count in enumerate(counts):
         commit_record(output, record(index, count))

@@ -11,7 +11,7 @@ from evaluation.mlflow_log import log_comparison, log_result
 from evaluation.results import load_result
 from infra.config import parse_config
 from infra.mlflow.server import TrackingConfig
-from infra.tracking import Tracker, track
+from infra.mlflow.tracking import Tracker, track
 from tests.unit.result_folder import noisy, photographs, write_result
 
 

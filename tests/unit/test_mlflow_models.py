@@ -11,11 +11,11 @@ from mlflow.tracking import MlflowClient
 
 from infra import ClusterError, ConfigError, DataError
 from infra.files.publish import write_bytes
-from infra.images import encode_png
+from infra.imaging.images import encode_png
 from infra.mlflow.models import find_model
 from infra.mlflow.server import TrackingConfig
+from infra.mlflow.tracking import Tracker, track
 from infra.process.background import BackgroundTracker
-from infra.tracking import Tracker, track
 from tests.training_runs import finished_run, train_config
 from training.config import TrainConfig
 from training.run.driver import run_train

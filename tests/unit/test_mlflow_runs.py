@@ -7,10 +7,10 @@ from mlflow.tracking import MlflowClient
 
 from evaluation.runs import runs_table
 from infra import ClusterError, DataError
-from infra.manifest import Manifest
 from infra.mlflow.server import TrackingConfig
+from infra.mlflow.tracking import track
 from infra.run import claim_output
-from infra.tracking import track
+from infra.shards.manifest import Manifest
 from pipelines.sets.verify import verify
 from pipelines.sharding.config import ShardConfig
 from pipelines.sharding.reports.card import write_card

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from infra import ConfigError, ModelError, StorageError
 from infra.files.publish import upload_folder, write_bytes
-from infra.storage import list_files, read_bytes
+from infra.files.storage import list_files, read_bytes
 from pipelines.cli.main import app
 from pipelines.convert import run_convert
 from training.config import ModelConfig

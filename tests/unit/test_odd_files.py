@@ -12,7 +12,7 @@ from degradation import degrade, load_preset
 from evaluation.config import FolderSet, OutputsMethod
 from evaluation.inputs import find_outputs, load_sets
 from infra import CcsrError, DataError, rng_for
-from infra.images import encode_png
+from infra.imaging.images import encode_png
 from infra.run import claim_output
 from pipelines.estimate.shards import estimate_shards
 from pipelines.sets.verify import verify

@@ -13,7 +13,7 @@ from test_source_containers import stored
 
 from infra.errors import StorageError
 from infra.files.publish import write_bytes
-from infra.storage import exists, iter_files, join, list_files, read_json
+from infra.files.storage import exists, iter_files, join, list_files, read_json
 from pipelines.sets.clean import clean
 from pipelines.sharding.files import FileList, SourceFile
 from pipelines.sharding.inputs import pages

@@ -14,7 +14,7 @@ from PIL import ExifTags, Image, ImageCms
 from typer.testing import CliRunner
 
 from infra.errors import ConfigError, DataError, PartialResultError
-from infra.images import UnusableImageError, decode_image, encode_png
+from infra.imaging.images import UnusableImageError, decode_image, encode_png
 from infra.imaging.pictures import Picture, decode_picture, encode_picture, resized, to_8_bit
 from pipelines.cli.main import app
 from pipelines.cli.needs import needs_of

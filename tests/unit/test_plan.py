@@ -12,7 +12,7 @@ from photos import save_photos, shard_config
 
 from infra import DataError
 from infra.config import canonical_json
-from infra.shards import KEY_PATTERN
+from infra.shards.shard import KEY_PATTERN
 from pipelines.sharding.config import ShardConfig
 from pipelines.sharding.files import FileList, SourceFile
 from pipelines.sharding.inputs import listing

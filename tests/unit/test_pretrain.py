@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.pretrain import PretrainConfig, draw_crop, encoded_pairs, pretrain, velocity
-from infra.images import encode_png
+from infra.imaging.images import encode_png
 from tests.unit.photos import photo
 from training.models import load_model
 from training.models.directory import PARTS, WEIGHTS, read_weights

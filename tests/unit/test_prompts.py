@@ -14,8 +14,8 @@ from torch import Tensor
 from infra import ConfigError, DataError, ModelError, noise_for
 from infra.config import fingerprint_of, result_part
 from infra.files.weights import ENVIRONMENT
-from infra.index.tars import open_set
-from infra.manifest import Manifest
+from infra.shards.manifest import Manifest
+from infra.shards.tars import open_set
 from tests.small_networks import save_text_tower, smaller_tiny
 from tests.training_runs import train_config
 from training.config import TrainConfig

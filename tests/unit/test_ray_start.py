@@ -5,8 +5,8 @@ import os
 import pytest
 
 from infra import ClusterError, ConfigError
+from infra.process.ray_runtime import RayConfig, ray_cluster
 from infra.process.ray_start import local_token, without_log_level
-from infra.ray_runtime import RayConfig, ray_cluster
 
 
 @pytest.fixture(autouse=True)

@@ -25,7 +25,7 @@ from evaluation.report.plots import trace_plots
 from evaluation.report.tables import interval_table, published_summary, score_table, table_rows
 from evaluation.results import image_row, load_result, method_scores
 from infra import ConfigError, DataError, StorageError
-from infra.images import read_image
+from infra.imaging.images import read_image
 from pipelines.cli.main import app
 
 METHODS = {"bicubic": (1, lambda bicubic, rng: bicubic), "ccsr": (3, noisy(4)), "<other>": (3, noisy(15, 1.5))}

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 from infra import ConfigError, DataError, ModelError, PartialResultError
 from infra.files.publish import upload_folder, write_bytes
-from infra.images import decode_image, encode_png
-from infra.storage import read_bytes
+from infra.files.storage import read_bytes
+from infra.imaging.images import decode_image, encode_png
 from pipelines.cli.main import app
 from pipelines.cli.needs import needs_of
 from pipelines.restore import RestoreConfig, RestoreRuntime, resolved

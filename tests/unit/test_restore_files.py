@@ -16,8 +16,8 @@ from evaluation.inputs import load_sets
 from evaluation.scoring import Scorer, ScoreTask
 from infra import ConfigError, DataError, PartialResultError
 from infra.files.publish import upload_folder, write_bytes
-from infra.images import encode_png, read_image
-from infra.storage import list_files, read_bytes
+from infra.files.storage import list_files, read_bytes
+from infra.imaging.images import encode_png, read_image
 from pipelines.restore import RestoreConfig, restore
 from training.config import ModelConfig, SamplingConfig
 from training.models import build_model, save_model

@@ -11,7 +11,8 @@ from torch import nn
 
 import training.run.checkpoint
 import training.run.checkpointer
-from infra import DataError, StorageError, storage
+from infra import DataError, StorageError
+from infra.files import storage
 from training.config import TrainConfig
 from training.run.agreement import WorkerContext
 from training.run.checkpoint import TrainingState, complete_checkpoints, load_checkpoint, save_checkpoint

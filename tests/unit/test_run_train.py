@@ -17,8 +17,8 @@ from infra import ConfigError, ModelError
 from infra.config import result_part
 from infra.files.publish import write_bytes
 from infra.mlflow.server import TrackingConfig
+from infra.mlflow.tracking import track
 from infra.run import PACKAGES, claim_output
-from infra.tracking import track
 from tests.training_runs import noise_shards, train_config
 from training.models import model_id
 from training.run import driver as train

@@ -18,11 +18,11 @@ from evaluation.inputs import load_sets
 from infra import ConfigError, DataError, PartialResultError, StorageError
 from infra.config import result_part
 from infra.files.publish import publish_if_absent, write_bytes
-from infra.images import UnusableImageError, decode_image, encode_png, resize_bicubic
-from infra.manifest import Manifest, ShardRecord, committed, record_uri
+from infra.files.storage import exists, join, list_files, read_bytes
+from infra.imaging.images import UnusableImageError, decode_image, encode_png, resize_bicubic
 from infra.seeding import noise_for
-from infra.shards import image_of, read_sample
-from infra.storage import exists, join, list_files, read_bytes
+from infra.shards.manifest import Manifest, ShardRecord, committed, record_uri
+from infra.shards.shard import image_of, read_sample
 from pipelines.sets.verify import verify
 from pipelines.sharding.config import LatentsConfig, ShardConfig
 from pipelines.sharding.job import report_quarantine, write_shard

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from infra import DataError, StorageError
 from infra.files.publish import upload
-from infra.shards import Entry, read_sample, write_tar
-from infra.storage import join, sha256_file
+from infra.files.storage import join, sha256_file
+from infra.shards.shard import Entry, read_sample, write_tar
 
 SAMPLES = {
     "a-000-0": {"hr.png": b"\x89PNG" * 400, "lr.png": b"small", "json": b'{"key": "a-000-0"}'},

@@ -19,11 +19,11 @@ from test_sources import config_of, listed, save_pairs
 
 from infra import ConfigError, DataError
 from infra.files.publish import write_bytes
-from infra.images import decode_image, encode_png
-from infra.index.tars import open_set
+from infra.files.storage import join
+from infra.imaging.images import decode_image, encode_png
 from infra.run import has_work
-from infra.shards import image_of, read_sample
-from infra.storage import join
+from infra.shards.shard import image_of, read_sample
+from infra.shards.tars import open_set
 from pipelines.sets.verify import verify
 from pipelines.sharding.inputs.containers import read_source_bytes
 from pipelines.sharding.plan import source_id
@@ -200,7 +200,7 @@ def test_training_reads_foreign_tars_where_they_are(
         assert sample.lr.shape == (16, 16, 3)
     again = open_set(path, str(tmp_path / "other"))
     assert again.dataset_id == manifest.dataset_id
-    monkeypatch.setattr("infra.index.tars.tar_samples", None)  # the index is made once
+    monkeypatch.setattr("infra.shards.tars.tar_samples", None)  # the index is made once
     assert open_set(path, str(tmp_path / "run" / ".data")) == manifest
     assert not has_work(str(tmp_path / "run")), "the index claims no output"
     with pytest.raises(DataError, match="tars that others made"):

@@ -13,9 +13,9 @@ from photos import make_shard_set, photo, save_photos, shard_config
 from degradation import degrade, load_preset
 from infra import ConfigError, DataError, rng_for
 from infra.files.publish import write_bytes
-from infra.images import UnusableImageError, decode_image, encode_png, resize_bicubic
-from infra.shards import read_sample
-from infra.storage import join
+from infra.files.storage import join
+from infra.imaging.images import UnusableImageError, decode_image, encode_png, resize_bicubic
+from infra.shards.shard import read_sample
 from pipelines.sets.verify import verify
 from pipelines.sharding.config import ShardConfig
 from pipelines.sharding.files import FileList

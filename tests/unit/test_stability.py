@@ -11,7 +11,7 @@ from evaluation import StabilityAccumulator, g_std, l_std, l_std_equal_sharpness
 from evaluation.config import Perturbation
 from evaluation.metrics.perturbations import perturb, perturbation_border, undo
 from infra import DataError, rng_for
-from infra.images import resize_bicubic
+from infra.imaging.images import resize_bicubic
 
 
 def random_runs(num_runs: int, height: int = 14, width: int = 17) -> np.ndarray:

@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 import s3fs
 
-from infra import StorageError, storage
-from infra.files import publish
+from infra import StorageError
+from infra.files import publish, storage
 from infra.files.publish import (
     download,
     download_folder,
@@ -33,7 +33,7 @@ from infra.files.publish import (
     upload_folder,
     write_bytes,
 )
-from infra.storage import exists, join, list_files, read_bytes, read_json, read_range, remove, sha256_file
+from infra.files.storage import exists, join, list_files, read_bytes, read_json, read_range, remove, sha256_file
 
 
 @pytest.fixture(params=["local", "s3"])

@@ -21,12 +21,12 @@ import pytest
 from infra import ClusterError, ConfigError, DataError
 from infra.config import parse_config
 from infra.errors import StoppedError
-from infra.images import encode_png
+from infra.imaging.images import encode_png
 from infra.mlflow.models import find_model
 from infra.mlflow.server import TrackingConfig, check_tracking, refused_for_good
+from infra.mlflow.tracking import Tracker, track
 from infra.process import background
 from infra.process.background import BackgroundTracker
-from infra.tracking import Tracker, track
 
 
 def run(fingerprint: str, **config: Any) -> dict[str, Any]:
@@ -203,7 +203,7 @@ def test_sigterm_ends_a_commands_run(store: TrackingConfig) -> None:
     program = (
         "import os, signal, time\n"
         "from infra.mlflow.server import TrackingConfig\n"
-        "from infra.tracking import track\n"
+        "from infra.mlflow.tracking import track\n"
         "from pipelines.cli import main as cli\n"
         "@cli.app.command()\n"
         "def wait(uri: str):\n"

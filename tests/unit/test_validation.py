@@ -9,9 +9,9 @@ import torch
 
 from infra import DataError, ModelError
 from infra.config import parse_config, result_part
-from infra.images import decode_image, resize_bicubic
+from infra.imaging.images import decode_image, resize_bicubic
 from infra.imaging.pixels import l_std, l_std_equal_sharpness, psnr_y
-from infra.shards import read_sample
+from infra.shards.shard import read_sample
 from tests.small_networks import seeded_lpips
 from tests.unit.photos import make_shard_set, save_photos, shard_config
 from training.config import ModelConfig, SamplingConfig, TrainConfig

@@ -15,10 +15,10 @@ from photos import make_shard_set, save_photos, shard_config
 
 from infra import DataError
 from infra.files.publish import write_bytes
-from infra.images import encode_png
-from infra.manifest import Manifest, ShardRecord, dataset_id_of, record_uri, write_manifest
-from infra.shards import read_index
-from infra.storage import join, list_files, read_bytes, s3_filesystem, sha256_file
+from infra.files.storage import join, list_files, read_bytes, s3_filesystem, sha256_file
+from infra.imaging.images import encode_png
+from infra.shards.manifest import Manifest, ShardRecord, dataset_id_of, record_uri, write_manifest
+from infra.shards.shard import read_index
 from pipelines.sets.clean import clean, print_cleaned
 from pipelines.sets.verify import find_duplicates, print_duplicates, verify
 from pipelines.sharding.job import write_shard

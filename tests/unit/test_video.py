@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from evaluation import temporal_std
 from infra.errors import CcsrError, ConfigError, DataError, StorageError
 from infra.files.publish import staging
-from infra.images import encode_png, read_image
+from infra.imaging.images import encode_png, read_image
 from infra.imaging.pictures import resized
 from infra.imaging.video import convert, probe
 from pipelines.cli.main import app

@@ -26,9 +26,9 @@ from evaluation.report.page import read_map, write_report
 from evaluation.results import load_result
 from infra.errors import CcsrError
 from infra.files.publish import upload_folder
-from infra.images import encode_png
+from infra.imaging.images import encode_png
 from infra.imaging.pixels import StabilityAccumulator, coloured
-from infra.tracking import TrackingConfig
+from infra.mlflow.tracking import TrackingConfig
 from pipelines.cli.main import app
 from pipelines.view import Album, album_of, reply, serve
 

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 import infra.files.weights
-from infra import ConfigError, ModelError, StorageError, storage
+from infra import ConfigError, ModelError, StorageError
+from infra.files import storage
 from infra.files.publish import upload_folder, write_bytes
 from infra.files.weights import (
     BASE_HUB_ID,

@@ -11,7 +11,7 @@ import numpy as np
 
 from infra.errors import ConfigError
 from infra.process.memory import to_device
-from infra.ray_runtime import RayConfig, cpu_work, user_error
+from infra.process.ray_runtime import RayConfig, cpu_work, user_error
 from training.config import TrainConfig
 from training.data.order import positions_of
 from training.data.samples import Place, SampleMaker, SampleReader, TrainingSample

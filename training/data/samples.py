@@ -15,10 +15,10 @@ from degradation.config import DegradationConfig
 from degradation.pipeline import degrade
 from degradation.presets import load_preset
 from infra.errors import ConfigError, DataError, line_of
-from infra.images import decode_image
-from infra.manifest import Manifest
+from infra.imaging.images import decode_image
 from infra.seeding import rng_for
-from infra.shards import CAPTION, Entry, image_of, read_sample
+from infra.shards.manifest import Manifest
+from infra.shards.shard import CAPTION, Entry, image_of, read_sample
 from training.config import TrainConfig
 from training.data.order import FEISTEL, Order
 

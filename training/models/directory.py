@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from infra.errors import ModelError, StorageError, line_of
 from infra.files.publish import sync
-from infra.storage import explained, sha256_file
+from infra.files.storage import explained, sha256_file
 from training.config import ModelConfig
 from training.models.build import model_class
 from training.models.ccsr import CcsrModel

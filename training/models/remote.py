@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from infra.errors import ModelError
 from infra.files.publish import shared_copy, upload_folder
-from infra.storage import exists, join, short_hash
+from infra.files.storage import exists, join, short_hash
 from training.models.ccsr import CcsrModel
 from training.models.directory import (
     check_keys,

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from infra.errors import ConfigError, DataError
+from infra.files.storage import join, read_json
 from infra.process.memory import free_memory
 from infra.seeding import Noise, noise_for
-from infra.storage import join, read_json
 from training.config import FAMILIES, SamplingConfig
 from training.method import METHODS
 from training.models import CcsrModel

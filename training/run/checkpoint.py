@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from infra.errors import ModelError
 from infra.files.publish import shared_copy, temporary_folder, upload, write_bytes
-from infra.storage import exists, join, list_files, name_of, read_json, remove, sha256_file
+from infra.files.storage import exists, join, list_files, name_of, read_json, remove, sha256_file
 from training.models.directory import write_weights
 
 FORMAT = "ccsr-checkpoint-1"

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from infra.errors import CcsrError, DataError, line_of
+from infra.files.storage import join
 from infra.run import check_claim
-from infra.storage import join
 from training.config import TrainConfig
 from training.data.order import FEISTEL, SORTED
 from training.run.agreement import WorkerContext, agree, attempt, from_rank_0

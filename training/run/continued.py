@@ -4,10 +4,10 @@ import re
 from typing import Any
 
 from infra.errors import ConfigError, ModelError
+from infra.files.storage import join, read_json, short_hash
 from infra.mlflow.models import run_tag
 from infra.mlflow.server import TrackingConfig
 from infra.run import read_run
-from infra.storage import join, read_json, short_hash
 from training.config import TrainConfig
 from training.run.checkpoint import complete_checkpoints, position_of
 

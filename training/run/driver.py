@@ -10,14 +10,14 @@ from infra.config import parameters
 from infra.display.progress import progress
 from infra.errors import CcsrError, ConfigError, DataError, StoppedError, line_of
 from infra.files.locations import check_output
-from infra.index.tars import open_set
-from infra.manifest import Manifest
+from infra.files.storage import exists, join, read_json
 from infra.mlflow.models import find_model
 from infra.mlflow.server import check_tracking, tracking_uri
-from infra.ray_runtime import cpus_here, ray_cluster, user_error
+from infra.mlflow.tracking import Tracker, track
+from infra.process.ray_runtime import cpus_here, ray_cluster, user_error
 from infra.run import Progress, claim_output, git_commit
-from infra.storage import exists, join, read_json
-from infra.tracking import Tracker, track
+from infra.shards.manifest import Manifest
+from infra.shards.tars import open_set
 from training.config import TrainConfig, legal_world_sizes
 from training.data.batches import check_cpus, cpus_of_worker
 from training.data.samples import check_crop, check_stored
@@ -223,10 +223,10 @@ def _worker(settings: dict[str, Any]) -> None:
     import torch
     from ray.train.v2._internal.execution.context import get_train_context
 
+    from infra.mlflow.tracking import Tracker
     from infra.process.background import BackgroundTracker
     from infra.process.node import NodeMonitor
     from infra.process.numerics import set_numerics
-    from infra.tracking import Tracker
     from training.run.step.engine import skip_compiled_collectives
     from training.run.worker import train
 

@@ -6,7 +6,7 @@ import ray
 from ray.train import ScalingConfig
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ResizeDecision
 
-from infra.ray_runtime import GPU_KIND, KIND, MAX_CPUS
+from infra.process.ray_runtime import GPU_KIND, KIND, MAX_CPUS
 
 
 class LegalSizes(ElasticScalingPolicy):

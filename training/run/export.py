@@ -9,7 +9,7 @@ from typing import Any
 
 from infra.errors import ModelError
 from infra.files.publish import shared_copy, temporary_folder, write_bytes
-from infra.storage import exists, join, list_files, read_json
+from infra.files.storage import exists, join, list_files, read_json
 from training.config import TrainConfig
 from training.models import CcsrModel, build_model, export_trained, fetch_model, publish_model, save_model
 from training.run.checkpoint import Newest, best_checkpoint, load_checkpoint, load_newest, position_of

@@ -5,7 +5,7 @@ from typing import Any
 
 from infra.errors import ClusterError
 from infra.process.gauges import show
-from infra.ray_runtime import cpu_work, lost_worker
+from infra.process.ray_runtime import cpu_work, lost_worker
 from training.config import TrainConfig
 from training.runtime import TrainRuntime
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from infra.errors import ModelError, StoppedError
-from infra.manifest import Manifest
 from infra.process.memory import to_device
+from infra.shards.manifest import Manifest
 from training.config import TrainConfig
 from training.data.batches import Batch, updates
 from training.data.samples import SampleReader

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import unquote_to_bytes
 
 from infra.errors import DataError, line_of
-from infra.index.tars import expand, tar_samples
-from infra.shards import split_member
-from infra.storage import explained, open_file, read_bytes, read_range
+from infra.files.storage import explained, open_file, read_bytes, read_range
+from infra.shards.shard import split_member
+from infra.shards.tars import expand, tar_samples
 from pipelines.sharding.inputs.zips import read_member, split_zip
 
 if TYPE_CHECKING:

@@ -11,12 +11,12 @@ from urllib.parse import quote
 
 from infra.config import load_yaml
 from infra.errors import ConfigError, DataError
-from infra.images import check_folder, choose_images, no_images
+from infra.files.storage import join
+from infra.imaging.images import check_folder, choose_images, no_images
 from infra.imaging.pairing import by_pair_name
-from infra.index.tars import NUM_LISTED, sizes_of
-from infra.manifest import Manifest
-from infra.shards import Entry
-from infra.storage import join
+from infra.shards.manifest import Manifest
+from infra.shards.shard import Entry
+from infra.shards.tars import NUM_LISTED, sizes_of
 from pipelines.sharding.config import (
     FolderSource,
     ListSource,

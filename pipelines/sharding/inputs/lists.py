@@ -8,8 +8,8 @@ from typing import Any
 
 from infra.errors import DataError, line_of
 from infra.files.locations import location
-from infra.keys import is_utf8
-from infra.storage import join, read_bytes
+from infra.files.storage import join, read_bytes
+from infra.shards.keys import is_utf8
 
 SUFFIXES = (".txt", ".csv", ".json", ".jsonl", ".parquet")
 

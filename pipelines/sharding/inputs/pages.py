@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from itertools import count, islice
 
 from infra.files.publish import put_if_absent
+from infra.files.storage import is_s3, iter_files, join, list_files, modified_seconds, read_json, remove
 from infra.run import has_work
-from infra.storage import is_s3, iter_files, join, list_files, modified_seconds, read_json, remove
 
 LISTINGS = ".listing"
 PART = r"\.listing/[0-9a-f]{16}-\d{6}\.json"

@@ -3,7 +3,7 @@
 import cv2
 import numpy as np
 
-from infra.images import UnusableImageError
+from infra.imaging.images import UnusableImageError
 
 MAX_SHIFT_PX = 1.5  # of the LR image
 MIN_CORRELATION = 0.8

@@ -5,8 +5,8 @@ import zipfile
 from functools import lru_cache
 
 from infra.errors import DataError, line_of
-from infra.images import UnusableImageError, refusing
-from infra.storage import explained, open_file
+from infra.files.storage import explained, open_file
+from infra.imaging.images import UnusableImageError, refusing
 
 MAX_MEMBER_BYTES = 2**30
 MEMBER = ".zip!"

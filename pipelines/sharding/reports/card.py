@@ -15,12 +15,12 @@ from infra.display.bars import bars
 from infra.display.templating import render
 from infra.errors import printable
 from infra.files.publish import put_if_absent
-from infra.images import decode_image
+from infra.files.storage import join
+from infra.imaging.images import decode_image
 from infra.imaging.pixels import gradient_energy, grey_levels
-from infra.manifest import Manifest
 from infra.run import read_run
-from infra.shards import Entry, image_of, read_sample
-from infra.storage import join
+from infra.shards.manifest import Manifest
+from infra.shards.shard import Entry, image_of, read_sample
 from pipelines.sharding.sources import CONTACT_SHEET
 
 NUM_SAMPLES = 128

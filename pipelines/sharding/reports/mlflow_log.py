@@ -5,10 +5,10 @@ from typing import Any
 
 from infra.config import parameters
 from infra.errors import ClusterError, line_of
-from infra.manifest import Manifest
+from infra.files.storage import join, name_of, read_bytes
 from infra.mlflow.server import tracking_uri
-from infra.storage import join, name_of, read_bytes
-from infra.tracking import link, track
+from infra.mlflow.tracking import link, track
+from infra.shards.manifest import Manifest
 from pipelines.sharding.config import ShardConfig
 
 FILES = "DATA_CARD.md", "contact_sheet.jpg"

@@ -9,9 +9,9 @@ import numpy as np
 from infra.display.progress import progress
 from infra.errors import printable
 from infra.files.publish import put_if_absent
-from infra.images import UnusableImageError
-from infra.ray_runtime import on_ray
-from infra.storage import exists, join, list_files, read_bytes, read_json, remove
+from infra.files.storage import exists, join, list_files, read_bytes, read_json, remove
+from infra.imaging.images import UnusableImageError
+from infra.process.ray_runtime import on_ray
 from pipelines.sharding.config import ShardConfig
 from pipelines.sharding.files import FileList, Made, SourceFile
 from pipelines.sharding.sample import open_source, read_source

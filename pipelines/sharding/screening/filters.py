@@ -6,8 +6,8 @@ import numpy as np
 from infra.display.bars import bars
 from infra.errors import DataError
 from infra.imaging.pixels import gradient_energy, grey_levels
-from infra.manifest import Manifest
-from infra.shards import SCORES
+from infra.shards.manifest import Manifest
+from infra.shards.shard import SCORES
 from pipelines.sharding.config import ShardConfig
 
 BLOCK_PX = 8

@@ -12,7 +12,7 @@ from torch import Tensor
 from degradation.pipeline import degrade
 from degradation.presets import load_preset
 from infra.errors import ConfigError
-from infra.images import decode_image, encode_png
+from infra.imaging.images import decode_image, encode_png
 from infra.process.memory import free_memory
 from infra.seeding import rng_for
 from training.config import ModelConfig, SamplingConfig, TrainConfig

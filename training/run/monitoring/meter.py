@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop, shape_wrapper
 
 from infra.files.publish import temporary_folder, upload
-from infra.storage import join
+from infra.files.storage import join
 from training.config import TrainConfig
 from training.run.agreement import WorkerContext, attempt
 

@@ -10,12 +10,12 @@ from typing import Any
 
 from infra.errors import ClusterError, line_of
 from infra.files.publish import write_bytes
-from infra.manifest import Manifest
+from infra.files.storage import exists, join, name_of, read_bytes, read_json, remove
 from infra.mlflow.models import MODEL_TAG, log_model, register, trained_by
 from infra.mlflow.server import mlflow_errors, tracking_uri
+from infra.mlflow.tracking import Tracker, cite, link, run_of
 from infra.process.background import BackgroundTracker
-from infra.storage import exists, join, name_of, read_bytes, read_json, remove
-from infra.tracking import Tracker, cite, link, run_of
+from infra.shards.manifest import Manifest
 from training.config import TrainConfig
 from training.run.checkpoint import best_checkpoint, position_of
 from training.run.export import exported_models

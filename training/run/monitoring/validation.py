@@ -11,10 +11,10 @@ import torch
 
 from infra.errors import DataError
 from infra.files.weights import list_weights
-from infra.images import decode_image, encode_png, resize_bicubic
+from infra.imaging.images import decode_image, encode_png, resize_bicubic
 from infra.imaging.pixels import CROP_BORDER, StabilityAccumulator, coloured, l_std_equal_sharpness, psnr_y
-from infra.manifest import Manifest
-from infra.shards import Entry, image_of, read_sample
+from infra.shards.manifest import Manifest
+from infra.shards.shard import Entry, image_of, read_sample
 from training.config import SamplingConfig, TrainConfig, ValidationConfig
 from training.models import CcsrModel, load_dists, load_lpips
 from training.restore.restore import restore_runs

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, overload
 
 from infra.errors import DataError
 from infra.files.publish import put_if_absent, shared_folder
-from infra.shards import SCORES, Entry, IndexedEntry
-from infra.storage import exists, join, read_bytes, resolve
+from infra.files.storage import exists, join, read_bytes, resolve
+from infra.shards.shard import SCORES, Entry, IndexedEntry
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from infra.errors import DataError
-from infra.images import IMAGE_SUFFIXES
-from infra.storage import read_range, resolve
+from infra.files.storage import read_range, resolve
+from infra.imaging.images import IMAGE_SUFFIXES
 
 IMAGES = ("hr.png", "hr.jpg")  # a sample's HR image; an LR image is `lr.` and the same
 CAPTION = "txt"  # the member with a sample's caption, in UTF-8

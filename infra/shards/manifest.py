@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from infra.errors import DataError, PartialResultError
 from infra.files.publish import put_if_absent
-from infra.index.byte_index import SHARDS_PER_PART, Entries, index_table, put_part, read_parts
-from infra.shards import IndexedEntry
-from infra.storage import exists, join, list_files, read_bytes, read_json
+from infra.files.storage import exists, join, list_files, read_bytes, read_json
+from infra.shards.byte_index import SHARDS_PER_PART, Entries, index_table, put_part, read_parts
+from infra.shards.shard import IndexedEntry
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -13,6 +13,7 @@ from typing import Any
 
 from infra.errors import CcsrError, StoppedError, StorageError, line_of
 from infra.files.publish import write_bytes
+from infra.files.storage import exists, join, read_json
 from infra.mlflow.names import flatten, image_key, run_name
 from infra.mlflow.server import (
     TrackingConfig,
@@ -23,7 +24,6 @@ from infra.mlflow.server import (
     tracking_uri,
 )
 from infra.run import MLFLOW_FILE, git_commit
-from infra.storage import exists, join, read_json
 
 EVALUATION_TAG = "ccsr.evaluation"
 NOTE_TAG = "mlflow.note.content"

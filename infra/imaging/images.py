@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
 from infra.errors import DataError, line_of, printable
+from infra.files.storage import exists, iter_files, join, read_bytes
 from infra.imaging.png import bare_png, chunk
-from infra.storage import exists, iter_files, join, read_bytes
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "AVIF")  # Pillow's other readers stay shut: one runs Ghostscript

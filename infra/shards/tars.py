@@ -13,11 +13,11 @@ from braceexpand import braceexpand
 
 from infra.errors import ConfigError, DataError, line_of
 from infra.files.publish import temporary_folder
-from infra.images import IMAGE_SUFFIXES
-from infra.index.byte_index import SHARDS_PER_PART, index_table, put_part
-from infra.manifest import Manifest, put_manifest
-from infra.shards import CAPTION, IMAGES, IndexedEntry, is_member, split_member
-from infra.storage import exists, explained, file_size, join, list_files, name_of, open_file
+from infra.files.storage import exists, explained, file_size, join, list_files, name_of, open_file
+from infra.imaging.images import IMAGE_SUFFIXES
+from infra.shards.byte_index import SHARDS_PER_PART, index_table, put_part
+from infra.shards.manifest import Manifest, put_manifest
+from infra.shards.shard import CAPTION, IMAGES, IndexedEntry, is_member, split_member
 
 NUM_LISTED = 5
 TARS_AT_ONCE = 64  # whose headers are in memory
