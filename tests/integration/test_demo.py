@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import webdataset
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from mlflow.tracking import MlflowClient
 
 from degradation import apply
@@ -20,6 +19,7 @@ from pipelines.sets.verify import verify
 from tests.integration.conftest import NUM_RUNS, REPOSITORY, run_ccsr, run_demo
 from training.config import SamplingConfig
 from training.models import load_model
+from training.models.library import AutoencoderKL, UNet2DConditionModel
 from training.restore.restore import restore_runs
 from training.run.checkpoint import complete_checkpoints, load_checkpoint
 

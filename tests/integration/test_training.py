@@ -20,7 +20,6 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from diffusers.models.attention import BasicTransformerBlock
 
 import training.run.checkpointer
 from infra.errors import ConfigError, ModelError, StoppedError, StorageError
@@ -41,6 +40,7 @@ from training.data.batches import updates
 from training.data.order import SORTED
 from training.data.samples import SampleReader
 from training.models import load_model
+from training.models.library import BasicTransformerBlock
 from training.run.checkpoint import TrainingState, complete_checkpoints, load_checkpoint
 from training.run.export import export_run, initial_model, last_checkpoint
 from training.run.step.stages import Stage, build_stage

@@ -218,7 +218,6 @@ def _drained(trainer: Any, watch: Watch, config: TrainConfig, sigterm: Callable[
 def _worker(settings: dict[str, Any]) -> None:
     """What each Ray Train worker runs."""
     import cv2
-    import deepspeed
     import ray.train
     import torch
     from ray.train.v2._internal.execution.context import get_train_context
@@ -227,7 +226,7 @@ def _worker(settings: dict[str, Any]) -> None:
     from infra.process.node import NodeMonitor
     from infra.process.numerics import set_numerics
     from infra.tracking import Tracker
-    from training.run.step.engine import skip_compiled_collectives
+    from training.run.step.engine import load_deepspeed
     from training.run.worker import train
 
     config: TrainConfig = settings["config"]
@@ -236,7 +235,7 @@ def _worker(settings: dict[str, Any]) -> None:
     rank = ray_context.get_world_rank()
     torch.set_num_threads(config.runtime.threads)
     cv2.setNumThreads(1)  # the ingest has its own threads
-    skip_compiled_collectives()
+    deepspeed = load_deepspeed()
     backend = "nccl" if config.runtime.device == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     board = settings["board"]
