@@ -31,7 +31,7 @@ def run_ccsr(
     )
 
 
-NUM_RUNS = 4
+NUM_RUNS = 3
 ON_CONFIGS = """
 import sys
 from pathlib import Path
@@ -40,11 +40,6 @@ from pipelines.cli.main import main
 demo.CONFIGS = Path(sys.argv.pop(1))
 main()
 """
-
-
-def run_demo(out: Path) -> subprocess.CompletedProcess[str]:
-    """`ccsr demo --out OUT` on the configs beside OUT."""
-    return run_ccsr("demo", "--out", str(out), program=[sys.executable, "-c", ON_CONFIGS, str(out.parent / "configs")])
 
 
 @dataclass
@@ -63,7 +58,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> DemoRun:
     text = evaluate.read_text()
     assert "num_runs: 10\n" in text
     evaluate.write_text(text.replace("num_runs: 10\n", f"num_runs: {NUM_RUNS}\n"))
-    done = run_demo(out)
+    program = [sys.executable, "-c", ON_CONFIGS, str(folder / "configs")]
+    done = run_ccsr("demo", "--out", str(out), program=program)
     assert done.returncode == 0, done.stdout + done.stderr
     return DemoRun(out, done.stdout)
 
