@@ -4,9 +4,10 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,3 +70,15 @@ def ray_session() -> None:
     """One Ray cluster for all tests that start jobs in this process."""
     with ray_cluster(RayConfig(num_cpus=2)):
         yield
+
+
+@pytest.fixture
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs do their work in this process: each actor would import the networks anew. For tests of what happens before
+    and after the work."""
+
+    def here(make: Callable[[], Callable[[Any], Any]], items: Sequence[Any], **_: Any) -> Iterator[Any]:
+        return map(make(), items) if items else iter(())
+
+    for job in ("evaluation.job", "pipelines.sharding.job"):
+        monkeypatch.setattr(f"{job}.on_ray", here)
