@@ -146,7 +146,7 @@ def main() -> None:
     torch.set_num_threads(1)
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29547"}
     os.environ.update(alone | {"DS_ACCELERATOR": "cpu"})
-    training.run.step.engine.skip_compiled_collectives()
+    training.run.step.engine.load_deepspeed()
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     with tempfile.TemporaryDirectory(prefix="ccsr-benchmark-") as folder:
         values = {

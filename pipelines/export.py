@@ -4,10 +4,9 @@ import json
 import shutil
 import tempfile
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import diffusers
 
 from evaluation.report.tables import interval_table
 from evaluation.results import load_result
@@ -68,7 +67,7 @@ def export_diffusers(
             prediction=record.prediction,
             parameters=round(count / 1e6, 1),
             num_steps=SAMPLING["num_steps"] if "num_steps" in record.facts.samples else None,
-            diffusers=".".join(diffusers.__version__.split(".")[:2]),
+            diffusers=".".join(version("diffusers").split(".")[:2]),
             licence=licence,
             data=sources,
             **scores,
@@ -84,7 +83,7 @@ def _index(record: Any, names: set[str]) -> dict[str, Any]:
     parts = {name: ["diffusers", kind] if name in names else [None, None] for name, kind in classes.items()}
     return {
         "_class_name": "CcsrPipeline",
-        "_diffusers_version": diffusers.__version__,
+        "_diffusers_version": version("diffusers"),
         "family": record.family,
         "prediction": record.prediction,
         "beside": sorted(names & set(BESIDE)),

@@ -154,11 +154,9 @@ def join_group(rank: int, world_size: int, port: int) -> None:
     """Make this process one of a gloo group, as the workers of `ccsr train` are."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), DS_ACCELERATOR="cpu")
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
-    import deepspeed
+    from training.run.step.engine import load_deepspeed
 
-    from training.run.step.engine import skip_compiled_collectives
-
-    skip_compiled_collectives()
+    deepspeed = load_deepspeed()
     torch.set_num_threads(1)
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from recordings import recordings
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from training.convert.ldm import unet_names, vae_names
 from training.convert.text import V2_NEGATIVE_PROMPT, V2_PROMPT, embed_empty_prompt_open_clip
 from training.models import CcsrModel, load_model
 from training.models.directory import WEIGHTS
+from training.models.library import AutoencoderKL, UNet2DConditionModel
 from training.models.networks import UNET_CONFIGS, VAE_CONFIGS, latent_controlnet, seeded_init
 
 DATA = Path(__file__).parent / "data" / "models"

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -27,6 +26,7 @@ from training.models import (
     load_model,
     save_model,
 )
+from training.models.library import AutoencoderKL, UNet2DConditionModel
 from training.models.networks import seeded_init
 from training.models.stablesr import Sft
 

@@ -4,9 +4,10 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,7 +32,7 @@ def run_ccsr(
     )
 
 
-NUM_RUNS = 4
+NUM_RUNS = 3
 ON_CONFIGS = """
 import sys
 from pathlib import Path
@@ -40,11 +41,6 @@ from pipelines.cli.main import main
 demo.CONFIGS = Path(sys.argv.pop(1))
 main()
 """
-
-
-def run_demo(out: Path) -> subprocess.CompletedProcess[str]:
-    """`ccsr demo --out OUT` on the configs beside OUT."""
-    return run_ccsr("demo", "--out", str(out), program=[sys.executable, "-c", ON_CONFIGS, str(out.parent / "configs")])
 
 
 @dataclass
@@ -63,7 +59,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> DemoRun:
     text = evaluate.read_text()
     assert "num_runs: 10\n" in text
     evaluate.write_text(text.replace("num_runs: 10\n", f"num_runs: {NUM_RUNS}\n"))
-    done = run_demo(out)
+    program = [sys.executable, "-c", ON_CONFIGS, str(folder / "configs")]
+    done = run_ccsr("demo", "--out", str(out), program=program)
     assert done.returncode == 0, done.stdout + done.stderr
     return DemoRun(out, done.stdout)
 
@@ -73,3 +70,15 @@ def ray_session() -> None:
     """One Ray cluster for all tests that start jobs in this process."""
     with ray_cluster(RayConfig(num_cpus=2)):
         yield
+
+
+@pytest.fixture
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs do their work in this process: each actor would import the networks anew. For tests of what happens before
+    and after the work."""
+
+    def here(make: Callable[[], Callable[[Any], Any]], items: Sequence[Any], **_: Any) -> Iterator[Any]:
+        return map(make(), items) if items else iter(())
+
+    for job in ("evaluation.job", "pipelines.sharding.job"):
+        monkeypatch.setattr(f"{job}.on_ray", here)

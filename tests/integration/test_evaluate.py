@@ -103,7 +103,9 @@ def test_a_metric_without_weights_is_null_and_bicubic_is_exactly_stable(first: P
     assert "unavailable" in (first / "report.html").read_text()
 
 
-def test_a_result_grows_by_other_methods_outputs_and_computes_nothing_else(place: Path, first: Path) -> None:
+def test_a_result_grows_by_other_methods_outputs_and_computes_nothing_else(
+    place: Path, first: Path, without_ray: None
+) -> None:
     """The outputs are what the result's own methods wrote, so they get the same numbers, perturbed LR images too."""
     grown = place / "grown"
     shutil.copytree(first, grown)
@@ -192,7 +194,9 @@ def test_an_error_in_a_worker_reaches_the_user_and_what_is_done_stays(place: Pat
     assert {path.name for path in (place / "steps2" / "records" / "bicubic").iterdir()} >= {"astro.json"}
 
 
-def test_images_without_hr_have_sharpness_against_bicubic(place: Path, without_weights: None) -> None:
+def test_images_without_hr_have_sharpness_against_bicubic(
+    place: Path, without_weights: None, without_ray: None
+) -> None:
     changes = {"data": [{"lr": f"{place}/lr"}], "metrics": ["psnr_y", "niqe"], "perturbations": []}
     result = run_evaluate(config(place, "lr_only", **changes))
     assert result.summary["bicubic"]["sharpness"] == 1

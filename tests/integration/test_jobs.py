@@ -19,8 +19,6 @@ from training.config import ModelConfig, TrainConfig
 from training.models import build_model, save_model
 from training.run.driver import run_train
 
-pytestmark = pytest.mark.usefixtures("ray_session")
-
 
 def photos(folder: Path, num_images: int = 4) -> Path:
     """Noise pictures: what they show does not matter here."""
@@ -42,6 +40,7 @@ def shard_config(source: Path, output: Path, **changes) -> ShardConfig:
     return parse_config(values | changes, ShardConfig, where="test")
 
 
+@pytest.mark.usefixtures("without_ray")
 def test_sharding_goes_on_where_it_stopped_and_refuses_a_changed_config(tmp_path):
     source = photos(tmp_path / "photos")
     whole = run_shard(shard_config(source, tmp_path / "whole"))
@@ -62,6 +61,7 @@ def test_sharding_goes_on_where_it_stopped_and_refuses_a_changed_config(tmp_path
     assert verify(str(stopped)).dataset_id == whole.dataset_id
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_a_strange_file_in_a_shards_place_is_told_by_the_worker(tmp_path):
     source = photos(tmp_path / "photos")
     (tmp_path / "out" / "shards").mkdir(parents=True)
@@ -71,6 +71,7 @@ def test_a_strange_file_in_a_shards_place_is_told_by_the_worker(tmp_path):
     assert (tmp_path / "out" / "shards" / "000002.tar").read_bytes() == b"not ours"
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_an_unreadable_photo_is_set_aside_and_said(tmp_path):
     source = photos(tmp_path / "photos")
     good = (source / "photo1.png").read_bytes()
@@ -87,6 +88,7 @@ def test_an_unreadable_photo_is_set_aside_and_said(tmp_path):
     assert run_shard(allowed).num_samples == 3
 
 
+@pytest.mark.usefixtures("without_ray")
 def test_evaluation_goes_on_where_it_stopped(tmp_path):
     data = run_shard(shard_config(photos(tmp_path / "photos", 3), tmp_path / "data")).uri
     save_model(build_model(ModelConfig(family="v2"), 0), tmp_path / "model")
@@ -114,6 +116,7 @@ def test_evaluation_goes_on_where_it_stopped(tmp_path):
     assert len(record["scores"]["psnr_y"]) == 2
 
 
+@pytest.mark.usefixtures("without_ray")
 def test_a_model_of_another_kind_is_refused_before_anything_starts(tmp_path):
     data = run_shard(shard_config(photos(tmp_path / "photos", 1), tmp_path / "data")).uri
     save_model(build_model(ModelConfig(family="v2"), 0), tmp_path / "model")

@@ -41,8 +41,6 @@ def test_actors_write_what_one_process_writes(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "in" / "broken.png").unlink()
     (tmp_path / "ray" / files[0]).unlink()
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "ray").rglob("*.png")}
-    runtime = RestoreRuntime(use_ray=True, num_actors=2)
-    model, config = str(tmp_path / "model"), config.model_copy(update={"runtime": runtime})
-    assert restore(str(tmp_path / "in"), str(tmp_path / "ray"), model, config) == 3
+    assert restore(str(tmp_path / "in"), str(tmp_path / "ray"), str(tmp_path / "model"), config) == 3
     assert (tmp_path / "ray" / files[0]).is_file()
     assert times == {path: path.stat().st_mtime_ns for path in times}

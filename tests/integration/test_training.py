@@ -20,7 +20,6 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from diffusers.models.attention import BasicTransformerBlock
 
 import training.run.checkpointer
 from infra.errors import ConfigError, ModelError, StoppedError, StorageError
@@ -41,6 +40,7 @@ from training.data.batches import updates
 from training.data.order import SORTED
 from training.data.samples import SampleReader
 from training.models import load_model
+from training.models.library import BasicTransformerBlock
 from training.run.checkpoint import TrainingState, complete_checkpoints, load_checkpoint
 from training.run.export import export_run, initial_model, last_checkpoint
 from training.run.step.stages import Stage, build_stage
@@ -53,11 +53,12 @@ STAGE2: dict[str, dict[str, Any]] = {  # by discriminator
     "patch": {},
     "dino": {
         "model": {"family": "v2"},
-        "decoder_loss": V2_LOSS | {"perceptual_start_update": 27, "gan_start_update": 1},
+        "decoder_loss": V2_LOSS | {"perceptual_start_update": 9, "gan_start_update": 1},
         "start_from": "lr",
         "num_steps": 1,
     },
 }
+STAGE2_UPDATES = {"patch": LONG, "dino": 12}
 
 
 PRECISIONS = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("bf16", 1), ("bf16", 2)]  # with each ZeRO stage it allows
@@ -144,12 +145,13 @@ def one(process_group: None, data: str, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="module")
 def stage2(process_group: None, data: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
-    """30 updates of stage 2 in this process with a discriminator: (Losses, output)."""
+    """STAGE2_UPDATES of stage 2 in this process with a discriminator: (Losses, output)."""
 
     @functools.cache
     def run(discriminator: str) -> tuple[Losses, Path]:
         losses, output = Losses(), tmp_path_factory.mktemp(discriminator)
-        config = train_config(data, output, stage=2, num_updates=LONG, **STAGE2[discriminator])
+        num_updates = STAGE2_UPDATES[discriminator]
+        config = train_config(data, output, stage=2, num_updates=num_updates, **STAGE2[discriminator])
         train_here(config, losses=losses)
         return losses, output
 
@@ -201,7 +203,7 @@ def two(one: tuple[list[float], Path], data: str, tmp_path_factory: pytest.TempP
     train_here(short)
     two.plan_resave("stage2-on-two", short)
     for discriminator, changes in STAGE2.items():
-        two.plan(discriminator, data, LONG, stage=2, **changes)
+        two.plan(discriminator, data, STAGE2_UPDATES[discriminator], stage=2, **changes)
     two.plan("unequal", data, 2, {"seed_by_rank": 1}, stage=2, runtime={"checkpoint_every": 1})
     two.plan("poisoned", data, 6, {"poison": 15}, runtime={"checkpoint_every": 1})
     two.plan("bad-gradient", data, 3, {"bad_gradient": 1}, runtime={"checkpoint_every": 1})
@@ -256,12 +258,13 @@ def test_a_checkpoint_of_the_sorted_order_resumes_in_it(process_group, data, tmp
 
 
 def assert_near(losses: list[float], expected: list[float]) -> None:
-    assert len(losses) == len(expected) == LONG
+    assert len(losses) == len(expected)
     assert losses[0] == pytest.approx(expected[0], rel=1e-5)
     assert losses == pytest.approx(expected, rel=1e-3)
 
 
 def test_two_workers_train_as_one(one, two):
+    assert len(one[0]) == LONG
     assert_near(two.losses("zero1"), one[0])
 
 
@@ -292,10 +295,12 @@ def test_stage2_comes_back_exactly_on_another_world_size(two):
 def test_stage2_trains_on_two_workers_as_on_one(stage2, two, discriminator):
     """Both losses and what a checkpoint holds of the discriminator, whose replicas each checkpoint compares."""
     one, output = stage2(discriminator)
+    assert len(one.values) == STAGE2_UPDATES[discriminator]
     assert two.outcomes(discriminator) == [["", ""]] * 2
     assert_near(two.losses(discriminator), one.values)
     assert_near(two.losses(discriminator, ".d_loss"), one.d_values)
-    alone, shared = (checkpoint_at(run, LONG).tensors["discriminator"] for run in (output, two.folder / discriminator))
+    places = output, two.folder / discriminator
+    alone, shared = (checkpoint_at(run, STAGE2_UPDATES[discriminator]).tensors["discriminator"] for run in places)
     assert alone.keys() == shared.keys()
     for name, tensor in alone.items():
         torch.testing.assert_close(shared[name], tensor, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: name + text)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
 
 from infra import DataError
 from training.models import seeded_init
+from training.models.library import AutoencoderKL
 from training.models.networks import VAE_CONFIGS
 from training.restore import banded_vae as tiled_vae
 from training.restore.banded_vae import check_space, decode_in_bands, encode_in_bands, plane_bytes, rows_at_once

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 
 from infra.errors import ModelError
@@ -35,6 +34,7 @@ from training.models.directory import (
     read_weights,
     save_model,
 )
+from training.models.library import AutoencoderKL, UNet2DConditionModel
 from training.models.networks import (
     CONDITION,
     UNET_CONFIGS,

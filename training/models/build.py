@@ -1,12 +1,12 @@
 """Fresh models: the networks of a preset and a family with random weights."""
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 
 from infra.errors import ConfigError
 from training.config import ModelConfig
 from training.models.ccsr import CcsrModel
+from training.models.library import AutoencoderKL, UNet2DConditionModel
 from training.models.networks import PROMPT_TOKENS, build_networks, latent_controlnet, seeded_init
 from training.models.onestep import OneStepAdapter, OneStepModel
 from training.models.stablesr import StableSrAdapter, StableSrModel

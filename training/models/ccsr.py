@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
 
 from infra.errors import ModelError
 from training.config import ModelConfig
+from training.models.library import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from training.sampling.schedules import velocity_to_eps
 
 

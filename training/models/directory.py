@@ -13,7 +13,6 @@ from pickle import UnpicklingError  # what torch.load(weights_only=True) raises;
 from typing import Any, Literal, TypeVar
 
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -25,6 +24,7 @@ from infra.files.storage import explained, sha256_file
 from training.config import ModelConfig
 from training.models.build import model_class
 from training.models.ccsr import CcsrModel
+from training.models.library import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from training.models.networks import from_stock_condition, to_stock_condition, with_latent_condition
 from training.models.onestep import OneStepAdapter
 from training.models.stablesr import StableSrAdapter

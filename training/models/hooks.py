@@ -6,9 +6,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from training.models.library import ModelMixin
 
 Hook = tuple[nn.Module, Callable[..., Any]]
 

@@ -5,10 +5,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
 
 from infra.errors import ModelError
+from training.models.library import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 
 # tiny: 4.36 M parameters, a 4-fold VAE and no text.  sd21: Stable Diffusion 2.1-base (Rombach et al., CVPR 2022).
 VAE_CONFIGS: dict[str, dict[str, Any]] = {

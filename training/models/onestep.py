@@ -10,13 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
-from diffusers import AutoencoderKL, ConfigMixin, ModelMixin, UNet2DConditionModel
-from diffusers.configuration_utils import register_to_config
-from peft import LoraConfig
 from torch import Tensor, nn
 
 from infra.errors import ModelError
 from training.models.ccsr import CcsrModel, dtype_of
+from training.models.library import AutoencoderKL, ConfigMixin, ModelMixin, UNet2DConditionModel, register_to_config
 
 Targets = dict[str, list[str]]
 """LoRA's name -> the layers that it changes."""
@@ -105,13 +103,16 @@ class OneStepAdapter(ModelMixin, ConfigMixin):
 
     def _wrapped(self, part: str) -> Any:
         """The network of the base's config under LoRAs, without memory."""
+        from peft import LoraConfig  # a second, with transformers, that the other families need not wait
+        from peft.functional import inject_adapter_in_model, set_adapter
+
         with torch.device("meta"), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several LoRAs are meant
             network = NETWORKS[part].from_config(dict(self.config.base[part]))
             for name, layers in self.config.targets[part].items():
                 lora = LoraConfig(r=self.config.ranks[part], lora_alpha=self.config.alpha, target_modules=list(layers))
-                network.add_adapter(lora, name)
-        network.set_adapter(list(self.config.targets[part]))
+                inject_adapter_in_model(lora, network, name)
+        set_adapter(network, list(self.config.targets[part]))
         return network
 
 

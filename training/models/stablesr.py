@@ -10,16 +10,23 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
-from diffusers.configuration_utils import register_to_config
-from diffusers.models.embeddings import TimestepEmbedding, Timesteps
-from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.unets.unet_2d_blocks import AttnDownBlock2D, DownBlock2D, UNetMidBlock2D
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.models.ccsr import CcsrModel, dtype_of
 from training.models.hooks import Hook, before_norm, hooked
+from training.models.library import (
+    AttnDownBlock2D,
+    ConfigMixin,
+    DownBlock2D,
+    ModelMixin,
+    ResnetBlock2D,
+    TimestepEmbedding,
+    Timesteps,
+    UNet2DConditionModel,
+    UNetMidBlock2D,
+    register_to_config,
+)
 from training.models.networks import seeded_init
 from training.models.wrapping import FeatureWrapping
 

@@ -5,13 +5,11 @@ from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
-from diffusers import AutoencoderKL, ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
-from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.models.hooks import Hook, before_norm, hooked
+from training.models.library import AutoencoderKL, ConfigMixin, ModelMixin, ResnetBlock2D, register_to_config
 
 
 class DenseBlock(nn.Module):

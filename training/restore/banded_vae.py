@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from infra.errors import DataError
+from training.models.library import AutoencoderKL
 from training.models.onestep import full_weight
 
 GIB = 2**30

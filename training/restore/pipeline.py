@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, DiffusionPipeline, ImagePipelineOutput, UNet2DConditionModel
 from huggingface_hub import hf_hub_download
 from PIL import Image
 from safetensors.torch import load_file
@@ -17,6 +16,13 @@ from infra.seeding import noise_for
 from training.config import SamplingConfig
 from training.method import METHODS
 from training.models.ccsr import CcsrModel, dtype_of
+from training.models.library import (
+    AutoencoderKL,
+    ControlNetModel,
+    DiffusionPipeline,
+    ImagePipelineOutput,
+    UNet2DConditionModel,
+)
 from training.models.stablesr import StableSrAdapter
 from training.models.wrapping import FeatureWrapping
 from training.restore.published_sizes import enlarge, finish, reflect

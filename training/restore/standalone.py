@@ -3,10 +3,9 @@
 import ast
 import functools
 import importlib
+from importlib import metadata
 from pathlib import Path
 from typing import Any
-
-import diffusers
 
 from training.config import ModelConfig
 from training.method import METHODS
@@ -60,7 +59,7 @@ def pipeline_sources(family: str) -> dict[str, str]:
     chain.add(model.__module__, model.__name__)
     chain.add(method.__module__, method.__name__)
     chain.add("training.restore.pipeline", "CcsrPipeline", given=("BESIDE",))
-    version = tuple(map(int, diffusers.__version__.split(".")[:2]))
+    version = tuple(map(int, metadata.version("diffusers").split(".")[:2]))
     errors = ERRORS.format(version=version, text=".".join(map(str, version)))
     given = f"METHODS = {{{family!r}: {method.__name__}()}}\nSAMPLING = {SAMPLING!r}"
     shared = [name for name, module in chain.modules.items() if module.startswith(SHARED)]
@@ -137,7 +136,8 @@ def _module(module: str) -> tuple[dict[str, ast.stmt], dict[str, tuple[str, str]
     file = Path(str(importlib.import_module(module).__file__))
     definitions: dict[str, ast.stmt] = {}
     sources: dict[str, tuple[str, str]] = {}
-    for node in ast.parse(file.read_text()).body:
+    found = ast.parse(file.read_text()).body
+    for node in [inner for outer in found for inner in (outer.body if isinstance(outer, ast.With) else [outer])]:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             definitions[node.name] = node
         elif isinstance(node, ast.Assign | ast.AnnAssign):

@@ -16,8 +16,8 @@ from infra.mlflow.server import check_tracking, tracking_uri
 from infra.mlflow.tracking import Tracker, track
 from infra.process.ray_runtime import cpus_here, ray_cluster, user_error
 from infra.run import Progress, claim_output, git_commit
-from infra.shards.manifest import Manifest
-from infra.shards.tars import open_set
+from infra.shards.shard.shard.manifest import Manifest
+from infra.shards.shard.shard.tars import open_set
 from training.config import TrainConfig, legal_world_sizes
 from training.data.batches import check_cpus, cpus_of_worker
 from training.data.samples import check_crop, check_stored
@@ -218,7 +218,6 @@ def _drained(trainer: Any, watch: Watch, config: TrainConfig, sigterm: Callable[
 def _worker(settings: dict[str, Any]) -> None:
     """What each Ray Train worker runs."""
     import cv2
-    import deepspeed
     import ray.train
     import torch
     from ray.train.v2._internal.execution.context import get_train_context
@@ -227,7 +226,7 @@ def _worker(settings: dict[str, Any]) -> None:
     from infra.process.background import BackgroundTracker
     from infra.process.node import NodeMonitor
     from infra.process.numerics import set_numerics
-    from training.run.step.engine import skip_compiled_collectives
+    from training.run.step.engine import load_deepspeed
     from training.run.worker import train
 
     config: TrainConfig = settings["config"]
@@ -236,7 +235,7 @@ def _worker(settings: dict[str, Any]) -> None:
     rank = ray_context.get_world_rank()
     torch.set_num_threads(config.runtime.threads)
     cv2.setNumThreads(1)  # the ingest has its own threads
-    skip_compiled_collectives()
+    deepspeed = load_deepspeed()
     backend = "nccl" if config.runtime.device == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     board = settings["board"]

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from infra.files.weights import find_weights
 from training.models.directory import fill, read_checkpoint
 from training.models.judges.vit import VisionTransformer, build_vit
+from training.models.library import AutoencoderKL
 
 
 class _Convolution(NamedTuple):

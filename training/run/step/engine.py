@@ -7,20 +7,24 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
+from infra.process.imports import without
 from training.config import TrainConfig
+from training.models.library import BasicTransformerBlock
 from training.run.checkpoint import EMA, MOMENTS, step_tensor
 from training.run.step.eight_bit import float_moments, is_eight_bit, make_adamw8bit, quantize_moments
 from training.run.step.stages import Stage
 
 
-def skip_compiled_collectives() -> None:
-    """Keep DeepSpeed from compiling its shared-memory collectives: a machine without a compiler must do."""
-    import deepspeed.ops
+def load_deepspeed() -> Any:
+    """DeepSpeed, imported first here: without MLflow, which its autotuner would load, a second of each worker; and
+    without its compiled shared-memory collectives, since a machine without a compiler must do."""
+    with without("mlflow", importing="deepspeed"):
+        import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
 
 
 def make_engine(stage: Stage, config: TrainConfig, world_size: int, device: str) -> tuple[Any, torch.optim.Optimizer]:
