@@ -227,7 +227,7 @@ def _pyiqa_metric(metric: str, device: str) -> Any:
         raise ModelError(
             f"pyiqa is here but {metric} does not load ({type(error).__name__}: {line_of(error)})",
             where=f"{metric}, on {device}",
-            todo="mend what it names (often a package that the metric needs), or leave the metric out",
+            todo="install or update the package that it names, or take the metric out of `metrics`",
         ) from error
 
 

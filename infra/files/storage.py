@@ -98,12 +98,18 @@ def explained(action: str, uri: str, *, local: Path | None = None) -> Iterator[N
         raise StorageError(
             f"{action}: {error.strerror or 'permission denied'}",
             where=uri,
-            todo="choose another place or ask for the right to it",
+            todo="set AWS_PROFILE or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY to an account that may do this"
+            if is_s3(uri)
+            else "grant access with chmod or chown, or give another path",
         ) from error
     except OSError as error:
         reason = error.strerror or str(error) or type(error).__name__
         raise disk_error(error, local or uri) or StorageError(
-            f"{action}: {reason}", where=uri, todo="check the place and retry"
+            f"{action}: {reason}",
+            where=uri,
+            todo="check AWS_ENDPOINT_URL and the bucket's name, and run the same command again"
+            if is_s3(uri)
+            else "give another path, or run the same command again",
         ) from error
 
 

@@ -191,7 +191,9 @@ def encode_png(image: np.ndarray, profile: bytes | None = None, exif: bytes | No
     done, data = cv2.imencode(".png", pixels, flags)
     if not done:
         raise DataError(
-            f"an array of shape {image.shape} cannot be written as PNG", where="encode_png", todo="check the image"
+            f"an array of {image.dtype} {image.shape} cannot be written as PNG",
+            where="encode_png",
+            todo="give uint8 or uint16 of shape (H, W), (H, W, 3) or (H, W, 4)",
         )
     png = data.tobytes()
     chunks = b""
