@@ -137,7 +137,7 @@ def _write_shards(config: ShardConfig, recipe: DegradationConfig | None, shards:
     with progress("sharding", num_samples, done=num_samples - num_pending) as advance:
         runtime = config.runtime
         written = on_ray(
-            lambda: _writer(config, recipe),
+            lambda: shard_writer(config, recipe),
             pending,
             config=runtime.ray,
             num_actors=(runtime.num_actors or 1) if config.latents else None,  # which keep the model
@@ -151,7 +151,7 @@ def _write_shards(config: ShardConfig, recipe: DegradationConfig | None, shards:
     return num_pending
 
 
-def _writer(config: ShardConfig, recipe: DegradationConfig | None) -> Callable[[PlannedShard], int]:
+def shard_writer(config: ShardConfig, recipe: DegradationConfig | None) -> Callable[[PlannedShard], int]:
     """A worker's function: write a shard, return its number of samples."""
     encoder = latent_encoder(config)
 

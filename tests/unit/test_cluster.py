@@ -87,9 +87,9 @@ def test_gpu_nodes_take_all_work_where_there_are_no_others():
 
 def test_a_cluster_that_can_grow_has_the_cpus_that_its_head_promises(monkeypatch):
     nodes = [({}, {"ccsr.io/max-cpus": "256"}), ({"CPU": 32.0}, {"ccsr.io/kind": "gpu"}), ({"CPU": 16.0}, {})]
-    monkeypatch.setattr("infra.process.ray_runtime._nodes_here", lambda: nodes)
+    monkeypatch.setattr("infra.process.ray_runtime.nodes_here", lambda: nodes)
     assert cpus_here() == 256
-    monkeypatch.setattr("infra.process.ray_runtime._nodes_here", lambda: nodes[1:])
+    monkeypatch.setattr("infra.process.ray_runtime.nodes_here", lambda: nodes[1:])
     assert cpus_here() == 16
 
 
