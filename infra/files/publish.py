@@ -46,17 +46,10 @@ def put_if_absent(uri: str, data: bytes) -> bool:
 @contextmanager
 def temporary_folder(name: str) -> Iterator[Path]:
     """A temporary folder whose name holds `name`, removed at the end. An OSError in the block (a full disk) becomes a
-    StorageError, but for a server's, which `requests` raises as OSErrors too, and a closed pipe's."""
-    try:
-        with tempfile.TemporaryDirectory(prefix=f"ccsr-{name}-") as folder:
-            yield Path(folder)
-    except OSError as error:
-        from requests import RequestException
-
-        if isinstance(error, RequestException | BrokenPipeError):
-            raise
-        with explained("cannot write", tempfile.gettempdir()):
-            raise
+    StorageError as in `explained`."""
+    place = tempfile.gettempdir()
+    with explained("cannot write", place), tempfile.TemporaryDirectory(prefix=f"ccsr-{name}-", dir=place) as folder:
+        yield Path(folder)
 
 
 @contextmanager

@@ -88,7 +88,7 @@ def on_s3(call: Callable[[Any], ResultT]) -> ResultT:
 @contextmanager
 def explained(action: str, uri: str, *, local: Path | None = None) -> Iterator[None]:
     """Turn an OSError in the block into a StorageError about `uri`; a full disk's is about `local`, where the block
-    writes what it reads from `uri`."""
+    writes what it reads from `uri`. Not a server's, which `requests` raises as OSErrors, nor a closed terminal's."""
     try:
         yield
     except FileNotFoundError as error:
@@ -103,6 +103,8 @@ def explained(action: str, uri: str, *, local: Path | None = None) -> Iterator[N
             else "grant access with chmod or chown, or give another path",
         ) from error
     except OSError as error:
+        if type(error).__module__ == "requests.exceptions" or (isinstance(error, BrokenPipeError) and not is_s3(uri)):
+            raise
         reason = error.strerror or str(error) or type(error).__name__
         raise disk_error(error, local or uri) or StorageError(
             f"{action}: {reason}",
