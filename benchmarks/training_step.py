@@ -94,7 +94,7 @@ class Bench:
             began = Clock.now()
             yield batches
             self.loop.add(began)
-            while self.tracker._waiting:
+            while self.tracker.num_waiting:
                 time.sleep(0.001)
             self.posted.add(began)
             walls = (clock.wall[-1] for clock in (self.loop, self.bare, self.plain))

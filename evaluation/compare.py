@@ -1,7 +1,6 @@
 """Paired comparison of evaluated methods: differences per image, bootstrap intervals, wins, losses, config diff."""
 
 import csv
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from evaluation.metrics.names import OVER_RUNS, metric_direction
 from evaluation.results import EvaluationResult, MethodScores
 from infra.display.table import Cell, Table, cell
 from infra.errors import ConfigError
+from infra.files.publish import temporary_folder
 from infra.mlflow.server import TrackingConfig
 
 
@@ -151,8 +151,8 @@ def compare(
     `scratch`: a folder for the pictures of MLflow's runs; without one the tables alone are fetched.
     Raises DataError where dataset, convention or images differ, ConfigError for an unknown method or fewer than two.
     """
-    with tempfile.TemporaryDirectory(prefix="ccsr-compare-") as tables:
-        place, tracking = scratch or Path(tables), tracking or TrackingConfig()
+    with temporary_folder("compare") as tables:
+        place, tracking = scratch or tables, tracking or TrackingConfig()
         parts = [_select(one, tracking, place, pictures=scratch is not None) for one in results]
     entries = [entry for part in parts for entry in part]
     if len(entries) < 2:

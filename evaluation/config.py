@@ -46,18 +46,18 @@ class NamedSet(Config):
     @property
     def layout(self) -> dict[str, Any]:
         """`lr` and `hr` (folders below `path`; no `hr`: LR images only), `num_images`, `scale`, `licence`."""
-        return _test_sets()[self.set]
+        return published_sets()[self.set]
 
     @field_validator("set")
     @classmethod
     def _known(cls, name: str) -> str:
-        if name not in _test_sets():
-            raise ValueError(f"unknown test set; choose from {', '.join(_test_sets())}")
+        if name not in published_sets():
+            raise ValueError(f"unknown test set; choose from {', '.join(published_sets())}")
         return name
 
 
 @cache
-def _test_sets() -> dict[str, dict[str, Any]]:
+def published_sets() -> dict[str, dict[str, Any]]:
     return yaml.safe_load(Path(__file__).with_name("test_sets.yaml").read_text(encoding="utf-8"))
 
 

@@ -74,7 +74,8 @@ def load_sets(data: Sequence[str | FolderSet | NamedSet]) -> EvaluationSet:
     key, count = Counter(image.key for image in images).most_common(1)[0]
     if count > 1:
         places = [image.lr for image in images if image.key == key]
-        raise DataError(f"two images have the key {key}", where=", ".join(places[:2]), todo="rename or evaluate apart")
+        todo = "rename one of the two files, or write one evaluation for each set in `data`"
+        raise DataError(f"two images have the key {key}", where=", ".join(places[:2]), todo=todo)
     return EvaluationSet("+".join(part.dataset_id for part in parts), images)
 
 

@@ -1,8 +1,6 @@
 """An evaluation's result in MLflow: a run with report, tables and pictures, and a run per method."""
 
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from evaluation.compare import Comparison
@@ -13,6 +11,7 @@ from evaluation.report.page import comparison_page, read_map
 from evaluation.results import TRACE, EvaluationResult, is_deterministic, method_file
 from infra.config import fingerprint_of, parameters
 from infra.errors import ClusterError, line_of
+from infra.files.publish import temporary_folder
 from infra.files.storage import exists, join, list_files, name_of, read_bytes
 from infra.imaging.images import encode_png
 from infra.imaging.pixels import coloured
@@ -66,7 +65,7 @@ def log_comparison(comparison: Comparison, results: Sequence[str], tracking: Tra
     fingerprint = fingerprint_of({"config": config, "rows": rows})
     with (
         track(tracking, {"job": "compare", "fingerprint": fingerprint, "config": config}) as tracker,
-        tempfile.TemporaryDirectory(prefix="ccsr-compare-") as folder,
+        temporary_folder("compare") as folder,
     ):
         compared = ", ".join(f"`{one}`" for one in results)
         page = link(tracker.client.get_run(tracker.run_id), "comparison.html")
@@ -75,12 +74,12 @@ def log_comparison(comparison: Comparison, results: Sequence[str], tracking: Tra
         tracker.note(
             f"Compared: {compared}, against {comparison.baseline}. {page} has all.", linked and f"Evaluations: {linked}"
         )
-        comparison.write_csv(Path(folder) / "differences.csv")
-        with (Path(folder) / "comparison.txt").open("w", encoding="utf-8") as file:
+        comparison.write_csv(folder / "differences.csv")
+        with (folder / "comparison.txt").open("w", encoding="utf-8") as file:
             for table in comparison.tables():
                 Console(file=file, width=120, soft_wrap=True).print(table)
-        (Path(folder) / "comparison.html").write_text(comparison_page(comparison), encoding="utf-8")
-        tracker.artifact(Path(folder))
+        (folder / "comparison.html").write_text(comparison_page(comparison), encoding="utf-8")
+        tracker.artifact(folder)
         return tracker.run_id
 
 
@@ -185,9 +184,9 @@ def _log_artifacts(tracker: Tracker, config: EvaluateConfig, result: EvaluationR
     for place in list_files(join(config.output, "images")):
         if place.rsplit("/", 1)[-1].removesuffix(".png") in {*keys, TRACE}:
             wanted.append(place)
-    with tempfile.TemporaryDirectory(prefix="ccsr-artifacts-") as folder:
+    with temporary_folder("artifacts") as folder:
         for place in wanted:
-            target = Path(folder) / place.removeprefix(config.output).lstrip("/")
+            target = folder / place.removeprefix(config.output).lstrip("/")
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(read_bytes(place))
-        tracker.artifact(Path(folder))
+        tracker.artifact(folder)

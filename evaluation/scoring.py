@@ -1,10 +1,8 @@
 """The Ray actor of an evaluation: restores one image by one method, scores it, and commits the record last; GANs."""
 
 import json
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +14,7 @@ from evaluation.metrics.perturbations import perturb, perturbation_border, undo
 from evaluation.metrics.registry import Quality
 from evaluation.results import image_row
 from infra.errors import DataError, ModelError, line_of
-from infra.files.publish import download, put_if_absent, write_bytes
+from infra.files.publish import download, put_if_absent, temporary_folder, write_bytes
 from infra.files.storage import join
 from infra.imaging.images import encode_png, read_image, resize_bicubic
 from infra.imaging.pixels import StabilityAccumulator, l_std, l_std_equal_sharpness, psnr_y
@@ -187,8 +185,8 @@ def load_gan(uri: str, device: str = "cpu") -> Any:
         raise ModelError(
             f"kind: gan cannot be loaded here ({error})", where=uri, todo="pip install 'ccsr-cluster[gan]'"
         ) from error
-    with tempfile.TemporaryDirectory(prefix="ccsr-gan-") as scratch:
-        file = download(uri, Path(scratch))
+    with temporary_folder("gan") as scratch:
+        file = download(uri, scratch)
         if not file.is_file():
             raise ModelError("there is no file here", where=uri, todo="check the path")
         try:

@@ -1,12 +1,11 @@
 """`ccsr convert`: published weights to a model directory."""
 
 import re
-import tempfile
 from pathlib import Path
 
 from infra.errors import ConfigError, StorageError
 from infra.files.locations import check_output, location
-from infra.files.publish import download, download_folder
+from infra.files.publish import download, download_folder, temporary_folder
 from infra.files.storage import exists, is_s3, join, list_files
 from infra.files.weights import BASE_HUB_ID, fetch_weights, find_weights
 from training.config import FAMILIES
@@ -46,8 +45,7 @@ def run_convert(
         todo = f"choose one of {', '.join(FAMILIES)}"
         raise ConfigError(f"no family is called {family!r}", where="--family", todo=todo)
     check_output(out, filter(None, (controlnet, vae)))
-    with tempfile.TemporaryDirectory(prefix="ccsr-convert-") as scratch:
-        folder = Path(scratch)
+    with temporary_folder("convert") as folder:
         target = folder / "model" if is_s3(out) else Path(out)
         if is_s3(out) and list_files(out) and not exists(join(out, "ccsr.json")):
             raise StorageError(

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import tempfile
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +12,7 @@ from evaluation.results import load_result
 from infra.display.templating import render
 from infra.errors import ConfigError, ModelError
 from infra.files.locations import check_output
-from infra.files.publish import shared_copy, upload_folder
+from infra.files.publish import shared_copy, temporary_folder, upload_folder
 from infra.files.storage import exists, is_s3, join, list_files, read_json
 from infra.mlflow.models import find_model
 from infra.mlflow.server import TrackingConfig
@@ -42,8 +41,8 @@ def export_diffusers(
         raise ConfigError("the output holds something else", where=out, todo="choose another folder, or empty this one")
     scores = _metrics(metrics) if metrics else {"metrics": []}
     sources = _training_data(model, data)
-    with shared_copy(model, "ccsr.json") as source, tempfile.TemporaryDirectory(prefix="ccsr-export-") as scratch:
-        source = merged(source, Path(scratch) / "merged")
+    with shared_copy(model, "ccsr.json") as source, temporary_folder("export") as scratch:
+        source = merged(source, scratch / "merged")
         record = read_record(source)
         if not (source / PROMPTS).is_file() or "" not in read_weights(source / PROMPTS):
             raise ModelError(
@@ -51,7 +50,7 @@ def export_diffusers(
                 where=model,
                 todo="convert the model again with its text encoder: ccsr convert",
             )
-        folder = Path(scratch) / "out"
+        folder = scratch / "out"
         files = ["ccsr.json", *record.sha256]
         for name in files:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,6 @@
 """`ccsr view`: the pictures of an evaluation or of a restoration in a browser, image by image, from a local server."""
 
 import re
-import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -19,6 +18,7 @@ from evaluation.results import EvaluationResult
 from infra.display.templating import render
 from infra.errors import CcsrError, ConfigError, DataError
 from infra.files.locations import location
+from infra.files.publish import temporary_folder
 from infra.files.storage import exists, join, list_files, read_bytes
 from infra.imaging.images import IMAGE_SUFFIXES, encode_png
 from infra.imaging.pictures import decode_picture
@@ -226,8 +226,8 @@ def serve(album: Album, port: int) -> ThreadingHTTPServer:
 
 def view(place: str, port: int, tracking: TrackingConfig, source: str | None = None) -> None:
     """Serve the pictures of `place` (see `album_of`) until Ctrl-C, after printing the address."""
-    with tempfile.TemporaryDirectory(prefix="ccsr-view-") as scratch:
-        album = album_of(place, Path(scratch), tracking, source)
+    with temporary_folder("view") as scratch:
+        album = album_of(place, scratch, tracking, source)
         with serve(album, port) as server, suppress(KeyboardInterrupt):
             print(f"{len(album.keys)} images: http://127.0.0.1:{server.server_port}/ (Ctrl-C ends)", flush=True)
             server.serve_forever()

@@ -39,7 +39,7 @@ def metric_origins(metrics: Sequence[str]) -> dict[str, str]:
         weights, package = _WEIGHTS.get(metric, ()), _package(metric)
         if not weights and not package:
             continue
-        release = _release(package) if package else ""
+        release = installed_version(package) if package else ""
         here = release is not None and present.issuperset(weights)
         if not here or (package == "pyiqa" and _pyiqa_metric(metric, "cpu") is None):
             origins[metric] = UNAVAILABLE
@@ -51,7 +51,7 @@ def metric_origins(metrics: Sequence[str]) -> dict[str, str]:
 
 def metric_directions(metrics: Sequence[str]) -> dict[str, int]:
     """Of pyiqa's metrics, as that package states them: +1 where higher is better, -1 where lower is."""
-    ours = [metric for metric in metrics if metric.startswith(PYIQA) and _release("pyiqa")]
+    ours = [metric for metric in metrics if metric.startswith(PYIQA) and installed_version("pyiqa")]
     return {metric: -1 if _pyiqa_config(metric).get("lower_better", False) else 1 for metric in ours}
 
 
@@ -63,11 +63,11 @@ def fetch_pyiqa(metric: str) -> None:
     os.environ["HF_HUB_OFFLINE"] = "0"  # this command is the one that may fetch
     if "huggingface_hub" in sys.modules:
         sys.modules["huggingface_hub"].constants.HF_HUB_OFFLINE = False
-    if _release("pyiqa") is None or _pyiqa_metric(metric, "cpu") is None:
+    if installed_version("pyiqa") is None or _pyiqa_metric(metric, "cpu") is None:
         raise ModelError(
-            f"the weights of {metric} could not be fetched" if _release("pyiqa") else "pyiqa is not installed",
+            f"the weights of {metric} could not be fetched" if installed_version("pyiqa") else "pyiqa is not installed",
             where=metric,
-            todo="check the network" if _release("pyiqa") else "pip install 'ccsr-cluster[metrics]'",
+            todo="check the network" if installed_version("pyiqa") else "pip install 'ccsr-cluster[metrics]'",
         )
 
 
@@ -75,7 +75,7 @@ def how_to_get(metric: str) -> str:
     """What makes an unavailable metric available."""
     package = _package(metric)
     names = [f"{PYIQA}{metric.removeprefix(PYIQA)}"] if package == "pyiqa" else _WEIGHTS.get(metric, ())
-    installs = ["pip install 'ccsr-cluster[metrics]'"] if package and _release(package) is None else []
+    installs = ["pip install 'ccsr-cluster[metrics]'"] if package and installed_version(package) is None else []
     return " and ".join([*installs, *(f"ccsr weights fetch {name}" for name in names)])
 
 
@@ -227,11 +227,11 @@ def _pyiqa_metric(metric: str, device: str) -> Any:
         raise ModelError(
             f"pyiqa is here but {metric} does not load ({type(error).__name__}: {line_of(error)})",
             where=f"{metric}, on {device}",
-            todo="mend what it names (often a package that the metric needs), or leave the metric out",
+            todo="install or update the package that it names, or take the metric out of `metrics`",
         ) from error
 
 
-def _release(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:

@@ -3,7 +3,6 @@
 import base64
 import json
 import math
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from evaluation.results import EvaluationResult, MethodScores, load_result
 from infra.display.table import Table
 from infra.display.templating import render
 from infra.errors import DataError
-from infra.files.publish import write_bytes
+from infra.files.publish import temporary_folder, write_bytes
 from infra.files.storage import exists, join, list_files, read_bytes
 from infra.imaging.images import read_image
 from infra.imaging.pixels import COLORMAP, coloured
@@ -109,8 +108,8 @@ def map_colours() -> str:
 
 def report_results(places: Sequence[str], target: str | None, tracking: TrackingConfig) -> tuple[EvaluationResult, str]:
     """The report of one result, or of several merged: folders, or MLflow runs by id or name. Returns both."""
-    with tempfile.TemporaryDirectory(prefix="ccsr-report-") as scratch:
-        found = [find_result(place, tracking, Path(scratch), pictures=True) for place in places]
+    with temporary_folder("report") as scratch:
+        found = [find_result(place, tracking, scratch, pictures=True) for place in places]
         result = merge_results(found) if len(found) > 1 else found[0]
         of_folder = len(found) == 1 and "mlflow_experiment" not in result.run
         return result, write_report(result, target or (None if of_folder else "report.html"))

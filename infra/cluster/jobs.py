@@ -5,7 +5,6 @@ import os
 import re
 import shlex
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from infra.cluster.server import check_version, cluster_facts, connect
 from infra.display.progress import last_line
 from infra.errors import PASSWORD, ClusterError, ConfigError, StorageError, line_of
 from infra.files.locations import local_path
-from infra.files.publish import ensure_writable
+from infra.files.publish import ensure_writable, temporary_folder
 from infra.files.storage import is_s3
 from infra.process.ray_runtime import check_gpus
 from infra.run import COMMIT, PACKAGES, ROOT, git_commit
@@ -73,8 +72,7 @@ def submit(
             todo=f"submit one of: {', '.join(COMMANDS)}",
         )
     environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-    with tempfile.TemporaryDirectory(prefix="ccsr-submit-") as scratch:
-        folder = Path(scratch)
+    with temporary_folder("submit") as folder:
         shipped = ship_configs(arguments, folder)
         refuse_passwords([*shipped, *environment.values(), *(file.read_text() for file in folder.iterdir())])
         client = connect(address)
@@ -100,7 +98,7 @@ def submit(
             on_log,
             entrypoint=f"exec python -m pipelines.cli.main {shlex.join(shipped)}",
             runtime_env={
-                "working_dir": scratch,
+                "working_dir": str(folder),
                 # A training run that is stopped writes a checkpoint first; Ray would kill it after 3 seconds.
                 "env_vars": environment | {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)},
             },

@@ -46,7 +46,7 @@ def put_if_absent(uri: str, data: bytes) -> bool:
 @contextmanager
 def temporary_folder(name: str) -> Iterator[Path]:
     """A temporary folder whose name holds `name`, removed at the end. An OSError in the block (a full disk) becomes a
-    StorageError."""
+    StorageError as in `explained`."""
     place = tempfile.gettempdir()
     with explained("cannot write", place), tempfile.TemporaryDirectory(prefix=f"ccsr-{name}-", dir=place) as folder:
         yield Path(folder)

@@ -88,7 +88,7 @@ def on_s3(call: Callable[[Any], ResultT]) -> ResultT:
 @contextmanager
 def explained(action: str, uri: str, *, local: Path | None = None) -> Iterator[None]:
     """Turn an OSError in the block into a StorageError about `uri`; a full disk's is about `local`, where the block
-    writes what it reads from `uri`."""
+    writes what it reads from `uri`. Not a server's, which `requests` raises as OSErrors, nor a closed terminal's."""
     try:
         yield
     except FileNotFoundError as error:
@@ -98,12 +98,20 @@ def explained(action: str, uri: str, *, local: Path | None = None) -> Iterator[N
         raise StorageError(
             f"{action}: {error.strerror or 'permission denied'}",
             where=uri,
-            todo="choose another place or ask for the right to it",
+            todo="set AWS_PROFILE or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY to an account that may do this"
+            if is_s3(uri)
+            else "grant access with chmod or chown, or give another path",
         ) from error
     except OSError as error:
+        if type(error).__module__ == "requests.exceptions" or (isinstance(error, BrokenPipeError) and not is_s3(uri)):
+            raise
         reason = error.strerror or str(error) or type(error).__name__
         raise disk_error(error, local or uri) or StorageError(
-            f"{action}: {reason}", where=uri, todo="check the place and retry"
+            f"{action}: {reason}",
+            where=uri,
+            todo="check AWS_ENDPOINT_URL and the bucket's name, and run the same command again"
+            if is_s3(uri)
+            else "give another path, or run the same command again",
         ) from error
 
 

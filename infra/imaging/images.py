@@ -77,7 +77,7 @@ def refusing(reason: str, what: str, where: str) -> Iterator[None]:
 
 
 @cache
-def _formats() -> tuple[str, ...]:
+def readable_formats() -> tuple[str, ...]:
     try:
         import pillow_heif
     except ImportError:
@@ -127,7 +127,7 @@ def open_image(data: bytes, where: str) -> Image.Image:
     `animated`."""
     if not data:
         raise refuse("empty", "the file is empty", where)
-    formats = _formats()
+    formats = readable_formats()
     if data[4:11] == b"ftyphei" and "HEIF" not in formats:
         raise refuse("heic", "HEIC is read by the package pillow-heif, which is not installed", where)
     with refusing("unreadable", f"the file is not a readable {', '.join(FORMATS[:-1])} or {FORMATS[-1]}", where):
@@ -191,7 +191,9 @@ def encode_png(image: np.ndarray, profile: bytes | None = None, exif: bytes | No
     done, data = cv2.imencode(".png", pixels, flags)
     if not done:
         raise DataError(
-            f"an array of shape {image.shape} cannot be written as PNG", where="encode_png", todo="check the image"
+            f"an array of {image.dtype} {image.shape} cannot be written as PNG",
+            where="encode_png",
+            todo="give uint8 or uint16 of shape (H, W), (H, W, 3) or (H, W, 4)",
         )
     png = data.tobytes()
     chunks = b""

@@ -1,4 +1,4 @@
-"""MLflow: one run per output, found again on a resume; only drivers and rank 0 import this."""
+"""MLflow: one run per output, found again on a resume; only drivers, rank 0 and the node monitor `import mlflow`."""
 
 import getpass
 import io

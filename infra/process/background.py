@@ -55,6 +55,11 @@ class BackgroundTracker:
         """What a progress line should add: empty while the server answers."""
         return f", MLflow away: {len(self._points.waiting)} points wait" if self._points.failing else ""
 
+    @property
+    def num_waiting(self) -> int:
+        """Points and files that the server has not taken yet."""
+        return len(self._points.waiting) + len(self._files.waiting)
+
     def close(self, seconds: float = 60.0, keep: Callable[[list[Any], list[Any]], object] | None = None) -> int:
         """Send what waits, trying again for at most `seconds`; the number of points and files that the server never
         took. `keep` gets the points and the files among them that may be sent later."""

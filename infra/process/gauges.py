@@ -20,7 +20,7 @@ GAUGES = {
 AGAIN_SECONDS = 5.0
 """Ray's agent forgets a gauge that is not set for two of its intervals (10 s each), and parts of a job take longer."""
 
-_shown: dict[tuple[str, tuple[str, ...], tuple[str, ...]], float] = {}
+held: dict[tuple[str, tuple[str, ...], tuple[str, ...]], float] = {}
 _lock = threading.Lock()  # or an old value would be set again after a new one
 
 
@@ -29,7 +29,7 @@ def show(values: Mapping[str, float], **tags: str) -> None:
     if _ray_runs():
         shown = {(name, tuple(tags), tuple(tags.values())): value for name, value in values.items()}
         with _lock:
-            _shown.update(shown)
+            held.update(shown)
             _set(shown)
         _keep_shown()
 
@@ -41,7 +41,7 @@ def _ray_runs() -> bool:
 
 def _set(shown: Mapping[tuple[str, tuple[str, ...], tuple[str, ...]], float]) -> None:
     for (name, keys, labels), value in shown.items():
-        _gauge(name, keys).set(value, tags=dict(zip(keys, labels, strict=True)))
+        ray_gauge(name, keys).set(value, tags=dict(zip(keys, labels, strict=True)))
 
 
 @cache
@@ -51,13 +51,13 @@ def _keep_shown() -> None:
             time.sleep(AGAIN_SECONDS)
             if _ray_runs():
                 with _lock:
-                    _set(_shown)
+                    _set(held)
 
     threading.Thread(target=again, daemon=True).start()
 
 
 @cache
-def _gauge(name: str, tags: tuple[str, ...]) -> Any:
+def ray_gauge(name: str, tags: tuple[str, ...]) -> Any:
     from ray.util.metrics import Gauge
 
     return Gauge(name, description=GAUGES[name], tag_keys=tags)

@@ -88,7 +88,7 @@ def check_gpus(needed: int, gpus: GpuCount, where: str) -> None:
 def _check_gpus_there(needed: int) -> None:
     """`check_gpus` of the cluster that this process is connected to."""
     if needed:
-        check_gpus(needed, count_gpus(_nodes_here()), "the cluster")
+        check_gpus(needed, count_gpus(nodes_here()), "the cluster")
 
 
 def _check_gpus_of_machine(needed: int) -> None:
@@ -108,12 +108,12 @@ def _check_gpus_of_machine(needed: int) -> None:
 
 def cpus_here() -> float:
     """CPUs of the connected cluster that `cpu_work` may take, or will once it has grown (the label MAX_CPUS)."""
-    nodes = list(_nodes_here())
+    nodes = list(nodes_here())
     present = sum(resources.get("CPU", 0.0) for resources, labels in nodes if labels.get(KIND) != GPU_KIND)
     return max([present, *(float(labels.get(MAX_CPUS, 0)) for _, labels in nodes)])
 
 
-def _nodes_here() -> list[tuple[Mapping[str, float], Mapping[str, str]]]:
+def nodes_here() -> list[tuple[Mapping[str, float], Mapping[str, str]]]:
     import ray
 
     return [(node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"]]

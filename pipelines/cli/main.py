@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import sys
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -142,20 +141,22 @@ def compare(
     from evaluation.compare import compare as compare_results
     from evaluation.mlflow_log import log_comparison
     from infra.display.table import print_report
+    from infra.files.publish import temporary_folder, write_bytes
+    from infra.files.storage import explained
     from infra.mlflow.server import TrackingConfig, check_tracking
 
     tracking = parse_config({"uri": mlflow}, TrackingConfig, where="--mlflow")
     if log:
         check_tracking(tracking)
-    with tempfile.TemporaryDirectory(prefix="ccsr-compare-") as scratch:
-        pictures = Path(scratch) if log or html is not None else None
+    with temporary_folder("compare") as scratch:
+        pictures = scratch if log or html is not None else None
         comparison = compare_results(runs, tracking=tracking, scratch=pictures)
         print_report(comparison.tables(), as_json=as_json)
         if csv is not None:
-            comparison.write_csv(csv)
+            with explained("cannot write", str(csv)):
+                comparison.write_csv(csv)
         if html is not None:
             from evaluation.report.page import comparison_page
-            from infra.files.publish import write_bytes
 
             write_bytes(html, comparison_page(comparison).encode())
         if log:

@@ -3,13 +3,12 @@
 import math
 import os
 import statistics
-import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 from infra.display.progress import progress
 from infra.display.table import Table, cell
+from infra.files.publish import temporary_folder
 from infra.shards.manifest import ShardRecord
 from pipelines.sharding.config import ShardConfig
 from pipelines.sharding.files import SourceFile
@@ -58,14 +57,14 @@ def estimate_shards(config: ShardConfig, *, num_files: int = NUM_FILES) -> Shard
     recipe, encoder = resolve_degradation(config), latent_encoder(config)
     files = list_sources(config.sources)
     measured: list[tuple[float, float, float, float, float]] = []
-    with tempfile.TemporaryDirectory(prefix="ccsr-estimate-") as folder:
+    with temporary_folder("estimate") as folder:
 
         def hash_first(file: SourceFile) -> None:
             if config.dedupe is not None:
                 hash_file(file, config)
 
         def make(file: SourceFile, name: str) -> list[ShardRecord]:
-            place = config.model_copy(update={"output": str(Path(folder, name))})
+            place = config.model_copy(update={"output": str(folder / name)})
             return [write_shard(place, recipe, shard, encoder) for shard in plan_shards([file], place)]
 
         chosen = evenly(files, num_files)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,7 @@ import numpy as np
 
 from infra.display.progress import progress
 from infra.errors import CcsrError, DataError
-from infra.files.publish import download
+from infra.files.publish import download, temporary_folder
 from infra.files.storage import is_s3, join, list_files, sha256_file
 from infra.imaging.images import below, skip_system_files
 from infra.run import MLFLOW_FILE
@@ -47,7 +46,7 @@ def verify(uri: str) -> Manifest:
         shard = shards[number]
         rows = index.slice(starts[number], shard["num_samples"])
         entries = [Entry(*row.values()) for row in rows.select(range(4)).to_pylist()]
-        faults = _check_tar(uri, shard, entries, Path(folder)) if shard["shard"] in present else [_missing(shard)]
+        faults = _check_tar(uri, shard, entries, folder) if shard["shard"] in present else [_missing(shard)]
         try:
             record = ShardRecord.read(record_uri(uri, number))
         except CcsrError as error:
@@ -62,7 +61,7 @@ def verify(uri: str) -> Manifest:
     records: list[ShardRecord] = []
     with (
         progress("verifying", len(shards)) as advance,
-        tempfile.TemporaryDirectory(prefix="ccsr-verify-") as folder,
+        temporary_folder("verify") as folder,
         ThreadPoolExecutor(NUM_THREADS) as pool,
     ):
         for found, record in pool.map(check, range(len(shards))):

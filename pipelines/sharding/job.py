@@ -1,18 +1,16 @@
 """`ccsr shard`: Ray Data tasks write the planned shards, each exactly once."""
 
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from degradation.config import DegradationConfig
 from infra.config import result_part
 from infra.display.progress import progress
 from infra.errors import DataError, PartialResultError
-from infra.files.publish import download, publish_if_absent, staging
+from infra.files.publish import download, publish_if_absent, staging, temporary_folder
 from infra.files.storage import exists, join, sha256_file
 from infra.imaging.images import UnusableImageError
 from infra.mlflow.models import find_model
@@ -139,7 +137,7 @@ def _write_shards(config: ShardConfig, recipe: DegradationConfig | None, shards:
     with progress("sharding", num_samples, done=num_samples - num_pending) as advance:
         runtime = config.runtime
         written = on_ray(
-            lambda: _writer(config, recipe),
+            lambda: shard_writer(config, recipe),
             pending,
             config=runtime.ray,
             num_actors=(runtime.num_actors or 1) if config.latents else None,  # which keep the model
@@ -153,7 +151,7 @@ def _write_shards(config: ShardConfig, recipe: DegradationConfig | None, shards:
     return num_pending
 
 
-def _writer(config: ShardConfig, recipe: DegradationConfig | None) -> Callable[[PlannedShard], int]:
+def shard_writer(config: ShardConfig, recipe: DegradationConfig | None) -> Callable[[PlannedShard], int]:
     """A worker's function: write a shard, return its number of samples."""
     encoder = latent_encoder(config)
 
@@ -223,8 +221,8 @@ def write_shard(
             sum(captions),
         )
         if not publish_if_absent(tar, place):
-            with tempfile.TemporaryDirectory(prefix="ccsr-shard-") as folder:
-                present = sha256_file(download(place, Path(folder)))
+            with temporary_folder("shard") as folder:
+                present = sha256_file(download(place, folder))
             if present != record.sha256:
                 raise DataError(
                     f"another shard is already there (sha256 {present[:12]}, this run makes {record.sha256[:12]})",

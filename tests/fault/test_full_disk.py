@@ -12,6 +12,7 @@ from infra import StorageError
 from infra.files.publish import download, staging, write_bytes
 from infra.files.storage import sha256_file
 from infra.shards.manifest import ShardRecord, committed, record_uri
+from pipelines.export import export_diffusers
 from tests.training_runs import noise_shards, run_workers, train_config
 from training.config import ModelConfig
 from training.models import build_model, save_model
@@ -94,3 +95,15 @@ def test_a_full_temporary_folder_is_named(small_disk: Path, monkeypatch: pytest.
         path.write_bytes(bytes(5 << 20))
     assert caught.value.where == str(small_disk)
     assert not list(small_disk.iterdir())
+
+
+def test_an_export_that_fills_the_temporary_folder_names_it(
+    small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(small_disk))
+    model = str(Path(__file__).parents[2] / "training" / "models" / "tiny_base")
+    with pytest.raises(StorageError, match="No space left on device") as caught:
+        export_diffusers(model, str(tmp_path / "out"))
+    assert caught.value.where == str(small_disk)
+    assert not list(small_disk.iterdir())
+    assert not (tmp_path / "out").exists()

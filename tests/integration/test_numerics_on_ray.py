@@ -63,7 +63,7 @@ def photo(folder: Path, size: int = 32) -> str:
 
 @pytest.mark.slow
 def test_training_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    report, worker = reporter(tmp_path), training.run.driver._worker
+    report, worker = reporter(tmp_path), training.run.driver.train_worker
 
     def reporting(settings: dict[str, Any]) -> None:
         import training.run.worker
@@ -71,7 +71,7 @@ def test_training_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         training.run.worker.train = lambda *_: report()
         worker(settings)
 
-    monkeypatch.setattr(training.run.driver, "_worker", reporting)
+    monkeypatch.setattr(training.run.driver, "train_worker", reporting)
     config = train_config(noise_shards(tmp_path / "set", 4), tmp_path / "run", num_updates=1, numerics=NUMERICS)
     tracking = config.tracking.model_copy(update={"uri": f"sqlite:///{tmp_path}/mlflow.db"})
     with pytest.raises(ModelError, match="checkpoint after 1 updates is gone"):  # nothing was trained
@@ -81,13 +81,13 @@ def test_training_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.slow
 def test_latents_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    report, writer = reporter(tmp_path), pipelines.sharding.job._writer
+    report, writer = reporter(tmp_path), pipelines.sharding.job.shard_writer
 
     def reporting(*arguments: Any) -> Any:
         report()
         return writer(*arguments)
 
-    monkeypatch.setattr(pipelines.sharding.job, "_writer", reporting)
+    monkeypatch.setattr(pipelines.sharding.job, "shard_writer", reporting)
     save_model(build_model(ModelConfig(), 0), tmp_path / "model")
     values = {
         "job": "shard",

@@ -92,9 +92,9 @@ def test_sigterm_ends_the_driver_where_no_worker_runs_that_could_save(
     stop = SimpleNamespace(remote=lambda: asked.append(True))
     watch = Watch(SimpleNamespace(stop=stop), lambda *_: None, lambda: True)
     watch.state = BoardState(silent_seconds=silent_seconds)
-    monkeypatch.setattr(watch, "_show", lambda: None)
+    monkeypatch.setattr(watch, "show", lambda: None)
     waits = iter([False, False, True])
-    monkeypatch.setattr(watch, "_stop", SimpleNamespace(wait=lambda seconds: next(waits)))
+    monkeypatch.setattr(watch, "stopped", SimpleNamespace(wait=lambda seconds: next(waits)))
     watch.watch_until_stopped()
     assert asked == [True]
     assert found == ended

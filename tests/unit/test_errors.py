@@ -3,13 +3,14 @@
 from pathlib import Path
 
 import pytest
+from ray.exceptions import RayTaskError
 
-from infra import ClusterError, ModelError
+from infra import ClusterError, DataError, ModelError
 from infra.cluster.jobs import refuse_passwords, start_once
 from infra.cluster.server import cluster_facts, connect
 from infra.errors import line_of
 from infra.mlflow.server import mlflow_errors
-from infra.process.ray_runtime import RayConfig, lost_worker, ray_cluster
+from infra.process.ray_runtime import RayConfig, lost_worker, ray_cluster, user_error
 from training.models.directory import read_checkpoint
 
 
@@ -63,3 +64,17 @@ def test_an_error_without_a_message_is_told_by_its_kind(
     assert "ValueError" in lost_worker(ValueError(*message), "out").what
     with pytest.raises(Exception, match="a password"):
         refuse_passwords(["https://me:hunter2@"])
+
+
+def test_a_tasks_error_is_found_in_what_ray_raises_for_it() -> None:
+    """Ray's class is also the error's, but its text is the worker's."""
+
+    def from_ray(cause: Exception) -> Exception:
+        return RayTaskError("work", "Traceback ...", cause, "worker", 1, "::1").as_instanceof_cause()
+
+    error = DataError("a part is damaged", where="000000.tar", todo="copy it again")
+    assert isinstance(from_ray(error), DataError)
+    assert str(from_ray(error)) != str(error)
+    assert user_error(from_ray(error)) is error
+    assert user_error(from_ray(from_ray(error))) is error
+    assert user_error(from_ray(ValueError())) is None

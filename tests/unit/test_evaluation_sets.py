@@ -137,7 +137,7 @@ def test_perturbed_outputs_are_complete_or_absent(tmp_path: Path) -> None:
 
 def test_named_sets_are_complete_and_of_their_scale(pairs: FolderSet, tmp_path: Path, monkeypatch: Any) -> None:
     layout = {"lr": "lr", "hr": "hr", "num_images": 3, "scale": 4, "licence": "ours"}
-    monkeypatch.setattr(evaluation.config, "_test_sets", lambda: {"Three": layout})
+    monkeypatch.setattr(evaluation.config, "published_sets", lambda: {"Three": layout})
     named = NamedSet(set="Three", path=str(tmp_path))
     assert load_sets([named]) == EvaluationSet(load_sets([pairs]).dataset_id, load_sets([named]).images)
     layout["scale"] = 2
@@ -204,10 +204,10 @@ def test_one_run_is_refused_by_the_config() -> None:
 
 def test_a_metric_without_weights_is_unavailable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CCSR_WEIGHTS", str(tmp_path))
-    monkeypatch.setattr("evaluation.metrics.registry._release", lambda package: None)
+    monkeypatch.setattr("evaluation.metrics.registry.installed_version", lambda package: None)
     metrics = ("psnr_y", "lpips", "dists", "fid", "musiq")
     assert metric_origins(metrics) == dict.fromkeys(metrics[1:], UNAVAILABLE)
-    monkeypatch.setattr("evaluation.metrics.registry._release", lambda package: "1.2")
+    monkeypatch.setattr("evaluation.metrics.registry.installed_version", lambda package: "1.2")
     assert metric_origins(["fid", "musiq"]) == {"fid": UNAVAILABLE, "musiq": UNAVAILABLE}
 
 
@@ -231,7 +231,7 @@ def pyiqa(monkeypatch: pytest.MonkeyPatch) -> None:
         "broken": {"metric_mode": "NR"},
     }
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # as the command sets it
-    monkeypatch.setattr("evaluation.metrics.registry._release", lambda package: "1.2")
+    monkeypatch.setattr("evaluation.metrics.registry.installed_version", lambda package: "1.2")
     monkeypatch.setitem(sys.modules, "pyiqa", SimpleNamespace(create_metric=create_metric))
     monkeypatch.setitem(sys.modules, "pyiqa.default_model_configs", SimpleNamespace(DEFAULT_CONFIGS=table))
 

@@ -114,6 +114,7 @@ EMPTY_PHRASES = (
     r"\bby (?:itself|themselves)\b",
     r"\bmade of\b",
     r"\ba word\b",
+    r"\bmend(?:s|ed|ing)?\b",
 )
 
 
@@ -123,8 +124,8 @@ def test_links_of_the_pages_lead_to_files():
     assert not [(page.name, link) for page, link in links if not (page.parent / link).exists()]
 
 
-def test_pages_and_docstrings_use_no_empty_phrases():
-    """Plainly: is reported, is stored, requires, resumes, its own, forever, automatically."""
+def test_pages_docstrings_and_messages_use_no_empty_phrases():
+    """Plainly: is reported, is stored, requires, resumes, repair, its own, forever, automatically."""
     texts = {str(page): page.read_text() for page in [*PAGES, *(ROOT / "benchmarks").glob("*.md")]}
     for path in (path for folder in (*FLOORS, "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")):
         nodes = ast.walk(ast.parse(path.read_text()))
@@ -132,6 +133,10 @@ def test_pages_and_docstrings_use_no_empty_phrases():
         texts |= {
             f"{path}: {getattr(n, 'name', '')}": ast.get_docstring(n) or "" for n in nodes if isinstance(n, kinds)
         }
-    assert len(texts) > 3000
+    for path in (path for folder in FLOORS for path in (ROOT / folder).rglob("*.py")):
+        nodes = ast.walk(ast.parse(path.read_text()))
+        strings = [n for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+        texts |= {f"{path}:{n.lineno}:{n.col_offset}": n.value for n in strings}  # messages, and parts of f-strings
+    assert len(texts) > 10000
     found = {name: m[0] for name, text in texts.items() if (m := re.search("|".join(EMPTY_PHRASES), text))}
     assert not found

@@ -155,7 +155,7 @@ def test_avif_and_heic_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     pillow_heif.from_pillow(picture()).save(heic, quality=95)
     for data in (avif, heic.getvalue()):
         assert np.abs(decode_image(data, where="x").astype(int) - PHOTO).mean() < 6
-    monkeypatch.setattr("infra.imaging.images._formats", lambda: FORMATS)
+    monkeypatch.setattr("infra.imaging.images.readable_formats", lambda: FORMATS)
     with pytest.raises(UnusableImageError, match="pillow-heif") as caught:
         decode_image(heic.getvalue(), where="x")
     assert caught.value.reason == "heic"

@@ -377,7 +377,7 @@ def test_a_shard_that_changed_is_told(tmp_path: Path) -> None:
 
 
 def test_a_dataset_that_changed_since_the_run_began_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training.run.driver, "_fit", lambda *_: None)
+    monkeypatch.setattr(training.run.driver, "fit", lambda *_: None)
     monkeypatch.setattr(training.run.driver, "export_run", lambda *_: None)
     monkeypatch.setattr(training.run.driver, "ray_cluster", lambda *_, **__: nullcontext())
     save_photos(tmp_path / "photos", [(64, 64)] * 2)

@@ -50,20 +50,20 @@ def test_counts_once_and_again_when_the_loss_gets_another_term() -> None:
             with counted.counting(micro_step):
                 factor @ factor
         counted.update_done(dict.fromkeys(terms, 1.0))
-        rates.append(counted._flops_per_sample)
+        rates.append(counted.flops_per_sample)
         counted.wait_for_batch()
     # 2 n^3 by a micro-batch of 4; the update that first has the new term is still on the old count
     assert rates == [32, 32, 32, 256]
 
 
 def test_a_given_count_is_kept() -> None:
-    config = meter()._config
+    config = meter().config
     given = Meter(config, "cpu", world_size=2, flops_per_sample=7.0)
     for terms in ({"a": 1.0}, {"a": 1.0, "b": 1.0}, {"a": 1.0, "b": 1.0}):
         with given.counting(0):
             torch.rand(4, 4) @ torch.rand(4, 4)
         given.update_done(terms)
-    assert given._flops_per_sample == 7.0
+    assert given.flops_per_sample == 7.0
 
 
 def test_rates_leave_validation_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +109,7 @@ def test_peak_memory_of_a_gpu_is_that_of_each_interval(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(("checkpointing", "name"), [(False, "mfu"), (True, "hfu")])
 def test_share_of_the_peak_where_it_is_known(checkpointing: bool, name: str) -> None:
     measured = meter(activation_checkpointing=checkpointing)
-    measured._peak = peak_flops("NVIDIA H200")
+    measured.peak = peak_flops("NVIDIA H200")
     with measured.counting(0):
         torch.rand(100, 100) @ torch.rand(100, 100)
     measured.update_done({"loss": 1.0})

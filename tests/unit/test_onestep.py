@@ -155,7 +155,7 @@ def test_the_regulariser_learns_to_denoise_what_the_generator_makes_and_touches_
     assert terms["vsd"] == 0, "both start as the base, and the prompts are equal"
     critic = stage.critic
     t, noise = critic.draws("regulariser", 0, 1000)
-    x0 = critic._latents.detach()
+    x0 = critic.latents.detach()
     with torch.no_grad():
         eps = model.unet(add_noise(x0, noise, t), t, model.prompt.expand(2, -1, -1)).sample
     loss = critic.loss()
@@ -181,7 +181,7 @@ def test_activation_checkpointing_changes_no_gradient() -> None:
             model = build_model(CONFIG, 2)
         runtime = {"micro_batch_size": 2, "activation_checkpointing": checkpointing}
         stage = build_stage(model, train_config(runtime=runtime))
-        model.generator.train(), model.condition_encoder.train(), stage.critic._model.generator.train()
+        model.generator.train(), model.condition_encoder.train(), stage.critic.model.generator.train()
         terms = stage(batch(), update=0)
         stage.critic.loss().backward()
         terms["loss"].backward()
@@ -215,11 +215,11 @@ def test_only_loras_are_trained_stored_and_told_apart(model: OneStepModel, tmp_p
 def test_all_that_shares_weights_is_cast_together_and_merged_loras_do_not_train() -> None:
     model, x, t = learned(), draw(2, 4, 8, 8), torch.tensor([5, 999])
     critic = build_stage(model, train_config()).critic
-    exact = [one.denoiser(x)(x, t) for one in (model, critic._model)]
+    exact = [one.denoiser(x)(x, t) for one in (model, critic.model)]
     model.to(dtype=torch.bfloat16)
     critic.trained.float()
     assert {p.dtype for p in model.generator.parameters()} == {torch.bfloat16}
-    for one, expected in zip((model, critic._model), exact, strict=True):
+    for one, expected in zip((model, critic.model), exact, strict=True):
         assert 0 < (one.denoiser(x)(x, t) - expected).abs().max() < 0.1 * expected.abs().max()
     with pytest.raises(ModelError, match="nothing is left to train"):
         build_stage(model.merged(), train_config())

@@ -37,7 +37,7 @@ def listed(names: list[str], monkeypatch: pytest.MonkeyPatch, source_names: tupl
     def found(path: str, *_: Any) -> list[listing.Found]:
         return [listing.Found(name, f"{path}/{name}", 7) for name in sorted(names)]
 
-    monkeypatch.setattr(listing, "_list_place", found)
+    monkeypatch.setattr(listing, "list_place", found)
     return list_sources(ShardConfig.model_validate(values).sources)
 
 

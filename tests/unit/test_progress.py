@@ -36,8 +36,8 @@ def test_a_gauge_is_set_again_until_it_gets_another_value(monkeypatch: pytest.Mo
     """Ray's agent forgets what is not."""
     told: list[tuple[float, dict[str, str]]] = []
     gauge = SimpleNamespace(set=lambda value, tags: told.append((value, tags)))
-    monkeypatch.setattr("infra.process.gauges._gauge", lambda name, tags: gauge)
-    monkeypatch.setattr("infra.process.gauges._shown", {})
+    monkeypatch.setattr("infra.process.gauges.ray_gauge", lambda name, tags: gauge)
+    monkeypatch.setattr("infra.process.gauges.held", {})
     monkeypatch.setattr("infra.process.gauges.AGAIN_SECONDS", 0.01)
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: True))
     show({"ccsr_progress_done": 3}, job_title="sharding")

@@ -162,8 +162,7 @@ def test_a_damaged_checkpoint_goes_once_a_later_one_stands(tmp_path: Path) -> No
 
 
 def written(checkpoints: Checkpoints) -> None:
-    assert checkpoints._writing is not None
-    checkpoints._writing.result(60)
+    checkpoints.wait()
 
 
 def test_a_write_that_fails_half_way_leaves_the_checkpoints_before(

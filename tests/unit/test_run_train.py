@@ -78,9 +78,9 @@ def test_a_finished_run_whose_last_checkpoint_is_damaged_resumes_from_the_one_be
         save_checkpoint(config.output, state, keep=2)
 
     exported: list[object] = []
-    monkeypatch.setattr(train, "_check_start", lambda *_: None)
+    monkeypatch.setattr(train, "check_start", lambda *_: None)
     monkeypatch.setattr(train, "ray_cluster", lambda *_, **__: nullcontext())
-    monkeypatch.setattr(train, "_fit", fit)
+    monkeypatch.setattr(train, "fit", fit)
     monkeypatch.setattr(train, "export_run", lambda config, last, uri: exported.append(last.place))
     run_train(config)
     assert exported == [place]

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import requests
 import s3fs
 
 from infra import StorageError
@@ -554,3 +555,10 @@ def test_an_output_without_hard_links(kind: str, tmp_path: Path) -> None:
     finally:
         run("umount", folder)
         run("losetup", "--detach", device)
+
+
+@pytest.mark.parametrize("error", [requests.ConnectionError("no answer"), BrokenPipeError(errno.EPIPE, "closed")])
+def test_a_temporary_folder_is_not_blamed_for_a_server_or_a_pipe(error: OSError) -> None:
+    with pytest.raises(type(error)) as caught, publish.temporary_folder("test"):
+        raise error
+    assert caught.value is error

@@ -56,13 +56,13 @@ def test_activations_beyond_the_budget_lie_in_files(
     vae: AutoencoderKL, image: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[tuple[int, bool]] = []
-    plane = tiled_vae._Plane.__init__
+    plane = tiled_vae.Plane.__init__
 
     def watched(self, shape, dtype, device, *, in_memory):
         made.append((shape[0] * shape[1] * shape[2] * 4, in_memory))
         plane(self, shape, dtype, device, in_memory=in_memory)
 
-    monkeypatch.setattr(tiled_vae._Plane, "__init__", watched)
+    monkeypatch.setattr(tiled_vae.Plane, "__init__", watched)
     largest = plane_bytes(vae, *vae.size)
     encode_in_bands(vae, image, largest // 2)
     sizes = [size for size, _ in made]

@@ -176,13 +176,15 @@ def check_keys(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], wher
             what = f"tensor {key} has shape {tuple(found[key].shape)}, not {tuple(tensor.shape)}"
         else:
             continue
-        raise ModelError(what, where=str(where), todo="check that the file is complete and of this kind of network")
+        raise ModelError(
+            what, where=str(where), todo="copy or fetch the file again, or make the model anew: ccsr convert"
+        )
     surplus = [key for key in found if key not in expected]
     if surplus:
         raise ModelError(
             f"tensor {surplus[0]} has no place in this network ({len(surplus)} such)",
             where=str(where),
-            todo="check that the file is of this kind of network",
+            todo="give this network's own file, or make the model anew: ccsr convert",
         )
 
 

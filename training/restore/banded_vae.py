@@ -58,7 +58,7 @@ def encode_in_bands(vae: AutoencoderKL, image: Tensor, budget: int) -> tuple[Ten
     """`CcsrModel.encode_moments` of one image (1, 3, H, W); `budget`: bytes of activations outside temporary files."""
     bands = _Bands(vae, budget)
     encoder = vae.encoder
-    x = bands.conv(encoder.conv_in, _Plane.of(2 * image[0] - 1, vae))
+    x = bands.conv(encoder.conv_in, Plane.of(2 * image[0] - 1, vae))
     for block in encoder.down_blocks:
         for resnet in block.resnets:
             x = bands.resnet(resnet, x)
@@ -78,7 +78,7 @@ def decode_in_bands(vae: AutoencoderKL, latents: Tensor, budget: int) -> Tensor:
     bands = _Bands(vae, budget)
     decoder = vae.decoder
     entered = vae.post_quant_conv((latents / vae.config.scaling_factor).to(bands.dtype))
-    x = bands.middle(decoder.mid_block, bands.conv(decoder.conv_in, _Plane.of(entered[0], vae)))
+    x = bands.middle(decoder.mid_block, bands.conv(decoder.conv_in, Plane.of(entered[0], vae)))
     for block in decoder.up_blocks:
         for resnet in block.resnets:
             x = bands.resnet(resnet, x)
@@ -90,7 +90,7 @@ def decode_in_bands(vae: AutoencoderKL, latents: Tensor, budget: int) -> Tensor:
     return image
 
 
-class _Plane:
+class Plane:
     """An activation (C, H, W) as a tensor, or row by row in an unnamed file; with each group's pooled statistics."""
 
     def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, *, in_memory: bool):
@@ -102,7 +102,7 @@ class _Plane:
         self.mean = self.squares = torch.zeros(())  # squares: summed squared distances from the mean
 
     @classmethod
-    def of(cls, tensor: Tensor, vae: AutoencoderKL) -> "_Plane":
+    def of(cls, tensor: Tensor, vae: AutoencoderKL) -> "Plane":
         plane = cls((0, 0, 0), next(vae.parameters()).dtype, tensor.device, in_memory=True)
         plane.tensor = tensor.to(plane.dtype)
         plane.channels, plane.height, plane.width = tensor.shape
@@ -168,8 +168,8 @@ class _Bands:
         self._free = budget if self.device.type == "cuda" else budget // 2
 
     def conv(
-        self, layer: nn.Conv2d, x: _Plane, *, norm: nn.GroupNorm | None = None, keep: bool = False, **how: Any
-    ) -> _Plane:
+        self, layer: nn.Conv2d, x: Plane, *, norm: nn.GroupNorm | None = None, keep: bool = False, **how: Any
+    ) -> Plane:
         """A convolution of `x`; `norm`: of silu(norm(x)); `up`: of x enlarged twice; `down`: with stride 2."""
         pooled = how.pop("pooled", True)
         factor = 2 if how.get("up") else 0.5 if how.get("down") else 1
@@ -184,12 +184,12 @@ class _Bands:
     def conv_bands(
         self,
         layer: nn.Conv2d,
-        x: _Plane,
+        x: Plane,
         *,
         norm: nn.GroupNorm | None = None,
         up: bool = False,
         down: bool = False,
-        shortcut: tuple[nn.Conv2d | None, _Plane] | None = None,
+        shortcut: tuple[nn.Conv2d | None, Plane] | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
         """(first row, band (C, rows, W)) of the convolution, plus `shortcut`'s plane (through its layer) there."""
         affine = x.normaliser(norm) if norm is not None else None
@@ -218,13 +218,13 @@ class _Bands:
                 result += beside if through is None else through(beside[None])[0]
             yield first, result
 
-    def resnet(self, block: Any, x: _Plane) -> _Plane:
+    def resnet(self, block: Any, x: Plane) -> Plane:
         hidden = self.conv(block.conv1, x, norm=block.norm1, keep=True)
         out = self.conv(block.conv2, hidden, norm=block.norm2, shortcut=(block.conv_shortcut, x))
         self._close(x)
         return out
 
-    def middle(self, block: Any, x: _Plane) -> _Plane:
+    def middle(self, block: Any, x: Plane) -> Plane:
         x = self.resnet(block.resnets[0], x)
         for attention, resnet in zip(block.attentions, block.resnets[1:], strict=True):
             if attention is not None:
@@ -232,7 +232,7 @@ class _Bands:
             x = self.resnet(resnet, x)
         return x
 
-    def _attend(self, attention: Any, x: _Plane) -> _Plane:
+    def _attend(self, attention: Any, x: Plane) -> Plane:
         """Attention over the whole latent: keys and values of all bands, queries a few at a time."""
         affine = x.normaliser(attention.group_norm)
 
@@ -261,13 +261,13 @@ class _Bands:
         rows = max(1, BAND_BYTES[self.device.type] // (numbers_per_row * size))
         return ((first, min(first + rows, height)) for first in range(0, height, rows))
 
-    def _plane(self, shape: tuple[int, int, int]) -> _Plane:
+    def _plane(self, shape: tuple[int, int, int]) -> Plane:
         in_memory = math.prod(shape) * self.dtype.itemsize <= self._free
-        plane = _Plane(shape, self.dtype, self.device, in_memory=in_memory)
+        plane = Plane(shape, self.dtype, self.device, in_memory=in_memory)
         self._free -= plane.num_bytes if in_memory else 0
         return plane
 
-    def _close(self, plane: _Plane) -> None:
+    def _close(self, plane: Plane) -> None:
         self._free += plane.num_bytes if plane.tensor is not None else 0
         plane.close()
 

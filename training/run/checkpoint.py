@@ -163,7 +163,7 @@ def load_newest(output: str, warn: Callable[[str], None], copies: ExitStack | No
         raise ModelError(
             "every checkpoint of this run is damaged",
             where=join(output, "checkpoints"),
-            todo="look at the storage; to start from the first update, remove this folder",
+            todo="restore this folder from a copy, or remove it: the same command then starts from the first update",
         ) from damage
     return None
 

@@ -16,8 +16,8 @@ from infra.mlflow.server import check_tracking, tracking_uri
 from infra.mlflow.tracking import Tracker, track
 from infra.process.ray_runtime import cpus_here, ray_cluster, user_error
 from infra.run import Progress, claim_output, git_commit
-from infra.shards.shard.shard.manifest import Manifest
-from infra.shards.shard.shard.tars import open_set
+from infra.shards.manifest import Manifest
+from infra.shards.tars import open_set
 from training.config import TrainConfig, legal_world_sizes
 from training.data.batches import check_cpus, cpus_of_worker
 from training.data.samples import check_crop, check_stored
@@ -62,7 +62,7 @@ def run_train(config: TrainConfig, *, log_only: bool = False) -> str:
     facts = {"fingerprint": run["fingerprint"], "config": run["config"], **inputs, "git_commit": git_commit()}
     last = last_checkpoint(config) if done == config.num_updates else None  # None where it is damaged: it is made again
     if last is None:
-        _check_start(config, manifests)
+        check_start(config, manifests)
     num_gpus = config.runtime.workers.min if config.runtime.device == "cuda" else 0
     with (
         ray_cluster(config.runtime.ray, num_gpus=num_gpus) if last is None else nullcontext(),
@@ -70,7 +70,7 @@ def run_train(config: TrainConfig, *, log_only: bool = False) -> str:
         sigterm_noted() as sigterm,  # after Ray's start, which sets its own handler
     ):
         if last is None:
-            _fit(config, manifests, facts, tracker, sigterm)
+            fit(config, manifests, facts, tracker, sigterm)
             last = last_checkpoint(config)
         export_run(config, last, model_uri)  # after SIGTERM too: what was finished counts
         try_to_log_models(tracker, config)
@@ -83,7 +83,7 @@ def preview_train(config: TrainConfig) -> Progress:
     exported, done = updates_done(config)
     if exported < config.num_updates:
         check_tracking(config.tracking)
-        _check_start(config, manifests)
+        check_start(config, manifests)
     samples = sum(manifest.num_samples for manifest in manifests)
     what = f"stage {config.stage} from {config.init_from or 'random weights'}"
     counted = exported < config.num_updates and config.model.preset != "custom"
@@ -127,7 +127,7 @@ def updates_done(config: TrainConfig) -> tuple[int, int]:
     return exported, done
 
 
-def _check_start(config: TrainConfig, manifests: list[Manifest]) -> None:
+def check_start(config: TrainConfig, manifests: list[Manifest]) -> None:
     """Fail here rather than in a worker if anything is missing or does not fit."""
     Validation.load(config)
     check_optimizer(config.optimizer)
@@ -136,7 +136,7 @@ def _check_start(config: TrainConfig, manifests: list[Manifest]) -> None:
     build_stage(model, config)
 
 
-def _fit(
+def fit(
     config: TrainConfig,
     manifests: list[Manifest],
     facts: dict[str, Any],
@@ -174,7 +174,7 @@ def _fit(
             "board": board,
         }
         trainer = Trainer(
-            _worker,
+            train_worker,
             train_loop_config=settings,
             scaling_config=placement(runtime),
             torch_config=TorchConfig(
@@ -215,7 +215,7 @@ def _drained(trainer: Any, watch: Watch, config: TrainConfig, sigterm: Callable[
     return False
 
 
-def _worker(settings: dict[str, Any]) -> None:
+def train_worker(settings: dict[str, Any]) -> None:
     """What each Ray Train worker runs."""
     import cv2
     import ray.train

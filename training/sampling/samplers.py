@@ -63,7 +63,7 @@ def sample_ccsr_v2(
     `start`: "lr", `z_lr` (B, C, H, W) noised to 999, or "noise", pure noise. Draws: the start, the re-noising (not with
     one step, nor with t_max = 1, which skips the jump at 999), then one per loop step but the last.
     `denoise_first` replaces `denoise` at 999: the published code never guides there and, when it guides the rest, takes
-    the *negative* prompt; `denoise_first=uncond` gives its numbers, `denoise_first=cond` mends them.
+    the *negative* prompt; `denoise_first=uncond` gives its numbers, `denoise_first=cond` corrects them.
     ConfigError on an unknown start or an empty loop. Source: CCSR v2, published code of December 2024.
     """
     timesteps = ccsr_v2_timesteps(num_steps, t_max, t_min)

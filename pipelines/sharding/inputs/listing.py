@@ -114,7 +114,7 @@ def _captioned(found: Found, uri: str, what: str | int) -> Found:
 
 def _list_folder(source: FolderSource, walk: Walk) -> Iterator[Found]:
     pattern = re.compile(layout_of(source.dataset, source.name)["files"]) if source.dataset else None
-    found = _list_place(source.path, walk, source.caption)
+    found = list_place(source.path, walk, source.caption)
     return (one for one in found if pattern is None or pattern.fullmatch(one.name))
 
 
@@ -134,7 +134,7 @@ def _list_pairs(source: PairsSource, walk: Walk) -> list[Found]:
     sides = []
     for place in (source.hr, source.lr):
         files: dict[str, Found] = {}
-        for one in _list_place(place, walk):
+        for one in list_place(place, walk):
             name = one.name.rsplit(".", 1)[0]
             if name in files:
                 raise DataError(
@@ -163,7 +163,7 @@ def _list_pairs(source: PairsSource, walk: Walk) -> list[Found]:
     ]
 
 
-def _list_place(path: str, walk: Walk, caption: str | None = None) -> Iterator[Found]:
+def list_place(path: str, walk: Walk, caption: str | None = None) -> Iterator[Found]:
     """The image files of a folder, s3:// prefix, zip or pattern, by their names below it; `caption`: with the text
     files of this suffix beside them."""
     zipped = split_zip(path)

@@ -49,7 +49,7 @@ def read_list(path: str, columns: Sequence[str], caption: str | None = None) -> 
             raise DataError(
                 f"{len(bad)} of {len(rows)} rows have a {caption} that is not UTF-8 (first: row {bad[0]})",
                 where=path,
-                todo="mend these texts: half of a surrogate pair is left where one was cut",
+                todo="write these rows again as UTF-8: half of a surrogate pair is left where a text was cut",
             )
     every = [*columns, *([caption] if caption else [])]
     return [tuple(_text(row, column) for column in every) for row in rows]

@@ -153,7 +153,7 @@ class Watch:
         self._board, self._advance, self._sigterm = board, advance, sigterm
         self.state = BoardState()
         self._shown = self._told = 0
-        self._stop = threading.Event()
+        self.stopped = threading.Event()
         self._thread = threading.Thread(target=self.watch_until_stopped, daemon=True)
 
     def __enter__(self) -> "Watch":
@@ -161,14 +161,14 @@ class Watch:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._stop.set()
+        self.stopped.set()
         self._thread.join()
         if not isinstance(error[1], KeyboardInterrupt):
-            self._show()
+            self.show()
 
     def error(self) -> CcsrError | None:
         """The user's error that a worker has met, if any."""
-        self._show()
+        self.show()
         return self.state.error
 
     def start_anew(self) -> None:
@@ -179,8 +179,8 @@ class Watch:
 
     def watch_until_stopped(self) -> None:
         asked = False
-        while not self._stop.wait(1.0):
-            self._show()
+        while not self.stopped.wait(1.0):
+            self.show()
             if not self._sigterm():
                 continue
             if not asked:
@@ -192,7 +192,7 @@ class Watch:
                 _thread.interrupt_main(signal.SIGTERM)
                 return
 
-    def _show(self) -> None:
+    def show(self) -> None:
         import ray
 
         try:

@@ -92,10 +92,10 @@ class Meter:
     def __init__(
         self, config: TrainConfig, device: str, world_size: int, *, flops_per_sample: float | None = None
     ) -> None:
-        self._config, self._device, self._world_size = config, device, world_size
+        self.config, self._device, self._world_size = config, device, world_size
         card = torch.cuda.get_device_name() if device.startswith("cuda") else ""
-        self._peak = peak_flops(card) if config.precision == "bf16" else None
-        self._flops_per_sample = flops_per_sample or 0.0
+        self.peak = peak_flops(card) if config.precision == "bf16" else None
+        self.flops_per_sample = flops_per_sample or 0.0
         self._counts = self._count_is_due = flops_per_sample is None
         self._terms: set[str] | None = None
         self._restart()
@@ -115,7 +115,7 @@ class Meter:
             return
         with flop_counter() as counter:
             yield
-        self._flops_per_sample = counter.get_total_flops() / self._config.runtime.micro_batch_size
+        self.flops_per_sample = counter.get_total_flops() / self.config.runtime.micro_batch_size
         self._count_is_due = False
 
     @contextmanager
@@ -140,8 +140,8 @@ class Meter:
         """Rates since the last call. A share of the peak is given only where the peak is known: "mfu", or "hfu" where
         activation checkpointing computes parts of the forward twice and the count holds both."""
         elapsed = max(time.perf_counter() - self._since - self._aside, 1e-9)
-        rate = self._num_updates * self._config.global_batch_size / elapsed
-        flops = self._flops_per_sample * rate / self._world_size
+        rate = self._num_updates * self.config.global_batch_size / elapsed
+        flops = self.flops_per_sample * rate / self._world_size
         values = {
             "samples_per_second": rate,
             "samples_per_second_per_worker": rate / self._world_size,
@@ -149,8 +149,8 @@ class Meter:
             "tflops_per_second_per_worker": flops / 1e12,
             "peak_memory_gib": peak_memory_bytes(self._device) / 2**30,
         }
-        if self._peak:
-            values["hfu" if self._config.runtime.activation_checkpointing else "mfu"] = flops / self._peak
+        if self.peak:
+            values["hfu" if self.config.runtime.activation_checkpointing else "mfu"] = flops / self.peak
         if self._aside:
             values["validation_seconds"] = self._aside
         self._restart()

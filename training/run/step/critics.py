@@ -115,12 +115,12 @@ class Regulariser(Critic):
         with seeded_init(config.seed):
             self.trained = OneStepAdapter.for_networks({"unet": model.unet}, conv_in=False)
         self.network = self.trained
-        self._model, self._base = model.with_adapter(self.trained), model.with_adapter(None)
-        self.computing = (self._model.generator,)
+        self.model, self._base = model.with_adapter(self.trained), model.with_adapter(None)
+        self.computing = (self.model.generator,)
         self._prompt, self._negative = (model.embedding(t) for t in (settings.prompt, settings.negative_prompt))
 
     def watch(self, batch: Batch, update: int, latents: Tensor, decoded: Tensor, target: Tensor) -> None:
-        self._batch, self._latents = batch, latents
+        self._batch, self.latents = batch, latents
         if self._prompts:
             self._prompt = self._prompts(batch)
 
@@ -129,22 +129,22 @@ class Regulariser(Critic):
         first, last = self._settings.first_timestep, self._settings.last_timestep
         t, noise = self.draws("vsd", first, last + 1)
         frozen = guided(cond, uncond, self._settings.guidance)
-        learned = self._denoiser(self._model, self._prompt)
-        return {"vsd": self._settings.weight * vsd_loss(self._latents, learned, frozen, t=t, noise=noise)}
+        learned = self._denoiser(self.model, self._prompt)
+        return {"vsd": self._settings.weight * vsd_loss(self.latents, learned, frozen, t=t, noise=noise)}
 
     def loss(self) -> Tensor:
         t, noise = self.draws("regulariser", 0, NUM_TIMESTEPS)
-        return eps_loss(self._denoiser(self._model, self._prompt), self._latents.detach(), t=t, noise=noise)
+        return eps_loss(self._denoiser(self.model, self._prompt), self.latents.detach(), t=t, noise=noise)
 
     def _denoiser(self, model: OneStepModel, prompt: Tensor) -> Callable[..., Tensor]:
-        return model.denoiser(self._latents.detach(), prompt)
+        return model.denoiser(self.latents.detach(), prompt)
 
     def draws(self, purpose: str, first: int, end: int) -> tuple[Tensor, Tensor]:
         """Timesteps from `first` to `end` - 1 and noise, by (seed, purpose, position)."""
-        positions, device = self._batch.positions, self._latents.device
+        positions, device = self._batch.positions, self.latents.device
         steps = [int(rng_for(self._seed, "timestep", purpose, p).integers(first, end)) for p in positions]
         noise = noise_for(self._seed, [("noise", purpose, p) for p in positions], device, torch.float32)
-        return to_device(torch.tensor(steps), device), noise(self._latents.shape)
+        return to_device(torch.tensor(steps), device), noise(self.latents.shape)
 
 
 class TrainedCritic:
