@@ -12,10 +12,12 @@ from infra.errors import ConfigError
 
 @dataclass(frozen=True)
 class Job:
-    """`schema` and `runner` are `module:name`, imported at first use: a mistake in a config must not wait for torch."""
+    """`schema`, `runner` and `preview` (of `--dry-run`; "": none) are `module:name`, imported at first use: a mistake
+    in a config must not wait for torch."""
 
     schema: str
     runner: str
+    preview: str = ""
     num_gpus: Callable[[Any], int] = lambda config: 0
 
     def load(self, path: Path | str, overrides: Sequence[str] | None = None) -> Any:
@@ -34,7 +36,7 @@ class Job:
         from infra.display.table import print_report
         from pipelines.estimate.preview import preview_table
 
-        progress = _imported(self.runner.replace(":run_", ":preview_"))(config)
+        progress = _imported(self.preview)(config)
         print_report([preview_table(config, progress, self.num_gpus(config), where)])
 
 
@@ -51,9 +53,24 @@ def _evaluate_gpus(config: Any) -> int:
 
 
 JOBS = {
-    "shard": Job("pipelines.sharding.config:ShardConfig", "pipelines.sharding.job:run_shard", _shard_gpus),
-    "train": Job("training.config:TrainConfig", "training.run.driver:run_train", _train_gpus),
-    "evaluate": Job("evaluation.config:EvaluateConfig", "evaluation.job:run_evaluate", _evaluate_gpus),
+    "shard": Job(
+        "pipelines.sharding.config:ShardConfig",
+        "pipelines.sharding.job:run_shard",
+        "pipelines.sharding.job:preview_shard",
+        _shard_gpus,
+    ),
+    "train": Job(
+        "training.config:TrainConfig",
+        "training.run.driver:run_train",
+        "training.run.driver:preview_train",
+        _train_gpus,
+    ),
+    "evaluate": Job(
+        "evaluation.config:EvaluateConfig",
+        "evaluation.job:run_evaluate",
+        "evaluation.job:preview_evaluate",
+        _evaluate_gpus,
+    ),
     "cluster": Job("infra.cluster.config:ClusterConfig", "infra.cluster.render:render_to"),
 }
 
