@@ -4,10 +4,8 @@ import io
 import json
 import math
 import sys
-import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -29,12 +27,12 @@ from evaluation.results import (
     method_file,
     results_schema,
 )
-from evaluation.scoring import Scorer, ScoreTask, check_gan, load_gan, record_uri
+from evaluation.scoring import Scorer, ScoreTask, check_gan, gan_file, load_gan, record_uri
 from infra.config import difference, result_part
 from infra.display.progress import progress
 from infra.errors import ConfigError, DataError
 from infra.files.locations import check_output
-from infra.files.publish import download, put_if_absent, write_bytes
+from infra.files.publish import put_if_absent, write_bytes
 from infra.files.storage import exists, join, list_files, read_bytes, read_json, sha256_file
 from infra.mlflow.models import find_model
 from infra.mlflow.server import check_tracking
@@ -163,9 +161,9 @@ def _claimed(
 def _gan_id(uri: str, image: EvaluationImage) -> str:
     """The sha256 of a network's file, once it has loaded here and fits the test set's scale."""
     lr, _, size = image.read()
-    check_gan(load_gan(uri), lr, size, where=f"{uri}, image {image.key}")
-    with tempfile.TemporaryDirectory(prefix="ccsr-gan-") as scratch:
-        return sha256_file(download(uri, Path(scratch)))
+    with gan_file(uri) as file:  # which `load_gan` then shares
+        check_gan(load_gan(uri), lr, size, where=f"{uri}, image {image.key}")
+        return sha256_file(file)
 
 
 def _claim_method(output: str, method: Method, input_id: str | None, *, write: bool = True) -> None:

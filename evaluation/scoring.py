@@ -1,8 +1,9 @@
 """The Ray actor of an evaluation: restores one image by one method, scores it, and commits the record last; GANs."""
 
+import hashlib
 import json
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,12 @@ from evaluation.metrics.perturbations import perturb, perturbation_border, undo
 from evaluation.metrics.registry import Quality
 from evaluation.results import image_row
 from infra.errors import DataError, ModelError, line_of
-from infra.files.publish import download, put_if_absent, write_bytes
-from infra.files.storage import join
+from infra.files.publish import download_file, put_if_absent, shared_folder, write_bytes
+from infra.files.storage import file_size, is_s3, join, modified_seconds, name_of
 from infra.imaging.images import encode_png, read_image, resize_bicubic
 from infra.imaging.pixels import StabilityAccumulator, l_std, l_std_equal_sharpness, psnr_y
 from training.models import fetch_model
-from training.restore.restore import restore_runs
+from training.restore.restore import restore_runs, rows_together
 from training.restore.trace import trace_runs
 
 TRACED_RUNS = 4
@@ -138,7 +139,7 @@ class Scorer:
 
     def _seeds(self, key: str, num_runs: int | None = None) -> dict[str, Any]:
         runs = range(num_runs or self._config.num_runs)
-        at_once = self._config.runtime.rows_at_once or (8 if self._device == "cuda" else 1)
+        at_once = self._config.runtime.rows_at_once or rows_together(self._device)
         return {"seed": self._config.seed, "key": key, "runs": runs, "rows_at_once": at_once}
 
     def _write_inputs(self, key: str, lr: np.ndarray, hr: np.ndarray | None, seeds_of: str) -> None:
@@ -178,6 +179,17 @@ class Scorer:
         return self._loaded[1]
 
 
+@contextmanager
+def gan_file(uri: str) -> Iterator[Path]:
+    """A network's file while the block runs; of one on S3 the copy that the processes of a node share meanwhile."""
+    if not is_s3(uri):
+        yield Path(uri)
+        return
+    version = hashlib.sha256(f"{uri} {file_size(uri)} {modified_seconds(uri)}".encode()).hexdigest()[:32]
+    with shared_folder(version, lambda copy: download_file(uri, copy / name_of(uri))) as copy:
+        yield copy / name_of(uri)
+
+
 def load_gan(uri: str, device: str = "cpu") -> Any:
     """The network in a published file, float32, in eval mode. ModelError without spandrel, and for a file of no
     architecture that it knows."""
@@ -187,8 +199,7 @@ def load_gan(uri: str, device: str = "cpu") -> Any:
         raise ModelError(
             f"kind: gan cannot be loaded here ({error})", where=uri, todo="pip install 'ccsr-cluster[gan]'"
         ) from error
-    with tempfile.TemporaryDirectory(prefix="ccsr-gan-") as scratch:
-        file = download(uri, Path(scratch))
+    with gan_file(uri) as file:
         if not file.is_file():
             raise ModelError("there is no file here", where=uri, todo="check the path")
         try:
