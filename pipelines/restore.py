@@ -24,7 +24,7 @@ from infra.run import claim_output
 from pipelines.restore_plan import Failures, failure_of, identity, pending, place_of, plan, record_source
 from training.config import SamplingConfig
 from training.models import CcsrModel, fetch_model, model_id
-from training.restore.restore import PreparedImage, check_sampling, prepare_image, restore_batch, rows_together
+from training.restore.restore import PreparedImage, check_sampling, prepare_image, restore_batch
 
 MIN_SIDE = 16
 SHARED_KEY = "frames"  # the key of all images under `noise: shared`
@@ -265,7 +265,8 @@ class Restorer:
         sides = image.enlarged.shape[-2:]
         in_networks = math.prod(side if tile is None else min(side, tile) for side in sides)
         fitting = max(1, min(64, BATCH_PIXELS // in_networks, 4 * BATCH_PIXELS // math.prod(sides)))
-        return runtime.rows_at_once or rows_together(runtime.device, fitting)
+        # A CPU gains nothing from batches, and alone a row has the same bytes whatever else is restored.
+        return runtime.rows_at_once or (1 if runtime.device == "cpu" else fitting)
 
     def _write(self, rows: list[_Row]) -> Iterator[tuple[str, str, str]]:
         config = self._config

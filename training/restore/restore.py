@@ -28,7 +28,6 @@ from training.restore.banded_vae import (
 from training.restore.published_sizes import ColorFix, enlarge, finish, reflect
 from training.sampling import Denoise, color_fix, guided, predict_x0, tiled
 
-GPU_ROWS = 8  # (image, run) pairs in a batch
 IMAGE_BYTES = 60  # per pixel: five float32 RGB images live at once
 UNET_MAPS = 32  # activations of the first level's size live at once in ControlNet and UNet
 
@@ -44,12 +43,6 @@ class PreparedImage:
     mean: Tensor
     std: Tensor
     levels: int = 255
-
-
-def rows_together(device: str, on_gpu: int = GPU_ROWS) -> int:
-    """How many (image, run) pairs share a batch where nobody says so. A CPU gains nothing from batches, and alone a row
-    has the same bytes whatever else is restored."""
-    return 1 if device == "cpu" else on_gpu
 
 
 def check_sampling(uri: str, config: SamplingConfig) -> None:
@@ -71,7 +64,7 @@ def restore_runs(
     seed: int,
     key: str,
     runs: Sequence[int],
-    rows_at_once: int = GPU_ROWS,
+    rows_at_once: int = 8,
 ) -> Iterator[np.ndarray]:
     """Yield one uint8 (H, W, 3) RGB image of `size` = (H, W) per run.
 
