@@ -82,10 +82,12 @@ def identity(data: bytes) -> dict[str, Any]:
 class ChangedSourceError(DataError):
     """The outputs in place were made from other content than the source has now."""
 
+    def __init__(self, where: str) -> None:
+        todo = "remove its outputs and record, or give another OUTPUT"
+        super().__init__("its outputs were made from another file or from an earlier one", where=where, todo=todo)
 
-def _changed(uri: str) -> ChangedSourceError:
-    what = "its outputs were made from another file or from an earlier one"
-    return ChangedSourceError(what, where=uri, todo="remove its outputs and record, or give another OUTPUT")
+    def __reduce__(self) -> tuple:
+        return type(self), (self.where,), self.__dict__
 
 
 def pending(
@@ -102,7 +104,7 @@ def pending(
         try:
             stale = known and not _is_of(task["record"], identity(read_bytes(task["uri"])))
             if some and task["record"] and (stale or not known):
-                raise _changed(task["uri"])
+                raise ChangedSourceError(task["uri"])
         except CcsrError as error:
             return task | {"runs": [], "failure": failure_of(error)}
         return task | {"runs": runs, "stale": stale, "failure": None}
@@ -125,7 +127,7 @@ def record_source(task: dict[str, Any], data: bytes) -> None:
     if task["stale"]:
         write_bytes(task["record"], record)
     elif not put_if_absent(task["record"], record) and not _is_of(task["record"], found):
-        raise _changed(task["uri"])
+        raise ChangedSourceError(task["uri"])
 
 
 def _is_of(record: str, found: dict[str, Any]) -> bool:

@@ -12,13 +12,15 @@ from infra.errors import ConfigError
 
 @dataclass(frozen=True)
 class Job:
-    """`schema`, `runner` and `preview` (of `--dry-run`; "": none) are `module:name`, imported at first use: a mistake
-    in a config must not wait for torch."""
+    """`schema`, `runner`, `preview` and `time` (of `--dry-run`; "": none) are `module:name`, imported at first use: a
+    mistake in a config must not wait for torch. `processes`: the least and the most that work at once."""
 
     schema: str
     runner: str
     preview: str = ""
     num_gpus: Callable[[Any], int] = lambda config: 0
+    processes: Callable[[Any], Any] = lambda config: (config.runtime.num_actors, config.runtime.num_actors)
+    time: str = "pipelines.estimate.preview:time_of_networks"
 
     def load(self, path: Path | str, overrides: Sequence[str] | None = None) -> Any:
         """The job's config. Raises ConfigError."""
@@ -37,7 +39,8 @@ class Job:
         from pipelines.estimate.preview import preview_table
 
         progress = _imported(self.preview)(config)
-        print_report([preview_table(config, progress, self.num_gpus(config), where)])
+        of_job = (self.num_gpus(config), self.processes(config), _imported(self.time))
+        print_report([preview_table(config, progress, *of_job, where)])
 
 
 def _shard_gpus(config: Any) -> int:
@@ -58,12 +61,14 @@ JOBS = {
         "pipelines.sharding.job:run_shard",
         "pipelines.sharding.job:preview_shard",
         _shard_gpus,
+        time="pipelines.estimate.preview:time_of_shards",
     ),
     "train": Job(
         "training.config:TrainConfig",
         "training.run.driver:run_train",
         "training.run.driver:preview_train",
         _train_gpus,
+        processes=lambda config: (config.runtime.workers.min, config.runtime.workers.max),
     ),
     "evaluate": Job(
         "evaluation.config:EvaluateConfig",
