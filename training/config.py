@@ -230,7 +230,7 @@ class TrainConfig(Config):
             raise ValueError("`runtime.join_passes` has an effect in CCSR's stage 1 alone: leave it out")
         if self.runtime.encode_ahead and (self.inputs == "latents" or "inputs" in self.unused()):
             raise ValueError("`runtime.encode_ahead` has no effect where no frozen VAE encodes: leave it out")
-        if self.runtime.compile and self.starts_from_stored_samples:
+        if self.runtime.compile and self.starts_from_stored_samples and self.validation is None:
             raise ValueError("`runtime.compile` has no effect where no transformer computes: leave it out")
         if self.runtime.export_raw and self.ema is None:
             raise ValueError("`runtime.export_raw` has no effect without `ema`: leave it out")

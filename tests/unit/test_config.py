@@ -220,6 +220,7 @@ def test_every_job_refuses_a_field_without_effect(
         (TrainConfig, STABLESR | {"validation": {"data": ["v"], "sampling": "stablesr_s200"}}),
         (TrainConfig, STABLESR | {"validation": {"data": ["v"], "sampling": {"start": "noise"}}}),
         (TrainConfig, STABLESR | STORED | {"runtime": {"activation_checkpointing": True, "channels_last": True}}),
+        (TrainConfig, STABLESR | STORED | {"runtime": {"compile": True}, "validation": {"data": ["v"]}}),
         (TrainConfig, STABLESR | {"stage": 2, "decoder_loss": {"gan_weight": 0}}),
         (TrainConfig, STAGE2 | {"decoder_loss": {"gan_weight": 0, "discriminator_width": 32}}),
         (TrainConfig, {"degradation": "ccsr", "data": ["set", {"path": "other", "degradation": "bicubic"}]}),
