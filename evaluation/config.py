@@ -36,6 +36,9 @@ class FolderSet(Config):
     hr: Location | None = None
     scale: int = Field(4, ge=1, le=8, description="enlargement where there is no HR image")
 
+    def unused_in_fingerprint(self) -> dict[str, str]:
+        return {"scale": "with hr, whose size says it"} if self.hr else {}
+
 
 class NamedSet(Config):
     """A published test set as distributed, below `path`; test_sets.yaml has its layout, number of images and scale."""
@@ -132,6 +135,9 @@ class EvaluateRuntime(Config):
         None, ge=1, description="runs of one image in one batch; none: 1 on a CPU, 8 on a GPU"
     )
 
+    def unused(self) -> dict[str, str]:
+        return {"threads": "on a GPU"} if self.device == "cuda" else {}
+
 
 class EvaluateConfig(Config):
     """Restore every image of test sets `num_runs` times by each method; score quality and stability."""
@@ -150,6 +156,10 @@ class EvaluateConfig(Config):
     published: str | None = Field(None, description='the paper\'s numbers to show beside: "Table 1, RealSR"')
     tracking: TrackingConfig = TrackingConfig()
     runtime: EvaluateRuntime = EvaluateRuntime()
+
+    def unused_in_fingerprint(self) -> dict[str, str]:
+        models = any(isinstance(method, ModelMethod) for method in self.methods)
+        return {} if models else {"trace": "without a method of kind: model"}
 
     @property
     def crop_border(self) -> int:

@@ -94,15 +94,14 @@ def _from_shards(uri: str) -> EvaluationSet:
 
 
 def _from_folders(folders: FolderSet | NamedSet) -> EvaluationSet:
-    expected, name = None, ""
+    expected, name, scale = None, "", 0
     if isinstance(folders, NamedSet):
         layout, name = folders.layout, folders.set
-        expected, hr = layout["num_images"], layout.get("hr")
-        lr = join(folders.path, layout["lr"])
-        folders = FolderSet(lr=lr, hr=hr and join(folders.path, hr), scale=layout["scale"])
+        expected, scale, hr = layout["num_images"], layout["scale"], layout.get("hr")
+        folders = FolderSet(lr=join(folders.path, layout["lr"]), hr=hr and join(folders.path, hr))
     lr_files = _by_key(_below(folders.lr))
     if folders.hr is None:
-        images = [EvaluationImage(key, uri, None, folders.scale) for key, uri in lr_files.items()]
+        images = [EvaluationImage(key, uri, None, scale or folders.scale) for key, uri in lr_files.items()]
     else:
         lr_files, hr_files = by_pair_name(lr_files, _by_key(_below(folders.hr)))
         alone = sorted(lr_files.keys() ^ hr_files.keys())
@@ -112,7 +111,6 @@ def _from_folders(folders: FolderSet | NamedSet) -> EvaluationSet:
                 where=folders.hr if alone[0] in lr_files else folders.lr,
                 todo="give folders in which an HR image and its LR image have the same name, or one with _HR, _LR4, x4",
             )
-        scale = folders.scale if name else 0
         images = [EvaluationImage(key, uri, hr_files[key], scale) for key, uri in lr_files.items()]
     images = [replace(one, noise_key=key_of(below(one.lr, folders.lr))) for one in images]
     if expected is not None and len(images) != expected:

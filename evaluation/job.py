@@ -27,12 +27,12 @@ from evaluation.results import (
     method_file,
     results_schema,
 )
-from evaluation.scoring import Scorer, ScoreTask, check_gan, load_gan, record_uri
+from evaluation.scoring import Scorer, ScoreTask, check_gan, gan_file, load_gan, record_uri
 from infra.config import difference, result_part
 from infra.display.progress import progress
 from infra.errors import ConfigError, DataError
 from infra.files.locations import check_output
-from infra.files.publish import download, put_if_absent, temporary_folder, write_bytes
+from infra.files.publish import put_if_absent, write_bytes
 from infra.files.storage import exists, join, list_files, read_bytes, read_json, sha256_file
 from infra.mlflow.models import find_model
 from infra.mlflow.server import check_tracking
@@ -161,9 +161,9 @@ def _claimed(
 def _gan_id(uri: str, image: EvaluationImage) -> str:
     """The sha256 of a network's file, once it has loaded here and fits the test set's scale."""
     lr, _, size = image.read()
-    check_gan(load_gan(uri), lr, size, where=f"{uri}, image {image.key}")
-    with temporary_folder("gan") as scratch:
-        return sha256_file(download(uri, scratch))
+    with gan_file(uri) as file:  # which `load_gan` then shares
+        check_gan(load_gan(uri), lr, size, where=f"{uri}, image {image.key}")
+        return sha256_file(file)
 
 
 def _claim_method(output: str, method: Method, input_id: str | None, *, write: bool = True) -> None:

@@ -1,8 +1,11 @@
 """The Ray actor of an evaluation: restores one image by one method, scores it, and commits the record last; GANs."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +17,8 @@ from evaluation.metrics.perturbations import perturb, perturbation_border, undo
 from evaluation.metrics.registry import Quality
 from evaluation.results import image_row
 from infra.errors import DataError, ModelError, line_of
-from infra.files.publish import download, put_if_absent, temporary_folder, write_bytes
-from infra.files.storage import join
+from infra.files.publish import download_file, put_if_absent, shared_folder, write_bytes
+from infra.files.storage import file_size, is_s3, join, modified_seconds, name_of
 from infra.imaging.images import encode_png, read_image, resize_bicubic
 from infra.imaging.pixels import StabilityAccumulator, l_std, l_std_equal_sharpness, psnr_y
 from training.models import fetch_model
@@ -176,6 +179,17 @@ class Scorer:
         return self._loaded[1]
 
 
+@contextmanager
+def gan_file(uri: str) -> Iterator[Path]:
+    """A network's file while the block runs; of one on S3 the copy that the processes of a node share meanwhile."""
+    if not is_s3(uri):
+        yield Path(uri)
+        return
+    version = hashlib.sha256(f"{uri} {file_size(uri)} {modified_seconds(uri)}".encode()).hexdigest()[:32]
+    with shared_folder(version, lambda copy: download_file(uri, copy / name_of(uri))) as copy:
+        yield copy / name_of(uri)
+
+
 def load_gan(uri: str, device: str = "cpu") -> Any:
     """The network in a published file, float32, in eval mode. ModelError without spandrel, and for a file of no
     architecture that it knows."""
@@ -185,8 +199,7 @@ def load_gan(uri: str, device: str = "cpu") -> Any:
         raise ModelError(
             f"kind: gan cannot be loaded here ({error})", where=uri, todo="pip install 'ccsr-cluster[gan]'"
         ) from error
-    with temporary_folder("gan") as scratch:
-        file = download(uri, scratch)
+    with gan_file(uri) as file:
         if not file.is_file():
             raise ModelError("there is no file here", where=uri, todo="check the path")
         try:

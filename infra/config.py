@@ -31,9 +31,13 @@ class Config(BaseModel):
         """
         return {}
 
+    def unused_in_fingerprint(self) -> dict[str, str]:
+        """As `unused`, of fields that earlier versions accepted: their defaults stay in the fingerprint."""
+        return {}
+
     @model_validator(mode="after")
     def _refuse_unused(self) -> Self:
-        for name, where in self.unused().items():
+        for name, where in (self.unused() | self.unused_in_fingerprint()).items():
             if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True):
                 raise ValueError(f"`{name}` has no effect {where}: leave it out")
         return self

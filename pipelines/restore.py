@@ -45,6 +45,10 @@ class RestoreRuntime(Config):
     num_actors: int = Field(1, ge=1, description="with use_ray")
     ray: RayConfig = RayConfig()
 
+    def unused(self) -> dict[str, str]:
+        unused = {"threads": "on a GPU"} if self.device == "cuda" else {}
+        return unused if self.use_ray else unused | dict.fromkeys(("num_actors", "ray"), "without use_ray")
+
 
 class RestoreConfig(Config):
     """What a restoration depends on, besides the images and the model."""
@@ -76,11 +80,7 @@ def restore_config(options: Mapping[str, Any]) -> RestoreConfig:
         if options["dtype"] not in ("auto", "float16"):
             raise ConfigError("--fp16 and --dtype differ", where="command line", todo="give one of them")
         options = {**options, "dtype": "float16"}
-    sampling |= {
-        "num_steps": options["steps"],
-        "tile": options["tile"] or None,
-        "color_fix": options["color"],
-    }
+    sampling |= {"num_steps": options["steps"], "tile": options["tile"] or None, "color_fix": options["color"]}
     if options["format"] is None:  # the suffix of an OUTPUT that is a file
         options = {**options, "format": FORMATS_OF.get(Path(options["output"]).suffix.lower())}
     named = ("seed", "scale", "dtype", "convert", "gps", "side_by_side")

@@ -86,6 +86,9 @@ class ChangedSourceError(DataError):
         todo = "remove its outputs and record, or give another OUTPUT"
         super().__init__("its outputs were made from another file or from an earlier one", where=where, todo=todo)
 
+    def __reduce__(self) -> tuple:
+        return type(self), (self.where,), self.__dict__
+
 
 def pending(
     tasks: list[dict[str, Any]], output: str, num_runs: int, done: Collection[str], failures: "Failures"

@@ -10,7 +10,7 @@ from infra.mlflow.server import TrainTracking
 from infra.process.numerics import NumericsConfig
 from training.objective import DecoderLossConfig, VsdConfig
 from training.optimizer import EmaConfig, OptimizerConfig
-from training.runtime import TrainRuntime
+from training.runtime import TrainRuntime, legal_world_sizes
 
 SizeRule = Literal["pad", "v1", "v1_tiled", "v2"]
 
@@ -46,7 +46,7 @@ FAMILIES = {
     ),
     "stablesr": Family(
         trains={1: {"inputs"}, 2: {"inputs", "num_steps", "decoder_loss"}},
-        samples={*_CHAIN, "start", "wrapping"},
+        samples={"num_steps", "start", "wrapping"},
         adapter="adapter",
         stores_samples=True,
         frozen_decoder=True,
@@ -108,12 +108,21 @@ class SamplingConfig(Config):
         unused = dict.fromkeys(("t_max", "t_min"), "in sampler: uniform") if self.sampler == "uniform" else {}
         return unused if self.sizes == "pad" else unused | {"enlargement": f"with sizes: {self.sizes}"}
 
+    def unused_in_fingerprint(self) -> dict[str, str]:
+        return {"negative_prompt": "with guidance: 1"} if self.guidance == 1 else {}
+
     def check_family(self, family: str) -> Self:
-        """ValueError where a field has no effect on a model of this family."""
-        every = set().union(*(other.samples for other in FAMILIES.values()))
-        for name in sorted(every - FAMILIES[family].samples):
+        """ValueError where a field has no effect on a model of this family. A preset may name its sampler anywhere."""
+        used = FAMILIES[family].samples
+        unused = set().union(*(other.samples for other in FAMILIES.values())) - used
+        if self in [type(self).model_validate(preset) for preset in SAMPLING_PRESETS]:
+            unused -= {"sampler"}
+        places = dict.fromkeys(sorted(unused), f"on a model of family {family}")
+        if self.sampler == "uniform" and "sampler" in used:
+            places["start"] = f"in sampler: uniform of family {family}, which starts from noise"
+        for name, where in places.items():
             if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"`{name}` has no effect on a model of family {family}")
+                raise ValueError(f"`{name}` has no effect {where}")
         return self
 
 
@@ -221,13 +230,15 @@ class TrainConfig(Config):
             raise ValueError("`runtime.join_passes` has an effect in CCSR's stage 1 alone: leave it out")
         if self.runtime.encode_ahead and (self.inputs == "latents" or "inputs" in self.unused()):
             raise ValueError("`runtime.encode_ahead` has no effect where no frozen VAE encodes: leave it out")
+        if self.runtime.compile and self.starts_from_stored_samples and self.validation is None:
+            raise ValueError("`runtime.compile` has no effect where no transformer computes: leave it out")
         if self.runtime.export_raw and self.ema is None:
             raise ValueError("`runtime.export_raw` has no effect without `ema`: leave it out")
         if self.runtime.offload_optimizer and self.runtime.zero_stage == 0:
             raise ValueError("runtime.offload_optimizer needs the partitions of runtime.zero_stage 1 or 2")
         if self.t_min >= self.t_max and "t_min" not in self.unused():
             raise ValueError(f"t_min ({self.t_min}) must be below t_max ({self.t_max})")
-        if self.learns_images and self.model.facts.frozen_decoder and self.vsd is None and self.decoder_loss.adaptive:
+        if self.learns_images and self.model.facts.frozen_decoder and self.vsd is None and self.decoder_loss.adapts:
             raise ValueError(
                 f"the decoder of family {self.model.family} is frozen, so its GAN weight cannot adapt: "
                 "decoder_loss.adaptive: false"
@@ -262,6 +273,9 @@ class TrainConfig(Config):
         rate = {"prompt_drop_rate": "with prompt: empty"} if self.prompt == "empty" else {}
         return rate | dict.fromkeys(sorted(unused), where)
 
+    def unused_in_fingerprint(self) -> dict[str, str]:
+        return {"degradation": "where every set has its own"} if all(part.degradation for part in self.data) else {}
+
     @property
     def best_by(self) -> str | None:
         return self.validation.best_by if self.validation else None
@@ -284,9 +298,3 @@ class TrainConfig(Config):
     def starts_from_stored_samples(self) -> bool:
         """Whether stage 2 reads its latents from the shards instead of running the chain."""
         return self.stage == 2 and self.inputs == "latents" and self.model.facts.stores_samples
-
-
-def legal_world_sizes(global_batch_size: int, micro_batch_size: int) -> list[int]:
-    """The divisors of global_batch_size / micro_batch_size; none if that is not whole."""
-    num_micro, rest = divmod(global_batch_size, micro_batch_size)
-    return [] if rest else [size for size in range(1, num_micro + 1) if num_micro % size == 0]

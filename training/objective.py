@@ -29,10 +29,19 @@ class DecoderLossConfig(Config):
     discriminator_width: int = Field(64, ge=4, description="channels of the first PatchGAN layer")
     discriminator_learning_rate: float = Field(5e-6, gt=0)
 
+    @property
+    def adapts(self) -> bool:
+        """Whether the GAN term's weight follows from gradients at the decoder's last layer."""
+        return self.adaptive and self.gan_weight > 0
+
     def unused(self) -> dict[str, str]:
         unused = {"discriminator_width": "with discriminator: dino"} if self.discriminator == "dino" else {}
         perceptual = ("perceptual_weight", "perceptual_start_update") if self.perceptual == "none" else ()
         return unused | dict.fromkeys(perceptual, "with perceptual: none")
+
+    def unused_in_fingerprint(self) -> dict[str, str]:
+        """The discriminator itself learns all the same, and a run that continues from this one may use it."""
+        return {} if self.gan_weight else dict.fromkeys(("gan_start_update", "adaptive"), "with gan_weight: 0")
 
 
 class VsdConfig(Config):

@@ -66,3 +66,9 @@ class TrainRuntime(Config):
 
     def unused(self) -> dict[str, str]:
         return {"threads": "on a GPU"} if self.device == "cuda" else {}
+
+
+def legal_world_sizes(global_batch_size: int, micro_batch_size: int) -> list[int]:
+    """The divisors of global_batch_size / micro_batch_size; none if that is not whole."""
+    num_micro, rest = divmod(global_batch_size, micro_batch_size)
+    return [] if rest else [size for size in range(1, num_micro + 1) if num_micro % size == 0]

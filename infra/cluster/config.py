@@ -149,6 +149,9 @@ class MlflowConfig(Config):
     database_secret: ObjectName | None = None
     disk_gib: int = Field(10, ge=1, description="for sqlite")
 
+    def unused(self) -> dict[str, str]:
+        return {"disk_gib": "with database_secret"} if self.database_secret else {}
+
     @field_validator("artifacts")
     @classmethod
     def _on_s3(cls, artifacts: str) -> str:

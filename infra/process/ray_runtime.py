@@ -46,6 +46,9 @@ class RayConfig(Config):
         description="memory that a node must have free for each CPU task, actor or worker; 0: no memory is reserved",
     )
 
+    def unused(self) -> dict[str, str]:
+        return dict.fromkeys(("num_cpus", "object_store_bytes"), "beside address") if self.address else {}
+
 
 def cpu_work(config: RayConfig) -> dict[str, Any]:
     """Options of a Ray task or actor that needs no GPU: not on a node labelled as GPU node, and the config's memory.

@@ -5,13 +5,16 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from infra.cluster.jobs import Need
+from infra.cluster.jobs import COMMANDS, Need
 from infra.config import apply_overrides, load_yaml, result_part
 from infra.errors import CcsrError, ConfigError, StorageError
 from infra.files.locations import is_relative, location
 from infra.run import check_config
 from pipelines.cli.options import ConfigCommand
 from pipelines.cli.registry import JOBS
+
+SUBMITTED = {name: job for name, job in JOBS.items() if name in COMMANDS}
+"""The jobs of a YAML file that a cluster runs; `ccsr cluster` is a group that runs here."""
 
 
 def needs_of(ccsr: Any, arguments: Sequence[str]) -> Need:
@@ -20,7 +23,7 @@ def needs_of(ccsr: Any, arguments: Sequence[str]) -> Need:
     folder."""
     name, *rest = arguments or [""]
     command = ccsr.commands.get(name)
-    if command is None or name not in (*JOBS, "restore"):
+    if command is None or name not in (*SUBMITTED, "restore"):
         return Need()  # `submit` says what can be submitted
     options = command.make_context(name, rest).params
     need = _restore(options) if name == "restore" else _job(name, options)
@@ -37,10 +40,10 @@ def needs_of(ccsr: Any, arguments: Sequence[str]) -> Need:
 def require_gpus(ccsr: Any, arguments: Sequence[str], most: int) -> None:
     """ConfigError where the job of `ccsr ARGUMENTS`, by its config alone, needs more than `most` GPUs."""
     name, *rest = with_option(list(arguments), ccsr)
-    if name not in JOBS:
+    if name not in SUBMITTED:
         return
     options = ccsr.commands[name].make_context(name, rest).params
-    needed = JOBS[name].num_gpus(JOBS[name].load(options["config"], options["set_"]))
+    needed = SUBMITTED[name].num_gpus(SUBMITTED[name].load(options["config"], options["set_"]))
     if needed > most:
         raise ConfigError(
             f"the job needs {needed} GPUs, the cluster grows to {most}: it would never start",
@@ -58,22 +61,22 @@ def with_option(arguments: list[str], ccsr: Any) -> list[str]:
 def preview_command(ccsr: Any, arguments: Sequence[str], where: str) -> None:
     """Print what the job of `ccsr ARGUMENTS` would do on the cluster `where`, as far as this machine can read it."""
     name, *rest = arguments
-    if name in JOBS:
+    if name in SUBMITTED:
         options = ccsr.commands[name].make_context(name, rest).params
         try:
-            JOBS[name].print_preview(JOBS[name].load(options["config"], options["set_"]), where)
+            SUBMITTED[name].print_preview(SUBMITTED[name].load(options["config"], options["set_"]), where)
         except CcsrError as error:
             print(f"note: seen from this machine, {error.what} ({error.where})")
 
 
 def _job(name: str, options: dict[str, Any]) -> Need:
-    config = JOBS[name].load(options["config"], options["set_"])
+    config = SUBMITTED[name].load(options["config"], options["set_"])
     _check_output(config.output, result_part(config), name)
     # As it was written: the config has made a relative one absolute here.
     output = apply_overrides(load_yaml(options["config"]), options["set_"] or [])["output"]
     tracked = config.tracking is None or config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
     lost = "without tracking.uri or MLFLOW_TRACKING_URI what this job logs to MLflow is lost at its end"
-    return Need(JOBS[name].num_gpus(config), (output,), () if tracked else (lost,))
+    return Need(SUBMITTED[name].num_gpus(config), (output,), () if tracked else (lost,))
 
 
 def _restore(options: dict[str, Any]) -> Need:

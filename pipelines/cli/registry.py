@@ -12,11 +12,15 @@ from infra.errors import ConfigError
 
 @dataclass(frozen=True)
 class Job:
-    """`schema` and `runner` are `module:name`, imported at first use: a mistake in a config must not wait for torch."""
+    """`schema`, `runner`, `preview` and `time` (of `--dry-run`; "": none) are `module:name`, imported at first use: a
+    mistake in a config must not wait for torch. `processes`: the least and the most that work at once."""
 
     schema: str
     runner: str
+    preview: str = ""
     num_gpus: Callable[[Any], int] = lambda config: 0
+    processes: Callable[[Any], Any] = lambda config: (config.runtime.num_actors, config.runtime.num_actors)
+    time: str = "pipelines.estimate.preview:time_of_networks"
 
     def load(self, path: Path | str, overrides: Sequence[str] | None = None) -> Any:
         """The job's config. Raises ConfigError."""
@@ -34,8 +38,9 @@ class Job:
         from infra.display.table import print_report
         from pipelines.estimate.preview import preview_table
 
-        progress = _imported(self.runner.replace(":run_", ":preview_"))(config)
-        print_report([preview_table(config, progress, self.num_gpus(config), where)])
+        progress = _imported(self.preview)(config)
+        of_job = (self.num_gpus(config), self.processes(config), _imported(self.time))
+        print_report([preview_table(config, progress, *of_job, where)])
 
 
 def _shard_gpus(config: Any) -> int:
@@ -51,9 +56,26 @@ def _evaluate_gpus(config: Any) -> int:
 
 
 JOBS = {
-    "shard": Job("pipelines.sharding.config:ShardConfig", "pipelines.sharding.job:run_shard", _shard_gpus),
-    "train": Job("training.config:TrainConfig", "training.run.driver:run_train", _train_gpus),
-    "evaluate": Job("evaluation.config:EvaluateConfig", "evaluation.job:run_evaluate", _evaluate_gpus),
+    "shard": Job(
+        "pipelines.sharding.config:ShardConfig",
+        "pipelines.sharding.job:run_shard",
+        "pipelines.sharding.job:preview_shard",
+        _shard_gpus,
+        time="pipelines.estimate.preview:time_of_shards",
+    ),
+    "train": Job(
+        "training.config:TrainConfig",
+        "training.run.driver:run_train",
+        "training.run.driver:preview_train",
+        _train_gpus,
+        processes=lambda config: (config.runtime.workers.min, config.runtime.workers.max),
+    ),
+    "evaluate": Job(
+        "evaluation.config:EvaluateConfig",
+        "evaluation.job:run_evaluate",
+        "evaluation.job:preview_evaluate",
+        _evaluate_gpus,
+    ),
     "cluster": Job("infra.cluster.config:ClusterConfig", "infra.cluster.render:render_to"),
 }
 

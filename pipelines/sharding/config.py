@@ -1,8 +1,8 @@
 """What `ccsr shard` may be asked for."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from degradation.config import DegradationConfig
 from infra.config import LATER, Config, Location, ModelLocation
@@ -67,6 +67,9 @@ class ListSource(Described):
     lr: str | None = Field(None, description="the column of LR images, which are kept; `degradation` has to be null")
     scale: int = Field(4, ge=1, le=16, description="with lr: HR px per LR px, along one side")
     caption: Annotated[str | None, LATER] = Field(None, description="the column of captions")
+
+    def unused_in_fingerprint(self) -> dict[str, str]:
+        return {} if self.lr else {"scale": "without lr"}
 
 
 class WebDatasetSource(Described):
@@ -208,6 +211,17 @@ class ShardConfig(Config):
     latents: LatentsConfig | None = None
     tracking: TrackingConfig | None = Field(None, description="log the set as a run of MLflow; none: not logged")
     runtime: ShardRuntime = ShardRuntime()
+
+    def unused_in_fingerprint(self) -> dict[str, str]:
+        """Draws differ in their degradation, and in the latents that a model samples of them."""
+        drawn = self.degradation is not None or (self.latents is not None and self.latents.sampled_steps)
+        return {} if drawn else {"draws": "without a degradation: the copies would be equal"}
+
+    @model_validator(mode="after")
+    def _on_a_gpu(self) -> Self:
+        if self.runtime.device == "cuda" and self.latents is None:
+            raise ValueError("`runtime.device` has no effect without latents: leave it out")
+        return self
 
     @property
     def converted(self) -> list[str]:

@@ -63,7 +63,10 @@ class ShardJob:
             "degradation": "realesrgan",
             "draws": DRAWS,
             "samples_per_shard": PER_SHARD,
-            "runtime": {"num_actors": self.num_actors, "ray": {"address": self.address, "num_cpus": 1}},
+            "runtime": {
+                "num_actors": self.num_actors,
+                "ray": {"address": self.address} if self.address else {"num_cpus": 1},
+            },
         }
         with tempfile.NamedTemporaryFile("w", suffix=".yaml", dir=self.photos.parent, delete=False) as file:
             yaml.safe_dump(values, file)

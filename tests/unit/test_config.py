@@ -13,6 +13,7 @@ from pydantic import Field
 
 from evaluation.config import EvaluateConfig
 from infra import ConfigError
+from infra.cluster.config import ClusterConfig
 from infra.config import (
     Config,
     Location,
@@ -24,6 +25,7 @@ from infra.config import (
     parse_config,
     result_part,
 )
+from pipelines.restore import RestoreConfig
 from pipelines.sharding.config import ShardConfig
 from training.config import TrainConfig
 
@@ -144,6 +146,8 @@ def test_random_weights_are_asked_for_by_name(stage: int) -> None:
 
 
 STAGE2 = {"stage": 2, "init_from": "m"}
+STABLESR = {"model": {"family": "stablesr"}}
+STORED = {"stage": 2, "inputs": "latents", "decoder_loss": {"adaptive": False}}
 
 
 @pytest.mark.parametrize(
@@ -162,12 +166,73 @@ STAGE2 = {"stage": 2, "init_from": "m"}
         ({"validation": {"data": ["v"], "sampling": {"sampler": "uniform", "t_max": 0.5}}}, "t_max"),
         ({"validation": {"data": ["v"], "sampling": {"sizes": "v1", "enlargement": "bilinear"}}}, "enlargement"),
         ({"model": {"family": "v1"}, "validation": {"data": ["v"], "sampling": {"start": "noise"}}}, "start"),
+        ({"validation": {"data": ["v"], "sampling": {"sampler": "uniform", "start": "noise"}}}, "start"),
+        ({"validation": {"data": ["v"], "sampling": "stablesr_s200"}}, "start"),
+        ({"validation": {"data": ["v"], "sampling": {"negative_prompt": "ugly"}}}, "negative_prompt"),
+        (STABLESR | {"validation": {"data": ["v"], "sampling": {"sampler": "uniform"}}}, "sampler"),
+        (STABLESR | STORED | {"runtime": {"compile": True}}, "runtime.compile"),
+        (STAGE2 | {"decoder_loss": {"gan_weight": 0, "gan_start_update": 9}}, "gan_start_update"),
+        (STAGE2 | {"decoder_loss": {"gan_weight": 0, "adaptive": False}}, "adaptive"),
+        ({"degradation": "ccsr", "data": [{"path": "set", "degradation": "bicubic"}]}, "degradation"),
         ({"runtime": {"device": "cuda", "threads": 4}}, "threads"),
+        ({"runtime": {"ray": {"address": "head:6379", "num_cpus": 2}}}, "num_cpus"),
+        ({"runtime": {"ray": {"address": "head:6379", "object_store_bytes": 2**30}}}, "object_store_bytes"),
     ],
 )
 def test_a_field_without_effect_is_refused(change: dict[str, Any], field: str) -> None:
     error = refused(TRAIN | change, TrainConfig)
     assert f"`{field}` has no effect" in error.what
+
+
+BASES: dict[type[Config], dict[str, Any]] = {
+    ShardConfig: SHARD,
+    TrainConfig: TRAIN,
+    EvaluateConfig: EVALUATE,
+    ClusterConfig: {"job": "cluster"},
+    RestoreConfig: {},
+}
+
+
+@pytest.mark.parametrize(
+    ("config_class", "change", "field"),
+    [
+        (EvaluateConfig, {"runtime": {"device": "cuda", "threads": 4}}, "threads"),
+        (EvaluateConfig, {"data": [{"lr": "l", "hr": "h", "scale": 2}]}, "scale"),
+        (EvaluateConfig, {"trace": True}, "trace"),
+        (ShardConfig, {"degradation": None, "draws": 2}, "draws"),
+        (ShardConfig, {"runtime": {"device": "cuda"}}, "runtime.device"),
+        (ShardConfig, {"sources": [{"kind": "list", "name": "a", "path": "p", "scale": 2}]}, "scale"),
+        (ClusterConfig, {"mlflow": {"artifacts": "s3://b/m", "database_secret": "db", "disk_gib": 5}}, "disk_gib"),
+        (RestoreConfig, {"runtime": {"num_actors": 2}}, "num_actors"),
+        (RestoreConfig, {"runtime": {"ray": {"address": "head:6379"}}}, "ray"),
+        (RestoreConfig, {"runtime": {"device": "cuda", "threads": 2}}, "threads"),
+    ],
+)
+def test_every_job_refuses_a_field_without_effect(
+    config_class: type[Config], change: dict[str, Any], field: str
+) -> None:
+    assert f"`{field}` has no effect" in refused(BASES[config_class] | change, config_class).what
+
+
+@pytest.mark.parametrize(
+    ("config_class", "change"),
+    [
+        (TrainConfig, STABLESR | {"validation": {"data": ["v"], "sampling": "stablesr_s200"}}),
+        (TrainConfig, STABLESR | {"validation": {"data": ["v"], "sampling": {"start": "noise"}}}),
+        (TrainConfig, STABLESR | STORED | {"runtime": {"activation_checkpointing": True, "channels_last": True}}),
+        (TrainConfig, STABLESR | STORED | {"runtime": {"compile": True}, "validation": {"data": ["v"]}}),
+        (TrainConfig, STABLESR | {"stage": 2, "decoder_loss": {"gan_weight": 0}}),
+        (TrainConfig, STAGE2 | {"decoder_loss": {"gan_weight": 0, "discriminator_width": 32}}),
+        (TrainConfig, {"degradation": "ccsr", "data": ["set", {"path": "other", "degradation": "bicubic"}]}),
+        (ShardConfig, {"degradation": None, "draws": 2, "latents": {"model": "m", "sampled_steps": 3}}),
+        (ShardConfig, {"runtime": {"device": "cuda"}, "latents": {"model": "m"}}),
+        (EvaluateConfig, {"trace": True, "methods": [{"kind": "model", "name": "m", "model": "m"}]}),
+        (RestoreConfig, {"runtime": {"use_ray": True, "num_actors": 2, "ray": {"address": "head:6379"}}}),
+        (RestoreConfig, {"runtime": {"device": "auto", "threads": 2}}),
+    ],
+)
+def test_a_field_with_an_effect_is_accepted(config_class: type[Config], change: dict[str, Any]) -> None:
+    parse_config(BASES[config_class] | change, config_class, where="run.yaml")
 
 
 def test_a_field_without_effect_is_no_part_of_the_fingerprint() -> None:

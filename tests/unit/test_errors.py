@@ -1,5 +1,7 @@
 """Errors on their way to the user: none is lost because another one carries no message."""
 
+import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -8,10 +10,15 @@ from ray.exceptions import RayTaskError
 from infra import ClusterError, DataError, ModelError
 from infra.cluster.jobs import refuse_passwords, start_once
 from infra.cluster.server import cluster_facts, connect
-from infra.errors import line_of
+from infra.errors import CcsrError, line_of
+from infra.imaging.images import UnusableImageError
 from infra.mlflow.server import mlflow_errors
 from infra.process.ray_runtime import RayConfig, lost_worker, ray_cluster, user_error
+from pipelines.restore_plan import ChangedSourceError
 from training.models.directory import read_checkpoint
+from training.run.checkpoint import DamagedError
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_line_of_an_error_is_never_empty() -> None:
@@ -20,6 +27,21 @@ def test_a_line_of_an_error_is_never_empty() -> None:
     assert line_of(ValueError("\nfirst\nlast\n")) == "first"
     assert line_of(ValueError("\nfirst\nlast\n"), -1) == "last"
     assert len(line_of(ValueError("x" * 1000))) == 300
+
+
+def test_every_error_comes_home_from_another_process_as_it_was() -> None:
+    kinds = {*CcsrError.__subclasses__(), UnusableImageError, ChangedSourceError, DamagedError}
+    floors = ("infra", "degradation", "training", "evaluation", "pipelines")
+    texts = [path.read_text() for floor in floors for path in (ROOT / floor).rglob("*.py")]
+    bases = "|".join(kind.__name__ for kind in (CcsrError, *kinds))
+    assert {name for text in texts for name in re.findall(rf"class (\w+)\((?:{bases})\)", text)} == {
+        kind.__name__ for kind in kinds
+    }
+    usual = [kind("what", where="where", todo="todo") for kind in kinds - {ChangedSourceError}]
+    for error in (*usual, ChangedSourceError("where")):
+        error.items, error.note = ("item",), "more"
+        home = pickle.loads(pickle.dumps(error))
+        assert (type(home), str(home), vars(home)) == (type(error), str(error), vars(error))
 
 
 class Silent:

@@ -18,9 +18,11 @@ from evaluation.config import EvaluateConfig, FolderSet, NamedSet, OutputsMethod
 from evaluation.inputs import EvaluationSet, OutputFiles, find_outputs, load_sets, outputs_id
 from evaluation.job import run_evaluate
 from evaluation.metrics.registry import UNAVAILABLE, Quality, how_to_get, metric_directions, metric_origins
+from evaluation.scoring import gan_file
 from infra import ConfigError, DataError, ModelError
 from infra.config import parse_config
 from infra.files.publish import write_bytes
+from infra.files.storage import join
 from infra.imaging.images import encode_png, read_image
 from pipelines.cli.main import app
 
@@ -294,3 +296,20 @@ def test_weights_with_a_wrong_hash_are_an_error(tmp_path: Path, monkeypatch: pyt
     assert metric_origins(["lpips"])["lpips"].startswith("alexnet ")
     with pytest.raises(ModelError, match="has shape"):
         Quality(["lpips"])
+
+
+def test_the_processes_of_a_node_share_a_gans_file(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    uri = join(s3, "gan.pth")
+    write_bytes(uri, b"weights")
+    with gan_file(uri) as first:
+        downloaded = first.stat()
+        with gan_file(uri) as second:
+            assert (second, second.stat().st_ino) == (first, downloaded.st_ino)
+        assert first.read_bytes() == b"weights"
+        write_bytes(uri, b"other weights")
+        with gan_file(uri) as changed:
+            assert changed.read_bytes() == b"other weights"
+    assert not first.exists()
+    with gan_file(str(tmp_path / "gan.pth")) as local:
+        assert local == tmp_path / "gan.pth"

@@ -198,6 +198,10 @@ def test_what_would_fail_there_is_told_here() -> None:
         needs_of(CCSR, ["train", "-c", published])
     with pytest.raises(ConfigError, match="unknown key"):
         needs_of(CCSR, ["train", "-c", published, *ON_S3, "--set", "lerning_rate=1"])
+    render = ["cluster", "render", "-c", str(CONFIGS / "cluster.yaml"), "--kind", "slurm"]
+    assert needs_of(CCSR, render) == Need()
+    with pytest.raises(ConfigError, match="`ccsr cluster` cannot be submitted"):
+        submit(None, render, print)
     misspelt = CliRunner().invoke(app, ["submit", "--", "train", "-c", published, "--sett", "a=b"])
     assert misspelt.exit_code == 2
     assert "--sett" in misspelt.output

@@ -221,6 +221,7 @@ def test_a_job_that_needs_more_gpus_than_the_cluster_grows_to_is_refused() -> No
     command += ["--set", "runtime.num_workers=24"]
     require_gpus(ccsr, command, 24)
     require_gpus(ccsr, ["doctor"], 0)
+    require_gpus(ccsr, ["cluster", "render", "-c", str(REPOSITORY / "configs" / "cluster.yaml")], 0)
     with pytest.raises(ConfigError, match="needs 24 GPUs, the cluster grows to 16"):
         require_gpus(ccsr, command, example(gpu_workers=GPUS | {"max_nodes": 2}).most_gpus())
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infra import ConfigError, rng_for
-from training.config import legal_world_sizes
 from training.data.order import FEISTEL, SORTED, Order, feistel, positions_of, round_keys
+from training.runtime import legal_world_sizes
 
 WORLD_SIZES = [1, 2, 3, 4, 6, 8, 12, 24]
 

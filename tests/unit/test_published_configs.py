@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from infra.config import load_config
-from training.config import TrainConfig, legal_world_sizes
+from training.config import TrainConfig
 from training.convert.text import ONESTEP_NEGATIVE_PROMPT
 from training.objective import VsdConfig
+from training.runtime import legal_world_sizes
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECORDED = Path(__file__).parents[1] / "golden" / "data" / "ccsr" / "v1_stage2_loss.npz"

@@ -18,7 +18,7 @@ from infra.process.ray_runtime import cpus_here, ray_cluster, user_error
 from infra.run import Progress, claim_output, git_commit
 from infra.shards.manifest import Manifest
 from infra.shards.tars import open_set
-from training.config import TrainConfig, legal_world_sizes
+from training.config import TrainConfig
 from training.data.batches import check_cpus, cpus_of_worker
 from training.data.samples import check_crop, check_stored
 from training.models import model_id
@@ -33,6 +33,7 @@ from training.run.monitoring.mlflow_log import describe_run, has_unsent, keep_un
 from training.run.monitoring.validation import Validation
 from training.run.step.eight_bit import check_optimizer, optimizer_libraries
 from training.run.step.stages import build_stage
+from training.runtime import legal_world_sizes
 
 LIBRARIES = ("torch", "deepspeed", "diffusers", "numpy", "opencv-python-headless", "pillow")
 
