@@ -130,11 +130,10 @@ def estimate(
         raise ConfigError(
             f"a config of {values.job} has no estimate", where=str(config), todo="give shard's or train's"
         )
-    from pipelines.estimate.fits import fit_table
-    from pipelines.estimate.networks import model_tables
     from pipelines.estimate.scaling import scaling_table
     from pipelines.estimate.shards import estimate_shards, shard_table
-    from pipelines.estimate.training import Assumed, estimate_training, train_tables
+    from pipelines.estimate.training import Assumed, estimate_training, fit_table, train_tables
+    from training.run.cost.parameters import model_tables
 
     if values is None:
         tables = model_tables(str(model))

@@ -9,7 +9,7 @@ import pytest
 
 from infra.config import load_config
 from training.config import TrainConfig, legal_world_sizes
-from training.convert.text import ONESTEP_NEGATIVE_PROMPT
+from training.models.onestep import ONESTEP_NEGATIVE_PROMPT
 from training.objective import VsdConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"

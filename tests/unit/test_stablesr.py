@@ -40,7 +40,7 @@ def model() -> StableSrModel:
 
 
 def test_full_size_parameters_are_the_published_ones() -> None:
-    rows = {row["name"]: row["parameters"] for row in parameter_table("sd21", "stablesr")}
+    rows = {row.name: row.parameters for row in parameter_table("sd21", "stablesr", stage=2)}
     assert rows["time-aware encoder"] == 52_494_080
     assert rows["feature modulation"] == 53_020_160
     assert rows["time-aware encoder"] + rows["feature modulation"] == 105_514_240

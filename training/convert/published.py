@@ -22,8 +22,8 @@ from training.convert.ldm import (
     vae_names,
     wrapping_names,
 )
-from training.convert.text import embed_empty_prompt_open_clip, embed_prompts, prompts_of
-from training.models.build import build_adapter, model_class
+from training.convert.text import embed_empty_prompt_open_clip, embed_prompts
+from training.models.build import MODELS
 from training.models.directory import (
     WEIGHTS,
     check_finite,
@@ -170,7 +170,7 @@ def convert_v2(controlnet_dir: Path | str, vae_dir: Path | str, base_dir: Path |
     vae = load_part(_subfolder(Path(vae_dir), "vae"), "vae")
     unet = load_part(base / "unet", "unet")
     check_prediction_type(base)
-    prompts = embed_prompts(base, prompts_of("v2"))
+    prompts = embed_prompts(base, MODELS["v2"].cached_prompts)
     write_model(unet, vae, controlnet, prompts, "v2", out, place)
 
 
@@ -184,9 +184,9 @@ def convert_base(base_dir: Path | str, family: str, out: Path | str) -> None:
     base = Path(base_dir)
     check_prediction_type(base)
     unet, vae = load_part(base / "unet", "unet"), load_part(base / "vae", "vae")
-    prompts = embed_prompts(base, prompts_of(family))
+    prompts = embed_prompts(base, MODELS[family].cached_prompts)
     with seeded_init(0):
-        adapter = build_adapter(_config(unet, vae, family, base), unet, vae)
+        adapter = MODELS[family].fresh_adapter(unet, vae, _config(unet, vae, family, base).preset)
     write_model(unet, vae, adapter, prompts, family, out, base)
 
 
@@ -275,7 +275,7 @@ def write_model(
                 todo="give parts that belong together",
             )
     config = _config(unet, vae, family, source)
-    save_model(model_class(config)(config, vae, unet, adapter, prompts, **others), out)
+    save_model(MODELS[family](config, vae, unet, adapter, prompts, **others), out)
 
 
 def _config(unet: UNet2DConditionModel, vae: AutoencoderKL, family: str, base: Path) -> ModelConfig:

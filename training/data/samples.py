@@ -22,7 +22,7 @@ from infra.shards.shard import CAPTION, Entry, image_of, read_sample
 from training.config import TrainConfig
 from training.data.order import FEISTEL, Order
 
-MOMENTS = ("hr.mean", "hr.std", "lr.mean", "lr.std")
+LATENT_MOMENTS = ("hr.mean", "hr.std", "lr.mean", "lr.std")
 SAMPLED = "sampled"  # the latent that a stage-1 model computed from the LR: what StableSR's stage 2 starts from
 
 
@@ -151,7 +151,7 @@ class SampleMaker:
             hr = decode_image(image_of(members), where=where)
             clean = json.loads(members["json"])["degradation"]["clean"]
             lr = hr if clean else decode_image(image_of(members, "lr"), where=where)
-        names = (*MOMENTS, SAMPLED) if self.with_sampled else MOMENTS
+        names = (*LATENT_MOMENTS, SAMPLED) if self.with_sampled else LATENT_MOMENTS
         return TrainingSample(place.entry.key, place.position, hr, lr, {name: moments[name] for name in names})
 
 

@@ -23,7 +23,7 @@ from infra.errors import ModelError, StorageError, line_of
 from infra.files.publish import sync
 from infra.files.storage import explained, sha256_file
 from training.config import ModelConfig
-from training.models.build import model_class
+from training.models.build import MODELS
 from training.models.ccsr import CcsrModel
 from training.models.networks import from_stock_condition, to_stock_condition, with_latent_condition
 from training.models.onestep import OneStepAdapter
@@ -129,7 +129,7 @@ def load_model(
     parts = {name: load_part(directory / name, name) for name in names}
     parts["adapter"] = parts.pop(config.facts.adapter, None)
     prompts = read_weights(directory / PROMPTS)
-    return model_class(config)(config=config, prompts=prompts, **parts).to(device, dtype)
+    return MODELS[config.family](config=config, prompts=prompts, **parts).to(device, dtype)
 
 
 def load_part(directory: Path, name: str) -> Any:

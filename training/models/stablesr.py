@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
+from diffusers import AutoencoderKL, ConfigMixin, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.resnet import ResnetBlock2D
@@ -25,6 +25,7 @@ from training.models.wrapping import FeatureWrapping
 
 EPS = 1e-5
 MULTIPLES = (1, 1, 2, 2)  # of the encoder's width, level by level
+TINY_ADAPTER = {"width": 32, "hidden": 32}
 
 
 class Sft(nn.Module):
@@ -150,6 +151,14 @@ class StableSrModel(CcsrModel):
     """The adapter is a `StableSrAdapter`; `wrapping`, the decoder's, is what stage 2 adds."""
 
     wrapping: FeatureWrapping | None = None
+
+    @staticmethod
+    def fresh_adapter(unet: UNet2DConditionModel, vae: AutoencoderKL, preset: str) -> nn.Module:
+        return StableSrAdapter.for_unet(unet, **(TINY_ADAPTER if preset == "tiny" else {}))
+
+    @property
+    def adapter_parts(self) -> dict[str, nn.Module]:
+        return {"time-aware encoder": self.adapter.encoder, "feature modulation": self.adapter.sft}
 
     @property
     def networks(self) -> dict[str, nn.Module]:
