@@ -8,7 +8,7 @@ from infra import DataError
 from training.models import seeded_init
 from training.models.networks import VAE_CONFIGS
 from training.restore import banded_vae as tiled_vae
-from training.restore.banded_vae import check_space, decode_in_bands, encode_in_bands, plane_bytes, rows_at_once
+from training.restore.banded_vae import check_space, decode_in_bands, encode_in_bands, images_per_pass, plane_bytes
 
 WITH_ATTENTION = VAE_CONFIGS["sd21"] | {"block_out_channels": (32, 32, 64, 64)}
 SIZES = {"tiny": (52, 36), "attention": (72, 40)}
@@ -88,10 +88,10 @@ def test_what_a_size_takes_is_known_before() -> None:
     with torch.device("meta"):
         vae = AutoencoderKL(**VAE_CONFIGS["sd21"])
     assert plane_bytes(vae, 512, 512) == 256 * 512 * 512 * 4  # the last upsampler's output
-    assert rows_at_once(vae, 512, 512, tiled_vae.VAE_BYTES["cpu"]) == 1
-    assert rows_at_once(vae, 520, 512, tiled_vae.VAE_BYTES["cpu"]) == 0
+    assert images_per_pass(vae, 512, 512, tiled_vae.VAE_BYTES["cpu"]) == 1
+    assert images_per_pass(vae, 520, 512, tiled_vae.VAE_BYTES["cpu"]) == 0
     vae.to(dtype=torch.bfloat16)
-    assert rows_at_once(vae, 512, 512, tiled_vae.VAE_BYTES["cuda"]) == 13
+    assert images_per_pass(vae, 512, 512, tiled_vae.VAE_BYTES["cuda"]) == 13
     assert tiled_vae.SPILLED_PLANES * plane_bytes(vae, 2048, 2048) < tiled_vae.VAE_BYTES["cuda"]
     check_space(vae, 512, 512, 0, where="x")
     with pytest.raises(DataError, match=r"GiB of temporary files") as error:

@@ -36,7 +36,7 @@ def plane_bytes(vae: AutoencoderKL, height: int, width: int) -> int:
     return int(wide * height * width) * next(vae.parameters()).element_size()
 
 
-def rows_at_once(vae: AutoencoderKL, height: int, width: int, budget: int) -> int:
+def images_per_pass(vae: AutoencoderKL, height: int, width: int, budget: int) -> int:
     """How many images of this size plain diffusers may take at once within `budget` bytes; 0: use the bands."""
     return budget // (WHOLE_PLANES * plane_bytes(vae, height, width))
 

@@ -22,8 +22,8 @@ from training.restore.banded_vae import (
     check_space,
     decode_in_bands,
     encode_in_bands,
+    images_per_pass,
     plane_bytes,
-    rows_at_once,
 )
 from training.restore.published_sizes import ColorFix, enlarge, finish, reflect
 from training.sampling import Denoise, color_fix, guided, predict_x0, tiled
@@ -106,7 +106,7 @@ def prepare_image(
     unit = model.factor * (latent_unit(model) if config.sizes == "pad" else 1)
     padded = reflect(enlarged, -enlarged.shape[-2] % unit, -enlarged.shape[-1] % unit)
     encoder = model.vae if model.condition_encoder is None else model.condition_encoder
-    if rows_at_once(encoder, padded.shape[-2], padded.shape[-1], budget):
+    if images_per_pass(encoder, padded.shape[-2], padded.shape[-1], budget):
         mean, std = model.encode_condition(padded)
     else:
         mean, std = encode_in_bands(encoder, padded, budget)
@@ -176,7 +176,7 @@ def decode_rows(
     """
     height, width = (side * model.factor for side in latents.shape[-2:])
     budget = VAE_BYTES[latents.device.type] if vae_bytes is None else vae_bytes
-    together = rows_at_once(model.vae, height, width, budget)
+    together = images_per_pass(model.vae, height, width, budget)
     size = max(1, together)
     conditions = repeat(None) if lr is None else lr.split(size)
     for part, condition in zip(latents.split(size), conditions, strict=False):

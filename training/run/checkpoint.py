@@ -17,7 +17,7 @@ from infra.files.storage import exists, join, list_files, name_of, read_json, re
 from training.models.directory import write_weights
 
 FORMAT = "ccsr-checkpoint-1"
-MOMENTS = ("exp_avg", "exp_avg_sq")
+ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 EMA = "ema"
 
 
@@ -38,7 +38,7 @@ def module_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
     """Weights, buffers and moments of a plain replicated module by name."""
     tensors = {f"weights.{name}": tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}
     for name, parameter in module.named_parameters():
-        for kind in MOMENTS:
+        for kind in ADAM_MOMENTS:
             tensors[f"{kind}.{name}"] = optimizer.state[parameter][kind].detach().cpu().clone()
     return tensors
 
@@ -49,7 +49,7 @@ def restore_module(
     """Put `module_state`'s tensors back. BatchNorm's running statistics in an earlier version's file are left out."""
     module.load_state_dict({name: tensors[f"weights.{name}"] for name in module.state_dict()})
     for name, parameter in module.named_parameters():
-        state = {kind: tensors[f"{kind}.{name}"].to(parameter.device) for kind in MOMENTS}
+        state = {kind: tensors[f"{kind}.{name}"].to(parameter.device) for kind in ADAM_MOMENTS}
         optimizer.state[parameter] = {"step": step_tensor(optimizer, parameter, num_updates), **state}
 
 
