@@ -103,7 +103,7 @@ def _training_data(model: str, uris: Sequence[str]) -> list[dict[str, Any]]:
         manifest = Manifest.load(uri)
         if known is not None and manifest.dataset_id not in known:
             raise ConfigError("this model was not trained on this set", where=uri, todo="give the run's own data")
-        sources += manifest.facts["sources"]
+        sources += manifest.sources
     return sources or [{"name": f"dataset {name}", "num_files": "", "licence": None} for name in known or []]
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,7 +22,7 @@ from infra.mlflow.server import TrackingConfig
 from infra.process.numerics import NumericsConfig, set_numerics
 from infra.process.ray_runtime import RayConfig, on_ray
 from infra.run import claim_output
-from pipelines.restore_plan import Failures, failure_of, identity, pending, place_of, plan, record_source
+from pipelines.restore_plan import Failures, RestoreTask, failure_of, identity, pending, place_of, plan, record_source
 from training.config import SamplingConfig
 from training.models import CcsrModel, fetch_model, model_id
 from training.restore.restore import PreparedImage, check_sampling, prepare_image, restore_batch
@@ -150,8 +151,8 @@ def restore(source: str, output: str, model_uri: str, config: RestoreConfig) -> 
         name = f"{output.removeprefix(join(folder, ''))}.run.json"
         check_own(output, join(folder, name))
     if config.noise == "shared":
-        frame_size = _frame_size(tasks[0]["uri"])
-        tasks = [task | {"key": SHARED_KEY, "frame_size": frame_size} for task in tasks]
+        frame_size = _frame_size(tasks[0].uri)
+        tasks = [replace(task, key=SHARED_KEY, frame_size=frame_size) for task in tasks]
     libraries = ("torch", "diffusers", "numpy", "pillow")
     claim_output(folder, config, job="restore", inputs=inputs, libraries=libraries, name=name)
     failures = Failures()
@@ -172,7 +173,7 @@ def _frame_size(uri: str) -> tuple[int, int]:
 
 
 def restore_pending(
-    images: list[dict[str, Any]], output: str, model_uri: str, config: RestoreConfig
+    images: list[RestoreTask], output: str, model_uri: str, config: RestoreConfig
 ) -> Iterator[tuple[str, str, str]]:
     if not images:
         return
@@ -182,7 +183,7 @@ def restore_pending(
         yield from Restorer(config, model_uri, output).restore(images)
         return
 
-    def make() -> Callable[[list[dict[str, Any]]], list[tuple[str, str, str]]]:
+    def make() -> Callable[[list[RestoreTask]], list[tuple[str, str, str]]]:
         restorer = Restorer(config, model_uri, output)
         return lambda group: list(restorer.restore(group))
 
@@ -202,7 +203,7 @@ class _Row(NamedTuple):
     image: PreparedImage
     run: int
     picture: Picture
-    task: dict[str, Any]
+    task: RestoreTask
 
 
 def load(model_uri: str, config: RestoreConfig) -> CcsrModel:
@@ -219,7 +220,7 @@ class Restorer:
         self._config, self._output = config, output
         self._model = load(model_uri, config)
 
-    def restore(self, images: Iterable[dict[str, Any]]) -> Iterator[tuple[str, str, str]]:
+    def restore(self, images: Iterable[RestoreTask]) -> Iterator[tuple[str, str, str]]:
         """Per task of `pending` its (uri, kind of failure, message), both "" where all its runs were written.
 
         Neighbouring images whose latents have one shape share batches.
@@ -229,9 +230,9 @@ class Restorer:
             try:
                 image, picture = self._prepare(task)
             except (CcsrError, MemoryError, RuntimeError) as error:
-                yield task["uri"], *_failure(error)
+                yield task.uri, *_failure(error)
                 continue
-            for run in task["runs"]:
+            for run in task.runs:
                 full = len(rows) >= self._rows_at_once(image)
                 if rows and (full or rows[0].image.mean.shape != image.mean.shape):
                     yield from self._write(rows)
@@ -239,24 +240,24 @@ class Restorer:
                 rows.append(_Row(image, run, picture, task))
         yield from self._write(rows)
 
-    def _prepare(self, task: dict[str, Any]) -> tuple[PreparedImage, Picture]:
-        config, uri = self._config, task["uri"]
+    def _prepare(self, task: RestoreTask) -> tuple[PreparedImage, Picture]:
+        config, uri = self._config, task.uri
         data = read_bytes(uri)
-        form = FORMATS_OF[task["suffix"].lower()]
+        form = FORMATS_OF[task.suffix.lower()]
         picture = decode_picture(data, where=uri, form=form, convert=config.convert, gps=config.gps)
         sides = picture.rgb.shape[:2]
         if min(sides) < MIN_SIDE:
             what = f"{sides[1]}x{sides[0]} px is too small, a side needs {MIN_SIDE}"
             raise refuse("too_small", what, uri, todo="use a larger image")
-        if sides != task.get("frame_size", sides):
-            expected = "{1}x{0}".format(*task["frame_size"])
+        if task.frame_size not in (None, sides):
+            expected = "{1}x{0}".format(*task.frame_size)
             what = f"{sides[1]}x{sides[0]} px is not the first frame's size, {expected}"
             raise refuse("frame_size", what, uri, todo="bring all frames to one size, or use --noise image")
         height, width = (math.ceil(round(side * config.scale, 6)) for side in sides)
         if max(height, width * (1 + config.side_by_side)) > MAX_SIDE.get(form, math.inf):
             what = f"{width}x{height} px is more than a {form} holds"
             raise refuse("too_large", what, uri, todo="use --format png or tiff, or a smaller scale")
-        image = prepare_image(self._model, picture.rgb, (height, width), config.sampling, key=task["key"])
+        image = prepare_image(self._model, picture.rgb, (height, width), config.sampling, key=task.key)
         record_source(task, data)
         return image, picture
 
@@ -278,14 +279,14 @@ class Restorer:
             for row, picture in zip(
                 rows, restore_batch(self._model, pairs, config.sampling, seed=config.seed), strict=True
             ):
-                form = FORMATS_OF[row.task["suffix"].lower()]
+                form = FORMATS_OF[row.task.suffix.lower()]
                 data = encode_picture(picture, row.picture, form, config.quality, side_by_side=config.side_by_side)
                 put_if_absent(place_of(self._output, row.task, row.run, config.num_runs), data)
                 written += 1
-                if row.run == row.task["runs"][-1]:
-                    yield row.task["uri"], "", ""
+                if row.run == row.task.runs[-1]:
+                    yield row.task.uri, "", ""
         except (MemoryError, RuntimeError) as error:
-            for uri in dict.fromkeys(row.task["uri"] for row in rows[written:]):
+            for uri in dict.fromkeys(row.task.uri for row in rows[written:]):
                 yield uri, *_failure(error)
 
 

@@ -112,7 +112,7 @@ def _restored(folder: str, source: str | None) -> Album:
         if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(f"{RECORDS}/"):
             runs.setdefault(name, {})[run] = uri
     tasks = plan(source, folder, num_runs, config["format"])[1] if source else []
-    inputs = {f"{task['name']}{task['suffix']}": task["uri"] for task in tasks}
+    inputs = {task.file_name: task.uri for task in tasks}
     keys = sorted(runs)
 
     def columns(number: int) -> dict[str, list[Shown]]:

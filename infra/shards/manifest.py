@@ -217,6 +217,31 @@ class Manifest:
         return self.facts["num_samples"]
 
     @property
+    def has_lr(self) -> bool:
+        """Whether its samples have LR images; else training degrades their HR."""
+        return self.facts["has_lr"]
+
+    @property
+    def scale(self) -> int | None:
+        """HR pixels per LR pixel, along one side; None without LR images."""
+        return self.facts["scale"]
+
+    @property
+    def sources(self) -> list[dict[str, Any]]:
+        """What was listed: name, kind, licence, number of files."""
+        return self.facts["sources"]
+
+    @property
+    def quarantined(self) -> list[dict[str, str]]:
+        """The samples that were set aside, with the fields of `Quarantined`."""
+        return self.facts["quarantined"]
+
+    @property
+    def shard_facts(self) -> list[dict[str, Any]]:
+        """shard (its name), sha256, num_bytes and num_samples of each shard."""
+        return self.facts["shards"]
+
+    @property
     def num_captions(self) -> int:
         """Of its samples; an earlier version's sets have none."""
         return self.facts.get("num_captions", 0)
@@ -230,13 +255,13 @@ class Manifest:
     @cached_property
     def entries(self) -> Entries:
         """The byte index, one entry per sample in shard order; its hash is checked against the manifest's."""
-        counts = [shard["num_samples"] for shard in self.facts["shards"]]
+        counts = [shard["num_samples"] for shard in self.shard_facts]
         return Entries(self.uri, self.index_parts, list(zip(self.shards, counts, strict=True)))
 
     @property
     def shards(self) -> list[str]:
         """Where the shards are: below the set, or absolute where `bases` has them in other places."""
-        names = [shard["shard"] for shard in self.facts["shards"]]
+        names = [shard["shard"] for shard in self.shard_facts]
         places = [base["uri"] for base in self.facts.get("bases", []) for _ in range(base["num_shards"])]
         return [join(place, name) for place, name in zip(places, names, strict=True)] if places else names
 

@@ -38,7 +38,7 @@ def verify(uri: str) -> Manifest:
     manifest = Manifest.load(uri)
     if "bases" in manifest.facts:
         return _verify_appended(manifest)
-    shards = manifest.facts["shards"]
+    shards = manifest.shard_facts
     index = manifest.index
     present = set(skip_system_files((below(place, uri) for place in list_files(uri)), uri))
     starts = [0, *accumulate(shard["num_samples"] for shard in shards)]

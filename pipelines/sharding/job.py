@@ -278,7 +278,7 @@ def _samples(
 
 
 def report_quarantine(config: ShardConfig, manifest: Manifest) -> None:
-    failed = manifest.facts["quarantined"]
+    failed = manifest.quarantined
     total = manifest.num_samples + len(failed)
     if len(failed) > config.runtime.max_failed_fraction * total:
         reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(i["reason"] for i in failed).most_common())

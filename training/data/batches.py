@@ -69,7 +69,7 @@ def enlarge(lr: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def stack(samples: Sequence[TrainingSample]) -> dict[str, np.ndarray]:
-    """The arrays of a micro-batch: plain NumPy, which Ray moves without copying it into a pickle. Each LR is enlarged."""
+    """The arrays of a micro-batch, each LR enlarged: plain NumPy, which Ray moves without copying it into a pickle."""
     size = samples[0].hr.shape[:2]
     lr = [sample.lr if sample.lr.shape[:2] == size else enlarge(sample.lr, *size) for sample in samples]
     images = {"hr": [sample.hr for sample in samples], "lr": lr}

@@ -157,7 +157,7 @@ class SampleMaker:
 
 def _recipe(config: TrainConfig, number: int, manifest: Manifest) -> DegradationConfig | None:
     chosen = config.data[number].degradation or config.degradation
-    if chosen is None and not manifest.facts["has_lr"]:
+    if chosen is None and not manifest.has_lr:
         raise DataError("these shards hold no LR images", where=manifest.uri, todo="name a `degradation` to train with")
     return load_preset(chosen) if isinstance(chosen, str) else chosen
 
@@ -165,9 +165,9 @@ def _recipe(config: TrainConfig, number: int, manifest: Manifest) -> Degradation
 def check_crop(config: TrainConfig, manifests: Sequence[Manifest]) -> None:
     """ConfigError where the crop does not fit the shards' scale or smallest image."""
     for manifest in manifests:
-        if config.crop_px % (manifest.facts["scale"] or 1):
+        if config.crop_px % (manifest.scale or 1):
             raise ConfigError(
-                f"crop_px = {config.crop_px} is no multiple of these shards' scale, {manifest.facts['scale']}",
+                f"crop_px = {config.crop_px} is no multiple of these shards' scale, {manifest.scale}",
                 where=manifest.uri,
                 todo="choose a multiple of it",
             )
@@ -176,7 +176,7 @@ def check_crop(config: TrainConfig, manifests: Sequence[Manifest]) -> None:
             raise ConfigError(
                 f"crop_px = {config.crop_px} does not fit these shards, whose smallest image has a side of {side} px",
                 where=manifest.uri,
-                todo=f"write crop_px: {side - side % (manifest.facts['scale'] or 1)}, or shard with larger crops",
+                todo=f"write crop_px: {side - side % (manifest.scale or 1)}, or shard with larger crops",
             )
 
 

@@ -44,7 +44,7 @@ class Validation:
             PERCEPTUAL[settings.best_by].load()
         manifests = [Manifest.load(uri) for uri in settings.data]
         for manifest in manifests:
-            if not manifest.facts["has_lr"]:
+            if not manifest.has_lr:
                 raise DataError(
                     "these shards hold no LR images", where=manifest.uri, todo="shard with a degradation to validate"
                 )
