@@ -21,7 +21,7 @@ from infra.files.storage import join
 from infra.imaging.images import encode_png, read_image, resize_bicubic
 from infra.imaging.pixels import StabilityAccumulator, l_std, l_std_equal_sharpness, psnr_y
 from training.models import fetch_model
-from training.restore.restore import restore_runs
+from training.restore.restore import restore_runs, rows_at_once_on
 from training.restore.trace import trace_runs
 
 TRACED_RUNS = 4
@@ -138,7 +138,7 @@ class Scorer:
 
     def _seeds(self, key: str, num_runs: int | None = None) -> dict[str, Any]:
         runs = range(num_runs or self._config.num_runs)
-        at_once = self._config.runtime.rows_at_once or (8 if self._device == "cuda" else 1)
+        at_once = self._config.runtime.rows_at_once or rows_at_once_on(self._device)
         return {"seed": self._config.seed, "key": key, "runs": runs, "rows_at_once": at_once}
 
     def _write_inputs(self, key: str, lr: np.ndarray, hr: np.ndarray | None, seeds_of: str) -> None:

@@ -25,7 +25,8 @@ from infra.run import claim_output
 from pipelines.restore_plan import Failures, RestoreTask, failure_of, identity, pending, place_of, plan, record_source
 from training.config import SamplingConfig
 from training.models import CcsrModel, fetch_model, model_id
-from training.restore.restore import PreparedImage, check_sampling, prepare_image, restore_batch
+from training.restore.published_sizes import enlarged_size
+from training.restore.restore import PreparedImage, check_sampling, prepare_image, restore_batch, rows_at_once_on
 
 MIN_SIDE = 16
 SHARED_KEY = "frames"  # the key of all images under `noise: shared`
@@ -199,6 +200,14 @@ def restore_pending(
         yield from outcomes
 
 
+def output_size(sides: tuple[int, int], scale: float, where: str) -> tuple[int, int]:
+    """(height, width) of a result. UnusableImageError where a side is too short."""
+    if min(sides) < MIN_SIDE:
+        what = f"{sides[1]}x{sides[0]} px is too small, a side needs {MIN_SIDE}"
+        raise refuse("too_small", what, where, todo="use a larger image or video")
+    return enlarged_size(sides, scale)
+
+
 class _Row(NamedTuple):
     image: PreparedImage
     run: int
@@ -246,14 +255,11 @@ class Restorer:
         form = FORMATS_OF[task.suffix.lower()]
         picture = decode_picture(data, where=uri, form=form, convert=config.convert, gps=config.gps)
         sides = picture.rgb.shape[:2]
-        if min(sides) < MIN_SIDE:
-            what = f"{sides[1]}x{sides[0]} px is too small, a side needs {MIN_SIDE}"
-            raise refuse("too_small", what, uri, todo="use a larger image")
-        if task.frame_size not in (None, sides):
+        if task.frame_size and task.frame_size != sides:
             expected = "{1}x{0}".format(*task.frame_size)
             what = f"{sides[1]}x{sides[0]} px is not the first frame's size, {expected}"
             raise refuse("frame_size", what, uri, todo="bring all frames to one size, or use --noise image")
-        height, width = (math.ceil(round(side * config.scale, 6)) for side in sides)
+        height, width = output_size(sides, config.scale, uri)
         if max(height, width * (1 + config.side_by_side)) > MAX_SIDE.get(form, math.inf):
             what = f"{width}x{height} px is more than a {form} holds"
             raise refuse("too_large", what, uri, todo="use --format png or tiff, or a smaller scale")
@@ -266,8 +272,7 @@ class Restorer:
         sides = image.enlarged.shape[-2:]
         in_networks = math.prod(side if tile is None else min(side, tile) for side in sides)
         fitting = max(1, min(64, BATCH_PIXELS // in_networks, 4 * BATCH_PIXELS // math.prod(sides)))
-        # A CPU gains nothing from batches, and alone a row has the same bytes whatever else is restored.
-        return runtime.rows_at_once or (1 if runtime.device == "cpu" else fitting)
+        return runtime.rows_at_once or rows_at_once_on(runtime.device, fitting)
 
     def _write(self, rows: list[_Row]) -> Iterator[tuple[str, str, str]]:
         config = self._config

@@ -57,10 +57,9 @@ def plan(source: str, output: str, num_runs: int, form: str = "png") -> tuple[st
     else:
         files = {below(uri, source): uri for uri in list_images(source)}
         check_output(output, [source])
+    records = join(output, RECORDS)
     tasks = [
-        RestoreTask(
-            uri, key_of(path), output_name(path, key), _suffix(path, form), join(output, RECORDS, f"{key}.json")
-        )
+        RestoreTask(uri, key_of(path), output_name(path, key), _suffix(path, form), join(records, f"{key}.json"))
         for (path, uri), key in zip(files.items(), keys_of(list(files)), strict=True)
     ]
     if is_file or is_inside(source, output):

@@ -1,6 +1,5 @@
 """`ccsr restore film.mp4 large.mp4`: a video enlarged frame by frame with one noise field, its audio copied."""
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from infra.mlflow.models import find_model
 from infra.mlflow.server import TrackingConfig
 from infra.process.numerics import set_numerics
 from infra.run import claim_output
-from pipelines.restore import MIN_SIDE, SHARED_KEY, RestoreConfig, check_own, load, resolved
+from pipelines.restore import SHARED_KEY, RestoreConfig, check_own, load, output_size, resolved
 from training.models import model_id
 from training.restore.restore import check_sampling, prepare_image, restore_batch
 from training.sampling import SmoothedColorFix
@@ -93,11 +92,7 @@ def _check(source: str, output: str, config: RestoreConfig) -> None:
 
 def _size(sides: tuple[int, int], config: RestoreConfig, where: str) -> tuple[int, int]:
     """(height, width) of the enlarged frames."""
-    height, width = (math.ceil(round(side * config.scale, 6)) for side in sides)
-    shape = f"{width}x{height} px"
-    if min(sides) < MIN_SIDE:
-        what = f"{sides[1]}x{sides[0]} px is too small, a side needs {MIN_SIDE}"
-        raise DataError(what, where=where, todo="use a larger video")
+    height, width = output_size(sides, config.scale, where)
     if height % 2 or width % 2:
-        raise DataError(f"{shape}: H.264 holds even sides only", where=where, todo="use another --scale")
+        raise DataError(f"{width}x{height} px: H.264 holds even sides only", where=where, todo="use another --scale")
     return height, width

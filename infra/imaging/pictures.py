@@ -125,7 +125,7 @@ def resized(image: np.ndarray, size: tuple[int, int], resampling: Image.Resampli
     return levels[0] if image.ndim == 2 else np.ascontiguousarray(np.moveaxis(levels, 0, -1))
 
 
-def luma(image: np.ndarray) -> np.ndarray:
+def to_grey(image: np.ndarray) -> np.ndarray:
     """The luma (BT.601) of RGB (H, W, 3), uint8 or uint16, rounded, on three channels; the same dtype."""
     return np.rint(image @ LUMA).astype(image.dtype)[..., None].repeat(3, axis=2)
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from infra.display.table import Cell, Table, cell
 from infra.errors import ConfigError
-from pipelines.estimate.shards import GIB, MIB, form_of
+from infra.process.memory import GIB
+from pipelines.estimate.shards import MIB, form_of
 from training.config import TrainConfig
 
 if TYPE_CHECKING:

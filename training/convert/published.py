@@ -31,7 +31,7 @@ from training.models.directory import (
     fill,
     load_part,
     part_from_config,
-    read_json,
+    read_part_json,
     read_weights,
     save_model,
 )
@@ -152,7 +152,7 @@ def convert_v2(controlnet_dir: Path | str, vae_dir: Path | str, base_dir: Path |
     """
     base = Path(base_dir)
     place = _subfolder(Path(controlnet_dir), "controlnet")
-    config = read_json(place / "config.json")
+    config = read_part_json(place / "config.json")
     if not config.get("use_vae_encode_condition"):
         raise ModelError(
             "this ControlNet takes an RGB image, not the LR latent (use_vae_encode_condition is not set)",
@@ -196,14 +196,14 @@ def _architecture(base: Path | None) -> tuple[UNet2DConditionModel, AutoencoderK
             return UNet2DConditionModel(**UNET_CONFIGS["sd21"]), AutoencoderKL(**VAE_CONFIGS["sd21"])
     check_prediction_type(base)
     places = {name: base / name / "config.json" for name in ("unet", "vae")}
-    unet, vae = (part_from_config(read_json(place), name, place) for name, place in places.items())
+    unet, vae = (part_from_config(read_part_json(place), name, place) for name, place in places.items())
     return unet, vae
 
 
 def check_prediction_type(base: Path) -> None:
     """SD 2.1 comes in two kinds of the same shape; CCSR uses `base`, the 512 px model that predicts the noise."""
     place = base / "scheduler" / "scheduler_config.json"
-    if place.is_file() and read_json(place).get("prediction_type", "epsilon") != "epsilon":
+    if place.is_file() and read_part_json(place).get("prediction_type", "epsilon") != "epsilon":
         raise ModelError(
             "this base predicts v, not the noise: it is Stable Diffusion 2.1 at 768 px, not 2.1-base",
             where=str(place),
@@ -285,7 +285,7 @@ def _config(unet: UNet2DConditionModel, vae: AutoencoderKL, family: str, base: P
         if _is_preset(unet.config, UNET_CONFIGS[name]) and _is_preset(vae.config, VAE_CONFIGS[name])
     ]
     record = base / "ccsr.json"
-    prediction = read_json(record)["prediction"] if record.is_file() else "eps"
+    prediction = read_part_json(record)["prediction"] if record.is_file() else "eps"
     return ModelConfig.model_validate(
         {"preset": presets[0] if presets else "custom", "family": family, "prediction": prediction}
     )

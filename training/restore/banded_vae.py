@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from infra.errors import DataError
+from infra.process.memory import GIB
 from training.models.onestep import full_weight
 
-GIB = 2**30
 # What a VAE's activations may take. Constants: whole and bands round differently, and a picture must not depend on what
 # else is in memory. 6.5 GiB hold the three largest of a 2048 px output in bfloat16, or 13 outputs of 512 px whole.
 VAE_BYTES = {"cpu": GIB, "cuda": 13 * GIB // 2}
