@@ -24,7 +24,7 @@ from infra.shards.manifest import Manifest
 from infra.shards.shard import image_of, read_sample
 from training.config import TrainConfig
 from training.models import CcsrModel
-from training.restore.restore import restore_runs
+from training.restore.seeded_runs import restore_runs
 from training.run.checkpoint import load_checkpoint
 from training.run.export import initial_model
 

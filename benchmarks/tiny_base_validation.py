@@ -26,7 +26,7 @@ from training.config import SamplingConfig, TrainConfig
 from training.data.batches import Batch
 from training.data.samples import SAMPLED
 from training.models import CcsrModel, load_model
-from training.restore.restore import decode_images, prepare_image, sample_rows
+from training.restore.seeded_runs import decode_images, prepare_image, sample_rows
 from training.run.step.stages import DecoderStage
 
 CONFIG = Path(__file__).with_name("pretrain.yaml")

@@ -21,7 +21,7 @@ from infra.files.storage import join
 from infra.imaging.images import encode_png, read_image, resize_bicubic
 from infra.imaging.pixels import StabilityAccumulator, l_std, l_std_equal_sharpness, psnr_y
 from training.models import fetch_model
-from training.restore.restore import restore_runs, rows_at_once_on
+from training.restore.seeded_runs import restore_runs, rows_at_once_on
 from training.restore.trace import trace_runs
 
 TRACED_RUNS = 4

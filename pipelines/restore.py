@@ -26,7 +26,7 @@ from pipelines.restore_plan import Failures, RestoreTask, failure_of, identity, 
 from training.config import SamplingConfig
 from training.models import CcsrModel, fetch_model, model_id
 from training.restore.published_sizes import enlarged_size
-from training.restore.restore import PreparedImage, check_sampling, prepare_image, restore_batch, rows_at_once_on
+from training.restore.seeded_runs import PreparedImage, check_sampling, prepare_image, restore_batch, rows_at_once_on
 
 MIN_SIDE = 16
 SHARED_KEY = "frames"  # the key of all images under `noise: shared`

@@ -18,7 +18,7 @@ from infra.process.numerics import set_numerics
 from infra.run import claim_output
 from pipelines.restore import SHARED_KEY, RestoreConfig, check_own, load, output_size, resolved
 from training.models import model_id
-from training.restore.restore import check_sampling, prepare_image, restore_batch
+from training.restore.seeded_runs import check_sampling, prepare_image, restore_batch
 from training.sampling import SmoothedColorFix
 
 

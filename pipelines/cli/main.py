@@ -140,7 +140,7 @@ def compare(
 ) -> None:
     """Paired per-image differences between evaluated methods, with bootstrap intervals."""
     from evaluation.compare import compare as compare_results
-    from evaluation.mlflow_log import log_comparison
+    from evaluation.mlflow_results import log_comparison
     from infra.display.table import print_report
     from infra.mlflow.server import TrackingConfig, check_tracking
 

@@ -28,7 +28,7 @@ from pipelines.sharding.inputs.pages import remove_listings
 from pipelines.sharding.plan import PlannedSample, PlannedShard, grid_samples, num_variants, plan_shards, source_id
 from pipelines.sharding.recipe import resolve_degradation
 from pipelines.sharding.reports.card import write_card
-from pipelines.sharding.reports.mlflow_log import log_shard_set
+from pipelines.sharding.reports.mlflow_shard_set import log_shard_set
 from pipelines.sharding.sample import (
     Sample,
     at_variant,

@@ -14,7 +14,7 @@ from training.config import SamplingConfig
 from training.data.batches import enlarge
 from training.data.samples import LATENT_MOMENTS, SAMPLED
 from training.models import CcsrModel, fetch_model
-from training.restore.restore import sample_latents
+from training.restore.seeded_runs import sample_latents
 
 
 class LatentEncoder:

@@ -20,7 +20,7 @@ from pipelines.sets.verify import verify
 from tests.integration.conftest import NUM_RUNS, REPOSITORY, run_ccsr, run_demo
 from training.config import SamplingConfig
 from training.models import load_model
-from training.restore.restore import restore_runs
+from training.restore.seeded_runs import restore_runs
 from training.run.checkpoint import complete_checkpoints, load_checkpoint
 
 METHODS = {"bicubic": 1, "uniform": NUM_RUNS, "truncated": NUM_RUNS, "ccsr": NUM_RUNS}

@@ -12,7 +12,7 @@ from mlflow.tracking import MlflowClient
 from evaluation.compare import compare
 from evaluation.config import EvaluateConfig
 from evaluation.job import preview_evaluate, run_evaluate
-from evaluation.mlflow_log import log_comparison
+from evaluation.mlflow_results import log_comparison
 from evaluation.report.page import report_results
 from evaluation.report.tables import table_rows
 from evaluation.results import load_result

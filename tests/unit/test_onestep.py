@@ -25,7 +25,7 @@ from training.models import (
 )
 from training.models.networks import build_networks
 from training.restore.banded_vae import encode_in_bands
-from training.restore.restore import prepare_image, restore_runs
+from training.restore.seeded_runs import prepare_image, restore_runs
 from training.run.cost.parameters import parameter_table, regulariser_part
 from training.run.cost.requirements import step_cost
 from training.run.step.stages import build_stage

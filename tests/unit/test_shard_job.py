@@ -505,7 +505,7 @@ def test_samples_of_a_stablesr_model_are_its_restorations_latents(photos: Path, 
     from training.config import ModelConfig, SamplingConfig
     from training.data.samples import SAMPLED
     from training.models import build_model, save_model
-    from training.restore.restore import sample_latents
+    from training.restore.seeded_runs import sample_latents
 
     model = build_model(ModelConfig(family="stablesr"), 0)
     save_model(model, tmp_path / "model")

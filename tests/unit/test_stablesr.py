@@ -20,7 +20,7 @@ from training.models import (
 )
 from training.models.stablesr import Sft, sft_places
 from training.models.wrapping import Fusion
-from training.restore.restore import prepare_image, restore_batch, restore_runs
+from training.restore.seeded_runs import prepare_image, restore_batch, restore_runs
 from training.run.cost.parameters import parameter_table
 from training.run.monitoring.meter import flop_counter
 from training.run.step.stages import Stage, build_stage

@@ -16,7 +16,7 @@ from tests.small_networks import seeded_lpips
 from tests.unit.photos import make_shard_set, save_photos, shard_config
 from training.config import ModelConfig, SamplingConfig, TrainConfig
 from training.models import CcsrModel, build_model
-from training.restore.restore import restore_runs
+from training.restore.seeded_runs import restore_runs
 from training.run.agreement import WorkerContext
 from training.run.monitoring.validation import PERCEPTUAL, Perceptual, Validation, perceptual_metrics
 

@@ -19,7 +19,7 @@ from training.models.ccsr import CcsrModel, dtype_of
 from training.models.stablesr import StableSrAdapter
 from training.models.wrapping import FeatureWrapping
 from training.restore.published_sizes import enlarged_size, finish, network_input, reflect
-from training.restore.restore import latent_unit, sample_latents
+from training.restore.seeded_runs import latent_unit, sample_latents
 
 SAMPLING = SamplingConfig(tile=512).model_dump()
 """What `ccsr restore` does by default."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from training.config import SamplingConfig
 from training.models import CcsrModel
-from training.restore.restore import ROWS_AT_ONCE, decode_images, prepare_image, sample_rows
+from training.restore.seeded_runs import ROWS_AT_ONCE, decode_images, prepare_image, sample_rows
 
 
 @torch.inference_mode()

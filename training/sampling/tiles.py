@@ -58,7 +58,7 @@ def tiled(denoise: Denoise, tile: int, stride: int) -> Denoise:
         weight = tile_weights((height, width)).float().to(x_t.device)
         total = torch.zeros_like(x_t, dtype=torch.float32)
         norm = torch.zeros(x_t.shape[-2:], dtype=torch.float32, device=x_t.device)
-        for y, x in tile_grid(*x_t.shape[-2:], (height, width), stride):
+        for y, x in tile_grid(x_t.shape[-2], x_t.shape[-1], (height, width), stride):
             window = (..., slice(y, y + height), slice(x, x + width))
             total[window] += weight * at_tile(denoise, x_t[window], t, (y, x)).float()
             norm[window] += weight

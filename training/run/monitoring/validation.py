@@ -17,7 +17,7 @@ from infra.shards.manifest import Manifest
 from infra.shards.shard import Entry, image_of, read_sample
 from training.config import SamplingConfig, TrainConfig, ValidationConfig
 from training.models import CcsrModel, load_dists, load_lpips
-from training.restore.restore import restore_runs
+from training.restore.seeded_runs import restore_runs
 from training.run.agreement import WorkerContext, agree, all_objects, attempt
 
 
