@@ -107,8 +107,8 @@ def _training_data(model: str, uris: Sequence[str]) -> list[dict[str, Any]]:
     return sources or [{"name": f"dataset {name}", "num_files": "", "licence": None} for name in known or []]
 
 
-def _metrics(place: str) -> dict[str, Any]:
-    folder, _, method = place.partition(":") if not is_s3(place) else (place, "", "")
+def _metrics(uri: str) -> dict[str, Any]:
+    folder, _, method = uri.partition(":") if not is_s3(uri) else (uri, "", "")
     result = load_result(folder)
     method = method or next(iter(result.methods))
     if method not in result.methods:

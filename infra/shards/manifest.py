@@ -54,13 +54,13 @@ class ShardRecord:
         return json.dumps(dataclasses.asdict(self), sort_keys=True).encode()
 
     @classmethod
-    def read(cls, place: str) -> "ShardRecord":
-        """The record at `place`. DataError where it is damaged."""
-        return cls.parse(read_bytes(place), place)
+    def read(cls, uri: str) -> "ShardRecord":
+        """The record at `uri`. DataError where it is damaged."""
+        return cls.parse(read_bytes(uri), uri)
 
     @classmethod
-    def parse(cls, data: bytes, place: str) -> "ShardRecord":
-        """A record's bytes, which are at `place`. DataError where they are damaged."""
+    def parse(cls, data: bytes, uri: str) -> "ShardRecord":
+        """A record's bytes, which are at `uri`. DataError where they are damaged."""
         try:
             values = json.loads(data)
             values["entries"] = [IndexedEntry(**entry) for entry in values["entries"]]
@@ -69,7 +69,7 @@ class ShardRecord:
         except (ValueError, TypeError, KeyError) as error:
             raise DataError(
                 f"a shard's record is damaged ({error})",
-                where=place,
+                where=uri,
                 todo="remove it and run the same command again",
             ) from error
 
@@ -80,14 +80,14 @@ def record_uri(output: str, index: int) -> str:
 
 def commit_record(output: str, record: ShardRecord) -> None:
     """Commit a shard's record. A second commit must say the same: a record that disagrees is an error."""
-    place = record_uri(output, record.index)
-    if not put_if_absent(place, record.to_bytes()):
-        present = ShardRecord.read(place)
+    uri = record_uri(output, record.index)
+    if not put_if_absent(uri, record.to_bytes()):
+        present = ShardRecord.read(uri)
         if present != record:
             raise DataError(
                 f"two runs made different bytes for shard {record.index} "
                 f"({present.sha256[:12]} is committed, {record.sha256[:12]} is new)",
-                where=place,
+                where=uri,
                 todo="compare the library versions of the two runs; keep this output as it is and use a new one",
             )
 
