@@ -18,7 +18,8 @@ from evaluation.results import image_row
 from infra.errors import DataError, ModelError, line_of
 from infra.files.publish import download, put_if_absent, write_bytes
 from infra.files.storage import join
-from infra.imaging.images import encode_png, read_image, resize_bicubic
+from infra.imaging.images import encode_png, read_image
+from infra.imaging.pictures import resized
 from infra.imaging.pixels import StabilityAccumulator, l_std, l_std_equal_sharpness, psnr_y
 from training.models import fetch_model
 from training.restore.seeded_runs import restore_runs, rows_at_once_on
@@ -57,7 +58,7 @@ class Scorer:
         border = config.crop_border
         lr, hr, size = image.read()
         seeds_of = image.noise_key or image.key
-        bicubic = resize_bicubic(lr, size[1], size[0])
+        bicubic = resized(lr, size)
         self._write_inputs(image.key, lr, hr, seeds_of)
         runs: Iterable[np.ndarray]
         trace: list[dict[str, Any]] = []
@@ -162,7 +163,7 @@ class Scorer:
     ) -> Iterator[np.ndarray]:
         """The first `num_runs` runs, all by default; a deterministic method has one."""
         if isinstance(method, BicubicMethod):
-            yield resize_bicubic(lr, size[1], size[0])
+            yield resized(lr, size)
         elif isinstance(method, ModelMethod):
             model = self._model(method.model)
             yield from restore_runs(model, lr, size, method.sampling, **self._seeds(key, num_runs))

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from infra.display.progress import progress
 from infra.errors import ConfigError, DataError
@@ -62,7 +61,7 @@ def restore_video(source: str, output: str, model_uri: str, config: RestoreConfi
                 (large,) = restore_batch(model, [(image, 0)], config.sampling, seed=config.seed, fix=fix)
                 advance()
                 if config.side_by_side:
-                    large = np.concatenate([resized(frame, size, Image.Resampling.BICUBIC), large], axis=1)
+                    large = np.concatenate([resized(frame, size), large], axis=1)
                 return large
 
             written = (size[0], size[1] * (1 + config.side_by_side))
