@@ -22,13 +22,21 @@ from infra.mlflow.server import TrackingConfig
 from infra.process.numerics import NumericsConfig, set_numerics
 from infra.process.ray_runtime import RayConfig, on_ray
 from infra.run import claim_output
-from pipelines.restore_plan import Failures, RestoreTask, failure_of, identity, pending, place_of, plan, record_source
+from pipelines.restore_plan import (
+    Failures,
+    RestoreTask,
+    failure_of,
+    identity,
+    output_size,
+    pending,
+    place_of,
+    plan,
+    record_source,
+)
 from training.config import SamplingConfig
 from training.models import CcsrModel, fetch_model, model_id
-from training.restore.published_sizes import enlarged_size
 from training.restore.seeded_runs import PreparedImage, check_sampling, prepare_image, restore_batch, rows_at_once_on
 
-MIN_SIDE = 16
 SHARED_KEY = "frames"  # the key of all images under `noise: shared`
 IMAGES_PER_TASK = 8
 BATCH_PIXELS = 16 * 512**2
@@ -198,14 +206,6 @@ def restore_pending(
         output=output,
     ):
         yield from outcomes
-
-
-def output_size(sides: tuple[int, int], scale: float, where: str) -> tuple[int, int]:
-    """(height, width) of a result. UnusableImageError where a side is too short."""
-    if min(sides) < MIN_SIDE:
-        what = f"{sides[1]}x{sides[0]} px is too small, a side needs {MIN_SIDE}"
-        raise refuse("too_small", what, where, todo="use a larger image or video")
-    return enlarged_size(sides, scale)
 
 
 class _Row(NamedTuple):

@@ -13,12 +13,14 @@ from infra.errors import CcsrError, ConfigError, DataError, PartialResultError, 
 from infra.files.locations import check_output, is_inside
 from infra.files.publish import put_if_absent, write_bytes
 from infra.files.storage import exists, is_s3, join, read_bytes, read_json
-from infra.imaging.images import IMAGE_SUFFIXES, UnusableImageError, below, list_images
+from infra.imaging.images import IMAGE_SUFFIXES, UnusableImageError, below, list_images, refuse
 from infra.imaging.pictures import FORMATS_OF
 from infra.shards.keys import key_of, keys_of, output_name
+from training.restore.published_sizes import enlarged_size
 
 SUFFIXES = {"png": ".png", "jpg": ".jpg", "webp": ".webp", "tiff": ".tif"}
 RECORDS = "records"
+MIN_SIDE = 16
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,14 @@ def _check_file_output(source: str, output: str, num_runs: int, form: str, *, is
 def place_of(output: str, task: RestoreTask, run: int, num_runs: int) -> str:
     """Where run `run` of an image goes."""
     return join(output, task.file_name) if num_runs == 1 else join(output, "runs", f"{run:02d}", task.file_name)
+
+
+def output_size(sides: tuple[int, int], scale: float, where: str) -> tuple[int, int]:
+    """(height, width) of a result. UnusableImageError where a side is too short."""
+    if min(sides) < MIN_SIDE:
+        what = f"{sides[1]}x{sides[0]} px is too small, a side needs {MIN_SIDE}"
+        raise refuse("too_small", what, where, todo="use a larger image or video")
+    return enlarged_size(sides, scale)
 
 
 def identity(data: bytes) -> dict[str, Any]:
