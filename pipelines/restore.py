@@ -25,6 +25,7 @@ from infra.run import claim_output
 from pipelines.restore_plan import (
     Failures,
     RestoreTask,
+    check_own,
     failure_of,
     identity,
     output_size,
@@ -131,12 +132,6 @@ def resolved(config: RestoreConfig) -> RestoreConfig:
     dtype = {"cpu": "float32", "cuda": "bfloat16"}[device] if config.dtype == "auto" else config.dtype
     runtime = config.runtime.model_copy(update={"device": device})
     return config.model_copy(update={"dtype": dtype, "runtime": runtime})
-
-
-def check_own(output: str, run_file: str) -> None:
-    """ConfigError where the file OUTPUT is there and no run file beside it says that this command made it."""
-    if exists(output) and not exists(run_file):
-        raise ConfigError("this file is there already", where=output, todo="give another name, or remove it")
 
 
 def restore(source: str, output: str, model_uri: str, config: RestoreConfig) -> int:

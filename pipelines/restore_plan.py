@@ -87,6 +87,12 @@ def _check_file_output(source: str, output: str, num_runs: int, form: str, *, is
             raise ConfigError(what, where=output, todo="give a folder as OUTPUT, or NAME.png for one run of one file")
 
 
+def check_own(output: str, run_file: str) -> None:
+    """ConfigError where the file OUTPUT is there and no run file beside it says that this command made it."""
+    if exists(output) and not exists(run_file):
+        raise ConfigError("this file is there already", where=output, todo="give another name, or remove it")
+
+
 def place_of(output: str, task: RestoreTask, run: int, num_runs: int) -> str:
     """Where run `run` of an image goes."""
     return join(output, task.file_name) if num_runs == 1 else join(output, "runs", f"{run:02d}", task.file_name)

@@ -15,8 +15,8 @@ from infra.mlflow.models import find_model
 from infra.mlflow.server import TrackingConfig
 from infra.process.numerics import set_numerics
 from infra.run import claim_output
-from pipelines.restore import SHARED_KEY, RestoreConfig, check_own, load, resolved
-from pipelines.restore_plan import output_size
+from pipelines.restore import SHARED_KEY, RestoreConfig, load, resolved
+from pipelines.restore_plan import check_own, output_size
 from training.models import model_id
 from training.restore.seeded_runs import check_sampling, prepare_image, restore_batch
 from training.sampling import SmoothedColorFix
