@@ -234,7 +234,7 @@ class Restorer:
             try:
                 image, picture = self._prepare(task)
             except (CcsrError, MemoryError, RuntimeError) as error:
-                yield task.uri, *_failure(error)
+                yield task.uri, *failure_of(error)
                 continue
             for run in task.runs:
                 full = len(rows) >= self._rows_at_once(image)
@@ -287,13 +287,4 @@ class Restorer:
                     yield row.task.uri, "", ""
         except (MemoryError, RuntimeError) as error:
             for uri in dict.fromkeys(row.task.uri for row in rows[written:]):
-                yield uri, *_failure(error)
-
-
-def _failure(error: Exception) -> tuple[str, str]:
-    """`failure_of` an image; an error that is neither the user's nor a lack of memory is raised."""
-    if isinstance(error, CcsrError):
-        return failure_of(error)
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
-        return "memory", "the memory was used up; use a smaller scale or tile, or fewer rows at once"
-    raise error
+                yield uri, *failure_of(error)

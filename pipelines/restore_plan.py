@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from infra.errors import CcsrError, ConfigError, DataError, PartialResultError, printable
 from infra.files.locations import check_output, is_inside
 from infra.files.publish import put_if_absent, write_bytes
@@ -165,8 +167,13 @@ def _is_of(record: str, found: dict[str, Any]) -> bool:
     return {**read_json(record), **found} == read_json(record)
 
 
-def failure_of(error: CcsrError) -> tuple[str, str]:
-    """The kind of failure to count by, and what to say of it."""
+def failure_of(error: Exception) -> tuple[str, str]:
+    """The kind of failure to count by, and what to say of it; an error that is neither the user's nor a lack of memory
+    is raised."""
+    if not isinstance(error, CcsrError):
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+            return "memory", "the memory was used up; use a smaller scale or tile, or fewer rows at once"
+        raise error
     if isinstance(error, UnusableImageError):
         kind = error.reason
     else:
