@@ -18,13 +18,14 @@ from evaluation import l_std, psnr_y
 from evaluation.metrics.bootstrap import bootstrap_interval
 from evaluation.metrics.image import sharpness
 from infra.config import load_config
-from infra.imaging.images import decode_image, resize_bicubic
+from infra.imaging.images import decode_image
+from infra.imaging.pictures import resized
 from infra.imaging.pixels import l_std_equal_sharpness
 from infra.shards.manifest import Manifest
 from infra.shards.shard import image_of, read_sample
 from training.config import TrainConfig
 from training.models import CcsrModel
-from training.restore.restore import restore_runs
+from training.restore.seeded_runs import restore_runs
 from training.run.checkpoint import load_checkpoint
 from training.run.export import initial_model
 
@@ -54,7 +55,7 @@ def scores(checkpoint: str, config_file: str, data: str, place: int, num_runs: i
     for kind in WEIGHTS:
         model = model_of(checkpoint, config_file, kind)
         runs = list(restore_runs(model, lr, size, sampling, seed=0, key=entry.key, runs=range(num_runs)))
-        equal = l_std_equal_sharpness(runs, resize_bicubic(lr, *size[::-1]))
+        equal = l_std_equal_sharpness(runs, resized(lr, size))
         means = (float(np.mean([metric(run, hr) for run in runs])) for metric in (psnr_y, sharpness))
         rows.append([*means, l_std(runs), equal])
     return rows

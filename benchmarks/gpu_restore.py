@@ -24,7 +24,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from infra import rng_for
 from training.config import ModelConfig, SamplingConfig
 from training.models import CcsrModel, build_model, seeded_init
-from training.restore.restore import prepare_image, restore_batch
+from training.restore.seeded_runs import prepare_image, restore_batch
 
 CHAINS = {"v1": SamplingConfig(num_steps=45), "v2": SamplingConfig(num_steps=6, t_min=0.5)}
 SEED = 0

@@ -19,7 +19,7 @@ from evaluation.metrics.stability import temporal_std
 from infra.imaging.pixels import psnr_y
 from training.config import SamplingConfig
 from training.models import CcsrModel, load_model
-from training.restore.restore import prepare_image, restore_batch
+from training.restore.seeded_runs import prepare_image, restore_batch
 from training.sampling import SmoothedColorFix, color_fix
 
 SCALE, SIDE = 4, 192

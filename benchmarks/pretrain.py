@@ -21,7 +21,8 @@ from benchmarks.pretrain_phase import Phase, save_whole
 from degradation.pipeline import degrade
 from degradation.presets import load_preset
 from infra.config import Config, fingerprint_of, load_config
-from infra.imaging.images import read_image, resize_bicubic
+from infra.imaging.images import read_image
+from infra.imaging.pictures import resized
 from infra.imaging.pixels import gradient_energy, grey_levels
 from infra.process.numerics import NumericsConfig, set_numerics
 from infra.seeding import rng_for
@@ -73,7 +74,7 @@ def load_photos(config: PretrainConfig, part: str, out: Path) -> list[np.ndarray
             for side in config.short_sides if part == "train" else VALIDATION_SIDES:
                 height, width = (round(length * side / min(image.shape[:2])) for length in image.shape[:2])
                 if height <= image.shape[0]:
-                    photos[f"{name} {side}"] = torch.from_numpy(resize_bicubic(image, width, height).copy())
+                    photos[f"{name} {side}"] = torch.from_numpy(resized(image, (height, width)).copy())
         save_whole(photos, cache)
     return [photo.numpy() for _, photo in sorted(load_file(cache).items())]
 
@@ -168,7 +169,7 @@ def encoded_pairs(
             for index in range(first, first + CHUNK):
                 rng = rng_for(config.seed, "pretrain", part, index)
                 pair = degrade(np.ascontiguousarray(draw_crop(photos, px, rng)), degradation, rng)
-                images = as_tensor([pair.hr, resize_bicubic(pair.lr, px, px)], config.device)
+                images = as_tensor([pair.hr, resized(pair.lr, (px, px))], config.device)
                 pairs.append(model.encode_moments(images)[0].cpu())
             save_whole({"pairs": torch.stack(pairs, dim=1).contiguous()}, cache)
         found.append(load_file(cache)["pairs"])

@@ -22,7 +22,7 @@ from infra import noise_for, rng_for
 from infra.display.table import Table, cell, print_report
 from training.config import ModelConfig, SamplingConfig
 from training.models import CcsrModel, build_model
-from training.restore.restore import (
+from training.restore.seeded_runs import (
     PreparedImage,
     decode_rows,
     prepare_image,

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from infra.shards.manifest import Manifest
-from pipelines.estimate.scaling import Parts, on_cores
+from pipelines.estimate.scaling import Limits, Parts, update_seconds
 from tests.training_runs import free_port, join_group, noise_shards, train_config
 from training.run.export import initial_model
 from training.run.worker import WorkerContext, train
@@ -96,6 +96,12 @@ def run(folder: str, data: str, world_size: int, batches: list[int]) -> list[flo
     return [mean(of_batch) for of_batch in zip(*(json.loads(o.splitlines()[-1]) for o, _ in outputs), strict=True)]
 
 
+def on_cores(parts: Parts, link_bytes_per_second: float, num_ranks: int) -> float:
+    """Predicted seconds of an update of gloo ranks that share this machine's cores."""
+    limits = Limits(ranks_per_node=num_ranks, link_bytes_per_second=link_bytes_per_second, cores=CORES, hop_seconds=0)
+    return sum(update_seconds(parts, limits, num_ranks, MANY).values())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
@@ -122,7 +128,7 @@ def main() -> None:
             for number in options.ranks:
                 measured = known[number] if number in known else run(folder, data, number, [MANY])[0]
                 crowd = max(1.0, number / CORES)
-                rows[number].append((on_cores(parts, link, CORES, number, MANY), crowd * measured))
+                rows[number].append((on_cores(parts, link, number), crowd * measured))
     print(f"{date.today()}, {platform.processor() or platform.machine()}, {CORES} cores, load {os.getloadavg()[0]:.0f}")
     print("| ranks | predicted, s | measured, s | difference | of single rounds |\n|---|---|---|---|---|")
     for number, pairs in rows.items():

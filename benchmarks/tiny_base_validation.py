@@ -19,14 +19,14 @@ from degradation.pipeline import degrade
 from degradation.presets import load_preset
 from evaluation import l_std, niqe, psnr_y
 from infra.config import load_config
-from infra.imaging.images import resize_bicubic
+from infra.imaging.pictures import resized
 from infra.imaging.pixels import gradient_energy, grey_levels, l_std_equal_sharpness
 from infra.seeding import rng_for
 from training.config import SamplingConfig, TrainConfig
 from training.data.batches import Batch
 from training.data.samples import SAMPLED
 from training.models import CcsrModel, load_model
-from training.restore.restore import decode_images, prepare_image, sample_rows
+from training.restore.seeded_runs import decode_images, prepare_image, sample_rows
 from training.run.step.stages import DecoderStage
 
 CONFIG = Path(__file__).with_name("pretrain.yaml")
@@ -50,7 +50,7 @@ class Scores:
 
     def __init__(self, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
         self.hrs = [hr for hr, _ in pairs]
-        self.bicubic = [resize_bicubic(lr, *hr.shape[1::-1]) for hr, lr in pairs]
+        self.bicubic = [resized(lr, hr.shape[:2]) for hr, lr in pairs]
         self.reference: np.ndarray | None = None  # truncated's rows
         names = "PSNR-Y, minus bicubic's, energy / bicubic's, NIQE, L-STD, at equal sharpness"
         names += ", energy / truncated's (images), L-STD, at equal sharpness"
@@ -81,7 +81,7 @@ def stage2_batch(stage: DecoderStage, photos: Sequence[np.ndarray], count: int) 
     """Crops with what the truncated chain makes of them, so that every setting starts from the same latents."""
     pairs = pairs_of(photos, stage.config.crop_px, count, "stage2")
     hr = as_tensor([hr for hr, _ in pairs], "cpu")
-    lr = as_tensor([resize_bicubic(lr, *hr.shape[1::-1]) for hr, lr in pairs], "cpu")
+    lr = as_tensor([resized(lr, hr.shape[:2]) for hr, lr in pairs], "cpu")
     batch = Batch([""] * count, list(range(count)), hr, lr)
     return replace(batch, moments={SAMPLED: stage.sampled_latents(batch)})
 

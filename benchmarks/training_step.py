@@ -31,8 +31,9 @@ from infra.config import parse_config
 from infra.mlflow.server import TrackingConfig
 from infra.mlflow.tracking import track
 from infra.process.background import BackgroundTracker
+from tests.training_runs import collate
 from training.config import TrainConfig
-from training.data.batches import Batch, collate
+from training.data.batches import Batch
 from training.data.samples import TrainingSample
 from training.models import build_model
 from training.run.agreement import WorkerContext

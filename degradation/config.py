@@ -79,7 +79,7 @@ class Resize(Config):
     modes: Annotated[tuple[Mode, ...], Field(min_length=1)] = ("area", "bilinear", "bicubic")
 
 
-class Noise(Config):
+class AddedNoise(Config):
     """Gaussian (`sigma` in units of 1/255) with probability `gaussian`, else Poisson; `gray`: one field for R, G, B."""
 
     gaussian: Probability = 0.5
@@ -88,12 +88,12 @@ class Noise(Config):
     poisson_scale: Sigma
 
 
-class Stage(Config):
+class Round(Config):
     """One of the two rounds of the second-order chain."""
 
     blur: Blur
     resize: Resize
-    noise: Noise
+    noise: AddedNoise
     jpeg_quality: Qualities
 
 
@@ -108,8 +108,8 @@ class SecondOrder(Config):
     recipe: Literal["second_order"] = "second_order"
     scale: Scale = 4
     sharpen: Literal["none", "input", "target"] = "none"
-    first: Stage
-    second: Stage
+    first: Round
+    second: Round
     final_sinc: Probability = 0.8
     final_jpeg_first: Probability = 0.5
     clean: Probability = 0.0

@@ -2,38 +2,48 @@
 
 import difflib
 
-from degradation.config import Bicubic, Blur, Bsrgan, BsrganPlus, DegradationConfig, Noise, Resize, SecondOrder, Stage
+from degradation.config import (
+    AddedNoise,
+    Bicubic,
+    Blur,
+    Bsrgan,
+    BsrganPlus,
+    DegradationConfig,
+    Resize,
+    Round,
+    SecondOrder,
+)
 from infra.errors import ConfigError
 
 # Real-ESRGAN a4abfb2, options/train_realesrgan_x4plus.yml
 _REALESRGAN = SecondOrder(
     sharpen="input",
-    first=Stage(
+    first=Round(
         blur=Blur(sigma=(0.2, 3), beta_generalized=(0.5, 4), beta_plateau=(1, 2)),
         resize=Resize(directions={"up": 0.2, "down": 0.7, "keep": 0.1}, range=(0.15, 1.5)),
-        noise=Noise(sigma=(1, 30), poisson_scale=(0.05, 3)),
+        noise=AddedNoise(sigma=(1, 30), poisson_scale=(0.05, 3)),
         jpeg_quality=(30, 95),
     ),
-    second=Stage(
+    second=Round(
         blur=Blur(probability=0.8, sigma=(0.2, 1.5), beta_generalized=(0.5, 4), beta_plateau=(1, 2)),
         resize=Resize(directions={"up": 0.3, "down": 0.4, "keep": 0.3}, range=(0.3, 1.2)),
-        noise=Noise(sigma=(1, 25), poisson_scale=(0.05, 2.5)),
+        noise=AddedNoise(sigma=(1, 25), poisson_scale=(0.05, 2.5)),
         jpeg_quality=(30, 95),
     ),
 )
 
 # CCSR 15778ed, configs/model/ccsr_stage1.yaml and the training YAML of its data set
 _CCSR = SecondOrder(
-    first=Stage(
+    first=Round(
         blur=Blur(sigma=(0.2, 1.5), beta_generalized=(0.5, 2), beta_plateau=(1, 1.5)),
         resize=Resize(directions={"up": 0.2, "down": 0.7, "keep": 0.1}, range=(0.3, 1.5)),
-        noise=Noise(sigma=(1, 15), poisson_scale=(0.05, 2)),
+        noise=AddedNoise(sigma=(1, 15), poisson_scale=(0.05, 2)),
         jpeg_quality=(60, 95),
     ),
-    second=Stage(
+    second=Round(
         blur=Blur(probability=0.5, sigma=(0.2, 1.0), beta_generalized=(0.5, 2), beta_plateau=(1, 1.5)),
         resize=Resize(directions={"up": 0.3, "down": 0.4, "keep": 0.3}, range=(0.6, 1.2)),
-        noise=Noise(sigma=(1, 12), poisson_scale=(0.05, 1)),
+        noise=AddedNoise(sigma=(1, 12), poisson_scale=(0.05, 1)),
         jpeg_quality=(60, 100),
     ),
 )

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from degradation.config import Blur, Noise, Resize, SecondOrder
+from degradation.config import AddedNoise, Blur, Resize, SecondOrder
 
 Step = dict[str, Any]
 
@@ -75,7 +75,7 @@ def _sinc(size: int, lowest: float, rng: np.random.Generator) -> Step:
     return {"kind": "sinc", "size": size, "cutoff": float(rng.uniform(lowest, np.pi))}
 
 
-def _noise(config: Noise, rng: np.random.Generator) -> Step:
+def _noise(config: AddedNoise, rng: np.random.Generator) -> Step:
     gray, seed = bool(rng.random() < config.gray), draw_seed(rng)
     if rng.random() < config.gaussian:
         return {"op": "gaussian", "sigma": float(rng.uniform(*config.sigma)), "gray": gray, "seed": seed}

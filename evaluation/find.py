@@ -16,36 +16,36 @@ from infra.mlflow.server import TrackingConfig, is_missing, mlflow_errors, track
 _NEEDED = ("run.json", "results.parquet", "images.parquet")
 
 
-def find_result(place: str, tracking: TrackingConfig, scratch: Path, *, pictures: bool = False) -> EvaluationResult:
-    """The result in folder `place`, else of the MLflow run with that id or name.
+def find_result(uri: str, tracking: TrackingConfig, scratch: Path, *, pictures: bool = False) -> EvaluationResult:
+    """The result in folder `uri`, else of the MLflow run with that id or name.
 
     Such a run's tables, with `pictures` those that it has of them too, are fetched below `scratch`.
     Raises StorageError for a folder without a result, DataError for a name that no run or several have, ClusterError
     where MLflow does not answer.
     """
-    if "/" in place or place.startswith("~") or exists(join(place, "run.json")):
-        return load_result(location(place))
-    uri = tracking_uri(tracking)
-    if is_missing(uri):
+    if "/" in uri or uri.startswith("~") or exists(join(uri, "run.json")):
+        return load_result(location(uri))
+    server = tracking_uri(tracking)
+    if is_missing(server):
         raise DataError(
-            f"{place!r} is no result folder, and there is no MLflow database",
-            where=uri,
+            f"{uri!r} is no result folder, and there is no MLflow database",
+            where=server,
             todo="check the path, or --mlflow",
         )
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     from mlflow.tracking import MlflowClient
 
-    with mlflow_errors(uri):
-        client = MlflowClient(uri)
+    with mlflow_errors(server):
+        client = MlflowClient(server)
         experiments = [experiment.experiment_id for experiment in client.search_experiments()]
         found = client.search_runs(
-            experiments, f"attributes.run_id = '{place}'" if _is_run_id(place) else f"run_name = '{place}'"
+            experiments, f"attributes.run_id = '{uri}'" if _is_run_id(uri) else f"run_name = '{uri}'"
         )
         if len(found) != 1:
             listed = ", ".join(run.info.run_id for run in found[:5])
             raise DataError(
-                f"{place!r} is no result folder, and {len(found) or 'no'} MLflow runs are called so",
-                where=f"{uri}: {listed}" if found else uri,
+                f"{uri!r} is no result folder, and {len(found) or 'no'} MLflow runs are called so",
+                where=f"{server}: {listed}" if found else server,
                 todo="give a result folder or the id of one MLflow run" if found else "check the name and --mlflow",
             )
         run_id = found[0].info.run_id
@@ -54,7 +54,7 @@ def find_result(place: str, tracking: TrackingConfig, scratch: Path, *, pictures
         names = {item.path for item in client.list_artifacts(run_id)}
         if not names.issuperset(_NEEDED):
             raise DataError(
-                f"the MLflow run {place!r} holds no evaluation result", where=uri, todo="give a run of ccsr evaluate"
+                f"the MLflow run {uri!r} holds no evaluation result", where=server, todo="give a run of ccsr evaluate"
             )
         for name in names & {*_NEEDED, "methods", "set_metrics.json", *(["images"] if pictures else [])}:
             client.download_artifacts(run_id, name, str(folder))

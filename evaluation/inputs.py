@@ -88,7 +88,7 @@ def folders_of(part: str | FolderSet | NamedSet) -> list[str]:
 
 def _from_shards(uri: str) -> EvaluationSet:
     manifest = Manifest.load(uri)
-    if not manifest.facts["has_lr"]:
+    if not manifest.has_lr:
         raise DataError("these shards hold no LR images", where=uri, todo="shard with a degradation")
     return EvaluationSet(manifest.dataset_id, [EvaluationImage(e.key, uri, uri, entry=e) for e in manifest.entries])
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from evaluation.config import BicubicMethod, EvaluateConfig, GanMethod, Method, ModelMethod, OutputsMethod
 from evaluation.inputs import EvaluationImage, EvaluationSet, Outputs, find_outputs, folders_of, load_sets, outputs_id
 from evaluation.metrics.registry import UNAVAILABLE, fid, how_to_get, metric_directions, metric_origins
-from evaluation.mlflow_log import log_result
+from evaluation.mlflow_results import log_result
 from evaluation.report.orderings import ORDERINGS, published_orderings
 from evaluation.report.page import write_report
 from evaluation.report.tables import published_summary
@@ -40,7 +40,7 @@ from infra.process.ray_runtime import on_ray
 from infra.run import Progress, claim_output
 from training.config import ModelConfig
 from training.models import model_id
-from training.restore.restore import check_sampling
+from training.restore.seeded_runs import check_sampling
 
 TRACED_IMAGES = 2
 NUM_SIZED = 8

@@ -19,10 +19,11 @@ from evaluation.results import image_row
 from infra.errors import DataError, ModelError, line_of
 from infra.files.publish import download_file, put_if_absent, shared_folder, write_bytes
 from infra.files.storage import file_size, is_s3, join, modified_seconds, name_of
-from infra.imaging.images import encode_png, read_image, resize_bicubic
+from infra.imaging.images import encode_png, read_image
+from infra.imaging.pictures import resized
 from infra.imaging.pixels import StabilityAccumulator, l_std, l_std_equal_sharpness, psnr_y
 from training.models import fetch_model
-from training.restore.restore import restore_runs
+from training.restore.seeded_runs import restore_runs, rows_at_once_on
 from training.restore.trace import trace_runs
 
 TRACED_RUNS = 4
@@ -58,7 +59,7 @@ class Scorer:
         border = config.crop_border
         lr, hr, size = image.read()
         seeds_of = image.noise_key or image.key
-        bicubic = resize_bicubic(lr, size[1], size[0])
+        bicubic = resized(lr, size)
         self._write_inputs(image.key, lr, hr, seeds_of)
         runs: Iterable[np.ndarray]
         trace: list[dict[str, Any]] = []
@@ -139,7 +140,7 @@ class Scorer:
 
     def _seeds(self, key: str, num_runs: int | None = None) -> dict[str, Any]:
         runs = range(num_runs or self._config.num_runs)
-        at_once = self._config.runtime.rows_at_once or (8 if self._device == "cuda" else 1)
+        at_once = self._config.runtime.rows_at_once or rows_at_once_on(self._device)
         return {"seed": self._config.seed, "key": key, "runs": runs, "rows_at_once": at_once}
 
     def _write_inputs(self, key: str, lr: np.ndarray, hr: np.ndarray | None, seeds_of: str) -> None:
@@ -163,7 +164,7 @@ class Scorer:
     ) -> Iterator[np.ndarray]:
         """The first `num_runs` runs, all by default; a deterministic method has one."""
         if isinstance(method, BicubicMethod):
-            yield resize_bicubic(lr, size[1], size[0])
+            yield resized(lr, size)
         elif isinstance(method, ModelMethod):
             model = self._model(method.model)
             yield from restore_runs(model, lr, size, method.sampling, **self._seeds(key, num_runs))

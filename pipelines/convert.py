@@ -4,13 +4,11 @@ import re
 from pathlib import Path
 
 from infra.errors import ConfigError, StorageError
-from infra.files.locations import check_output, location
+from infra.files.locations import HUB_ID, check_output, location
 from infra.files.publish import download, download_folder, temporary_folder
 from infra.files.storage import exists, is_s3, join, list_files
 from infra.files.weights import BASE_HUB_ID, fetch_weights, find_weights
 from training.config import FAMILIES
-
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def run_convert(
@@ -80,6 +78,6 @@ def run_convert(
 
 def _base(base: str, folder: Path, *, fetch: bool) -> Path:
     """A local folder of Stable Diffusion 2.1-base's files."""
-    if not HUB_ID.fullmatch(base) or Path(base).is_dir():
+    if not (HUB_ID.fullmatch(base) or re.fullmatch(r"[\w.-]+", base)) or Path(base).is_dir():
         return download_folder(location(base), folder)
     return fetch_weights(base) if fetch else find_weights(base)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,12 +22,22 @@ from infra.mlflow.server import TrackingConfig
 from infra.process.numerics import NumericsConfig, set_numerics
 from infra.process.ray_runtime import RayConfig, on_ray
 from infra.run import claim_output
-from pipelines.restore_plan import Failures, failure_of, identity, pending, place_of, plan, record_source
+from pipelines.restore_plan import (
+    Failures,
+    RestoreTask,
+    check_own,
+    failure_of,
+    identity,
+    output_size,
+    pending,
+    place_of,
+    plan,
+    record_source,
+)
 from training.config import SamplingConfig
 from training.models import CcsrModel, fetch_model, model_id
-from training.restore.restore import PreparedImage, check_sampling, prepare_image, restore_batch
+from training.restore.seeded_runs import PreparedImage, check_sampling, prepare_image, restore_batch, rows_at_once_on
 
-MIN_SIDE = 16
 SHARED_KEY = "frames"  # the key of all images under `noise: shared`
 IMAGES_PER_TASK = 8
 BATCH_PIXELS = 16 * 512**2
@@ -123,12 +134,6 @@ def resolved(config: RestoreConfig) -> RestoreConfig:
     return config.model_copy(update={"dtype": dtype, "runtime": runtime})
 
 
-def check_own(output: str, run_file: str) -> None:
-    """ConfigError where the file OUTPUT is there and no run file beside it says that this command made it."""
-    if exists(output) and not exists(run_file):
-        raise ConfigError("this file is there already", where=output, todo="give another name, or remove it")
-
-
 def restore(source: str, output: str, model_uri: str, config: RestoreConfig) -> int:
     """Restore one file, or all images below a folder or s3:// prefix; returns how many images there are.
 
@@ -150,8 +155,8 @@ def restore(source: str, output: str, model_uri: str, config: RestoreConfig) -> 
         name = f"{output.removeprefix(join(folder, ''))}.run.json"
         check_own(output, join(folder, name))
     if config.noise == "shared":
-        frame_size = _frame_size(tasks[0]["uri"])
-        tasks = [task | {"key": SHARED_KEY, "frame_size": frame_size} for task in tasks]
+        frame_size = _frame_size(tasks[0].uri)
+        tasks = [replace(task, key=SHARED_KEY, frame_size=frame_size) for task in tasks]
     libraries = ("torch", "diffusers", "numpy", "pillow")
     claim_output(folder, config, job="restore", inputs=inputs, libraries=libraries, name=name)
     failures = Failures()
@@ -172,7 +177,7 @@ def _frame_size(uri: str) -> tuple[int, int]:
 
 
 def restore_pending(
-    images: list[dict[str, Any]], output: str, model_uri: str, config: RestoreConfig
+    images: list[RestoreTask], output: str, model_uri: str, config: RestoreConfig
 ) -> Iterator[tuple[str, str, str]]:
     if not images:
         return
@@ -182,7 +187,7 @@ def restore_pending(
         yield from Restorer(config, model_uri, output).restore(images)
         return
 
-    def make() -> Callable[[list[dict[str, Any]]], list[tuple[str, str, str]]]:
+    def make() -> Callable[[list[RestoreTask]], list[tuple[str, str, str]]]:
         restorer = Restorer(config, model_uri, output)
         return lambda group: list(restorer.restore(group))
 
@@ -202,7 +207,7 @@ class _Row(NamedTuple):
     image: PreparedImage
     run: int
     picture: Picture
-    task: dict[str, Any]
+    task: RestoreTask
 
 
 def load(model_uri: str, config: RestoreConfig) -> CcsrModel:
@@ -219,7 +224,7 @@ class Restorer:
         self._config, self._output = config, output
         self._model = load(model_uri, config)
 
-    def restore(self, images: Iterable[dict[str, Any]]) -> Iterator[tuple[str, str, str]]:
+    def restore(self, images: Iterable[RestoreTask]) -> Iterator[tuple[str, str, str]]:
         """Per task of `pending` its (uri, kind of failure, message), both "" where all its runs were written.
 
         Neighbouring images whose latents have one shape share batches.
@@ -229,9 +234,9 @@ class Restorer:
             try:
                 image, picture = self._prepare(task)
             except (CcsrError, MemoryError, RuntimeError) as error:
-                yield task["uri"], *_failure(error)
+                yield task.uri, *failure_of(error)
                 continue
-            for run in task["runs"]:
+            for run in task.runs:
                 full = len(rows) >= self._rows_at_once(image)
                 if rows and (full or rows[0].image.mean.shape != image.mean.shape):
                     yield from self._write(rows)
@@ -239,24 +244,21 @@ class Restorer:
                 rows.append(_Row(image, run, picture, task))
         yield from self._write(rows)
 
-    def _prepare(self, task: dict[str, Any]) -> tuple[PreparedImage, Picture]:
-        config, uri = self._config, task["uri"]
+    def _prepare(self, task: RestoreTask) -> tuple[PreparedImage, Picture]:
+        config, uri = self._config, task.uri
         data = read_bytes(uri)
-        form = FORMATS_OF[task["suffix"].lower()]
+        form = FORMATS_OF[task.suffix.lower()]
         picture = decode_picture(data, where=uri, form=form, convert=config.convert, gps=config.gps)
         sides = picture.rgb.shape[:2]
-        if min(sides) < MIN_SIDE:
-            what = f"{sides[1]}x{sides[0]} px is too small, a side needs {MIN_SIDE}"
-            raise refuse("too_small", what, uri, todo="use a larger image")
-        if sides != task.get("frame_size", sides):
-            expected = "{1}x{0}".format(*task["frame_size"])
+        if task.frame_size and task.frame_size != sides:
+            expected = "{1}x{0}".format(*task.frame_size)
             what = f"{sides[1]}x{sides[0]} px is not the first frame's size, {expected}"
             raise refuse("frame_size", what, uri, todo="bring all frames to one size, or use --noise image")
-        height, width = (math.ceil(round(side * config.scale, 6)) for side in sides)
+        height, width = output_size(sides, config.scale, uri)
         if max(height, width * (1 + config.side_by_side)) > MAX_SIDE.get(form, math.inf):
             what = f"{width}x{height} px is more than a {form} holds"
             raise refuse("too_large", what, uri, todo="use --format png or tiff, or a smaller scale")
-        image = prepare_image(self._model, picture.rgb, (height, width), config.sampling, key=task["key"])
+        image = prepare_image(self._model, picture.rgb, (height, width), config.sampling, key=task.key)
         record_source(task, data)
         return image, picture
 
@@ -265,8 +267,7 @@ class Restorer:
         sides = image.enlarged.shape[-2:]
         in_networks = math.prod(side if tile is None else min(side, tile) for side in sides)
         fitting = max(1, min(64, BATCH_PIXELS // in_networks, 4 * BATCH_PIXELS // math.prod(sides)))
-        # A CPU gains nothing from batches, and alone a row has the same bytes whatever else is restored.
-        return runtime.rows_at_once or (1 if runtime.device == "cpu" else fitting)
+        return runtime.rows_at_once or rows_at_once_on(runtime.device, fitting)
 
     def _write(self, rows: list[_Row]) -> Iterator[tuple[str, str, str]]:
         config = self._config
@@ -278,21 +279,12 @@ class Restorer:
             for row, picture in zip(
                 rows, restore_batch(self._model, pairs, config.sampling, seed=config.seed), strict=True
             ):
-                form = FORMATS_OF[row.task["suffix"].lower()]
+                form = FORMATS_OF[row.task.suffix.lower()]
                 data = encode_picture(picture, row.picture, form, config.quality, side_by_side=config.side_by_side)
                 put_if_absent(place_of(self._output, row.task, row.run, config.num_runs), data)
                 written += 1
-                if row.run == row.task["runs"][-1]:
-                    yield row.task["uri"], "", ""
+                if row.run == row.task.runs[-1]:
+                    yield row.task.uri, "", ""
         except (MemoryError, RuntimeError) as error:
-            for uri in dict.fromkeys(row.task["uri"] for row in rows[written:]):
-                yield uri, *_failure(error)
-
-
-def _failure(error: Exception) -> tuple[str, str]:
-    """`failure_of` an image; an error that is neither the user's nor a lack of memory is raised."""
-    if isinstance(error, CcsrError):
-        return failure_of(error)
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
-        return "memory", "the memory was used up; use a smaller scale or tile, or fewer rows at once"
-    raise error
+            for uri in dict.fromkeys(row.task.uri for row in rows[written:]):
+                yield uri, *failure_of(error)

@@ -5,24 +5,48 @@ import json
 import sys
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from infra.errors import CcsrError, ConfigError, DataError, PartialResultError, printable
 from infra.files.locations import check_output, is_inside
 from infra.files.publish import put_if_absent, write_bytes
 from infra.files.storage import exists, is_s3, join, read_bytes, read_json
-from infra.imaging.images import IMAGE_SUFFIXES, UnusableImageError, below, list_images
+from infra.imaging.images import IMAGE_SUFFIXES, UnusableImageError, below, list_images, refuse
 from infra.imaging.pictures import FORMATS_OF
 from infra.shards.keys import key_of, keys_of, output_name
+from training.restore.published_sizes import enlarged_size
 
 SUFFIXES = {"png": ".png", "jpg": ".jpg", "webp": ".webp", "tiff": ".tif"}
 RECORDS = "records"
+MIN_SIDE = 16
 
 
-def plan(source: str, output: str, num_runs: int, form: str = "png") -> tuple[str, list[dict[str, Any]]]:
-    """The folder to write to and a task per image: `uri`, `key` (seeds its noise), `name` and `suffix` of its outputs,
-    `record` ("" for the single file of an OUTPUT that is one). `form`: of the outputs, "input" for each one's own.
+@dataclass(frozen=True)
+class RestoreTask:
+    """One image: `key` seeds its noise; `name` and `suffix` of its outputs; `record` ("" for the single file of an
+    OUTPUT that is one). `runs` are to be made, `stale` where the record is of other content but no output exists;
+    `frame_size`: the (height, width) that it must have as a frame of a film."""
+
+    uri: str
+    key: str
+    name: str
+    suffix: str
+    record: str
+    runs: tuple[int, ...] = ()
+    stale: bool = False
+    frame_size: tuple[int, int] | None = None
+
+    @property
+    def file_name(self) -> str:
+        return self.name + self.suffix
+
+
+def plan(source: str, output: str, num_runs: int, form: str = "png") -> tuple[str, list[RestoreTask]]:
+    """The folder to write to and a task per image. `form`: of the outputs, "input" for each one's own.
 
     ConfigError for an output that is the input, or that a later run would take as its input.
     """
@@ -31,24 +55,21 @@ def plan(source: str, output: str, num_runs: int, form: str = "png") -> tuple[st
         _check_file_output(source, output, num_runs, form, is_file=is_file)
         folder, _, name = output.rpartition("/")
         stem, dot, suffix = name.rpartition(".")
-        return folder, [_task(source, key_of(Path(source).name), stem, dot + suffix, "")]
+        return folder, [RestoreTask(source, key_of(Path(source).name), stem, dot + suffix, "")]
     if is_file:
         files = {Path(source).name: source}
     else:
         files = {below(uri, source): uri for uri in list_images(source)}
         check_output(output, [source])
+    records = join(output, RECORDS)
     tasks = [
-        _task(uri, key_of(path), output_name(path, key), _suffix(path, form), join(output, RECORDS, f"{key}.json"))
+        RestoreTask(uri, key_of(path), output_name(path, key), _suffix(path, form), join(records, f"{key}.json"))
         for (path, uri), key in zip(files.items(), keys_of(list(files)), strict=True)
     ]
     if is_file or is_inside(source, output):
         for task in tasks:
             check_output(place_of(output, task, 0, num_runs), [source])
     return output, tasks
-
-
-def _task(uri: str, key: str, name: str, suffix: str, record: str) -> dict[str, Any]:
-    return {"uri": uri, "key": key, "name": name, "suffix": suffix, "record": record}
 
 
 def _suffix(path: str, form: str) -> str:
@@ -68,10 +89,23 @@ def _check_file_output(source: str, output: str, num_runs: int, form: str, *, is
             raise ConfigError(what, where=output, todo="give a folder as OUTPUT, or NAME.png for one run of one file")
 
 
-def place_of(output: str, task: dict[str, Any], run: int, num_runs: int) -> str:
+def check_own(output: str, run_file: str) -> None:
+    """ConfigError where the file OUTPUT is there and no run file beside it says that this command made it."""
+    if exists(output) and not exists(run_file):
+        raise ConfigError("this file is there already", where=output, todo="give another name, or remove it")
+
+
+def place_of(output: str, task: RestoreTask, run: int, num_runs: int) -> str:
     """Where run `run` of an image goes."""
-    name = f"{task['name']}{task['suffix']}"
-    return join(output, name) if num_runs == 1 else join(output, "runs", f"{run:02d}", name)
+    return join(output, task.file_name) if num_runs == 1 else join(output, "runs", f"{run:02d}", task.file_name)
+
+
+def output_size(sides: tuple[int, int], scale: float, where: str) -> tuple[int, int]:
+    """(height, width) of a result. UnusableImageError where a side is too short."""
+    if min(sides) < MIN_SIDE:
+        what = f"{sides[1]}x{sides[0]} px is too small, a side needs {MIN_SIDE}"
+        raise refuse("too_small", what, where, todo="use a larger image or video")
+    return enlarged_size(sides, scale)
 
 
 def identity(data: bytes) -> dict[str, Any]:
@@ -91,51 +125,58 @@ class ChangedSourceError(DataError):
 
 
 def pending(
-    tasks: list[dict[str, Any]], output: str, num_runs: int, done: Collection[str], failures: "Failures"
-) -> list[dict[str, Any]]:
-    """The tasks with `runs` to make, and `stale` where the record is of other content but no output exists.
+    tasks: list[RestoreTask], output: str, num_runs: int, done: Collection[str], failures: "Failures"
+) -> list[RestoreTask]:
+    """The tasks that have `runs` to make.
 
     Files whose outputs exist are read: an output made from other content is a failure.
     """
 
-    def check(task: dict[str, Any]) -> dict[str, Any]:
-        runs = [run for run in range(num_runs) if place_of(output, task, run, num_runs) not in done]
-        known, some = task["record"] in done, len(runs) < num_runs
+    def check(task: RestoreTask) -> RestoreTask | tuple[str, str]:
+        runs = tuple(run for run in range(num_runs) if place_of(output, task, run, num_runs) not in done)
+        known, some = task.record in done, len(runs) < num_runs
         try:
-            stale = known and not _is_of(task["record"], identity(read_bytes(task["uri"])))
-            if some and task["record"] and (stale or not known):
-                raise ChangedSourceError(task["uri"])
+            stale = known and not _is_of(task.record, identity(read_bytes(task.uri)))
+            if some and task.record and (stale or not known):
+                raise ChangedSourceError(task.uri)
         except CcsrError as error:
-            return task | {"runs": [], "failure": failure_of(error)}
-        return task | {"runs": runs, "stale": stale, "failure": None}
+            return failure_of(error)
+        return replace(task, runs=runs, stale=stale)
 
+    found = []
     with ThreadPoolExecutor(8) as pool:
-        checked = list(pool.map(check, tasks))
-    for task in checked:
-        if failure := task.pop("failure"):
-            failures.add(task["uri"], *failure)
-    return [task for task in checked if task["runs"]]
+        for task, checked in zip(tasks, pool.map(check, tasks), strict=True):
+            if isinstance(checked, tuple):
+                failures.add(task.uri, *checked)
+            elif checked.runs:
+                found.append(checked)
+    return found
 
 
-def record_source(task: dict[str, Any], data: bytes) -> None:
+def record_source(task: RestoreTask, data: bytes) -> None:
     """Commit what a task's outputs are made from, before the first is written. ChangedSourceError where another run
     began them from other content."""
-    if not task["record"]:
+    if not task.record:
         return
     found = identity(data)
-    record = json.dumps(found | {"source": task["uri"].rpartition("/")[2]}).encode()
-    if task["stale"]:
-        write_bytes(task["record"], record)
-    elif not put_if_absent(task["record"], record) and not _is_of(task["record"], found):
-        raise ChangedSourceError(task["uri"])
+    record = json.dumps(found | {"source": task.uri.rpartition("/")[2]}).encode()
+    if task.stale:
+        write_bytes(task.record, record)
+    elif not put_if_absent(task.record, record) and not _is_of(task.record, found):
+        raise ChangedSourceError(task.uri)
 
 
 def _is_of(record: str, found: dict[str, Any]) -> bool:
     return {**read_json(record), **found} == read_json(record)
 
 
-def failure_of(error: CcsrError) -> tuple[str, str]:
-    """The kind of failure to count by, and what to say of it."""
+def failure_of(error: Exception) -> tuple[str, str]:
+    """The kind of failure to count by, and what to say of it; an error that is neither the user's nor a lack of memory
+    is raised."""
+    if not isinstance(error, CcsrError):
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+            return "memory", "the memory was used up; use a smaller scale or tile, or fewer rows at once"
+        raise error
     if isinstance(error, UnusableImageError):
         kind = error.reason
     else:

@@ -1,10 +1,8 @@
 """`ccsr restore film.mp4 large.mp4`: a video enlarged frame by frame with one noise field, its audio copied."""
 
-import math
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from infra.display.progress import progress
 from infra.errors import ConfigError, DataError
@@ -17,9 +15,10 @@ from infra.mlflow.models import find_model
 from infra.mlflow.server import TrackingConfig
 from infra.process.numerics import set_numerics
 from infra.run import claim_output
-from pipelines.restore import MIN_SIDE, SHARED_KEY, RestoreConfig, check_own, load, resolved
+from pipelines.restore import SHARED_KEY, RestoreConfig, load, resolved
+from pipelines.restore_plan import check_own, output_size
 from training.models import model_id
-from training.restore.restore import check_sampling, prepare_image, restore_batch
+from training.restore.seeded_runs import check_sampling, prepare_image, restore_batch
 from training.sampling import SmoothedColorFix
 
 
@@ -63,7 +62,7 @@ def restore_video(source: str, output: str, model_uri: str, config: RestoreConfi
                 (large,) = restore_batch(model, [(image, 0)], config.sampling, seed=config.seed, fix=fix)
                 advance()
                 if config.side_by_side:
-                    large = np.concatenate([resized(frame, size, Image.Resampling.BICUBIC), large], axis=1)
+                    large = np.concatenate([resized(frame, size), large], axis=1)
                 return large
 
             written = (size[0], size[1] * (1 + config.side_by_side))
@@ -93,11 +92,7 @@ def _check(source: str, output: str, config: RestoreConfig) -> None:
 
 def _size(sides: tuple[int, int], config: RestoreConfig, where: str) -> tuple[int, int]:
     """(height, width) of the enlarged frames."""
-    height, width = (math.ceil(round(side * config.scale, 6)) for side in sides)
-    shape = f"{width}x{height} px"
-    if min(sides) < MIN_SIDE:
-        what = f"{sides[1]}x{sides[0]} px is too small, a side needs {MIN_SIDE}"
-        raise DataError(what, where=where, todo="use a larger video")
+    height, width = output_size(sides, config.scale, where)
     if height % 2 or width % 2:
-        raise DataError(f"{shape}: H.264 holds even sides only", where=where, todo="use another --scale")
+        raise DataError(f"{width}x{height} px: H.264 holds even sides only", where=where, todo="use another --scale")
     return height, width

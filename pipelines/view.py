@@ -50,26 +50,24 @@ class Album(NamedTuple):
     start: Callable[[dict[str, list[Shown]]], int]
 
 
-def album_of(place: str, scratch: Path, tracking: TrackingConfig, source: str | None = None) -> Album:
+def album_of(uri: str, scratch: Path, tracking: TrackingConfig, source: str | None = None) -> Album:
     """The pictures of an evaluation (a folder, or an MLflow run by id or name, whose pictures are fetched below
     `scratch`) or of `ccsr restore`'s OUTPUT, beside those of `source`, its INPUT.
 
     DataError for a folder without pictures, ConfigError for another job's; other errors as of `find_result`.
     """
     job = "evaluate"
-    if exists(join(folder := location(place), "run.json")):
-        place, job = folder, read_run(folder)["job"]
+    if exists(join(folder := location(uri), "run.json")):
+        uri, job = folder, read_run(folder)["job"]
     if job not in ("evaluate", "restore"):
-        raise ConfigError(f"this is the output of ccsr {job}", where=place, todo="give that of evaluate or restore")
+        raise ConfigError(f"this is the output of ccsr {job}", where=uri, todo="give that of evaluate or restore")
     if source is not None and job == "evaluate":
         raise ConfigError("an evaluation holds its inputs", where="--input", todo="leave it out")
     album = (
-        _restored(place, source)
-        if job == "restore"
-        else _evaluated(find_result(place, tracking, scratch, pictures=True))
+        _restored(uri, source) if job == "restore" else _evaluated(find_result(uri, tracking, scratch, pictures=True))
     )
     if not album.keys:
-        raise DataError("there are no pictures here", where=place, todo="run the same ccsr command again: it resumes")
+        raise DataError("there are no pictures here", where=uri, todo="run the same ccsr command again: it resumes")
     return album
 
 
@@ -112,7 +110,7 @@ def _restored(folder: str, source: str | None) -> Album:
         if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(f"{RECORDS}/"):
             runs.setdefault(name, {})[run] = uri
     tasks = plan(source, folder, num_runs, config["format"])[1] if source else []
-    inputs = {f"{task['name']}{task['suffix']}": task["uri"] for task in tasks}
+    inputs = {task.file_name: task.uri for task in tasks}
     keys = sorted(runs)
 
     def columns(number: int) -> dict[str, list[Shown]]:
@@ -224,10 +222,10 @@ def serve(album: Album, port: int) -> ThreadingHTTPServer:
         raise ConfigError(f"cannot listen ({error.strerror})", where=where, todo="use --port 0: a free port") from error
 
 
-def view(place: str, port: int, tracking: TrackingConfig, source: str | None = None) -> None:
-    """Serve the pictures of `place` (see `album_of`) until Ctrl-C, after printing the address."""
+def view(uri: str, port: int, tracking: TrackingConfig, source: str | None = None) -> None:
+    """Serve the pictures of `uri` (see `album_of`) until Ctrl-C, after printing the address."""
     with temporary_folder("view") as scratch:
-        album = album_of(place, scratch, tracking, source)
+        album = album_of(uri, scratch, tracking, source)
         with serve(album, port) as server, suppress(KeyboardInterrupt):
             print(f"{len(album.keys)} images: http://127.0.0.1:{server.server_port}/ (Ctrl-C ends)", flush=True)
             server.serve_forever()

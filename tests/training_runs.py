@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -30,11 +30,17 @@ from infra.shards.manifest import Manifest, ShardRecord, commit_record, write_ma
 from infra.shards.shard import IndexedEntry, write_tar
 from tests.small_networks import seeded_lpips, small_dino, smaller_tiny
 from training.config import TrainConfig
-from training.data.batches import updates
+from training.data.batches import Batch, stack, updates
+from training.data.samples import TrainingSample
 from training.models import CcsrModel
 from training.run.step.stages import Stage, build_stage
 
 REPOSITORY = Path(__file__).parents[1]
+
+
+def collate(samples: Sequence[TrainingSample]) -> Batch:
+    """A micro-batch of samples, as the ingest makes it."""
+    return Batch.of([s.key for s in samples], [s.position for s in samples], stack(samples))
 
 
 def noise_shards(folder: Path, num_samples: int = 24, size: int = 32) -> str:

@@ -20,10 +20,10 @@ from infra.cluster.server import ClusterFacts, check_version, cluster_facts, con
 from infra.errors import CcsrError, ClusterError, StorageError, line_of, without_passwords
 from infra.files.publish import put_if_absent
 from infra.files.storage import exists, join, read_bytes, remove
+from infra.process.memory import GIB
 from infra.process.ray_runtime import GPU_KIND, KIND
 from infra.run import PACKAGES, ROOT
 
-GIB = 2**30
 LEAST_DISK_BYTES = 5 * GIB
 LEAST_SHM_BYTES = GIB // 4
 DISTRIBUTION = "ccsr-cluster"

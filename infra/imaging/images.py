@@ -276,10 +276,3 @@ def choose_images(files: Iterable[tuple[str, int]], where: str) -> Iterator[tupl
 def below(uri: str, folder: str) -> str:
     """The path of a file below a folder that `list_images` gave it for."""
     return uri.removeprefix(join(folder, ""))
-
-
-def resize_bicubic(image: np.ndarray, width: int, height: int) -> np.ndarray:
-    """PIL's bicubic (a = -0.5, antialiased when shrinking), uint8 RGB in and out."""
-    if image.shape[:2] == (height, width):
-        return image
-    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))

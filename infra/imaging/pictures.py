@@ -115,8 +115,11 @@ def _fitted(picture: Picture, form: PictureFormat, convert: bool, where: str) ->
     return picture
 
 
-def resized(image: np.ndarray, size: tuple[int, int], resampling: Image.Resampling) -> np.ndarray:
-    """PIL's interpolation of uint8 or uint16, (H, W) or (H, W, 3), to `size` = (H, W); the same dtype."""
+def resized(
+    image: np.ndarray, size: tuple[int, int], resampling: Image.Resampling = Image.Resampling.BICUBIC
+) -> np.ndarray:
+    """PIL's interpolation of uint8 or uint16, (H, W) or (H, W, 3), to `size` = (H, W), antialiased when shrinking (its
+    bicubic has a = -0.5); the same dtype."""
     if image.dtype == np.uint8:
         return np.asarray(Image.fromarray(image).resize(size[::-1], resampling))
     planes = [image] if image.ndim == 2 else [image[..., channel] for channel in range(image.shape[2])]
@@ -125,7 +128,7 @@ def resized(image: np.ndarray, size: tuple[int, int], resampling: Image.Resampli
     return levels[0] if image.ndim == 2 else np.ascontiguousarray(np.moveaxis(levels, 0, -1))
 
 
-def luma(image: np.ndarray) -> np.ndarray:
+def to_grey(image: np.ndarray) -> np.ndarray:
     """The luma (BT.601) of RGB (H, W, 3), uint8 or uint16, rounded, on three channels; the same dtype."""
     return np.rint(image @ LUMA).astype(image.dtype)[..., None].repeat(3, axis=2)
 
@@ -139,9 +142,9 @@ def encode_picture(
     `side_by_side`: the source, enlarged so, to the left of the result.
     """
     size = restored.shape[:2]
-    alpha = None if source.alpha is None else resized(source.alpha, size, Image.Resampling.BICUBIC)
+    alpha = None if source.alpha is None else resized(source.alpha, size)
     if side_by_side:
-        restored = np.concatenate([resized(source.rgb, size, Image.Resampling.BICUBIC), restored], axis=1)
+        restored = np.concatenate([resized(source.rgb, size), restored], axis=1)
         alpha = None if alpha is None else np.concatenate([alpha, alpha], axis=1)
     if alpha is not None:
         pixels = np.dstack([restored, alpha])

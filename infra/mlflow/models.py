@@ -19,27 +19,27 @@ NEWEST = "newest"
 
 
 @overload
-def find_model(place: str, config: TrackingConfig) -> str: ...
+def find_model(uri: str, config: TrackingConfig) -> str: ...
 @overload
-def find_model(place: str | None, config: TrackingConfig) -> str | None: ...
-def find_model(place: str | None, config: TrackingConfig) -> str | None:
-    """The model directory that `place` names: itself (`ccsr export` writes one too), the `model` folder of a run's
+def find_model(uri: str | None, config: TrackingConfig) -> str | None: ...
+def find_model(uri: str | None, config: TrackingConfig) -> str | None:
+    """The model directory that `uri` names: itself (`ccsr export` writes one too), the `model` folder of a run's
     output, USER/NAME below the weights folder, that of MLflow's run `runs:/ID`, or a registered one:
     `models:/NAME@ALIAS`, `models:/NAME/VERSION`, `models:/ID` of a LoggedModel.
 
     ModelError where none is there, ConfigError where none was written, or another one since; ClusterError where MLflow
     does not answer or knows none.
     """
-    if place is None:
+    if uri is None:
         return None
-    if place.startswith("runs:/"):
-        return run_tag(place, MODEL_TAG, config)
-    if place.startswith("models:/"):
-        return _registered(place, config)
-    path = location(place)
+    if uri.startswith("runs:/"):
+        return run_tag(uri, MODEL_TAG, config)
+    if uri.startswith("models:/"):
+        return _registered(uri, config)
+    path = location(uri)
     places = [path, join(path, "model")]
-    if HUB_ID.fullmatch(place):
-        places.append(join(weights_folder(), place))
+    if HUB_ID.fullmatch(uri):
+        places.append(join(weights_folder(), uri))
     for found in places:
         if exists(join(found, "ccsr.json")):
             return found
@@ -54,27 +54,27 @@ def find_model(place: str | None, config: TrackingConfig) -> str | None:
     )
 
 
-def run_tag(place: str, tag: str, config: TrackingConfig) -> str:
+def run_tag(uri: str, tag: str, config: TrackingConfig) -> str:
     """A tag of MLflow's run `runs:/ID`: its model or its output. Errors as of `find_model`."""
     from mlflow.tracking import MlflowClient
 
-    uri, run_id = tracking_uri(config), place.removeprefix("runs:/")
-    with mlflow_errors(f"{uri}: {run_id}"):
-        tags = MlflowClient(uri).get_run(run_id).data.tags
+    server, run_id = tracking_uri(config), uri.removeprefix("runs:/")
+    with mlflow_errors(f"{server}: {run_id}"):
+        tags = MlflowClient(server).get_run(run_id).data.tags
     if tag not in tags:
         raise ConfigError(
-            "this run has written no model", where=f"{uri}: {run_id}", todo="give a finished run of ccsr train"
+            "this run has written no model", where=f"{server}: {run_id}", todo="give a finished run of ccsr train"
         )
     return tags[tag]
 
 
-def _registered(place: str, config: TrackingConfig) -> str:
+def _registered(uri: str, config: TrackingConfig) -> str:
     from mlflow.tracking import MlflowClient
 
-    uri, text = tracking_uri(config), place.removeprefix("models:/")
+    server, text = tracking_uri(config), uri.removeprefix("models:/")
     name, separator, which = text.partition("@") if "@" in text else text.partition("/")
-    with mlflow_errors(f"{uri}: {place}"):
-        client = MlflowClient(uri)
+    with mlflow_errors(f"{server}: {uri}"):
+        client = MlflowClient(server)
         if not separator:
             tags = client.get_logged_model(text).tags
         elif "@" in text:
@@ -84,14 +84,14 @@ def _registered(place: str, config: TrackingConfig) -> str:
     if MODEL_TAG not in tags:
         raise ConfigError(
             "ccsr did not log this model",
-            where=f"{uri}: {place}",
+            where=f"{server}: {uri}",
             todo="register one: ccsr train -c FILE --register NAME",
         )
     model = tags[MODEL_TAG]
     if exists(join(model, "ccsr.json")) and short_hash(join(model, "ccsr.json")) != tags.get(DIGEST_TAG):
         raise ConfigError(
             "another model is now in the directory that was logged",
-            where=f"{place}: {model}",
+            where=f"{uri}: {model}",
             todo="give the directory itself, or register the run again: ccsr train -c FILE --register NAME",
         )
     return model

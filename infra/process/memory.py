@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+GIB = 2**30
 HELD_BYTES = 640 * 2**20
 
 

@@ -54,13 +54,13 @@ class ShardRecord:
         return json.dumps(dataclasses.asdict(self), sort_keys=True).encode()
 
     @classmethod
-    def read(cls, place: str) -> "ShardRecord":
-        """The record at `place`. DataError where it is damaged."""
-        return cls.parse(read_bytes(place), place)
+    def read(cls, uri: str) -> "ShardRecord":
+        """The record at `uri`. DataError where it is damaged."""
+        return cls.parse(read_bytes(uri), uri)
 
     @classmethod
-    def parse(cls, data: bytes, place: str) -> "ShardRecord":
-        """A record's bytes, which are at `place`. DataError where they are damaged."""
+    def parse(cls, data: bytes, uri: str) -> "ShardRecord":
+        """A record's bytes, which are at `uri`. DataError where they are damaged."""
         try:
             values = json.loads(data)
             values["entries"] = [IndexedEntry(**entry) for entry in values["entries"]]
@@ -69,7 +69,7 @@ class ShardRecord:
         except (ValueError, TypeError, KeyError) as error:
             raise DataError(
                 f"a shard's record is damaged ({error})",
-                where=place,
+                where=uri,
                 todo="remove it and run the same command again",
             ) from error
 
@@ -80,14 +80,14 @@ def record_uri(output: str, index: int) -> str:
 
 def commit_record(output: str, record: ShardRecord) -> None:
     """Commit a shard's record. A second commit must say the same: a record that disagrees is an error."""
-    place = record_uri(output, record.index)
-    if not put_if_absent(place, record.to_bytes()):
-        present = ShardRecord.read(place)
+    uri = record_uri(output, record.index)
+    if not put_if_absent(uri, record.to_bytes()):
+        present = ShardRecord.read(uri)
         if present != record:
             raise DataError(
                 f"two runs made different bytes for shard {record.index} "
                 f"({present.sha256[:12]} is committed, {record.sha256[:12]} is new)",
-                where=place,
+                where=uri,
                 todo="compare the library versions of the two runs; keep this output as it is and use a new one",
             )
 
@@ -217,6 +217,31 @@ class Manifest:
         return self.facts["num_samples"]
 
     @property
+    def has_lr(self) -> bool:
+        """Whether its samples have LR images; else training degrades their HR."""
+        return self.facts["has_lr"]
+
+    @property
+    def scale(self) -> int | None:
+        """HR pixels per LR pixel, along one side; None without LR images."""
+        return self.facts["scale"]
+
+    @property
+    def sources(self) -> list[dict[str, Any]]:
+        """What was listed: name, kind, licence, number of files."""
+        return self.facts["sources"]
+
+    @property
+    def quarantined(self) -> list[dict[str, str]]:
+        """The samples that were set aside, with the fields of `Quarantined`."""
+        return self.facts["quarantined"]
+
+    @property
+    def shard_facts(self) -> list[dict[str, Any]]:
+        """shard (its name), sha256, num_bytes and num_samples of each shard."""
+        return self.facts["shards"]
+
+    @property
     def num_captions(self) -> int:
         """Of its samples; an earlier version's sets have none."""
         return self.facts.get("num_captions", 0)
@@ -230,13 +255,13 @@ class Manifest:
     @cached_property
     def entries(self) -> Entries:
         """The byte index, one entry per sample in shard order; its hash is checked against the manifest's."""
-        counts = [shard["num_samples"] for shard in self.facts["shards"]]
+        counts = [shard["num_samples"] for shard in self.shard_facts]
         return Entries(self.uri, self.index_parts, list(zip(self.shards, counts, strict=True)))
 
     @property
     def shards(self) -> list[str]:
         """Where the shards are: below the set, or absolute where `bases` has them in other places."""
-        names = [shard["shard"] for shard in self.facts["shards"]]
+        names = [shard["shard"] for shard in self.shard_facts]
         places = [base["uri"] for base in self.facts.get("bases", []) for _ in range(base["num_shards"])]
         return [join(place, name) for place, name in zip(places, names, strict=True)] if places else names
 

@@ -139,7 +139,7 @@ def compare(
 ) -> None:
     """Paired per-image differences between evaluated methods, with bootstrap intervals."""
     from evaluation.compare import compare as compare_results
-    from evaluation.mlflow_log import log_comparison
+    from evaluation.mlflow_results import log_comparison
     from infra.display.table import print_report
     from infra.files.publish import temporary_folder, write_bytes
     from infra.files.storage import explained

@@ -86,7 +86,7 @@ def export(
 ) -> None:
     """Write a shard set as folders that other trainers read, or a model that diffusers runs without this project."""
     if layout is not None:
-        from pipelines.sets.export import export as export_set
+        from pipelines.sets.export_set import export as export_set
 
         typer.echo(f"{export_set(location(source), output, layout)} samples: {output}")
         return
@@ -94,7 +94,7 @@ def export(
 
     if to != "diffusers":
         raise ConfigError(f"no form is called {to!r}", where="--to", todo="write --to diffusers")
-    from pipelines.export import export_diffusers
+    from pipelines.export_model import export_diffusers
 
     place = export_diffusers(source, output, data=data or [], metrics=metrics, licence=licence)
     typer.echo(f"diffusers pipeline: {place}")
@@ -130,11 +130,10 @@ def estimate(
         raise ConfigError(
             f"a config of {values.job} has no estimate", where=str(config), todo="give shard's or train's"
         )
-    from pipelines.estimate.fits import fit_table
-    from pipelines.estimate.networks import model_tables
     from pipelines.estimate.scaling import scaling_table
     from pipelines.estimate.shards import estimate_shards, shard_table
-    from pipelines.estimate.training import Assumed, estimate_training, train_tables
+    from pipelines.estimate.training import Assumed, estimate_training, fit_table, train_tables
+    from training.run.cost.parameters import model_tables
 
     if values is None:
         tables = model_tables(str(model))

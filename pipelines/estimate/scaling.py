@@ -7,7 +7,7 @@ predicts gloo ranks on its cores (`benchmarks/scaling.py`).
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from infra.display.table import Cell, Table, cell
@@ -132,9 +132,3 @@ def scaling_table(config: TrainConfig, first: "TrainEstimate", sizes: Sequence[i
 
 def _percent(share: float) -> Cell:
     return Cell(share, ((f"{share:.1%}", "good" if share >= GOAL else "bad"),))
-
-
-def on_cores(parts: Parts, link_bytes_per_second: float, cores: int, num_ranks: int, batch: int) -> float:
-    """Seconds of an update of gloo ranks that share a machine's cores."""
-    limits = Limits(ranks_per_node=num_ranks, link_bytes_per_second=link_bytes_per_second, cores=cores, hop_seconds=0.0)
-    return sum(update_seconds(replace(parts, checkpoint_bytes=0.0), limits, num_ranks, batch).values())

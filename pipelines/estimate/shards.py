@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from infra.display.progress import progress
 from infra.display.table import Table, cell
 from infra.files.publish import temporary_folder
+from infra.process.memory import GIB
 from infra.shards.manifest import ShardRecord
 from pipelines.sharding.config import ShardConfig
 from pipelines.sharding.files import SourceFile
@@ -20,7 +21,7 @@ from pipelines.sharding.screening.dedupe import hash_file
 from pipelines.sharding.sources import list_sources
 
 NUM_FILES = 16
-GIB, MIB = 2**30, 2**20
+MIB = 2**20
 
 
 @dataclass(frozen=True)

@@ -40,11 +40,11 @@ def joined(sets: Sequence[Manifest]) -> dict[str, Any]:
     sides = [facts.get("min_side_px") for facts in every]
     return {
         **{name: every[0][name] for name in SAME if name in every[0]},
-        "shards": [shard for facts in every for shard in facts["shards"]],
+        "shards": [shard for one in sets for shard in one.shard_facts],
         "index": [{**part, "name": resolve(one.uri, part["name"])} for one in sets for part in one.index_parts],
         "bases": [base for one in sets for base in one.facts.get("bases", [_base(one)])],
         "sources": [source for facts in every for source in facts.get("sources", [])],
-        "quarantined": [item for facts in every for item in facts["quarantined"]],
+        "quarantined": [item for one in sets for item in one.quarantined],
         "dropped": dict(dropped),
         "num_captions": sum(one.num_captions for one in sets),
         "min_side_px": None if None in sides else min(filter(None, sides)),
@@ -52,7 +52,7 @@ def joined(sets: Sequence[Manifest]) -> dict[str, Any]:
 
 
 def _base(one: Manifest) -> dict[str, Any]:
-    return {"uri": one.uri, "dataset_id": one.dataset_id, "num_shards": len(one.facts["shards"])}
+    return {"uri": one.uri, "dataset_id": one.dataset_id, "num_shards": len(one.shard_facts)}
 
 
 def _check_keys(sets: Sequence[Manifest]) -> None:

@@ -57,7 +57,7 @@ def clean(uri: str) -> list[Stray]:
     parts = set(filter(INDEX.fullmatch, names))
     if finished:
         manifest = Manifest.load(uri)
-        shards = {shard["shard"] for shard in manifest.facts["shards"]}
+        shards = {shard["shard"] for shard in manifest.shard_facts}
         parts = {part["name"] for part in manifest.index_parts}
         records = {name.replace("shards", "records").replace(".tar", ".json") for name in shards}
     strays = []

@@ -37,7 +37,7 @@ def verify(uri: str) -> Manifest:
     manifest = Manifest.load(uri)
     if "bases" in manifest.facts:
         return _verify_appended(manifest)
-    shards = manifest.facts["shards"]
+    shards = manifest.shard_facts
     index = manifest.index
     present = set(skip_system_files((below(place, uri) for place in list_files(uri)), uri))
     starts = [0, *accumulate(shard["num_samples"] for shard in shards)]
@@ -136,17 +136,12 @@ class Duplicate(NamedTuple):
     num_pairs: int
 
 
-def find_duplicates(uri: str, against: str, *, max_bits: int = NEAR_BITS) -> Iterator[tuple[str, str, int | None]]:
-    """Pairs (key, key in `against`, differing bits; None: the same source file) of files that two sets share, each by
-    one sample.
+def find_duplicates(uri: str, against: str, max_bits: int = NEAR_BITS) -> Iterator[Duplicate]:
+    """Files that two sets share; their hashes differ in at most `max_bits`.
 
     Only the byte indexes are read. Crops of one file are found wherever they are cut; another file's only where both
     show nearly the same window (phash.py), turned and mirrored copies not at all. DataError for a set without hashes.
     """
-    return ((found.key, found.other, found.bits) for found in _duplicates(uri, against, max_bits))
-
-
-def _duplicates(uri: str, against: str, max_bits: int) -> Iterator[Duplicate]:
     (keys, hashes, sources), (other_keys, other_hashes, other_sources) = map(_hashes, (uri, against))
     shared = np.intersect1d(sources, other_sources)
     same = zip(_rows_of(shared, sources), _rows_of(shared, other_sources), strict=True)
@@ -174,7 +169,7 @@ def print_duplicates(uri: str, against: str, max_bits: int) -> None:
     """Print a line for each pair of files that two sets share, with the number of samples. DataError if there are
     any."""
     counts = Counter[str]()
-    for found in _duplicates(uri, against, max_bits):
+    for found in find_duplicates(uri, against, max_bits):
         how = "same source file" if found.bits is None else f"{found.bits} bits"
         crops = [f"{found.num_samples} and {found.num_others} crops"] if found.num_pairs > 1 else []
         counts["of the same source file" if found.bits is None else "alike"] += found.num_pairs

@@ -26,7 +26,7 @@ from pipelines.sharding.inputs.pages import remove_listings
 from pipelines.sharding.plan import PlannedSample, PlannedShard, grid_samples, num_variants, plan_shards, source_id
 from pipelines.sharding.recipe import resolve_degradation
 from pipelines.sharding.reports.card import write_card
-from pipelines.sharding.reports.mlflow_log import log_shard_set
+from pipelines.sharding.reports.mlflow_shard_set import log_shard_set
 from pipelines.sharding.sample import (
     Sample,
     at_variant,
@@ -276,7 +276,7 @@ def _samples(
 
 
 def report_quarantine(config: ShardConfig, manifest: Manifest) -> None:
-    failed = manifest.facts["quarantined"]
+    failed = manifest.quarantined
     total = manifest.num_samples + len(failed)
     if len(failed) > config.runtime.max_failed_fraction * total:
         reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(i["reason"] for i in failed).most_common())

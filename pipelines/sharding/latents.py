@@ -12,9 +12,9 @@ from pipelines.sharding.config import LatentsConfig
 from pipelines.sharding.sample import Sample
 from training.config import SamplingConfig
 from training.data.batches import enlarge
-from training.data.samples import MOMENTS, SAMPLED
+from training.data.samples import LATENT_MOMENTS, SAMPLED
 from training.models import CcsrModel, fetch_model
-from training.restore.restore import sample_latents
+from training.restore.seeded_runs import sample_latents
 
 
 class LatentEncoder:
@@ -27,7 +27,7 @@ class LatentEncoder:
         self._batch_size, self._device, self._seed = config.batch_size, device, seed
         self._sampling = None
         if config.sampled_steps:
-            if model.config.family != "stablesr":
+            if not model.config.facts.stores_samples:
                 raise ConfigError(
                     f"only StableSR's stage 2 takes sampled latents, this model is of family {model.config.family}",
                     where="latents.sampled_steps",
@@ -62,7 +62,7 @@ class LatentEncoder:
                 keys = [("latent", sample.key) for sample in batch]
                 noise = noise_for(self._seed, keys, self._device, torch.float32)
                 moments.append(sample_latents(self._model, moments[2], moments[3], self._sampling, noise))
-        names = (*MOMENTS, SAMPLED)[: len(moments)]
+        names = (*LATENT_MOMENTS, SAMPLED)[: len(moments)]
         # safetensors writes memory in its order, and a convolution may leave it channels last.
         arrays = [np.ascontiguousarray(moment.half().cpu().numpy()) for moment in moments]
         return [save({name: a[i] for name, a in zip(names, arrays, strict=True)}) for i in range(len(batch))]

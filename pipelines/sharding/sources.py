@@ -16,7 +16,7 @@ from pipelines.sharding.inputs.listing import Walk, expected_files, layout_of, l
 from pipelines.sharding.inputs.pages import drop_old_listings, list_in_parts
 from pipelines.sharding.inputs.zips import split_zip
 
-MAX_KEY_BYTES = 48
+SAMPLE_KEY_BYTES = 48
 OTHER = re.compile("[^A-Za-z0-9_-]")
 CONTACT_SHEET = "contact_sheet.jpg"
 
@@ -116,7 +116,7 @@ def _expected_used(source: Source) -> int | None:
 def _key(source: str, name: str) -> str:
     """ASCII without dots, which end a key in a WebDataset tar."""
     stem = name.rsplit(".", 1)[0].rsplit("/", 1)[-1]
-    return bounded(OTHER.sub("-", f"{source}-{stem}"), f"{source}/{name}", MAX_KEY_BYTES)
+    return bounded(OTHER.sub("-", f"{source}-{stem}"), f"{source}/{name}", SAMPLE_KEY_BYTES)
 
 
 def _digest_key(file: SourceFile) -> str:

@@ -18,8 +18,9 @@ from tests.small_networks import save_text_tower
 from training.config import ModelConfig
 from training.convert import convert_v1, convert_v2
 from training.convert.ldm import unet_names, vae_names
-from training.convert.text import V2_NEGATIVE_PROMPT, V2_PROMPT, embed_empty_prompt_open_clip
+from training.convert.text import embed_empty_prompt_open_clip
 from training.models import CcsrModel, load_model
+from training.models.ccsr import V2_NEGATIVE_PROMPT, V2_PROMPT
 from training.models.directory import WEIGHTS
 from training.models.library import AutoencoderKL, UNet2DConditionModel
 from training.models.networks import UNET_CONFIGS, VAE_CONFIGS, latent_controlnet, seeded_init

@@ -21,7 +21,7 @@ from tests.integration.conftest import NUM_RUNS, REPOSITORY, run_ccsr
 from training.config import SamplingConfig
 from training.models import load_model
 from training.models.library import AutoencoderKL, UNet2DConditionModel
-from training.restore.restore import restore_runs
+from training.restore.seeded_runs import restore_runs
 from training.run.checkpoint import complete_checkpoints, load_checkpoint
 
 METHODS = {"bicubic": 1, "uniform": NUM_RUNS, "truncated": NUM_RUNS, "ccsr": NUM_RUNS}

@@ -12,13 +12,14 @@ from mlflow.tracking import MlflowClient
 from evaluation.compare import compare
 from evaluation.config import EvaluateConfig
 from evaluation.job import preview_evaluate, run_evaluate
-from evaluation.mlflow_log import log_comparison
+from evaluation.mlflow_results import log_comparison
 from evaluation.report.page import report_results
 from evaluation.report.tables import table_rows
 from evaluation.results import load_result
 from infra.config import apply_overrides, load_yaml, parse_config
 from infra.errors import ClusterError, ConfigError, DataError
-from infra.imaging.images import encode_png, read_image, resize_bicubic
+from infra.imaging.images import encode_png, read_image
+from infra.imaging.pictures import resized
 from infra.mlflow.server import TrackingConfig
 from infra.mlflow.tracking import track
 from tests.integration.conftest import REPOSITORY
@@ -115,7 +116,7 @@ def test_a_result_grows_by_other_methods_outputs_and_computes_nothing_else(
             lr = read_image(str(first / "images" / "lr_perturbed" / name / f"{key}.png"))
             output = place / "bicubic" / "perturbed" / name / f"{key}_OUT.png"
             output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_bytes(encode_png(resize_bicubic(lr, 4 * lr.shape[1], 4 * lr.shape[0])))
+            output.write_bytes(encode_png(resized(lr, (4 * lr.shape[0], 4 * lr.shape[1]))))
             shutil.copy(first / "images" / "bicubic" / "00" / f"{key}.png", place / "bicubic" / f"{key}_OUT.png")
     theirs = {"kind": "outputs", "name": "theirs", "outputs": f"{place}/theirs"}
     bicubics = {"kind": "outputs", "name": "bicubics", "outputs": f"{place}/bicubic", "pattern": "{key}_out"}

@@ -26,7 +26,7 @@ from tests.mlflow_process import PASSWORD, USER, Server, postgres
 from tests.training_runs import finished_run, noise_shards, train_config
 from training.config import TrainConfig
 from training.run.driver import run_train
-from training.run.monitoring.mlflow_log import keep_unsent
+from training.run.monitoring.mlflow_training import keep_unsent
 
 pytestmark = pytest.mark.slow
 RUN = {"job": "train", "fingerprint": "1", "config": {"stage": 1}}

@@ -10,7 +10,8 @@ from safetensors.numpy import load
 from skimage import data
 
 from infra import ConfigError
-from infra.imaging.images import encode_png, resize_bicubic
+from infra.imaging.images import encode_png
+from infra.imaging.pictures import resized
 from infra.shards.manifest import Manifest
 from infra.shards.shard import read_sample
 from pipelines.sets.verify import verify
@@ -31,7 +32,7 @@ def test_latents_of_a_shard_set_of_pairs(tmp_path: Path, monkeypatch: pytest.Mon
     image = data.astronaut()
     for number in range(4):
         hr = np.ascontiguousarray(image[number * 96 :][:96, 128:256])
-        for name, picture in ((f"HR/{number}.png", hr), (f"LR/{number}x4.png", resize_bicubic(hr, 32, 24))):
+        for name, picture in ((f"HR/{number}.png", hr), (f"LR/{number}x4.png", resized(hr, (24, 32)))):
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).write_bytes(encode_png(picture))
     pairs = {"kind": "pairs", "name": "p", "hr": f"{tmp_path}/HR", "lr": f"{tmp_path}/LR", "licence": "ours"}

@@ -11,7 +11,8 @@ from evaluation.config import EvaluateConfig
 from evaluation.job import run_evaluate
 from evaluation.results import EvaluationResult
 from infra.config import parse_config
-from infra.imaging.images import encode_png, resize_bicubic
+from infra.imaging.images import encode_png
+from infra.imaging.pictures import resized
 from pipelines.convert import run_convert
 from pipelines.sharding.config import ShardConfig
 from pipelines.sharding.job import run_shard
@@ -61,7 +62,7 @@ def test_stablesr_stands_beside_ccsr_in_one_evaluation(tmp_path: Path) -> None:
     for name, size in (("hr", 64), ("lr", 16)):
         (tmp_path / name).mkdir()
         for key in range(2):
-            picture = resize_bicubic(np.ascontiguousarray(data.astronaut()[:256, key * 256 :][:, :256]), size, size)
+            picture = resized(np.ascontiguousarray(data.astronaut()[:256, key * 256 :][:, :256]), (size, size))
             (tmp_path / name / f"{key}.png").write_bytes(encode_png(picture))
     folders = {"hr": f"{tmp_path}/hr", "lr": f"{tmp_path}/lr"}
     sampling = {"num_steps": 4, "start": "noise", "enlargement": "bilinear"}

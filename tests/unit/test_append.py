@@ -17,7 +17,7 @@ from infra.shards.manifest import Manifest
 from infra.shards.shard import image_of, read_sample
 from pipelines.cli.main import app
 from pipelines.sets.append import append
-from pipelines.sets.export import LAYOUTS, export
+from pipelines.sets.export_set import LAYOUTS, export
 from pipelines.sets.verify import verify
 
 

@@ -18,7 +18,7 @@ from infra.imaging.images import encode_png
 from infra.shards.manifest import Manifest
 from infra.shards.shard import read_sample
 from pipelines.sets.append import append
-from pipelines.sets.export import export
+from pipelines.sets.export_set import export
 from pipelines.sets.verify import verify
 from pipelines.sharding.plan import source_id
 from pipelines.sharding.sources import list_sources

@@ -15,7 +15,7 @@ from rich.console import Console
 from evaluation.compare import Comparison, Difference, compare
 from evaluation.find import merge_results
 from evaluation.metrics.bootstrap import bootstrap_interval
-from evaluation.mlflow_log import method_metrics
+from evaluation.mlflow_results import method_metrics
 from evaluation.report.tables import interval_table, table_notes, table_rows
 from evaluation.results import load_result
 from infra import ConfigError, DataError, rng_for

@@ -21,12 +21,12 @@ from evaluation.results import load_result
 from infra.errors import CcsrError, ConfigError, ModelError
 from infra.imaging.images import encode_png, read_image
 from pipelines.cli.main import app
-from pipelines.export import export_diffusers
+from pipelines.export_model import export_diffusers
 from tests.small_networks import smaller_tiny
 from training.config import ModelConfig, SamplingConfig
 from training.models import build_model, load_model, save_model
 from training.restore.pipeline import CcsrPipeline
-from training.restore.restore import restore_runs
+from training.restore.seeded_runs import restore_runs
 
 LR = photo(22, 30)
 # Every sampler setting at least once; tiles of 64 px of an output of 88 x 120.

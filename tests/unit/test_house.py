@@ -92,7 +92,7 @@ def test_free_memory_refuses_and_never_decides():
     assert sources_with("free_memory").keys() == {
         "infra/process/memory.py",
         "training/run/cost/requirements.py",
-        "training/restore/restore.py",
+        "training/restore/seeded_runs.py",
     }
 
 

@@ -23,9 +23,8 @@ from infra.imaging.images import (
     is_plain_jpeg,
     list_images,
     read_image,
-    resize_bicubic,
 )
-from infra.imaging.pictures import decode_picture
+from infra.imaging.pictures import decode_picture, resized
 from infra.imaging.png import is_plain_png
 
 
@@ -377,6 +376,6 @@ def test_what_is_no_folder_of_images_is_told_apart(tmp_path: Path, s3: str) -> N
 
 
 def test_resizing_follows_pil_and_keeps_what_has_the_size() -> None:
-    assert resize_bicubic(PHOTO, 56, 40) is PHOTO
+    assert (resized(PHOTO, (40, 56)) == PHOTO).all()
     expected = np.asarray(Image.fromarray(PHOTO).resize((28, 20), Image.Resampling.BICUBIC))
-    assert (resize_bicubic(PHOTO, 28, 20) == expected).all()
+    assert (resized(PHOTO, (20, 28)) == expected).all()

@@ -12,7 +12,7 @@ from tests.unit.test_house import sources_with
 
 WORKER = """
 import json, sys
-import evaluation.scoring, training.convert, training.models, training.restore.restore, training.run.worker
+import evaluation.scoring, training.convert, training.models, training.restore.seeded_runs, training.run.worker
 from training.run.step.engine import load_deepspeed
 load_deepspeed()
 print(json.dumps(sorted(sys.modules)))

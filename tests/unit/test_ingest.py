@@ -26,10 +26,11 @@ from infra.files.storage import sha256_file
 from infra.imaging.images import decode_image
 from infra.shards.manifest import Manifest, ShardRecord, commit_record, write_manifest
 from infra.shards.shard import IndexedEntry, read_sample, write_tar
+from tests.training_runs import collate
 from training.config import ModelConfig, TrainConfig, TrainingSet
-from training.data.batches import Batch, check_cpus, collate, updates, window
+from training.data.batches import Batch, check_cpus, updates, window
 from training.data.order import Order
-from training.data.samples import MOMENTS, Place, SampleMaker, SampleReader, TrainingSample, check_stored
+from training.data.samples import LATENT_MOMENTS, Place, SampleMaker, SampleReader, TrainingSample, check_stored
 from training.models import CcsrModel, build_model
 from training.run.step.stages import build_stage
 
@@ -281,7 +282,7 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> tuple[Manifest, CcsrMod
         batch = collate([TrainingSample(entry.key, 0, hr, lr)]).to("cpu")
         with torch.no_grad():
             moments = [*model.encode_moments(batch.hr), *model.encode_condition(batch.lr)]
-        arrays = {name: moment[0].half().numpy() for name, moment in zip(MOMENTS, moments, strict=True)}
+        arrays = {name: moment[0].half().numpy() for name, moment in zip(LATENT_MOMENTS, moments, strict=True)}
         samples.append((entry.key, members | {"latent.safetensors": save(arrays)}))
     tar = folder / "set" / "shards" / "000000.tar"
     tar.parent.mkdir(parents=True)

@@ -58,7 +58,7 @@ def test_moments_in_eight_bits_and_an_average(zero_stage: int, masters: float) -
 def test_a_run_that_cannot_fit_is_refused_with_its_numbers(monkeypatch: pytest.MonkeyPatch, stage: int) -> None:
     model = build_model(ModelConfig(), 0)
     rows = parameter_table("tiny")
-    trained = sum(int(row["parameters"]) for row in rows if row[f"stage{stage}"])
+    trained = sum(row.parameters for row in rows if row.stage == stage)
     more = 4 * trained + 12 * trained // 2  # gradients, and half of masters and moments; the weights are there already
 
     def with_free(number: int) -> None:

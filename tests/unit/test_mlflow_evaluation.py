@@ -7,7 +7,7 @@ from mlflow.tracking import MlflowClient
 
 from evaluation.compare import compare
 from evaluation.config import EvaluateConfig
-from evaluation.mlflow_log import log_comparison, log_result
+from evaluation.mlflow_results import log_comparison, log_result
 from evaluation.results import load_result
 from infra.config import parse_config
 from infra.mlflow.server import TrackingConfig

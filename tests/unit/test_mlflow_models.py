@@ -19,7 +19,7 @@ from infra.process.background import BackgroundTracker
 from tests.training_runs import finished_run, train_config
 from training.config import TrainConfig
 from training.run.driver import run_train
-from training.run.monitoring.mlflow_log import keep_unsent, send_unsent, try_to_log_models
+from training.run.monitoring.mlflow_training import keep_unsent, send_unsent, try_to_log_models
 from training.run.monitoring.validation import Validation
 
 

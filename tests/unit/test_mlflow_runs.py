@@ -14,7 +14,7 @@ from infra.shards.manifest import Manifest
 from pipelines.sets.verify import verify
 from pipelines.sharding.config import ShardConfig
 from pipelines.sharding.reports.card import write_card
-from pipelines.sharding.reports.mlflow_log import log_shard_set
+from pipelines.sharding.reports.mlflow_shard_set import log_shard_set
 from tests.unit.photos import make_shard_set, save_photos, shard_config
 
 RUN = {"job": "shard", "fingerprint": "1" * 64, "config": {}}

@@ -3,8 +3,9 @@
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,17 +13,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from infra import ConfigError, ModelError, StorageError
-from training.config import ModelConfig
+from training.config import FAMILIES, ModelConfig
+from training.method import METHODS
 from training.models import (
     CcsrModel,
     build_model,
     load_model,
     save_model,
 )
+from training.models.build import MODELS
 from training.models.directory import WEIGHTS
 from training.models.library import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from training.models.networks import build_networks
-from training.run.cost.parameters import PAPER_MILLIONS, parameter_table
+from training.run.cost.parameters import PAPER_MILLIONS, parameter_table, v1_parts
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -285,13 +288,22 @@ def test_nothing_is_written_on_failure(model: CcsrModel, tmp_path: Path) -> None
 
 
 def test_parameter_tables_sum_to_the_published_counts() -> None:
-    full = parameter_table("sd21")
-    counts = {row["name"]: row["parameters"] / 1e6 for row in full}
+    full = parameter_table("sd21") + v1_parts()
+    counts = {row.name: row.parameters / 1e6 for row in full}
     assert round(counts["UNet"], 3) == 865.911
     assert round(counts["ControlNet"], 3) == 363.154  # the specification's 363.153 cuts 363.1536
     assert round(counts["VAE encoder"] + counts["VAE decoder"], 3) == 83.654
     assert round(sum(counts.values()), 2) == pytest.approx(PAPER_MILLIONS, abs=0.0051)
-    tiny = sum(row["parameters"] for row in parameter_table("tiny"))
+    tiny = sum(row.parameters for row in parameter_table("tiny"))
     assert tiny == sum(value.numel() for value in states(build_model(ModelConfig(), 0)).values())
     with pytest.raises(ConfigError):
         parameter_table("huge")
+
+
+def test_a_method_is_a_line_in_each_of_three_tables() -> None:
+    families = get_args(ModelConfig.model_fields["family"].annotation)
+    assert set(families) == set(FAMILIES) == set(MODELS) == set(METHODS)
+    root = Path(__file__).parents[2]
+    compared = re.compile(r"family\W*(==|!=|in) *[(\[{]?[\"']")
+    sources = [file for folder in ("training", "evaluation", "pipelines") for file in (root / folder).rglob("*.py")]
+    assert not [file.name for file in sources if compared.search(file.read_text())]

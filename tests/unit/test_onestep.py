@@ -25,8 +25,8 @@ from training.models import (
 )
 from training.models.networks import build_networks
 from training.restore.banded_vae import encode_in_bands
-from training.restore.restore import prepare_image, restore_runs
-from training.run.cost.parameters import parameter_table, regulariser_row
+from training.restore.seeded_runs import prepare_image, restore_runs
+from training.run.cost.parameters import parameter_table, regulariser_part
 from training.run.cost.requirements import step_cost
 from training.run.step.stages import build_stage
 from training.sampling.schedules import ALPHAS_CUMPROD, add_noise
@@ -68,7 +68,7 @@ def batch() -> Batch:
 @pytest.mark.slow
 def test_full_size_parameters() -> None:
     """Counted layer by layer from the published lists' rule; the paper's 8.5 M are both LoRAs and conv_in."""
-    rows = {row["name"]: row["parameters"] for row in parameter_table("sd21", "onestep")}
+    rows = {row.name: row.parameters for row in parameter_table("sd21", "onestep")}
     with torch.device("meta"):
         vae, unet = build_networks("sd21")
 
@@ -85,7 +85,7 @@ def test_full_size_parameters() -> None:
     conv_in = sum(p.numel() for p in unet.conv_in.parameters())
     assert rows["LoRA of the UNet, and its first convolution"] == for_unet + conv_in == 4_067_552
     assert rows["LoRA of the VAE encoder"] == for_vae == 369_356
-    assert regulariser_row("sd21")["parameters"] == for_unet == 4_055_712
+    assert regulariser_part("sd21").parameters == for_unet == 4_055_712
 
 
 def test_a_fresh_model_restores_as_its_base_does_and_shares_its_weights() -> None:

@@ -22,7 +22,7 @@ from pipelines.restore import RestoreConfig, restore
 from tests.small_networks import smaller_tiny
 from training.config import ModelConfig, SamplingConfig
 from training.models import build_model, load_model, save_model
-from training.restore.restore import decode_images, prepare_image, sample_rows
+from training.restore.seeded_runs import decode_images, prepare_image, sample_rows
 
 FORMS: tuple[Any, ...] = ("png", "jpg", "webp", "tiff")
 LR = photo(20, 30)

@@ -9,7 +9,7 @@ import pytest
 
 from infra.config import load_config
 from training.config import TrainConfig
-from training.convert.text import ONESTEP_NEGATIVE_PROMPT
+from training.models.onestep import ONESTEP_NEGATIVE_PROMPT
 from training.objective import VsdConfig
 from training.runtime import legal_world_sizes
 

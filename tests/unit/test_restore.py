@@ -25,9 +25,9 @@ from pipelines.restore import RestoreConfig, RestoreRuntime, resolved
 from pipelines.restore import restore as run_restore
 from training.config import ModelConfig, SamplingConfig
 from training.models import CcsrModel, build_model, save_model
-from training.restore import restore
+from training.restore import seeded_runs
 from training.restore.banded_vae import VAE_BYTES, WHOLE_PLANES, plane_bytes
-from training.restore.restore import prepare_image, restore_batch, restore_runs
+from training.restore.seeded_runs import prepare_image, restore_batch, restore_runs
 from training.restore.trace import trace_runs
 from training.sampling import ccsr_v1_timesteps, ccsr_v2_timesteps
 
@@ -161,7 +161,7 @@ def in_bands(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return lambda *args: [calls.append(name), call(*args)][1]
 
     for name in ("encode_in_bands", "decode_in_bands"):
-        monkeypatch.setattr(restore, name, watched(name, getattr(restore, name)))
+        monkeypatch.setattr(seeded_runs, name, watched(name, getattr(seeded_runs, name)))
     monkeypatch.setitem(VAE_BYTES, "cpu", 0)
     return calls
 
@@ -203,8 +203,8 @@ def test_what_is_free_moves_no_byte(
 
 def test_runs_that_are_decoded_together_count(model: CcsrModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(VAE_BYTES, "cpu", 2**40)
-    unet = 4 * restore.UNET_MAPS * model.unet.config.block_out_channels[0] * 32 * 48 // model.factor**2
-    needed = restore.IMAGE_BYTES * 32 * 48 + 3 * (unet + WHOLE_PLANES * plane_bytes(model.vae, 32, 48))
+    unet = 4 * seeded_runs.UNET_MAPS * model.unet.config.block_out_channels[0] * 32 * 48 // model.factor**2
+    needed = seeded_runs.IMAGE_BYTES * 32 * 48 + 3 * (unet + WHOLE_PLANES * plane_bytes(model.vae, 32, 48))
     with_free(monkeypatch, needed)
     assert len(restored(model, range(3), rows_at_once=3)) == 3
     with_free(monkeypatch, needed - 1)

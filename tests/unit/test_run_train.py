@@ -25,7 +25,7 @@ from training.run import driver as train
 from training.run.checkpoint import TrainingState, advice, complete_checkpoints, save_checkpoint
 from training.run.continued import find_checkpoint
 from training.run.driver import claim_run, run_train, updates_done
-from training.run.monitoring.mlflow_log import describe_run
+from training.run.monitoring.mlflow_training import describe_run
 
 
 def test_stage_2_does_not_resume_with_another_micro_batch(tmp_path: Path) -> None:

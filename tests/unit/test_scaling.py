@@ -3,7 +3,7 @@
 import pytest
 from test_train_estimate import config
 
-from pipelines.estimate.scaling import Limits, Parts, on_cores, scaling_table, update_seconds
+from pipelines.estimate.scaling import Limits, Parts, scaling_table, update_seconds
 from pipelines.estimate.training import Assumed, estimate_training
 from training.run.cost.requirements import StepCost
 
@@ -57,7 +57,12 @@ def test_degradation_shows_only_where_it_is_slower_than_the_gpu(cpus: int, wait:
 
 def test_ranks_share_cores() -> None:
     parts = Parts(sample_seconds=1.0, gradient_bytes=10.0, fixed_seconds=0.5)
-    one, two, four = (on_cores(parts, 20.0, 2, number, 8) for number in (1, 2, 4))
+
+    def seconds(num_ranks: int) -> float:
+        limits = Limits(ranks_per_node=num_ranks, link_bytes_per_second=20.0, cores=2, hop_seconds=0.0)
+        return sum(update_seconds(parts, limits, num_ranks, 8).values())
+
+    one, two, four = map(seconds, (1, 2, 4))
     assert (one, two, four) == (8.5, pytest.approx(4.5 + 0.5), pytest.approx(2 * (2.5 + 0.75)))
 
 

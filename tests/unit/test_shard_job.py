@@ -19,7 +19,8 @@ from infra import ConfigError, DataError, PartialResultError, StorageError
 from infra.config import result_part
 from infra.files.publish import publish_if_absent, write_bytes
 from infra.files.storage import exists, join, list_files, read_bytes
-from infra.imaging.images import UnusableImageError, decode_image, encode_png, resize_bicubic
+from infra.imaging.images import UnusableImageError, decode_image, encode_png
+from infra.imaging.pictures import resized
 from infra.seeding import noise_for
 from infra.shards.manifest import Manifest, ShardRecord, committed, record_uri
 from infra.shards.shard import image_of, read_sample
@@ -417,7 +418,7 @@ def test_sixteen_bits_are_converted_where_that_is_asked_for(tmp_path: Path) -> N
 def test_every_reader_takes_whole_jpegs(tmp_path: Path) -> None:
     """Training, evaluation, another sharding, the card; an LR image too."""
     hr = photo(64, 96)
-    for folder, image in (("hr", hr), ("lr", resize_bicubic(hr, 24, 16))):
+    for folder, image in (("hr", hr), ("lr", resized(hr, (16, 24)))):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "a.jpg").write_bytes(encoded(image, "JPEG", quality=95))
     pairs = {"kind": "pairs", "name": "p", "hr": str(tmp_path / "hr"), "lr": str(tmp_path / "lr")}
@@ -505,7 +506,7 @@ def test_samples_of_a_stablesr_model_are_its_restorations_latents(photos: Path, 
     from training.config import ModelConfig, SamplingConfig
     from training.data.samples import SAMPLED
     from training.models import build_model, save_model
-    from training.restore.restore import sample_latents
+    from training.restore.seeded_runs import sample_latents
 
     model = build_model(ModelConfig(family="stablesr"), 0)
     save_model(model, tmp_path / "model")

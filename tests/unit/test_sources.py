@@ -14,7 +14,8 @@ from degradation import degrade, load_preset
 from infra import ConfigError, DataError, rng_for
 from infra.files.publish import write_bytes
 from infra.files.storage import join
-from infra.imaging.images import UnusableImageError, decode_image, encode_png, resize_bicubic
+from infra.imaging.images import UnusableImageError, decode_image, encode_png
+from infra.imaging.pictures import resized
 from infra.shards.shard import read_sample
 from pipelines.sets.verify import verify
 from pipelines.sharding.config import ShardConfig
@@ -230,7 +231,7 @@ def test_pairs_that_do_not_fit_are_set_aside(tmp_path: Path) -> None:
     (tmp_path / "LR/0_LR4.png").write_bytes(encode_png(small[:-1]))
     (tmp_path / "LR/1_LR4.png").write_bytes((tmp_path / "LR/3_LR4.png").read_bytes())
     shifted = np.roll(images[2], (12, 0), (0, 1))
-    (tmp_path / "LR/2_LR4.png").write_bytes(encode_png(resize_bicubic(shifted, 32, 24)))
+    (tmp_path / "LR/2_LR4.png").write_bytes(encode_png(resized(shifted, (24, 32))))
     manifest = make_shard_set(pairs_config(tmp_path, tmp_path / "out"))
     reasons = {item["source"]: item["reason"] for item in manifest.facts["quarantined"]}
     assert reasons == {"0_HR.png": "pair_size", "1_HR.png": "pair_misaligned", "2_HR.png": "pair_misaligned"}

@@ -11,7 +11,7 @@ from evaluation import StabilityAccumulator, g_std, l_std, l_std_equal_sharpness
 from evaluation.config import Perturbation
 from evaluation.metrics.perturbations import perturb, perturbation_border, undo
 from infra import DataError, rng_for
-from infra.imaging.images import resize_bicubic
+from infra.imaging.pictures import resized
 
 
 def random_runs(num_runs: int, height: int = 14, width: int = 17) -> np.ndarray:
@@ -150,7 +150,7 @@ def test_scores_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
 def method_and_bicubic(seed: int, noise: float, size: float) -> tuple[list[np.ndarray], np.ndarray]:
     """Four runs of a method that sharpens and adds noise blurred to `size` px, and the bicubic image."""
     hr = photographs(1, side=96)["img0"]
-    bicubic = resize_bicubic(resize_bicubic(hr, 24, 24), 96, 96)
+    bicubic = resized(resized(hr, (24, 24)), (96, 96))
     runs = []
     for run in range(4):
         grain = cv2.GaussianBlur(rng_for(seed, run).normal(0, noise * (1 + 3 * size), hr.shape), (0, 0), size)
@@ -197,7 +197,7 @@ def test_at_equal_sharpness_it_is_l_std_and_of_identical_runs_exactly_0() -> Non
 @pytest.mark.parametrize("name", Perturbation.__args__)
 def test_perturbations_are_tiny_and_bicubic_undoes_them(name: str) -> None:
     """Bicubic moves with its input, so that only the noise and JPEG's own levels are left in the undone output."""
-    lr = resize_bicubic(photographs(1, side=96)["img0"], 32, 32)
+    lr = resized(photographs(1, side=96)["img0"], (32, 32))
     changed = perturb(lr, name, "key")
     assert changed.shape == lr.shape
     assert changed.dtype == np.uint8
@@ -206,7 +206,7 @@ def test_perturbations_are_tiny_and_bicubic_undoes_them(name: str) -> None:
     original = lr[:-1, :-1] if name == "shift" else lr
     moved = changed[1:, 1:] if name == "shift" else changed
     assert np.abs(moved.astype(int) - original).mean() < 3
-    outputs = [resize_bicubic(lr, 96, 96), undo(resize_bicubic(changed, 96, 96), name, 3)]
+    outputs = [resized(lr, (96, 96)), undo(resized(changed, (96, 96)), name, 3)]
     left = l_std(outputs, crop_border=perturbation_border(4, 3))
     assert left == 0 if name in ("shift", "brightness") else 0 < left < 0.01
 

@@ -20,7 +20,7 @@ from training.models import (
 )
 from training.models.stablesr import Sft, sft_places
 from training.models.wrapping import Fusion
-from training.restore.restore import prepare_image, restore_batch, restore_runs
+from training.restore.seeded_runs import prepare_image, restore_batch, restore_runs
 from training.run.cost.parameters import parameter_table
 from training.run.monitoring.meter import flop_counter
 from training.run.step.stages import Stage, build_stage
@@ -40,7 +40,7 @@ def model() -> StableSrModel:
 
 
 def test_full_size_parameters_are_the_published_ones() -> None:
-    rows = {row["name"]: row["parameters"] for row in parameter_table("sd21", "stablesr")}
+    rows = {row.name: row.parameters for row in parameter_table("sd21", "stablesr", stage=2)}
     assert rows["time-aware encoder"] == 52_494_080
     assert rows["feature modulation"] == 53_020_160
     assert rows["time-aware encoder"] + rows["feature modulation"] == 105_514_240

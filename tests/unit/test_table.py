@@ -19,10 +19,10 @@ from infra.cluster.jobs import JobRow
 from infra.display.table import Cell, Table, cell
 from pipelines.cli.cluster import jobs_table
 from pipelines.cli.main import app
-from pipelines.estimate.networks import model_tables
 from pipelines.estimate.shards import Amount, ShardEstimate, shard_table
 from pipelines.estimate.training import Assumed, TrainEstimate, train_tables
 from training.config import TrainConfig
+from training.run.cost.parameters import model_tables
 
 GROUP = "Table 4, RealSR"
 

@@ -11,11 +11,10 @@ from typer.testing import CliRunner
 
 from infra import ConfigError
 from pipelines.cli.main import app
-from pipelines.estimate.fits import fit_table
-from pipelines.estimate.training import Assumed, TrainEstimate, estimate_training, train_tables
+from pipelines.estimate.training import Assumed, TrainEstimate, estimate_training, fit_table, train_tables
 from training.config import ModelConfig, SamplingConfig, TrainConfig
 from training.models import build_model
-from training.restore.restore import decode_images, prepare_image, sample_rows
+from training.restore.seeded_runs import decode_images, prepare_image, sample_rows
 from training.run.cost.requirements import (
     StepCost,
     empty_batch,

@@ -9,14 +9,15 @@ import torch
 
 from infra import DataError, ModelError
 from infra.config import parse_config, result_part
-from infra.imaging.images import decode_image, resize_bicubic
+from infra.imaging.images import decode_image
+from infra.imaging.pictures import resized
 from infra.imaging.pixels import l_std, l_std_equal_sharpness, psnr_y
 from infra.shards.shard import read_sample
 from tests.small_networks import seeded_lpips
 from tests.unit.photos import make_shard_set, save_photos, shard_config
 from training.config import ModelConfig, SamplingConfig, TrainConfig
 from training.models import CcsrModel, build_model
-from training.restore.restore import restore_runs
+from training.restore.seeded_runs import restore_runs
 from training.run.agreement import WorkerContext
 from training.run.monitoring.validation import PERCEPTUAL, Perceptual, Validation, perceptual_metrics
 
@@ -81,10 +82,10 @@ def test_scores_and_pictures_are_those_of_the_restored_runs(held_out: Path, mode
         assert not np.array_equal(*runs)
         psnrs.append(np.mean([psnr_y(run, hr) for run in runs]))
         stds.append(l_std(runs))
-        equal.append(l_std_equal_sharpness(runs, resize_bicubic(lr, 64, 64)))
+        equal.append(l_std_equal_sharpness(runs, resized(lr, (64, 64))))
         names = ("lr", "run_0", "run_1", "hr", "l_std")
         logged = [decode_image(log.files[f"validation/{entry.key}/{name}"], where=name) for name in names]
-        assert np.array_equal(np.hstack(logged[:4]), np.hstack([resize_bicubic(lr, 64, 64), *runs, hr]))
+        assert np.array_equal(np.hstack(logged[:4]), np.hstack([resized(lr, (64, 64)), *runs, hr]))
         assert logged[4].shape == hr.shape
         assert len(np.unique(logged[4].reshape(-1, 3), axis=0)) > 9, "a stability map"
     assert len(log.files) == 3 * 5

@@ -233,10 +233,12 @@ def test_near_duplicates_and_crops_of_the_same_file_are_found(
     two = make_shard_set(shard_config(tmp_path / "test", tmp_path / "two", name="test", degradation=None))
     cut = make_shard_set(shard_config(tmp_path / "test", tmp_path / "cut", name="test", degradation=None, crop=crop))
     found = list(find_duplicates(one.uri, two.uri))
-    assert found[0] == ("train-a-000-0", "test-renamed-000-0", None)
-    assert [pair[:2] for pair in found[1:]] == [("train-b-000-0", "test-again-000-0")]
-    assert 0 <= found[1][2] <= 6  # type: ignore[operator]
-    assert list(find_duplicates(one.uri, cut.uri)) == [found[0]]  # its window is another; the file is the same
+    same, near = found
+    assert same == ("train-a-000-0", "test-renamed-000-0", None, 1, 1, 1)
+    assert near[:2] == ("train-b-000-0", "test-again-000-0")
+    assert near.bits is not None
+    assert 0 <= near.bits <= 6
+    assert list(find_duplicates(one.uri, cut.uri)) == [same]  # its window is another; the file is the same
     with pytest.raises(DataError, match="2 pairs of samples are in both sets: 1 alike, 1 of the same source file"):
         print_duplicates(one.uri, two.uri, 6)
     assert "train-a-000-0\ttest-renamed-000-0\tsame source file\n" in capsys.readouterr().out

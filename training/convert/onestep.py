@@ -8,9 +8,9 @@ from torch import nn
 
 from infra.errors import ModelError
 from training.convert.published import check_prediction_type, write_model
-from training.convert.text import embed_prompts, prompts_of
+from training.convert.text import embed_prompts
 from training.models.directory import fill, load_part, torch_load
-from training.models.onestep import OneStepAdapter
+from training.models.onestep import OneStepAdapter, OneStepModel
 
 PLACES = {"unet": ("encoder", "decoder", "others"), "vae": ("encoder",)}
 
@@ -41,7 +41,7 @@ def convert_onestep(checkpoint: Path | str, base: Path | str, out: Path | str) -
     write_model(
         **networks,
         adapter=adapter,
-        prompts=embed_prompts(base, prompts_of("onestep")),
+        prompts=embed_prompts(base, OneStepModel.cached_prompts),
         family="onestep",
         out=out,
         source=base,

@@ -21,8 +21,8 @@ from training.convert.ldm import (
     vae_names,
     wrapping_names,
 )
-from training.convert.text import embed_empty_prompt_open_clip, embed_prompts, prompts_of
-from training.models.build import build_adapter, model_class
+from training.convert.text import embed_empty_prompt_open_clip, embed_prompts
+from training.models.build import MODELS
 from training.models.directory import (
     WEIGHTS,
     check_finite,
@@ -30,7 +30,7 @@ from training.models.directory import (
     fill,
     load_part,
     part_from_config,
-    read_json,
+    read_part_json,
     read_weights,
     save_model,
 )
@@ -152,7 +152,7 @@ def convert_v2(controlnet_dir: Path | str, vae_dir: Path | str, base_dir: Path |
     """
     base = Path(base_dir)
     place = _subfolder(Path(controlnet_dir), "controlnet")
-    config = read_json(place / "config.json")
+    config = read_part_json(place / "config.json")
     if not config.get("use_vae_encode_condition"):
         raise ModelError(
             "this ControlNet takes an RGB image, not the LR latent (use_vae_encode_condition is not set)",
@@ -170,7 +170,7 @@ def convert_v2(controlnet_dir: Path | str, vae_dir: Path | str, base_dir: Path |
     vae = load_part(_subfolder(Path(vae_dir), "vae"), "vae")
     unet = load_part(base / "unet", "unet")
     check_prediction_type(base)
-    prompts = embed_prompts(base, prompts_of("v2"))
+    prompts = embed_prompts(base, MODELS["v2"].cached_prompts)
     write_model(unet, vae, controlnet, prompts, "v2", out, place)
 
 
@@ -184,9 +184,9 @@ def convert_base(base_dir: Path | str, family: str, out: Path | str) -> None:
     base = Path(base_dir)
     check_prediction_type(base)
     unet, vae = load_part(base / "unet", "unet"), load_part(base / "vae", "vae")
-    prompts = embed_prompts(base, prompts_of(family))
+    prompts = embed_prompts(base, MODELS[family].cached_prompts)
     with seeded_init(0):
-        adapter = build_adapter(_config(unet, vae, family, base), unet, vae)
+        adapter = MODELS[family].fresh_adapter(unet, vae, _config(unet, vae, family, base).preset)
     write_model(unet, vae, adapter, prompts, family, out, base)
 
 
@@ -196,14 +196,14 @@ def _architecture(base: Path | None) -> tuple[UNet2DConditionModel, AutoencoderK
             return UNet2DConditionModel(**UNET_CONFIGS["sd21"]), AutoencoderKL(**VAE_CONFIGS["sd21"])
     check_prediction_type(base)
     places = {name: base / name / "config.json" for name in ("unet", "vae")}
-    unet, vae = (part_from_config(read_json(place), name, place) for name, place in places.items())
+    unet, vae = (part_from_config(read_part_json(place), name, place) for name, place in places.items())
     return unet, vae
 
 
 def check_prediction_type(base: Path) -> None:
     """SD 2.1 comes in two kinds of the same shape; CCSR uses `base`, the 512 px model that predicts the noise."""
     place = base / "scheduler" / "scheduler_config.json"
-    if place.is_file() and read_json(place).get("prediction_type", "epsilon") != "epsilon":
+    if place.is_file() and read_part_json(place).get("prediction_type", "epsilon") != "epsilon":
         raise ModelError(
             "this base predicts v, not the noise: it is Stable Diffusion 2.1 at 768 px, not 2.1-base",
             where=str(place),
@@ -275,7 +275,7 @@ def write_model(
                 todo="give parts that belong together",
             )
     config = _config(unet, vae, family, source)
-    save_model(model_class(config)(config, vae, unet, adapter, prompts, **others), out)
+    save_model(MODELS[family](config, vae, unet, adapter, prompts, **others), out)
 
 
 def _config(unet: UNet2DConditionModel, vae: AutoencoderKL, family: str, base: Path) -> ModelConfig:
@@ -285,7 +285,7 @@ def _config(unet: UNet2DConditionModel, vae: AutoencoderKL, family: str, base: P
         if _is_preset(unet.config, UNET_CONFIGS[name]) and _is_preset(vae.config, VAE_CONFIGS[name])
     ]
     record = base / "ccsr.json"
-    prediction = read_json(record)["prediction"] if record.is_file() else "eps"
+    prediction = read_part_json(record)["prediction"] if record.is_file() else "eps"
     return ModelConfig.model_validate(
         {"preset": presets[0] if presets else "custom", "family": family, "prediction": prediction}
     )

@@ -14,20 +14,6 @@ from training.convert.ldm import open_clip_names
 from training.models.directory import PROMPTS, check_finite, check_keys, read_weights
 
 CACHED = 256  # of 0.3 MB each in Stable Diffusion 2
-# CCSR v2's inference defaults (its README); they act only where the guidance scale is above 1.
-V2_PROMPT = "clean, high-resolution, 8k"
-V2_NEGATIVE_PROMPT = "blurry, dotted, noise, raster lines, unclear, lowres, over-smoothed"
-# Of the script that trained the published OSEDiff (train_osediff.sh), for `vsd.negative_prompt`.
-ONESTEP_NEGATIVE_PROMPT = (
-    "painting, oil painting, illustration, drawing, art, sketch, cartoon, CG Style, 3D render, unreal engine, "
-    "blurring, dirty, messy, worst quality, low quality, frames, watermark, signature, jpeg artifacts, deformed, "
-    "lowres, over-smooth"
-)
-
-
-def prompts_of(family: str) -> tuple[str, ...]:
-    """The prompts that a fresh model caches."""
-    return ("", ONESTEP_NEGATIVE_PROMPT) if family == "onestep" else ("", V2_PROMPT, V2_NEGATIVE_PROMPT)
 
 
 def embed_prompts(base: Path, prompts: Sequence[str]) -> dict[str, Tensor]:

@@ -38,6 +38,16 @@ class Batch:
     moments: dict[str, "Tensor"] = field(default_factory=dict)
     prompts: tuple[str, ...] = ()
 
+    @classmethod
+    def of(cls, keys: list[str], positions: list[int], arrays: dict[str, np.ndarray]) -> "Batch":
+        """From what `stack` returns, in its memory."""
+        import torch
+
+        prompts = tuple(arrays.get("prompts", np.array(())).tolist())
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items() if name != "prompts"}
+        hr, lr = (tensors.pop(name).permute(0, 3, 1, 2) for name in ("hr", "lr"))
+        return cls(keys, positions, hr, lr, tensors, prompts)
+
     def to(self, device: str) -> "Batch":
         """On a device, in float32. Moved first: bytes are a quarter of the way."""
         return replace(
@@ -58,8 +68,8 @@ def enlarge(lr: np.ndarray, height: int, width: int) -> np.ndarray:
     return enlarged[0].permute(1, 2, 0).to(torch.uint8).numpy()
 
 
-def _stack(samples: Sequence[TrainingSample]) -> dict[str, np.ndarray]:
-    """The arrays of a micro-batch: plain NumPy, which Ray moves without copying it into a pickle."""
+def stack(samples: Sequence[TrainingSample]) -> dict[str, np.ndarray]:
+    """The arrays of a micro-batch, each LR enlarged: plain NumPy, which Ray moves without copying it into a pickle."""
     size = samples[0].hr.shape[:2]
     lr = [sample.lr if sample.lr.shape[:2] == size else enlarge(sample.lr, *size) for sample in samples]
     images = {"hr": [sample.hr for sample in samples], "lr": lr}
@@ -70,23 +80,9 @@ def _stack(samples: Sequence[TrainingSample]) -> dict[str, np.ndarray]:
     return stacked | {name: np.stack([sample.moments[name] for sample in samples]) for name in samples[0].moments}
 
 
-def _batch(keys: list[str], positions: list[int], arrays: dict[str, np.ndarray]) -> Batch:
-    import torch
-
-    prompts = tuple(arrays.get("prompts", np.array(())).tolist())
-    tensors = {name: torch.from_numpy(array) for name, array in arrays.items() if name != "prompts"}
-    hr, lr = (tensors.pop(name).permute(0, 3, 1, 2) for name in ("hr", "lr"))
-    return Batch(keys, positions, hr, lr, tensors, prompts)
-
-
-def collate(samples: Sequence[TrainingSample]) -> Batch:
-    """Stack samples of one size; each LR is enlarged by `enlarge`."""
-    return _batch([s.key for s in samples], [s.position for s in samples], _stack(samples))
-
-
 def make_arrays(maker: SampleMaker, places: Sequence[Place]) -> dict[str, np.ndarray]:
     """Read and stack one micro-batch: what a thread here or a task elsewhere does."""
-    return _stack([maker(place) for place in places])
+    return stack([maker(place) for place in places])
 
 
 def updates(
@@ -112,7 +108,7 @@ def updates(
 
     def load(positions: range) -> Batch:
         places = [reader.place(position) for position in positions]
-        return _batch([place.entry.key for place in places], list(positions), make(places))
+        return Batch.of([place.entry.key for place in places], list(positions), make(places))
 
     num_micro = config.global_batch_size // (runtime.micro_batch_size * world_size)
     ahead: deque[Future[Batch]] = deque()

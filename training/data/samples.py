@@ -22,7 +22,7 @@ from infra.shards.shard import CAPTION, Entry, image_of, read_sample
 from training.config import TrainConfig
 from training.data.order import FEISTEL, Order
 
-MOMENTS = ("hr.mean", "hr.std", "lr.mean", "lr.std")
+LATENT_MOMENTS = ("hr.mean", "hr.std", "lr.mean", "lr.std")
 SAMPLED = "sampled"  # the latent that a stage-1 model computed from the LR: what StableSR's stage 2 starts from
 
 
@@ -151,13 +151,13 @@ class SampleMaker:
             hr = decode_image(image_of(members), where=where)
             clean = json.loads(members["json"])["degradation"]["clean"]
             lr = hr if clean else decode_image(image_of(members, "lr"), where=where)
-        names = (*MOMENTS, SAMPLED) if self.with_sampled else MOMENTS
+        names = (*LATENT_MOMENTS, SAMPLED) if self.with_sampled else LATENT_MOMENTS
         return TrainingSample(place.entry.key, place.position, hr, lr, {name: moments[name] for name in names})
 
 
 def _recipe(config: TrainConfig, number: int, manifest: Manifest) -> DegradationConfig | None:
     chosen = config.data[number].degradation or config.degradation
-    if chosen is None and not manifest.facts["has_lr"]:
+    if chosen is None and not manifest.has_lr:
         raise DataError("these shards hold no LR images", where=manifest.uri, todo="name a `degradation` to train with")
     return load_preset(chosen) if isinstance(chosen, str) else chosen
 
@@ -165,9 +165,9 @@ def _recipe(config: TrainConfig, number: int, manifest: Manifest) -> Degradation
 def check_crop(config: TrainConfig, manifests: Sequence[Manifest]) -> None:
     """ConfigError where the crop does not fit the shards' scale or smallest image."""
     for manifest in manifests:
-        if config.crop_px % (manifest.facts["scale"] or 1):
+        if config.crop_px % (manifest.scale or 1):
             raise ConfigError(
-                f"crop_px = {config.crop_px} is no multiple of these shards' scale, {manifest.facts['scale']}",
+                f"crop_px = {config.crop_px} is no multiple of these shards' scale, {manifest.scale}",
                 where=manifest.uri,
                 todo="choose a multiple of it",
             )
@@ -176,7 +176,7 @@ def check_crop(config: TrainConfig, manifests: Sequence[Manifest]) -> None:
             raise ConfigError(
                 f"crop_px = {config.crop_px} does not fit these shards, whose smallest image has a side of {side} px",
                 where=manifest.uri,
-                todo=f"write crop_px: {side - side % (manifest.facts['scale'] or 1)}, or shard with larger crops",
+                todo=f"write crop_px: {side - side % (manifest.scale or 1)}, or shard with larger crops",
             )
 
 

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -11,15 +11,20 @@ from torch import Tensor, nn
 from infra.errors import ModelError
 from training.config import ModelConfig
 from training.models.library import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+from training.models.networks import latent_controlnet
 from training.sampling.schedules import velocity_to_eps
+
+# CCSR v2's inference defaults (its README); they act only where the guidance scale is above 1.
+V2_PROMPT = "clean, high-resolution, 8k"
+V2_NEGATIVE_PROMPT = "blurry, dotted, noise, raster lines, unclear, lowres, over-smoothed"
 
 
 @dataclass
 class CcsrModel:
     """VAE, UNet, adapter and cached prompt embeddings, {text: float32 (1, L, C)}; "" is always among them.
 
-    The adapter shows the UNet the LR latent: here a ControlNet. StableSR's model is a subclass with another adapter
-    (`_predict`), decoder (`decode`) and `trained_part`.
+    The adapter shows the UNet the LR latent: here a ControlNet. Another method's model is a subclass with another
+    adapter (`fresh_adapter`, `adapter_parts`, `_predict`), decoder (`decode`) and `trained_part`.
     `condition_encoder` encodes the LR image where that is not the VAE's own encoder's work; its decoder is not used.
     A network may be replaced by anything that is called alike (a DeepSpeed engine, a DDP wrapper).
     """
@@ -30,6 +35,17 @@ class CcsrModel:
     adapter: Any
     prompts: dict[str, Tensor] = field(repr=False)
     condition_encoder: AutoencoderKL | None = None
+    cached_prompts: ClassVar[tuple[str, ...]] = ("", V2_PROMPT, V2_NEGATIVE_PROMPT)  # of a fresh model
+
+    @staticmethod
+    def fresh_adapter(unet: UNet2DConditionModel, vae: AutoencoderKL, preset: str) -> nn.Module:
+        """An untrained adapter of a `preset`'s networks; random weights are drawn from torch's generator."""
+        return latent_controlnet(unet)
+
+    @property
+    def adapter_parts(self) -> dict[str, nn.Module]:
+        """The adapter's parts by the names under which `ccsr estimate` counts them."""
+        return {"ControlNet": self.adapter}
 
     @property
     def networks(self) -> dict[str, nn.Module]:

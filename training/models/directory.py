@@ -1,6 +1,5 @@
 """Model directories: networks as diffusers writes them, prompt.safetensors, and ccsr.json last."""
 
-import json
 import os
 import re
 import shutil
@@ -20,9 +19,9 @@ from torch import Tensor, nn
 
 from infra.errors import ModelError, StorageError, line_of
 from infra.files.publish import sync
-from infra.files.storage import explained, sha256_file
+from infra.files.storage import explained, read_json, sha256_file
 from training.config import ModelConfig
-from training.models.build import model_class
+from training.models.build import MODELS
 from training.models.ccsr import CcsrModel
 from training.models.library import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from training.models.networks import from_stock_condition, to_stock_condition, with_latent_condition
@@ -95,7 +94,7 @@ def write_record(config: ModelConfig, directory: Path) -> None:
 def read_record(directory: Path) -> ModelRecord:
     """ccsr.json; ModelError where it is missing or of another format."""
     try:
-        return ModelRecord(**read_json(directory / "ccsr.json"))
+        return ModelRecord(**read_part_json(directory / "ccsr.json"))
     except ValidationError as error:
         raise ModelError(
             f"ccsr.json is not a model's record of format 1 ({error.errors()[0]['msg']})",
@@ -129,12 +128,12 @@ def load_model(
     parts = {name: load_part(directory / name, name) for name in names}
     parts["adapter"] = parts.pop(config.facts.adapter, None)
     prompts = read_weights(directory / PROMPTS)
-    return model_class(config)(config=config, prompts=prompts, **parts).to(device, dtype)
+    return MODELS[config.family](config=config, prompts=prompts, **parts).to(device, dtype)
 
 
 def load_part(directory: Path, name: str) -> Any:
     """One network (`name` in PARTS) from config.json and weights in `directory`, float32, in eval mode."""
-    network = part_from_config(read_json(directory / "config.json"), name, where=directory / "config.json")
+    network = part_from_config(read_part_json(directory / "config.json"), name, where=directory / "config.json")
     state = {_OLD_ATTENTION.sub(_new_attention, key): value for key, value in read_weights(directory / WEIGHTS).items()}
     if name == "controlnet":
         state = from_stock_condition(state, where=str(directory / WEIGHTS))
@@ -275,14 +274,14 @@ def replacing(directory: Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
+def read_part_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a model directory; ModelError where it is missing or damaged."""
     if not path.is_file():
         raise _missing(path)
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ModelError(f"{path.name} is not JSON ({error})", where=str(path), todo="copy it again") from error
+        return read_json(str(path))
+    except StorageError as error:
+        raise ModelError(error.what, where=error.where, todo="copy it again") from error
 
 
 def _missing(path: Path) -> ModelError:

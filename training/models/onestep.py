@@ -7,7 +7,7 @@ published code. LoRA: Hu et al., ICLR 2022, as peft has it.
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,12 @@ RANK = 4
 ALPHA = 8  # peft's default, which the published code keeps: what B A computes is multiplied by ALPHA / rank
 _UNET = ("to_k", "to_q", "to_v", "to_out.0", "conv", "proj_in", "proj_out", "ff.net.2", "ff.net.0.proj")
 _VAE = ("conv", "to_k", "to_q", "to_v", "to_out.0")
+# Of the script that trained the published OSEDiff (train_osediff.sh), for `vsd.negative_prompt`.
+ONESTEP_NEGATIVE_PROMPT = (
+    "painting, oil painting, illustration, drawing, art, sketch, cartoon, CG Style, 3D render, unreal engine, "
+    "blurring, dirty, messy, worst quality, low quality, frames, watermark, signature, jpeg artifacts, deformed, "
+    "lowres, over-smooth"
+)
 _PLACES = {"down_blocks": "encoder", "conv_in": "encoder", "up_blocks": "decoder", "conv_out": "decoder"}
 
 
@@ -133,6 +139,16 @@ class OneStepModel(CcsrModel):
     """
 
     generator: Any = field(init=False, repr=False)
+    cached_prompts: ClassVar[tuple[str, ...]] = ("", ONESTEP_NEGATIVE_PROMPT)
+
+    @staticmethod
+    def fresh_adapter(unet: UNet2DConditionModel, vae: AutoencoderKL, preset: str) -> nn.Module:
+        return OneStepAdapter.for_networks({"unet": unet, "vae": vae})
+
+    @property
+    def adapter_parts(self) -> dict[str, nn.Module]:
+        parts = {"LoRA of the UNet, and its first convolution": "unet", "LoRA of the VAE encoder": "vae"}
+        return {name: self.adapter.get_submodule(part) for name, part in parts.items()}
 
     def __post_init__(self) -> None:
         parts = {} if self.adapter is None else self.adapter.config.targets

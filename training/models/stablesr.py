@@ -17,6 +17,7 @@ from training.models.ccsr import CcsrModel, dtype_of
 from training.models.hooks import Hook, before_norm, hooked
 from training.models.library import (
     AttnDownBlock2D,
+    AutoencoderKL,
     ConfigMixin,
     DownBlock2D,
     ModelMixin,
@@ -32,6 +33,7 @@ from training.models.wrapping import FeatureWrapping
 
 EPS = 1e-5
 MULTIPLES = (1, 1, 2, 2)  # of the encoder's width, level by level
+TINY_ADAPTER = {"width": 32, "hidden": 32}
 
 
 class Sft(nn.Module):
@@ -157,6 +159,14 @@ class StableSrModel(CcsrModel):
     """The adapter is a `StableSrAdapter`; `wrapping`, the decoder's, is what stage 2 adds."""
 
     wrapping: FeatureWrapping | None = None
+
+    @staticmethod
+    def fresh_adapter(unet: UNet2DConditionModel, vae: AutoencoderKL, preset: str) -> nn.Module:
+        return StableSrAdapter.for_unet(unet, **(TINY_ADAPTER if preset == "tiny" else {}))
+
+    @property
+    def adapter_parts(self) -> dict[str, nn.Module]:
+        return {"time-aware encoder": self.adapter.encoder, "feature modulation": self.adapter.sft}
 
     @property
     def networks(self) -> dict[str, nn.Module]:

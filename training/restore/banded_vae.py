@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from infra.errors import DataError
+from infra.process.memory import GIB
 from training.models.library import AutoencoderKL
 from training.models.onestep import full_weight
 
-GIB = 2**30
 # What a VAE's activations may take. Constants: whole and bands round differently, and a picture must not depend on what
 # else is in memory. 6.5 GiB hold the three largest of a 2048 px output in bfloat16, or 13 outputs of 512 px whole.
 VAE_BYTES = {"cpu": GIB, "cuda": 13 * GIB // 2}
@@ -36,7 +36,7 @@ def plane_bytes(vae: AutoencoderKL, height: int, width: int) -> int:
     return int(wide * height * width) * next(vae.parameters()).element_size()
 
 
-def rows_at_once(vae: AutoencoderKL, height: int, width: int, budget: int) -> int:
+def images_per_pass(vae: AutoencoderKL, height: int, width: int, budget: int) -> int:
     """How many images of this size plain diffusers may take at once within `budget` bytes; 0: use the bands."""
     return budget // (WHOLE_PLANES * plane_bytes(vae, height, width))
 

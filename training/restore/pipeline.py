@@ -1,6 +1,5 @@
 """A model as a diffusers pipeline; `standalone.py` writes this class and all that it uses into one file."""
 
-import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,8 +24,8 @@ from training.models.library import (
 )
 from training.models.stablesr import StableSrAdapter
 from training.models.wrapping import FeatureWrapping
-from training.restore.published_sizes import enlarge, finish, reflect
-from training.restore.restore import latent_unit, sample_latents
+from training.restore.published_sizes import enlarged_size, finish, network_input, reflect
+from training.restore.seeded_runs import latent_unit, sample_latents
 
 SAMPLING = SamplingConfig(tile=512).model_dump()
 """What `ccsr restore` does by default."""
@@ -77,9 +76,9 @@ class CcsrPipeline(DiffusionPipeline, CcsrModel):
         config: Any = SimpleNamespace(**{**SAMPLING, **sampling})
         self._load_beside()
         lr = np.asarray(image.convert("RGB")) if isinstance(image, Image.Image) else image
-        size = (math.ceil(round(lr.shape[0] * scale, 6)), math.ceil(round(lr.shape[1] * scale, 6)))
+        size = enlarged_size(lr.shape[:2], scale)
         device = self.unet.device
-        enlarged = enlarge(lr, size, config, where=key).to(device)
+        enlarged = network_input(lr, size, config, where=key).to(device)
         unit = self.factor * (latent_unit(self) if config.sizes == "pad" else 1)
         padded = reflect(enlarged, -enlarged.shape[-2] % unit, -enlarged.shape[-1] % unit)
         mean, std = self.encode_condition(padded)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from infra.errors import ConfigError, DataError
-from infra.imaging.pictures import luma, resized
+from infra.imaging.pictures import resized, to_grey
 from training.config import SamplingConfig, SizeRule
 from training.sampling import color_fix
 
@@ -20,7 +20,13 @@ ColorFix = Callable[..., Tensor]
 _Step = tuple[int, int, Image.Resampling]
 
 
-def enlarge(lr: np.ndarray, size: tuple[int, int], config: SamplingConfig, *, where: str) -> Tensor:
+def enlarged_size(sides: tuple[int, int], scale: float) -> tuple[int, int]:
+    """(height, width) of an image's output, rounded up."""
+    height, width = (math.ceil(round(side * scale, 6)) for side in sides)
+    return height, width
+
+
+def network_input(lr: np.ndarray, size: tuple[int, int], config: SamplingConfig, *, where: str) -> Tensor:
     """The LR, uint8 or uint16 (h, w, 3), at the networks' size: float32 (1, 3, H, W) in [0, 1], on the CPU.
 
     DataError for uint16 under a published size rule.
@@ -52,7 +58,7 @@ def finish(
     dtype = torch.uint8 if levels == 255 else torch.uint16
     image = pixels[0].clamp(0, 1).mul_(levels).round_().to(dtype).permute(1, 2, 0).cpu().numpy()
     if (enlarged == enlarged[:, :1]).all():
-        image = luma(image)
+        image = to_grey(image)
     return image if config.sizes == "pad" else published_output(image, size, config.sizes)
 
 

@@ -7,10 +7,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from training.config import ModelConfig
+from training.config import FAMILIES
 from training.method import METHODS
-from training.models.build import model_class
-from training.restore.pipeline import SAMPLING
+from training.models.build import MODELS
+from training.restore.pipeline import BESIDE, SAMPLING
 
 OURS = ("infra", "training")
 SHARED = ("infra", "training.sampling", "training.method")  # what sampling.py holds
@@ -52,9 +52,10 @@ def pipeline_sources(family: str) -> dict[str, str]:
 
     Without docstrings, comments and annotations: the sources have them.
     """
-    method, model = type(METHODS[family]), _model_class(family)
-    networks, chain = _Collection(family), _Collection(family)
-    if family == "stablesr":
+    method, model = type(METHODS[family]), MODELS[family]
+    beside = {FAMILIES[family].adapter, FAMILIES[family].decoder} & set(BESIDE)
+    networks, chain = _Collection(model.__name__), _Collection(model.__name__)
+    if beside:
         networks.add("training.restore.pipeline", "BESIDE")
     chain.add(model.__module__, model.__name__)
     chain.add(method.__module__, method.__name__)
@@ -66,24 +67,20 @@ def pipeline_sources(family: str) -> dict[str, str]:
     own = [name for name in chain.modules if name not in shared]
     used = sorted({*chain.names(own), "METHODS", "SAMPLING"} & {*shared, *GIVEN})
     imports = f"from .sampling import {', '.join(used)}"
-    imports += "\nfrom .networks import BESIDE" if family == "stablesr" else "\nBESIDE = {}"
+    imports += "\nfrom .networks import BESIDE" if beside else "\nBESIDE = {}"
     files = {
         "pipeline.py": chain.text(own, HEADER, imports),
         "sampling.py": chain.text(shared, "Noise, schedules, samplers, tiles, colours.", errors, given),
     }
     other = networks.text(list(networks.modules), "Networks of StableSR that diffusers lacks.")
-    return files | ({"networks.py": other} if family == "stablesr" else {})
-
-
-def _model_class(family: str) -> type:
-    return model_class(ModelConfig.model_validate({"family": family}))
+    return files | ({"networks.py": other} if beside else {})
 
 
 class _Collection:
     """Definitions in an order in which they can be executed, and the imports of other packages that they need."""
 
-    def __init__(self, family: str) -> None:
-        self._family = family
+    def __init__(self, model: str) -> None:
+        self._model = model
         self._nodes: dict[str, ast.stmt] = {}
         self._imports: dict[str, tuple[str, str]] = {"diffusers": ("", "diffusers")}
         self.modules: dict[str, str] = {}
@@ -94,7 +91,7 @@ class _Collection:
         if name in self._nodes or name in (*GIVEN, *given):
             return
         if name in definitions:
-            node = _Slim(self._family).visit(ast.parse(ast.unparse(definitions[name])).body[0])
+            node = _Slim(self._model).visit(ast.parse(ast.unparse(definitions[name])).body[0])
             self._nodes[name] = ast.Pass()  # names that use each other are functions, whose order is free
             for used in _names(node):
                 self.add(module, used, given)
@@ -155,8 +152,8 @@ def _module(module: str) -> tuple[dict[str, ast.stmt], dict[str, tuple[str, str]
 class _Slim(ast.NodeTransformer):
     """Without annotations, docstrings, dataclass machinery and methods that restoring does not call."""
 
-    def __init__(self, family: str) -> None:
-        self._family = family
+    def __init__(self, model: str) -> None:
+        self._model = model
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
         kept = KEPT.get(node.name)
@@ -164,7 +161,7 @@ class _Slim(ast.NodeTransformer):
         if kept is not None:
             node.decorator_list = []
         if node.name == "CcsrPipeline":
-            node.bases[-1] = ast.Name(_model_class(self._family).__name__, ast.Load())
+            node.bases[-1] = ast.Name(self._model, ast.Load())
         return self._without_docstring(node)
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:

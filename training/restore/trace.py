@@ -8,7 +8,7 @@ from torch import Tensor
 
 from training.config import SamplingConfig
 from training.models import CcsrModel
-from training.restore.restore import decode_images, prepare_image, sample_rows
+from training.restore.seeded_runs import ROWS_AT_ONCE, decode_images, prepare_image, sample_rows
 
 
 @torch.inference_mode()
@@ -21,7 +21,7 @@ def trace_runs(
     seed: int,
     key: str,
     runs: Sequence[int],
-    rows_at_once: int = 8,
+    rows_at_once: int = ROWS_AT_ONCE,
     num_traced: int = 4,
 ) -> Iterator[tuple[int, list[np.ndarray]]]:
     """Yield each visited timestep, the first first, and the predictions of x0 there of the first `num_traced` runs,

@@ -17,7 +17,7 @@ from infra.files.storage import exists, join, list_files, name_of, read_json, re
 from training.models.directory import write_weights
 
 FORMAT = "ccsr-checkpoint-1"
-MOMENTS = ("exp_avg", "exp_avg_sq")
+ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 EMA = "ema"
 
 
@@ -38,7 +38,7 @@ def module_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
     """Weights, buffers and moments of a plain replicated module by name."""
     tensors = {f"weights.{name}": tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}
     for name, parameter in module.named_parameters():
-        for kind in MOMENTS:
+        for kind in ADAM_MOMENTS:
             tensors[f"{kind}.{name}"] = optimizer.state[parameter][kind].detach().cpu().clone()
     return tensors
 
@@ -49,7 +49,7 @@ def restore_module(
     """Put `module_state`'s tensors back. BatchNorm's running statistics in an earlier version's file are left out."""
     module.load_state_dict({name: tensors[f"weights.{name}"] for name in module.state_dict()})
     for name, parameter in module.named_parameters():
-        state = {kind: tensors[f"{kind}.{name}"].to(parameter.device) for kind in MOMENTS}
+        state = {kind: tensors[f"{kind}.{name}"].to(parameter.device) for kind in ADAM_MOMENTS}
         optimizer.state[parameter] = {"step": step_tensor(optimizer, parameter, num_updates), **state}
 
 
@@ -76,9 +76,9 @@ def save_checkpoint(
                     where=output,
                     todo=advice(output),
                 )
-    place = join(output, "checkpoints", f"{state.facts['position']:012d}")
-    if exists(join(place, "complete.json")):  # one that was found damaged and is made again
-        remove_checkpoint(place)
+    uri = join(output, "checkpoints", f"{state.facts['position']:012d}")
+    if exists(join(uri, "complete.json")):  # one that was found damaged and is made again
+        remove_checkpoint(uri)
     with temporary_folder("checkpoint") as folder:
         for name, tensors in state.tensors.items():
             contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
@@ -87,34 +87,34 @@ def save_checkpoint(
         (folder / "state.json").write_text(facts)
         hashes = {local.name: sha256_file(local) for local in folder.iterdir()}
         for name in hashes:
-            upload(folder / name, join(place, name))
-        write_bytes(join(place, "complete.json"), json.dumps(hashes, indent=1, sort_keys=True).encode())
-    damaged = {*damaged} - {place}
+            upload(folder / name, join(uri, name))
+        write_bytes(join(uri, "complete.json"), json.dumps(hashes, indent=1, sort_keys=True).encode())
+    damaged = {*damaged} - {uri}
     sound = [one for one in complete_checkpoints(output) if one not in damaged]
-    kept = {*sound[-keep:], best_checkpoint(output, damaged, best_by), *(one for one in damaged if one > place)}
+    kept = {*sound[-keep:], best_checkpoint(output, damaged, best_by), *(one for one in damaged if one > uri)}
     root = join(output, "checkpoints")
     places = {join(root, file.removeprefix(f"{root}/").split("/")[0]) for file in list_files(root)}
     for old in sorted(places - kept):
         remove_checkpoint(old)
-    return place
+    return uri
 
 
 def best_checkpoint(output: str, damaged: Collection[str] = (), by: str | None = "psnr_y") -> str | None:
     """The complete checkpoint with the best `by` in its facts' `validation` (PSNR-Y: the highest; of all others the
     lowest); None where none has that number, or without `by`."""
     scores = {
-        place: read_json(join(place, "state.json")).get("validation", {}).get(by)
-        for place in complete_checkpoints(output)
-        if place not in damaged
+        uri: read_json(join(uri, "state.json")).get("validation", {}).get(by)
+        for uri in complete_checkpoints(output)
+        if uri not in damaged
     }
-    validated = {place: score for place, score in scores.items() if score is not None}
+    validated = {uri: score for uri, score in scores.items() if score is not None}
     choose = max if by == "psnr_y" else min
-    return choose(validated, key=lambda place: validated[place]) if validated else None
+    return choose(validated, key=lambda uri: validated[uri]) if validated else None
 
 
-def position_of(place: str) -> int:
+def position_of(uri: str) -> int:
     """The position in the name of a checkpoint or of an exported model."""
-    return int(name_of(place))
+    return int(name_of(uri))
 
 
 def complete_checkpoints(output: str) -> list[str]:
@@ -131,9 +131,9 @@ def advice(output: str) -> str:
     return f"{lower}, then run the same command again: this run has no checkpoint yet"
 
 
-def remove_checkpoint(place: str) -> None:
+def remove_checkpoint(uri: str) -> None:
     """Remove a checkpoint, `complete.json` first: a reader never takes a half-removed one for complete."""
-    for file in sorted(list_files(place), key=lambda file: not file.endswith("/complete.json")):
+    for file in sorted(list_files(uri), key=lambda file: not file.endswith("/complete.json")):
         remove(file)
 
 
@@ -152,13 +152,13 @@ def load_newest(output: str, warn: Callable[[str], None], copies: ExitStack | No
     ModelError where all are damaged.
     """
     damaged: list[str] = []
-    for place in reversed(complete_checkpoints(output)):
+    for uri in reversed(complete_checkpoints(output)):
         try:
-            return Newest(place, load_checkpoint(place, copies), damaged)
+            return Newest(uri, load_checkpoint(uri, copies), damaged)
         except DamagedError as error:
             damage = error
-            damaged.append(place)
-            warn(f"{error.what}: this checkpoint is passed over ({place})")
+            damaged.append(uri)
+            warn(f"{error.what}: this checkpoint is passed over ({uri})")
     if damaged:
         raise ModelError(
             "every checkpoint of this run is damaged",
@@ -172,60 +172,58 @@ class DamagedError(ModelError):
     """A checkpoint whose bytes are not those that were written."""
 
 
-def load_checkpoint(place: str, copies: ExitStack | None = None) -> TrainingState:
+def load_checkpoint(uri: str, copies: ExitStack | None = None) -> TrainingState:
     """Read one complete checkpoint, a second time where the first finds damage.
 
     The local copy of one on S3 is shared by the node's processes; it stays until `copies` is closed. ModelError for
     another format, DamagedError where a hash does not match twice.
     """
-    if not exists(join(place, "complete.json")):
-        raise ModelError(
-            "this checkpoint is not complete", where=place, todo="use an earlier one, or remove its folder"
-        )
+    if not exists(join(uri, "complete.json")):
+        raise ModelError("this checkpoint is not complete", where=uri, todo="use an earlier one, or remove its folder")
     with ExitStack() as own:
         enter = (own if copies is None else copies).enter_context
         try:
-            return _read(enter(shared_copy(place, "complete.json")), place)
+            return _read(enter(shared_copy(uri, "complete.json")), uri)
         except DamagedError:
-            return _read(enter(shared_copy(place, "complete.json", again=True)), place)
+            return _read(enter(shared_copy(uri, "complete.json", again=True)), uri)
 
 
-def _read(folder: Path, place: str) -> TrainingState:
+def _read(folder: Path, uri: str) -> TrainingState:
     try:
         hashes = json.loads((folder / "complete.json").read_bytes())
     except ValueError as error:
         raise DamagedError(
-            "complete.json is damaged: it is not JSON", where=place, todo="use an earlier checkpoint"
+            "complete.json is damaged: it is not JSON", where=uri, todo="use an earlier checkpoint"
         ) from error
     for name, expected in hashes.items():
         if not (folder / name).is_file():
-            raise DamagedError(f"{name} is missing", where=place, todo="use an earlier checkpoint")
+            raise DamagedError(f"{name} is missing", where=uri, todo="use an earlier checkpoint")
         if sha256_file(folder / name) != expected:
             raise DamagedError(
                 f"{name} is damaged: its sha256 is not the one in complete.json",
-                where=place,
+                where=uri,
                 todo="use an earlier checkpoint",
             )
     state = TrainingState(read_json(str(folder / "state.json")))
     if state.facts.get("format") != FORMAT:
         found = state.facts.get("format")
-        raise ModelError(f"unknown checkpoint format {found!r}", where=place, todo=f"expected {FORMAT}")
+        raise ModelError(f"unknown checkpoint format {found!r}", where=uri, todo=f"expected {FORMAT}")
     for name in hashes:
         if name.endswith(".safetensors"):
             state.tensors[Path(name).stem] = load_file(folder / name)
     return state
 
 
-def check_names(place: str, found: dict[str, Tensor], module: nn.Module, what: str) -> None:
+def check_names(uri: str, found: dict[str, Tensor], module: nn.Module, what: str) -> None:
     """ModelError where a checkpoint is of another discriminator, or of another kind of critic."""
     for name, tensor in module.state_dict().items():
         if f"weights.{name}" not in found or found[f"weights.{name}"].shape != tensor.shape:
             raise ModelError(
-                f"the checkpoint is of another {what}: {name} differs", where=place, todo="keep decoder_loss and vsd"
+                f"the checkpoint is of another {what}: {name} differs", where=uri, todo="keep decoder_loss and vsd"
             )
 
 
-def check_tensors(place: str, found: dict[str, Tensor], module: nn.Module) -> None:
+def check_tensors(uri: str, found: dict[str, Tensor], module: nn.Module) -> None:
     """ModelError naming the first tensor by which a checkpoint is of another model than `module`."""
     expected = dict(module.named_parameters())
     for name in sorted(expected.keys() | found.keys()):
@@ -235,4 +233,4 @@ def check_tensors(place: str, found: dict[str, Tensor], module: nn.Module) -> No
             what = f"tensor {name} is {tuple(found[name].shape)}, the model's is {tuple(expected[name].shape)}"
         else:
             continue
-        raise ModelError(f"the checkpoint is of another model: {what}", where=place, todo="use its own config")
+        raise ModelError(f"the checkpoint is of another model: {what}", where=uri, todo="use its own config")

@@ -82,13 +82,11 @@ class Checkpoints:
             agree(context, error)
             position = from_rank_0(context, found.state.facts["position"] if found else -1)
             own = join(config.output, "checkpoints", f"{position:012d}") if position >= 0 else None
-            place = own or config.continue_from
-            if place is None:
+            uri = own or config.continue_from
+            if uri is None:
                 return 0
             self._damaged = found.damaged if found else []
-            state, error = attempt(
-                lambda: self._checked(found.state if found else load_checkpoint(place, copies), place)
-            )
+            state, error = attempt(lambda: self._checked(found.state if found else load_checkpoint(uri, copies), uri))
             agree(context, error)
         self._saved = state.facts["position"] // config.global_batch_size
         self.order = state.facts.get("order", SORTED)
@@ -97,17 +95,17 @@ class Checkpoints:
             restore_module(critic.module, critic.optimizer, state.tensors[critic.name], self._saved)
         return self._saved
 
-    def _checked(self, state: TrainingState, place: str) -> TrainingState:
-        check_tensors(place, state.tensors["weights"], self._engine.module.trained)
+    def _checked(self, state: TrainingState, uri: str) -> TrainingState:
+        check_tensors(uri, state.tensors["weights"], self._engine.module.trained)
         if self._critic is not None:
-            check_names(place, state.tensors.get(self._critic.name, {}), self._critic.module, self._critic.name)
-        if place == self._config.continue_from:  # under a changed config
+            check_names(uri, state.tensors.get(self._critic.name, {}), self._critic.module, self._critic.name)
+        if uri == self._config.continue_from:  # under a changed config
             return state
         before, now = (facts.get("dataset_ids") for facts in (state.facts, self._context.facts))
         if before and now and before != now:
             raise DataError(
                 f"the checkpoint was trained on the datasets {', '.join(before)}, the config names {', '.join(now)}",
-                where=place,
+                where=uri,
                 todo="give the same shards, or another `output` with this run's model as `init_from`",
             )
         return state

@@ -17,20 +17,20 @@ def continued(config: TrainConfig, init_from: str | None) -> tuple[str, dict[str
     run has its own checkpoints. Errors as of `find_checkpoint` and `check_continued`."""
     named = str(config.continue_from)
     try:
-        place = find_checkpoint(named, config.tracking)
+        uri = find_checkpoint(named, config.tracking)
     except ModelError:
         recorded = read_run(config.output)["inputs"] if complete_checkpoints(config.output) else {}
         if "continue_from" not in recorded:
             raise
         return named, recorded["continue_from"]
-    return place, check_continued(place, config, init_from)
+    return uri, check_continued(uri, config, init_from)
 
 
-def find_checkpoint(place: str, tracking: TrackingConfig) -> str:
+def find_checkpoint(uri: str, tracking: TrackingConfig) -> str:
     """The checkpoint that RUN[@POSITION] names: of a run's folder or runs:/ID, without position the newest complete
     one. ModelError where there is none."""
-    found = re.fullmatch(r"(.+?)(?:@(\d+))?", place)
-    run, position = found.groups() if found else (place, None)
+    found = re.fullmatch(r"(.+?)(?:@(\d+))?", uri)
+    run, position = found.groups() if found else (uri, None)
     if run.startswith("runs:/"):
         run = run_tag(run, "ccsr.output", tracking)
     present = complete_checkpoints(run)
@@ -45,13 +45,13 @@ def find_checkpoint(place: str, tracking: TrackingConfig) -> str:
     return wanted[0]
 
 
-def check_continued(place: str, config: TrainConfig, init_from: str | None) -> dict[str, Any]:
+def check_continued(uri: str, config: TrainConfig, init_from: str | None) -> dict[str, Any]:
     """The identity of a checkpoint to continue from: its run's fingerprint, its position, its bytes' hash.
 
     ConfigError where the config cannot continue it: another starting model, stage or networks, a global batch that its
     position is no multiple of, or no update left to do.
     """
-    facts = read_json(join(place, "state.json"))
+    facts = read_json(join(uri, "state.json"))
     before = {**facts.get("config", {}), "init_from": facts.get("init_from")}
     now = {"stage": config.stage, "model": config.model.model_dump(mode="json"), "init_from": init_from}
     wrong = [f"`{name}` is {now[name]}, was {before.get(name)}" for name in now if now[name] != before.get(name)]
@@ -63,8 +63,8 @@ def check_continued(place: str, config: TrainConfig, init_from: str | None) -> d
     if wrong:
         raise ConfigError(
             f"this checkpoint cannot be continued: {'; '.join(wrong)}",
-            where=f"continue_from: {place}",
+            where=f"continue_from: {uri}",
             todo="keep its stage, model and init_from, and raise num_updates; or give its model as init_from",
         )
-    digest = short_hash(join(place, "complete.json"))
+    digest = short_hash(join(uri, "complete.json"))
     return {"fingerprint": facts.get("fingerprint"), "position": position, "checkpoint": digest}

@@ -29,7 +29,7 @@ from training.run.cost.requirements import step_cost
 from training.run.export import RAW, export_run, initial_model, last_checkpoint, write_model
 from training.run.launch import environment, lost_error, placement, show_rates
 from training.run.monitoring.board import Pulse, Watch, make_board
-from training.run.monitoring.mlflow_log import describe_run, has_unsent, keep_unsent, log_models, try_to_log_models
+from training.run.monitoring.mlflow_training import describe_run, has_unsent, keep_unsent, log_models, try_to_log_models
 from training.run.monitoring.validation import Validation
 from training.run.step.eight_bit import check_optimizer, optimizer_libraries
 from training.run.step.stages import build_stage

@@ -19,7 +19,7 @@ from training.run.checkpointer import Checkpoints
 from training.run.cost.requirements import check_memory, step_cost
 from training.run.monitoring.health import Spikes, Stopwatch, by_rank
 from training.run.monitoring.meter import Meter, Profile
-from training.run.monitoring.mlflow_log import grouped
+from training.run.monitoring.mlflow_training import grouped
 from training.run.monitoring.validation import Validation
 from training.run.step.ahead import Mover, mover
 from training.run.step.critics import TrainedCritic

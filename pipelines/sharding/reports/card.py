@@ -105,23 +105,23 @@ def card_text(manifest: Manifest, run: dict[str, Any], looks: Sequence[Look]) ->
     facts, config = manifest.facts, run["config"]
     degradation = config.get("degradation")
     if degradation is None:
-        made = "none: LR images as found" if facts["has_lr"] else "none: left to training"
+        made = "none: LR images as found" if manifest.has_lr else "none: left to training"
     else:
         made = degradation if isinstance(degradation, str) else "a recipe, see below"
-    failed, dropped, alike = facts["quarantined"], facts.get("dropped", {}), facts.get("near_duplicates")
+    failed, dropped, alike = manifest.quarantined, facts.get("dropped", {}), facts.get("near_duplicates")
     reasons = Counter(item["reason"] for item in failed).most_common()
     return render(
         TEMPLATE,
         dataset_id=manifest.dataset_id,
         summary=[
-            ("samples", f"{manifest.num_samples:,} in {len(facts['shards']):,} shards"),
+            ("samples", f"{manifest.num_samples:,} in {len(manifest.shard_facts):,} shards"),
             (
                 "size",
                 f"{facts['num_bytes'] / 2**20:,.1f} MiB, {facts['num_bytes'] / manifest.num_samples:,.0f} a sample",
             ),
             ("HR images", _sizes(looks)),
             ("crop", ", ".join(f"{name} {value}" for name, value in config["crop"].items())),
-            ("scale", facts["scale"] or "none"),
+            ("scale", manifest.scale or "none"),
             ("degradation", made),
             ("set aside", f"{len(failed)} quarantined, {sum(dropped.values())} dropped"),
             *([("captions", f"{manifest.num_captions:,} samples")] if manifest.num_captions else []),
@@ -138,8 +138,8 @@ def card_text(manifest: Manifest, run: dict[str, Any], looks: Sequence[Look]) ->
             "mean brightness (0 to 255)": bars([look.brightness for look in looks], np.arange(0, 257, 32)),
             "gradient energy (0: flat)": bars([look.energy for look in looks], 4.0 ** np.arange(-1, 8)),
         },
-        shards=f"{{000000..{len(facts['shards']) - 1:06d}}}",
-        has_lr=facts["has_lr"],
+        shards=f"{{000000..{len(manifest.shard_facts) - 1:06d}}}",
+        has_lr=manifest.has_lr,
         made_from=yaml.safe_dump({name: run[name] for name in ("config", "inputs", "libraries")}).rstrip(),
     )
 

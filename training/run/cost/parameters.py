@@ -1,19 +1,27 @@
-"""The parameters of the networks, part by part, counted on modules without memory."""
+"""`ccsr estimate`: the parameters of networks, part by part, counted on modules without memory."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from infra.display.table import Table
 from infra.errors import ConfigError
-from training.config import ModelConfig
-from training.models import FeatureWrapping, OneStepAdapter, PatchDiscriminator, ProjectedDiscriminator
-from training.models.build import build_adapter
+from training.config import ModelConfig, TrainConfig
+from training.models import OneStepAdapter, PatchDiscriminator, ProjectedDiscriminator, build_model
 from training.models.judges.vit import build_vit
 from training.models.networks import build_networks
 
-PAPER_MILLIONS = 1700.91  # CCSR in Table 2 of Sun et al., arXiv 2401.00877: all rows of "sd21"
+PAPER_MILLIONS = 1700.91  # CCSR in Table 2 of Sun et al., arXiv 2401.00877: `parameter_table` and `v1_parts` of "sd21"
+
+
+class Part(NamedTuple):
+    """Parameters of a part, and the stage that trains it, where one does; 1: stage 0 too."""
+
+    name: str
+    parameters: int
+    stage: int | None = None
 
 
 def count(*networks: nn.Module) -> int:
@@ -22,71 +30,92 @@ def count(*networks: nn.Module) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
 
-def parameter_table(preset: str, family: str = "v1") -> list[dict[str, str | int | bool]]:
-    """Rows of name, parameters, and whether stage 1 and stage 2 train them.
-
-    For CCSR's "sd21" two more rows hold what v1's checkpoint carries beside the networks and a model directory does
-    not: a copy of the VAE's encoder and the OpenCLIP-H text tower with all 24 blocks. All rows sum to the paper's
-    1700.91 M.
-    Building transformers' text tower takes some seconds of import. Raises ConfigError for an unknown preset.
-    """
+def parameter_table(preset: str, family: str = "v1", stage: int = 1) -> list[Part]:
+    """The parts of a model directory that `stage` writes. Raises ConfigError for an unknown preset."""
     if preset not in ("tiny", "sd21"):
         raise ConfigError(f"no preset is called {preset!r}", where="model.preset", todo="choose 'tiny' or 'sd21'")
+    config = ModelConfig.model_validate({"preset": preset, "family": family})
     with torch.device("meta"):
-        vae, unet = build_networks(preset)
-        adapter: Any = build_adapter(ModelConfig.model_validate({"preset": preset, "family": family}), unet, vae)
-        wrapping = FeatureWrapping.for_vae(vae)
-    encoder, decoder = count(vae.encoder, vae.quant_conv), count(vae.decoder, vae.post_quant_conv)
-    if family == "stablesr":
-        return [
-            _row("UNet", count(unet)),
-            _row("time-aware encoder", count(adapter.encoder), stage1=True),
-            _row("feature modulation", count(adapter.sft), stage1=True),
-            _row("VAE encoder", encoder),
-            _row("VAE decoder", decoder),
-            _row("feature wrapping", count(wrapping), stage2=True),
-        ]
-    if family == "onestep":
-        return [
-            _row("UNet", count(unet)),
-            _row("LoRA of the UNet, and its first convolution", count(adapter.unet), stage1=True),
-            _row("VAE encoder", encoder),
-            _row("LoRA of the VAE encoder", count(adapter.vae), stage1=True),
-            _row("VAE decoder", decoder),
-        ]
-    rows = [
-        _row("UNet", count(unet)),
-        _row("ControlNet", count(adapter), stage1=True),
-        _row("VAE encoder", encoder),
-        _row("VAE decoder", decoder, stage2=True),
+        model = build_model(config, 0)
+        if stage == 2:
+            model.prepare_stage2(0)
+    vae, facts = model.vae, config.facts
+    return [
+        Part("UNet", count(model.unet)),
+        *(Part(name, count(part), 1) for name, part in model.adapter_parts.items()),
+        Part("VAE encoder", count(vae.encoder, vae.quant_conv)),
+        Part("VAE decoder", count(vae.decoder, vae.post_quant_conv), None if facts.frozen_decoder else 2),
+        *(Part("feature wrapping", count(part), 2) for name, part in model.networks.items() if name == "wrapping"),
     ]
-    if preset == "sd21":
-        rows += [_row("v1 only: condition encoder, a copy of the VAE's", encoder), _row("v1 only: text tower", _text())]
-    return rows
 
 
-def discriminator_table(width: int = 64) -> list[dict[str, str | int | bool]]:
-    """Rows as in `parameter_table` of both discriminators, `width` the PatchGAN's; no model directory holds them."""
+def v1_parts() -> list[Part]:
+    """What v1's published checkpoint holds beside the networks of a model directory: a copy of the VAE's encoder and
+    the OpenCLIP-H text tower with all 24 blocks."""
+    with torch.device("meta"):
+        vae, _ = build_networks("sd21")
+    encoder = count(vae.encoder, vae.quant_conv)
+    return [Part("v1 only: condition encoder, a copy of the VAE's", encoder), Part("v1 only: text tower", _text())]
+
+
+def critic_parts(width: int = 64) -> dict[str, list[Part]]:
+    """The parts of each discriminator, `width` the PatchGAN's; no model directory holds them."""
     with torch.device("meta"):
         patch = PatchDiscriminator(width)
         projected = ProjectedDiscriminator(build_vit("dino"), build_vit("dinov2"))
-    return [
-        _row("v1: PatchGAN", count(patch), stage2=True),
-        _row("v2: discriminator's heads", count(projected.heads), stage2=True),
-        _row("v2: DINO ViT-S/16 below them", count(projected.dino)),
-        _row("v2: DINOv2 ViT-S/14, their condition", count(projected.dinov2)),
-    ]
+    return {
+        "patch": [Part("PatchGAN", count(patch), 2)],
+        "dino": [
+            Part("discriminator's heads", count(projected.heads), 2),
+            Part("DINO ViT-S/16 below them", count(projected.dino)),
+            Part("DINOv2 ViT-S/14, their condition", count(projected.dinov2)),
+        ],
+    }
 
 
-def regulariser_row(preset: str) -> dict[str, str | int | bool]:
-    """A row of OSEDiff's second LoRA, which no model directory holds."""
+def regulariser_part(preset: str) -> Part:
+    """OSEDiff's second LoRA, which no model directory holds."""
     with torch.device("meta"):
         adapter = OneStepAdapter.for_networks({"unet": build_networks(preset)[1]}, conv_in=False)
-    return _row("OSEDiff: regulariser, a LoRA of the UNet", count(adapter), stage1=True)
+    return Part("regulariser, a LoRA of the UNet", count(adapter), 1)
 
 
-def _row(name: str, parameters: int, *, stage1: bool = False, stage2: bool = False) -> dict[str, str | int | bool]:
-    return {"name": name, "parameters": parameters, "stage1": stage1, "stage2": stage2}
+def networks_table(config: TrainConfig) -> Table:
+    """The parameters of the networks that a train config has, and which of them it trains."""
+    stage = max(1, config.stage)
+    parts = parameter_table(config.model.preset, config.model.family, stage)
+    table = Table(("part", "parameters", "trained"), f"{config.model.preset}, {config.model.family}: networks")
+    for part in parts:
+        table.add(part.name, part.parameters, "yes" if part.stage == stage else "")
+    table.add("a model directory", _total(parts), "")
+    table.add(f"trained by this config (stage {config.stage})", _total(p for p in parts if p.stage == stage), "")
+    if config.learns_images:
+        critics = critic_parts(config.decoder_loss.discriminator_width)[config.decoder_loss.discriminator]
+        for part in critics if config.vsd is None else [regulariser_part(config.model.preset)]:
+            table.add(part.name, part.parameters, "yes" if part.stage else "")
+    return table
+
+
+def model_tables(preset: str) -> list[Table]:
+    """The parameters of CCSR's networks and of the discriminators."""
+    parts, published = parameter_table(preset), v1_parts() if preset == "sd21" else []
+    table = Table(("part", "parameters", "trained in"), f"{preset}: networks")
+    critics = Table(table.columns, "discriminators")
+    stages = {1: "stages 0, 1", 2: "stage 2", None: ""}
+    for part in parts + published:
+        table.add(part.name, part.parameters, stages[part.stage])
+    for version, kind in (("v1", "patch"), ("v2", "dino")):
+        for part in critic_parts()[kind]:
+            critics.add(f"{version}: {part.name}", part.parameters, stages[part.stage])
+    table.add("a model directory", _total(parts), "")
+    if not published:
+        return [table]
+    table.add(f"CCSR v1 as published (paper: {PAPER_MILLIONS} M)", _total(parts + published), "")
+    return [table, critics]
+
+
+def _total(parts: Iterable[Part]) -> int:
+    return sum(part.parameters for part in parts)
 
 
 def _text() -> int:

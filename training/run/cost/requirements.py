@@ -13,7 +13,7 @@ from degradation.pipeline import degrade
 from degradation.presets import load_preset
 from infra.errors import ConfigError
 from infra.imaging.images import decode_image, encode_png
-from infra.process.memory import free_memory
+from infra.process.memory import GIB, free_memory
 from infra.seeding import rng_for
 from training.config import ModelConfig, SamplingConfig, TrainConfig
 from training.data.batches import Batch, enlarge
@@ -28,7 +28,6 @@ from training.sampling import guided
 
 INGEST_SAMPLES = 12
 COUNTED_PX = 512
-GIB = 2**30
 TEXT_TOWER_BYTES = 4 * 340_387_840  # of Stable Diffusion 2.1, float32
 
 

@@ -11,13 +11,14 @@ import torch
 
 from infra.errors import DataError
 from infra.files.weights import list_weights
-from infra.imaging.images import decode_image, encode_png, resize_bicubic
+from infra.imaging.images import decode_image, encode_png
+from infra.imaging.pictures import resized
 from infra.imaging.pixels import CROP_BORDER, StabilityAccumulator, coloured, l_std_equal_sharpness, psnr_y
 from infra.shards.manifest import Manifest
 from infra.shards.shard import Entry, image_of, read_sample
 from training.config import SamplingConfig, TrainConfig, ValidationConfig
 from training.models import CcsrModel, load_dists, load_lpips
-from training.restore.restore import restore_runs
+from training.restore.seeded_runs import restore_runs
 from training.run.agreement import WorkerContext, agree, all_objects, attempt
 
 
@@ -44,7 +45,7 @@ class Validation:
             PERCEPTUAL[settings.best_by].load()
         manifests = [Manifest.load(uri) for uri in settings.data]
         for manifest in manifests:
-            if not manifest.facts["has_lr"]:
+            if not manifest.has_lr:
                 raise DataError(
                     "these shards hold no LR images", where=manifest.uri, todo="shard with a degradation to validate"
                 )
@@ -93,7 +94,7 @@ class Validation:
         stability = StabilityAccumulator()
         for image in images:
             stability.add(image)
-        enlarged = resize_bicubic(lr, width, height)
+        enlarged = resized(lr, (height, width))
         pictures = {"lr": enlarged, "hr": hr, "l_std": coloured(stability.map())}
         pictures |= {f"run_{run}": image for run, image in zip(runs, images, strict=True)}
         scores = {"psnr_y": float(np.mean([psnr_y(image, hr) for image in images])), "l_std": stability.l_std()}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from infra.errors import ConfigError
 from training.config import OptimizerConfig
-from training.run.checkpoint import MOMENTS
+from training.run.checkpoint import ADAM_MOMENTS
 
 BLOCK = 256  # values that share a scale, as bitsandbytes' AdamW has it
 MAPS = ("dynamic", "udynamic")  # what each moment's bytes mean: the first has a sign
@@ -61,7 +61,7 @@ def float_moments(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     from bitsandbytes.functional import dequantize_blockwise
 
     for state in optimizer.state.values():
-        for number, kind in enumerate(MOMENTS, start=1):
+        for number, kind in enumerate(ADAM_MOMENTS, start=1):
             meaning = state[f"qmap{number}"].clone()
             meaning[0] = meaning[0].sign()
             scale = state[f"absmax{number}"]
@@ -70,7 +70,7 @@ def float_moments(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         yield
     finally:
         for state in optimizer.state.values():
-            for kind in MOMENTS:
+            for kind in ADAM_MOMENTS:
                 del state[kind]
 
 
@@ -78,7 +78,7 @@ def quantize_moments(optimizer: Any, num_updates: int) -> None:
     """Make the float32 moments in the states of an 8-bit AdamW its own after `num_updates` steps."""
     for weight, state in optimizer.state.items():
         state["step"] = num_updates
-        for number, (kind, name) in enumerate(zip(MOMENTS, MAPS, strict=True), start=1):
+        for number, (kind, name) in enumerate(zip(ADAM_MOMENTS, MAPS, strict=True), start=1):
             meaning = optimizer.name2qmap[name].to(weight.device)
             codes, scales = _quantized(state.pop(kind), meaning)
             state |= {f"state{number}": codes, f"qmap{number}": meaning, f"absmax{number}": scales}

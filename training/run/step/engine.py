@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from infra.process.imports import without
 from training.config import TrainConfig
 from training.models.library import BasicTransformerBlock
-from training.run.checkpoint import EMA, MOMENTS, step_tensor
+from training.run.checkpoint import ADAM_MOMENTS, EMA, step_tensor
 from training.run.step.eight_bit import float_moments, is_eight_bit, make_adamw8bit, quantize_moments
 from training.run.step.stages import Stage
 
@@ -162,7 +162,7 @@ def engine_state(
             full = safe_get_full_fp32_param(parameter) if _is_partitioned(engine) else parameter
             if keep:
                 tensors["weights"][name] = _copy(full)
-            for kind in (*MOMENTS, EMA) if averaged else MOMENTS:
+            for kind in (*ADAM_MOMENTS, EMA) if averaged else ADAM_MOMENTS:
                 full = _full_state(engine, optimizer, parameter, kind)
                 if keep:
                     file, key = (EMA, name) if kind == EMA else ("moments", f"{kind}.{name}")
@@ -184,7 +184,7 @@ def restore_engine(
     """
     from deepspeed.utils import safe_set_full_optimizer_state
 
-    kinds = (*MOMENTS, EMA) if averaged and EMA in tensors else MOMENTS
+    kinds = (*ADAM_MOMENTS, EMA) if averaged and EMA in tensors else ADAM_MOMENTS
     partitioned = _is_partitioned(engine)
     if partitioned:
         for group in optimizer.param_groups:  # DeepSpeed put its flat partitions there

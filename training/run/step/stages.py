@@ -10,7 +10,7 @@ from infra.process.memory import to_device
 from infra.seeding import noise_for, rng_for
 from training.config import TrainConfig
 from training.data.batches import Batch
-from training.data.samples import MOMENTS, SAMPLED
+from training.data.samples import LATENT_MOMENTS, SAMPLED
 from training.losses import eps_terms, generator_loss
 from training.method import METHODS
 from training.models import CcsrModel, EncoderFeatures, Lpips, load_lpips
@@ -61,13 +61,13 @@ class Stage(nn.Module):
     def encoded(self, batch: Batch) -> Batch:
         """The batch with the moments of its latents, as shards may store them."""
         moments = (*self.model.encode_moments(batch.hr), *self.model.encode_condition(batch.lr))
-        return replace(batch, moments=dict(zip(MOMENTS, moments, strict=True)))
+        return replace(batch, moments=dict(zip(LATENT_MOMENTS, moments, strict=True)))
 
     @torch.no_grad()
     def latents_of(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Scaled latents of HR (a posterior sample) and LR, encoded here or before."""
         moments = batch.moments or self.encoded(batch).moments
-        hr_mean, hr_std, lr_mean, lr_std = (moments[name] for name in MOMENTS)
+        hr_mean, hr_std, lr_mean, lr_std = (moments[name] for name in LATENT_MOMENTS)
         z_hr = hr_mean + hr_std * self._noise(batch, "hr")(hr_mean.shape)
         return z_hr, self.method.condition(lr_mean, lr_std, self._noise(batch, "lr"))
 

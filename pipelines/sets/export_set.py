@@ -28,7 +28,7 @@ def export(uri: str, folder: str, layout: str) -> int:
         raise ConfigError(f"no layout {layout!r}", where="--layout", todo=f"one of {', '.join(LAYOUTS)}")
     check_output(folder, [uri])
     manifest = Manifest.load(uri)
-    sides = list(zip(("hr", "lr"), LAYOUTS[layout], strict=True))[: 1 + manifest.facts["has_lr"]]
+    sides = list(zip(("hr", "lr"), LAYOUTS[layout], strict=True))[: 1 + manifest.has_lr]
 
     def write(entry: Entry) -> str:
         members = read_sample(uri, entry)

@@ -101,12 +101,12 @@ def _training_data(model: str, uris: Sequence[str]) -> list[dict[str, Any]]:
         manifest = Manifest.load(uri)
         if known is not None and manifest.dataset_id not in known:
             raise ConfigError("this model was not trained on this set", where=uri, todo="give the run's own data")
-        sources += manifest.facts["sources"]
+        sources += manifest.sources
     return sources or [{"name": f"dataset {name}", "num_files": "", "licence": None} for name in known or []]
 
 
-def _metrics(place: str) -> dict[str, Any]:
-    folder, _, method = place.partition(":") if not is_s3(place) else (place, "", "")
+def _metrics(uri: str) -> dict[str, Any]:
+    folder, _, method = uri.partition(":") if not is_s3(uri) else (uri, "", "")
     result = load_result(folder)
     method = method or next(iter(result.methods))
     if method not in result.methods:

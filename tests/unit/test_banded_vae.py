@@ -7,8 +7,8 @@ from infra import DataError
 from training.models import seeded_init
 from training.models.library import AutoencoderKL
 from training.models.networks import VAE_CONFIGS
-from training.restore import banded_vae as tiled_vae
-from training.restore.banded_vae import check_space, decode_in_bands, encode_in_bands, plane_bytes, rows_at_once
+from training.restore import banded_vae
+from training.restore.banded_vae import check_space, decode_in_bands, encode_in_bands, images_per_pass, plane_bytes
 
 WITH_ATTENTION = VAE_CONFIGS["sd21"] | {"block_out_channels": (32, 32, 64, 64)}
 SIZES = {"tiny": (52, 36), "attention": (72, 40)}
@@ -39,7 +39,7 @@ def image(vae: AutoencoderKL) -> torch.Tensor:
 def test_bands_equal_the_whole(
     vae: AutoencoderKL, image: torch.Tensor, budget: int, band_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(tiled_vae.BAND_BYTES, "cpu", band_bytes)
+    monkeypatch.setitem(banded_vae.BAND_BYTES, "cpu", band_bytes)
     with torch.inference_mode():
         posterior = vae.encode(2 * image - 1).latent_dist
         scale = vae.config.scaling_factor
@@ -56,13 +56,13 @@ def test_activations_beyond_the_budget_lie_in_files(
     vae: AutoencoderKL, image: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[tuple[int, bool]] = []
-    plane = tiled_vae.Plane.__init__
+    plane = banded_vae.Plane.__init__
 
     def watched(self, shape, dtype, device, *, in_memory):
         made.append((shape[0] * shape[1] * shape[2] * 4, in_memory))
         plane(self, shape, dtype, device, in_memory=in_memory)
 
-    monkeypatch.setattr(tiled_vae.Plane, "__init__", watched)
+    monkeypatch.setattr(banded_vae.Plane, "__init__", watched)
     largest = plane_bytes(vae, *vae.size)
     encode_in_bands(vae, image, largest // 2)
     sizes = [size for size, _ in made]
@@ -88,11 +88,11 @@ def test_what_a_size_takes_is_known_before() -> None:
     with torch.device("meta"):
         vae = AutoencoderKL(**VAE_CONFIGS["sd21"])
     assert plane_bytes(vae, 512, 512) == 256 * 512 * 512 * 4  # the last upsampler's output
-    assert rows_at_once(vae, 512, 512, tiled_vae.VAE_BYTES["cpu"]) == 1
-    assert rows_at_once(vae, 520, 512, tiled_vae.VAE_BYTES["cpu"]) == 0
+    assert images_per_pass(vae, 512, 512, banded_vae.VAE_BYTES["cpu"]) == 1
+    assert images_per_pass(vae, 520, 512, banded_vae.VAE_BYTES["cpu"]) == 0
     vae.to(dtype=torch.bfloat16)
-    assert rows_at_once(vae, 512, 512, tiled_vae.VAE_BYTES["cuda"]) == 13
-    assert tiled_vae.SPILLED_PLANES * plane_bytes(vae, 2048, 2048) < tiled_vae.VAE_BYTES["cuda"]
+    assert images_per_pass(vae, 512, 512, banded_vae.VAE_BYTES["cuda"]) == 13
+    assert banded_vae.SPILLED_PLANES * plane_bytes(vae, 2048, 2048) < banded_vae.VAE_BYTES["cuda"]
     check_space(vae, 512, 512, 0, where="x")
     with pytest.raises(DataError, match=r"GiB of temporary files") as error:
         check_space(vae, 2**18, 2**18, 0, where="photo.png")

@@ -14,7 +14,7 @@ from tests.small_networks import seeded_lpips, small_dino
 from training.config import ModelConfig, SamplingConfig, TrainConfig
 from training.data.batches import Batch
 from training.models import CcsrModel, PatchDiscriminator, build_model
-from training.restore.restore import restore_runs
+from training.restore.seeded_runs import restore_runs
 from training.run.monitoring.meter import flop_counter
 from training.run.step.stages import DecoderStage, build_stage
 

@@ -19,8 +19,8 @@ def log_shard_set(config: ShardConfig, manifest: Manifest, run: dict[str, Any], 
     logged before. ClusterError where the server is away, saying how to send it later."""
     if config.tracking is None:
         return
-    counts = {"samples": manifest.num_samples, "quarantined": len(manifest.facts["quarantined"])}
-    counts |= Counter(f"quarantined/{one['reason']}" for one in manifest.facts["quarantined"])
+    counts = {"samples": manifest.num_samples, "quarantined": len(manifest.quarantined)}
+    counts |= Counter(f"quarantined/{one['reason']}" for one in manifest.quarantined)
     counts |= {f"dropped/{reason}": count for reason, count in manifest.facts.get("dropped", {}).items()}
     if config.dedupe is not None:
         counts["dropped/near_duplicates"] = manifest.facts["near_duplicates"]

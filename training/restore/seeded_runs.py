@@ -10,25 +10,25 @@ from torch import Tensor
 
 from infra.errors import ConfigError, DataError
 from infra.files.storage import join, read_json
-from infra.process.memory import free_memory
+from infra.process.memory import GIB, free_memory
 from infra.seeding import Noise, noise_for
 from training.config import FAMILIES, SamplingConfig
 from training.method import METHODS
 from training.models import CcsrModel
 from training.restore.banded_vae import (
-    GIB,
     VAE_BYTES,
     WHOLE_PLANES,
     check_space,
     decode_in_bands,
     encode_in_bands,
+    images_per_pass,
     plane_bytes,
-    rows_at_once,
 )
-from training.restore.published_sizes import ColorFix, enlarge, finish, reflect
+from training.restore.published_sizes import ColorFix, finish, network_input, reflect
 from training.sampling import Denoise, color_fix, guided, predict_x0, tiled
 
 IMAGE_BYTES = 60  # per pixel: five float32 RGB images live at once
+ROWS_AT_ONCE = 8  # (image, run) pairs in a batch
 UNET_MAPS = 32  # activations of the first level's size live at once in ControlNet and UNet
 
 
@@ -55,6 +55,12 @@ def check_sampling(uri: str, config: SamplingConfig) -> None:
         raise ConfigError(str(error), where=f"sampling of {uri}", todo="remove this field from `sampling`") from error
 
 
+def rows_at_once_on(device: str, fitting: int = ROWS_AT_ONCE) -> int:
+    """(image, run) pairs in a batch: `fitting` on a GPU. A CPU gains nothing from batches, and alone a row has the same
+    bytes whatever else is restored."""
+    return 1 if device == "cpu" else fitting
+
+
 def restore_runs(
     model: CcsrModel,
     lr: np.ndarray,
@@ -64,7 +70,7 @@ def restore_runs(
     seed: int,
     key: str,
     runs: Sequence[int],
-    rows_at_once: int = 8,
+    rows_at_once: int = ROWS_AT_ONCE,
 ) -> Iterator[np.ndarray]:
     """Yield one uint8 (H, W, 3) RGB image of `size` = (H, W) per run.
 
@@ -102,11 +108,11 @@ def prepare_image(
     device = next(model.vae.parameters()).device
     budget = VAE_BYTES[device.type] if vae_bytes is None else vae_bytes
     _check_memory(model, size, config, num_runs, budget, key)
-    enlarged = enlarge(lr, size, config, where=key).to(device)
+    enlarged = network_input(lr, size, config, where=key).to(device)
     unit = model.factor * (latent_unit(model) if config.sizes == "pad" else 1)
     padded = reflect(enlarged, -enlarged.shape[-2] % unit, -enlarged.shape[-1] % unit)
     encoder = model.vae if model.condition_encoder is None else model.condition_encoder
-    if rows_at_once(encoder, padded.shape[-2], padded.shape[-1], budget):
+    if images_per_pass(encoder, padded.shape[-2], padded.shape[-1], budget):
         mean, std = model.encode_condition(padded)
     else:
         mean, std = encode_in_bands(encoder, padded, budget)
@@ -176,7 +182,7 @@ def decode_rows(
     """
     height, width = (side * model.factor for side in latents.shape[-2:])
     budget = VAE_BYTES[latents.device.type] if vae_bytes is None else vae_bytes
-    together = rows_at_once(model.vae, height, width, budget)
+    together = images_per_pass(model.vae, height, width, budget)
     size = max(1, together)
     conditions = repeat(None) if lr is None else lr.split(size)
     for part, condition in zip(latents.split(size), conditions, strict=False):
