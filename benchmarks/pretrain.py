@@ -1,10 +1,12 @@
 """Pretrain the `tiny` base on real photographs: first the VAE, then UNet and ControlNet as one conditional denoiser.
 
-Plain PyTorch on one device: `python -m benchmarks.pretrain benchmarks/pretrain.yaml --out FOLDER`. The same command
-resumes from FOLDER; `--set denoiser_updates=20000` trains on after that.
+Plain PyTorch: `python -m benchmarks.pretrain benchmarks/pretrain.yaml --out FOLDER`, or one process per core, which
+average their gradients: `torchrun --nproc-per-node 2 -m benchmarks.pretrain ...`. The same command resumes from FOLDER;
+`--set denoiser_updates=20000` trains on after that.
 """
 
 import argparse
+import os
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -12,12 +14,13 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from pydantic import Field
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from benchmarks.pretrain_phase import Phase, save_whole
+from benchmarks.pretrain_phase import Phase, rank, save_whole, wait_for_all, world_size
 from degradation.pipeline import degrade
 from degradation.presets import load_preset
 from infra.config import Config, fingerprint_of, load_config
@@ -66,7 +69,7 @@ def photos_id(config: PretrainConfig, part: str) -> str:
 def load_photos(config: PretrainConfig, part: str, out: Path) -> list[np.ndarray]:
     """Every photograph of `part` ("train", "validation") at every size it has, uint8 (H, W, 3); kept in the output."""
     cache = out / f"photos_{part}_{photos_id(config, part)}.safetensors"
-    if not cache.exists():
+    if not cache.exists() and rank() == 0:
         photos = {}
         for name in getattr(config, part):
             package, _, path = name.rpartition(":")
@@ -76,6 +79,7 @@ def load_photos(config: PretrainConfig, part: str, out: Path) -> list[np.ndarray
                 if height <= image.shape[0]:
                     photos[f"{name} {side}"] = torch.from_numpy(resized(image, (height, width)).copy())
         save_whole(photos, cache)
+    wait_for_all()
     return [photo.numpy() for _, photo in sorted(load_file(cache).items())]
 
 
@@ -118,7 +122,7 @@ def train_vae(model: CcsrModel, config: PretrainConfig, out: Path) -> None:
     fixed = as_tensor([draw_crop(held, 96, rng) for _ in range(8)], config.device)
 
     def loss(update: int) -> dict[str, Tensor]:
-        rng = rng_for(config.seed, "pretrain", "vae", update)
+        rng = rng_for(config.seed, "pretrain", "vae", update * world_size() + rank())
         image = 2 * as_tensor([draw_crop(train, 48, rng) for _ in range(6)], config.device) - 1
         posterior = model.vae.encode(image).latent_dist
         latent = posterior.mean + posterior.std * draw_noise(rng, posterior.mean)
@@ -161,19 +165,19 @@ def encoded_pairs(
     They are kept in files of CHUNK pairs, so that a larger count encodes only what is missing.
     """
     names = f"latents_{part}_{photos_id(config, part)}_{model.encoder_id()}"
-    degradation, px, found = load_preset("ccsr"), LATENT_PX * model.factor, []
-    for first in range(0, count, CHUNK):
-        cache = out / f"{names}_{first:06d}.safetensors"
-        if not cache.exists():
+    degradation, px = load_preset("ccsr"), LATENT_PX * model.factor
+    caches = [out / f"{names}_{first:06d}.safetensors" for first in range(0, count, CHUNK)]
+    for number, cache in enumerate(caches):
+        if not cache.exists() and number % world_size() == rank():
             pairs = []
-            for index in range(first, first + CHUNK):
+            for index in range(number * CHUNK, (number + 1) * CHUNK):
                 rng = rng_for(config.seed, "pretrain", part, index)
                 pair = degrade(np.ascontiguousarray(draw_crop(photos, px, rng)), degradation, rng)
                 images = as_tensor([pair.hr, resized(pair.lr, (px, px))], config.device)
                 pairs.append(model.encode_moments(images)[0].cpu())
             save_whole({"pairs": torch.stack(pairs, dim=1).contiguous()}, cache)
-        found.append(load_file(cache)["pairs"])
-    return torch.cat(found, dim=1)[:, :count].to(config.device)
+    wait_for_all()
+    return torch.cat([load_file(cache)["pairs"] for cache in caches], dim=1)[:, :count].to(config.device)
 
 
 def train_denoiser(model: CcsrModel, config: PretrainConfig, out: Path) -> None:
@@ -190,7 +194,7 @@ def train_denoiser(model: CcsrModel, config: PretrainConfig, out: Path) -> None:
         network.to(memory_format=torch.channels_last)
 
     def loss(update: int) -> dict[str, Tensor]:
-        rng, batch = rng_for(config.seed, "pretrain", "denoiser", update), 16
+        rng, batch = rng_for(config.seed, "pretrain", "denoiser", update * world_size() + rank()), 16
         rows = torch.from_numpy(rng.integers(pairs.shape[1], size=batch))
         y, x = rng.integers(LATENT_PX - WINDOW + 1, size=2)
         z_hq, z_lr = pairs[:, rows, :, y : y + WINDOW, x : x + WINDOW]
@@ -247,6 +251,8 @@ def velocity(model: CcsrModel, x_t: Tensor, t: Tensor, z_lr: Tensor, blind: Tens
 
 def pretrain(config: PretrainConfig, out: Path) -> None:
     """Run the phases' remaining updates and write `out`/model, in fp16."""
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group("gloo")
     torch.set_num_threads(config.threads)
     set_numerics(config.numerics)
     out.mkdir(parents=True, exist_ok=True)
@@ -257,7 +263,8 @@ def pretrain(config: PretrainConfig, out: Path) -> None:
     model.to(config.device)
     train_vae(model, config, out)
     train_denoiser(model, config, out)
-    save_model(model.to(dtype=torch.float16), out / "model")
+    if rank() == 0:
+        save_model(model.to(dtype=torch.float16), out / "model")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ class Phase:
         Every `every` updates the state is saved, and `validate` of the average and the terms' means are logged.
         """
         sums: dict[str, float] = {}
-        if not self.update and num_updates:
+        if not self.update and num_updates and rank() == 0:
             self._log(validate())
         while self.update < num_updates:
             for group in self.optimizer.param_groups:
@@ -46,6 +47,7 @@ class Phase:
             self.optimizer.zero_grad(set_to_none=True)
             terms = loss(self.update)
             terms["loss"].backward()
+            average_gradients(self.networks)
             nn.utils.clip_grad_norm_(self.networks.parameters(), 1.0)
             self.optimizer.step()
             with torch.no_grad():
@@ -55,9 +57,11 @@ class Phase:
             for key, value in terms.items():
                 sums[key] = sums.get(key, 0) + value.item()
             if self.update % every == 0 or self.update == num_updates:
-                self._save()
-                with self._averaged():
-                    self._log({key: value / (self.update % every or every) for key, value in sums.items()} | validate())
+                if rank() == 0:
+                    self._save()
+                    with self._averaged():
+                        means = {key: value / (self.update % every or every) for key, value in sums.items()}
+                        self._log(means | validate())
                 sums = {}
         self.networks.load_state_dict(self.average.state_dict())
 
@@ -95,6 +99,31 @@ class Phase:
             state = {name.partition(".")[2]: t for name, t in tensors.items() if name.startswith(part)}
             getattr(self, part).load_state_dict(state)
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
+
+
+def rank() -> int:
+    """This process's place among those of `torchrun`; 0 without it."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def wait_for_all() -> None:
+    """Return when every process is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def average_gradients(networks: nn.Module) -> None:
+    """Every process gets the mean of all processes' gradients."""
+    if dist.is_initialized():
+        gradients = [p.grad for p in networks.parameters() if p.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient) / dist.get_world_size())
 
 
 def save_whole(tensors: dict[str, Tensor], file: Path, facts: dict[str, str] | None = None) -> None:

@@ -7,7 +7,6 @@ Settings are chosen by this, never by held-out photographs.
 import argparse
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,7 @@ from infra.seeding import rng_for
 from training.config import SamplingConfig, TrainConfig
 from training.data.batches import Batch
 from training.data.samples import SAMPLED
-from training.models import CcsrModel, load_model
+from training.models import CcsrModel, load_model, save_model
 from training.restore.seeded_runs import decode_images, prepare_image, sample_rows
 from training.run.step.stages import DecoderStage
 
@@ -82,8 +81,11 @@ def stage2_batch(stage: DecoderStage, photos: Sequence[np.ndarray], count: int) 
     pairs = pairs_of(photos, stage.config.crop_px, count, "stage2")
     hr = as_tensor([hr for hr, _ in pairs], "cpu")
     lr = as_tensor([resized(lr, hr.shape[:2]) for hr, lr in pairs], "cpu")
-    batch = Batch([""] * count, list(range(count)), hr, lr)
-    return replace(batch, moments={SAMPLED: stage.sampled_latents(batch)})
+    latents = []
+    for rows in torch.arange(count).split(32):
+        batch = Batch([""] * len(rows), rows.tolist(), hr[rows], lr[rows])
+        latents.append(stage.sampled_latents(batch))
+    return Batch([""] * count, list(range(count)), hr, lr, {SAMPLED: torch.cat(latents)})
 
 
 def fine_tuned(model: CcsrModel, config: TrainConfig, crops: Batch) -> CcsrModel:
@@ -111,10 +113,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("--photos", required=True)
-    parser.add_argument("--out", type=Path, required=True, help="where the reduced photographs are kept")
+    parser.add_argument("--out", type=Path, required=True, help="for reduced photographs and stage 2's models")
     parser.add_argument("--size", type=int, default=128, help="px of the crops; NIQE needs 200")
     parser.add_argument("--num-images", type=int, default=8)
     parser.add_argument("--num-runs", type=int, default=3)
+    parser.add_argument("--num-crops", type=int, default=96, help="crops that stage 2 trains on")
     parser.add_argument("--chains", nargs="+", default=["truncated", "uniform"], choices=list(CHAINS))
     parser.add_argument("--stage2", nargs="*", default=[], metavar="FIELD=VALUE,...", help="of the demo's config")
     arguments = parser.parse_args()
@@ -150,8 +153,10 @@ def main() -> None:
     for text, config in configs.items():
         if text == arguments.stage2[0]:
             photos = load_photos(pretraining, "train", arguments.out)
-            crops = stage2_batch(DecoderStage(copy.deepcopy(model), config), photos, 96)
-        scores.row(text, decoded(fine_tuned(model, config, crops), latents["truncated"]))
+            crops = stage2_batch(DecoderStage(copy.deepcopy(model), config), photos, arguments.num_crops)
+        tuned = fine_tuned(model, config, crops)
+        scores.row(text, decoded(tuned, latents["truncated"]))
+        save_model(tuned.to(dtype=torch.float16), arguments.out / "stage2" / text)
 
 
 def _levels(image: Tensor) -> np.ndarray:

@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing
 from torch import nn
 
-from benchmarks.pretrain_phase import Phase
+from benchmarks.pretrain_phase import Phase, rank
 
 
 def train(out, *stops):
@@ -42,3 +44,30 @@ def test_the_result_is_the_average_that_was_validated(tmp_path):
     assert not torch.equal(
         Phase("line", {"line": nn.Linear(2, 1, bias=False)}, 0.1, tmp_path).networks["line"].weight, weight
     )
+
+
+def train_half(place, out):
+    """One process of two: it sees every second row of what one process alone sees."""
+    dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=place, world_size=2)
+    trained_on(lambda update: [2 * update + rank()], out)
+    dist.destroy_process_group()
+
+
+def trained_on(rows_of, out):
+    network = nn.Linear(2, 1, bias=False)
+    nn.init.ones_(network.weight)
+
+    def loss(update):
+        rows = torch.tensor([[1.0, row % 3] for row in rows_of(update)])
+        return {"loss": (network(rows) - 5).square().mean()}
+
+    Phase("line", {"line": network}, 0.1, out).run(6, 2, loss, lambda: {"first": network.weight[0, 0].item()})
+
+
+def test_two_processes_train_as_one_with_both_batches(tmp_path):
+    (one := tmp_path / "one").mkdir()
+    (two := tmp_path / "two").mkdir()
+    trained_on(lambda update: [2 * update, 2 * update + 1], one)
+    torch.multiprocessing.spawn(train_half, (two,), nprocs=2)
+    assert [line["first"] for line in logged(two)] == pytest.approx([line["first"] for line in logged(one)], abs=1e-5)
+    assert [line["update"] for line in logged(two)] == [0, 2, 4, 6]  # rank 0 alone writes
