@@ -12,7 +12,7 @@ from infra import StorageError
 from infra.files.publish import download, staging, write_bytes
 from infra.files.storage import sha256_file
 from infra.shards.manifest import ShardRecord, committed, record_uri
-from pipelines.export import export_diffusers
+from pipelines.export_model import export_diffusers
 from tests.training_runs import noise_shards, run_workers, train_config
 from training.config import ModelConfig
 from training.models import build_model, save_model
