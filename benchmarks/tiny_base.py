@@ -1,7 +1,8 @@
 """What the tiny base shows on held-out photographs: `python -m benchmarks.tiny_base runs/heldout/evaluation` prints one
-row per photograph and training seed of benchmarks/heldout_evaluation.yaml's result, and draws docs/tiny-base.jpg."""
+row per photograph of benchmarks/heldout_evaluation.yaml's result, and draws docs/tiny-base.jpg."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -14,26 +15,32 @@ SHEET = Path(__file__).resolve().parents[1] / "docs" / "tiny-base.jpg"
 LABEL = 20
 SEEDS = ("CCSR", "ccsr_seed1", "ccsr_seed2")
 SHOWN = 4
-COLUMNS = """photo, seed, PSNR-Y bicubic, uniform, truncated, ccsr, energy / bicubic's uniform, truncated, ccsr,
+COLUMNS = """photo, PSNR-Y bicubic, uniform, truncated, ccsr, energy / bicubic's uniform, truncated, ccsr,
 L-STD uniform, truncated, ccsr, ccsr / truncated, at equal sharpness truncated / uniform, ccsr / truncated"""
 
 
 def claims(folder: str) -> list[str]:
-    """A table's rows; ratios at equal sharpness are not numbers where a run is less sharp than bicubic."""
+    """A row per photograph, of ccsr a number per training seed; ratios at equal sharpness are not numbers where a run
+    is less sharp than bicubic."""
     methods = load_result(folder).methods
+    bicubic = methods["bicubic"]
+    shown = [methods[name] for name in ("uniform", "truncated", *SEEDS)]
     rows = []
-    for index, key in enumerate(methods["bicubic"].keys):
-        for seed, name in enumerate(SEEDS):
-            shown = [methods[method] for method in ("uniform", "truncated", name)]
-            psnr = [method.scores["psnr_y"][index].mean() for method in (methods["bicubic"], *shown)]
-            sharp = [method.sharpness[index] / methods["bicubic"].sharpness[index] for method in shown]
-            l_std = [method.l_std[index] for method in shown]
-            equal = [method.l_std_equal_sharpness[index] for method in shown]
-            cells = [key, f"{seed}", *(f"{value:.2f}" for value in (*psnr, *sharp))]
-            cells += [*(f"{value:.4f}" for value in l_std), f"{l_std[2] / l_std[1]:.2f}"]
-            cells += [f"{equal[1] / equal[0]:.2f}", f"{equal[2] / equal[1]:.2f}"]
-            rows.append("| " + " | ".join(cells) + " |")
+    for index, key in enumerate(bicubic.keys):
+        l_std = np.array([method.l_std[index] for method in shown])
+        equal = np.array([method.l_std_equal_sharpness[index] for method in shown])
+        row = _cells(".2f", [method.scores["psnr_y"][index].mean() for method in (bicubic, *shown)])
+        row += _cells(".2f", [method.sharpness[index] / bicubic.sharpness[index] for method in shown])
+        row += _cells(".4f", l_std) + _cells(".2f", l_std[2:] / l_std[1])
+        row += _cells(".2f", [equal[1] / equal[0], *(equal[2:] / equal[1])])
+        rows.append("| " + " | ".join([key, *row]) + " |")
     return rows
+
+
+def _cells(form: str, values: Sequence[float]) -> list[str]:
+    """A cell per value; the last three, of the seeds, share one."""
+    texts = [f"{value:{form}}" for value in values]
+    return [*texts[: -len(SEEDS)], ", ".join(texts[-len(SEEDS) :])]
 
 
 def sheet(folder: str) -> np.ndarray:
