@@ -157,10 +157,6 @@ class EvaluateConfig(Config):
     tracking: TrackingConfig = TrackingConfig()
     runtime: EvaluateRuntime = EvaluateRuntime()
 
-    def unused_in_fingerprint(self) -> dict[str, str]:
-        models = any(isinstance(method, ModelMethod) for method in self.methods)
-        return {} if models else {"trace": "without a method of kind: model"}
-
     @property
     def crop_border(self) -> int:
         return CONVENTIONS[self.convention]

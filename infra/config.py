@@ -263,7 +263,7 @@ def parameters(config: Config) -> dict[str, Any]:
 
 def _used(value: Any) -> Any:
     if isinstance(value, Config):
-        names = type(value).model_fields.keys() - value.unused().keys()
+        names = type(value).model_fields.keys() - value.unused().keys() - value.unused_in_fingerprint().keys()
         return {name: _used(getattr(value, name)) for name in type(value).model_fields if name in names}
     if isinstance(value, list | tuple):
         return [_used(item) for item in value]

@@ -9,16 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from infra.errors import CcsrError, ConfigError, DataError, PartialResultError, printable
 from infra.files.locations import check_output, is_inside
 from infra.files.publish import put_if_absent, write_bytes
 from infra.files.storage import exists, is_s3, join, read_bytes, read_json
 from infra.imaging.images import IMAGE_SUFFIXES, UnusableImageError, below, list_images, refuse
-from infra.imaging.pictures import FORMATS_OF
+from infra.imaging.pictures import FORMATS_OF, enlarged_size
 from infra.shards.keys import key_of, keys_of, output_name
-from training.restore.published_sizes import enlarged_size
 
 SUFFIXES = {"png": ".png", "jpg": ".jpg", "webp": ".webp", "tiff": ".tif"}
 RECORDS = "records"
@@ -174,6 +171,8 @@ def failure_of(error: Exception) -> tuple[str, str]:
     """The kind of failure to count by, and what to say of it; an error that is neither the user's nor a lack of memory
     is raised."""
     if not isinstance(error, CcsrError):
+        import torch
+
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
             return "memory", "the memory was used up; use a smaller scale or tile, or fewer rows at once"
         raise error

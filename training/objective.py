@@ -41,7 +41,7 @@ class DecoderLossConfig(Config):
 
     def unused_in_fingerprint(self) -> dict[str, str]:
         """The discriminator itself learns all the same, and a run that continues from this one may use it."""
-        return {} if self.gan_weight else dict.fromkeys(("gan_start_update", "adaptive"), "with gan_weight: 0")
+        return {} if self.gan_weight else {"gan_start_update": "with gan_weight: 0"}
 
 
 class VsdConfig(Config):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import StorageError
-from infra.files.storage import exists, explained, is_s3, join, list_files, on_s3, read_bytes, remove
+from infra.files.storage import exists, explained, full_disk, is_s3, join, list_files, on_s3, read_bytes, remove
 
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 AT_FDCWD, RENAME_NOREPLACE = -100, 1  # of Linux's renameat2
@@ -45,10 +45,9 @@ def put_if_absent(uri: str, data: bytes) -> bool:
 
 @contextmanager
 def temporary_folder(name: str) -> Iterator[Path]:
-    """A temporary folder whose name holds `name`, removed at the end. An OSError in the block (a full disk) becomes a
-    StorageError as in `explained`."""
+    """A temporary folder whose name holds `name`, removed at the end. A full disk becomes a StorageError."""
     place = tempfile.gettempdir()
-    with explained("cannot write", place), tempfile.TemporaryDirectory(prefix=f"ccsr-{name}-", dir=place) as folder:
+    with full_disk(place), tempfile.TemporaryDirectory(prefix=f"ccsr-{name}-", dir=place) as folder:
         yield Path(folder)
 
 

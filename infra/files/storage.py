@@ -127,6 +127,17 @@ def disk_error(error: OSError, path: Path | str) -> StorageError | None:
     )
 
 
+@contextmanager
+def full_disk(path: Path | str) -> Iterator[None]:
+    """Turn what a full local disk raises in the block into a StorageError about `path`; other errors pass."""
+    try:
+        yield
+    except OSError as error:
+        if full := disk_error(error, path):
+            raise full from error
+        raise
+
+
 def exists(uri: str) -> bool:
     """Whether a file (not a folder) is there."""
     return file_size(uri) is not None

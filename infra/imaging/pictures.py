@@ -1,6 +1,7 @@
 """Pictures as people keep them: alpha, grey, 16 bits, EXIF and ICC profile, into PNG, JPEG, WebP and TIFF."""
 
 import io
+import math
 import struct
 import zlib
 from dataclasses import dataclass, replace
@@ -113,6 +114,12 @@ def _fitted(picture: Picture, form: PictureFormat, convert: bool, where: str) ->
         alpha = None if picture.alpha is None else to_8_bit(picture.alpha)
         picture = replace(picture, rgb=to_8_bit(picture.rgb), alpha=alpha)
     return picture
+
+
+def enlarged_size(sides: tuple[int, int], scale: float) -> tuple[int, int]:
+    """(height, width) of an image's output, rounded up."""
+    height, width = (math.ceil(round(side * scale, 6)) for side in sides)
+    return height, width
 
 
 def resized(

@@ -20,5 +20,5 @@ def without(*packages: str, importing: str) -> Iterator[None]:
         yield
     finally:
         for name in packages:
-            del sys.modules[name]
+            sys.modules.pop(name, None)
         sys.modules.update(loaded)

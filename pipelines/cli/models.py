@@ -133,9 +133,10 @@ def estimate(
     from pipelines.estimate.scaling import scaling_table
     from pipelines.estimate.shards import estimate_shards, shard_table
     from pipelines.estimate.training import Assumed, estimate_training, fit_table, train_tables
-    from training.run.cost.parameters import model_tables
 
     if values is None:
+        from training.run.cost.parameters import model_tables
+
         tables = model_tables(str(model))
     elif values.job == "shard":
         tables = [shard_table(estimate_shards(values))]

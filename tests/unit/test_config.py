@@ -172,7 +172,6 @@ STORED = {"stage": 2, "inputs": "latents", "decoder_loss": {"adaptive": False}}
         (STABLESR | {"validation": {"data": ["v"], "sampling": {"sampler": "uniform"}}}, "sampler"),
         (STABLESR | STORED | {"runtime": {"compile": True}}, "runtime.compile"),
         (STAGE2 | {"decoder_loss": {"gan_weight": 0, "gan_start_update": 9}}, "gan_start_update"),
-        (STAGE2 | {"decoder_loss": {"gan_weight": 0, "adaptive": False}}, "adaptive"),
         ({"degradation": "ccsr", "data": [{"path": "set", "degradation": "bicubic"}]}, "degradation"),
         ({"runtime": {"device": "cuda", "threads": 4}}, "threads"),
         ({"runtime": {"ray": {"address": "head:6379", "num_cpus": 2}}}, "num_cpus"),
@@ -198,7 +197,6 @@ BASES: dict[type[Config], dict[str, Any]] = {
     [
         (EvaluateConfig, {"runtime": {"device": "cuda", "threads": 4}}, "threads"),
         (EvaluateConfig, {"data": [{"lr": "l", "hr": "h", "scale": 2}]}, "scale"),
-        (EvaluateConfig, {"trace": True}, "trace"),
         (ShardConfig, {"degradation": None, "draws": 2}, "draws"),
         (ShardConfig, {"runtime": {"device": "cuda"}}, "runtime.device"),
         (ShardConfig, {"sources": [{"kind": "list", "name": "a", "path": "p", "scale": 2}]}, "scale"),
@@ -226,6 +224,8 @@ def test_every_job_refuses_a_field_without_effect(
         (TrainConfig, {"degradation": "ccsr", "data": ["set", {"path": "other", "degradation": "bicubic"}]}),
         (ShardConfig, {"degradation": None, "draws": 2, "latents": {"model": "m", "sampled_steps": 3}}),
         (ShardConfig, {"runtime": {"device": "cuda"}, "latents": {"model": "m"}}),
+        (EvaluateConfig, {"trace": True}),  # a model may be added
+        (TrainConfig, STAGE2 | {"decoder_loss": {"gan_weight": 0, "adaptive": False}}),
         (EvaluateConfig, {"trace": True, "methods": [{"kind": "model", "name": "m", "model": "m"}]}),
         (RestoreConfig, {"runtime": {"use_ray": True, "num_actors": 2, "ray": {"address": "head:6379"}}}),
         (RestoreConfig, {"runtime": {"device": "auto", "threads": 2}}),

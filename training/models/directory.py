@@ -237,7 +237,8 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 def torch_load(path: Path) -> Any:
     """What `torch.save` wrote of tensors and plain values; anything else is not unpickled but refused."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with explained("cannot read", str(path)):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (RuntimeError, UnpicklingError, EOFError, ValueError, KeyError) as error:
         raise ModelError(
             f"not a complete checkpoint of tensors ({line_of(error)})",
@@ -281,6 +282,8 @@ def read_part_json(path: Path) -> dict[str, Any]:
     try:
         return read_json(str(path))
     except StorageError as error:
+        if isinstance(error.__cause__, OSError):
+            raise
         raise ModelError(error.what, where=error.where, todo="copy it again") from error
 
 

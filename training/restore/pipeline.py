@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from infra.errors import ConfigError
+from infra.imaging.pictures import enlarged_size
 from infra.seeding import noise_for
 from training.config import SamplingConfig
 from training.method import METHODS
@@ -24,7 +25,7 @@ from training.models.library import (
 )
 from training.models.stablesr import StableSrAdapter
 from training.models.wrapping import FeatureWrapping
-from training.restore.published_sizes import enlarged_size, finish, network_input, reflect
+from training.restore.published_sizes import finish, network_input, reflect
 from training.restore.seeded_runs import latent_unit, sample_latents
 
 SAMPLING = SamplingConfig(tile=512).model_dump()

@@ -20,12 +20,6 @@ ColorFix = Callable[..., Tensor]
 _Step = tuple[int, int, Image.Resampling]
 
 
-def enlarged_size(sides: tuple[int, int], scale: float) -> tuple[int, int]:
-    """(height, width) of an image's output, rounded up."""
-    height, width = (math.ceil(round(side * scale, 6)) for side in sides)
-    return height, width
-
-
 def network_input(lr: np.ndarray, size: tuple[int, int], config: SamplingConfig, *, where: str) -> Tensor:
     """The LR, uint8 or uint16 (h, w, 3), at the networks' size: float32 (1, 3, H, W) in [0, 1], on the CPU.
 
