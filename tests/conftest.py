@@ -9,6 +9,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -72,6 +73,15 @@ def bucket(s3_server: str) -> Iterator[str]:
         storage.s3_filesystem().mkdir("bucket")
     yield "s3://bucket"
     storage.s3_filesystem.cache_clear()
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds between attempts at a storage server, noted instead of spent. `time.sleep` itself stays: a
+    background thread that polls would spin on anything quicker."""
+    waits: list[float] = []
+    monkeypatch.setattr("tenacity.nap.time", SimpleNamespace(sleep=waits.append))
+    return waits
 
 
 @pytest.fixture

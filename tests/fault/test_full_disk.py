@@ -68,12 +68,8 @@ def test_a_disk_that_fills_in_a_checkpoint_ends_all_ranks(small_disk: Path, tmp_
         assert complete_checkpoints(output) == []
 
 
-def test_a_download_that_fills_the_disk_is_not_tried_again(
-    small_disk: Path, s3: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_download_that_fills_the_disk_is_not_tried_again(small_disk: Path, s3: str, waits: list[float]) -> None:
     write_bytes(f"{s3}/weights.bin", bytes(5 << 20))
-    waits: list[float] = []
-    monkeypatch.setattr("tenacity.nap.time.sleep", waits.append)
     with pytest.raises(StorageError, match="cannot write: No space left on device") as caught:
         download(f"{s3}/weights.bin", small_disk)
     assert caught.value.where == str(small_disk / "weights.bin")

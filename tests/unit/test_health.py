@@ -4,6 +4,7 @@ import json
 import multiprocessing
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def test_a_spike_is_marked_and_noise_is_not() -> None:
 
 def test_the_stopwatch_adds_up_its_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter((1.0, 1.5, 10.0, 12.0))
-    monkeypatch.setattr("training.run.monitoring.health.time.perf_counter", lambda: next(times))
+    monkeypatch.setattr("training.run.monitoring.health.time", SimpleNamespace(perf_counter=lambda: next(times)))
     stopwatch = Stopwatch("cpu")
     for _ in range(2):
         with stopwatch.running():

@@ -14,7 +14,7 @@ from infra.process.gauges import show
 def test_lines_tell_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A resumed run: its first report is 1000 updates that an earlier one did, then 10 updates a minute."""
     clock = iter([0.0, 10.0, 70.0, 130.0, 131.0, 190.0])
-    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     with progress("training", 1100) as advance:
         advance(1000, "loss 3")
         advance(10, "loss 2")

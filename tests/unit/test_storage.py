@@ -388,23 +388,20 @@ class Refusing:
     pipe_file = put_file = get_file = lambda self, *args, **kwargs: self.info("")
 
 
-@pytest.fixture
-def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
-
-
-@pytest.mark.usefixtures("no_waiting")
-def test_a_busy_server_is_asked_again_and_never_taken_for_an_absent_file(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_busy_server_is_asked_again_and_never_taken_for_an_absent_file(
+    monkeypatch: pytest.MonkeyPatch, waits: list[float]
+) -> None:
     client = Refusing(OSError(16, "Please reduce your request rate."), times=3)
     monkeypatch.setattr(storage, "s3_filesystem", lambda: client)
     assert exists("s3://b/x")
     assert client.calls == 4
+    assert len(waits) == 3
     client.calls, client.times = 0, 100
     with pytest.raises(StorageError, match="reduce your request rate"):
         exists("s3://b/x")
 
 
-@pytest.mark.usefixtures("no_waiting")
+@pytest.mark.usefixtures("waits")
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
 def test_a_full_local_disk_is_no_fault_of_s3(number: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     client = Refusing(OSError(number, os.strerror(number)), times=100)
@@ -416,7 +413,7 @@ def test_a_full_local_disk_is_no_fault_of_s3(number: int, monkeypatch: pytest.Mo
     assert "s3://" not in str(caught.value)
 
 
-@pytest.mark.usefixtures("no_waiting")
+@pytest.mark.usefixtures("waits")
 @pytest.mark.parametrize(
     ("error", "present", "outcome"),
     [
@@ -455,14 +452,12 @@ def test_a_refused_conditional_put_is_told_from_a_failed_one(
     ],
 )
 def test_a_setting_that_the_s3_client_refuses_is_named(
-    name: str, value: str, cause: str, monkeypatch: pytest.MonkeyPatch
+    name: str, value: str, cause: str, monkeypatch: pytest.MonkeyPatch, waits: list[float]
 ) -> None:
     for setting in ("AWS_DEFAULT_REGION", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(setting, "us-east-1" if "REGION" in setting else "test")
     monkeypatch.setenv(name, value)
     monkeypatch.setattr(storage, "s3_filesystem", storage.s3_filesystem.__wrapped__)
-    waits: list[float] = []
-    monkeypatch.setattr("tenacity.nap.time.sleep", waits.append)
     with pytest.raises(StorageError) as caught:
         read_bytes("s3://bucket/file")
     assert waits == [], "it is not tried again"
