@@ -1,5 +1,6 @@
 """Fixtures of all tests, started on first use: an S3 server in its own process, an MLflow server in a thread."""
 
+import gc
 import os
 import secrets
 import socket
@@ -32,6 +33,11 @@ S3_SETTINGS = {
     "AWS_SECRET_ACCESS_KEY": "test",
     "AWS_DEFAULT_REGION": "us-east-1",
 }
+
+
+def pytest_collection_finish() -> None:
+    """The garbage collector need not go through all imported modules again and again: 8 % of the tests' time."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,11 @@ def run_ccsr(
     )
 
 
-NUM_RUNS = 3
+NUM_RUNS, NUM_STEPS, NUM_UPDATES = 3, 15, 12
+FEWER = {
+    "evaluate.yaml": {"num_runs": (10, NUM_RUNS), "num_steps": (45, NUM_STEPS)},
+    "train_*.yaml": {"num_updates": (24, NUM_UPDATES), "checkpoint_every": (12, NUM_UPDATES // 2)},
+}
 ON_CONFIGS = """
 import sys
 from pathlib import Path
@@ -51,14 +55,17 @@ class DemoRun:
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> DemoRun:
-    """`ccsr demo`, once per test run, but for NUM_RUNS restorations of each photograph instead of ten."""
+    """`ccsr demo`, once per test run, but with fewer restorations of each photograph, steps of them and updates."""
     folder = tmp_path_factory.mktemp("demo")
     out = folder / "out"
     shutil.copytree(REPOSITORY / "configs" / "demo", folder / "configs")
-    evaluate = folder / "configs" / "evaluate.yaml"
-    text = evaluate.read_text()
-    assert "num_runs: 10\n" in text
-    evaluate.write_text(text.replace("num_runs: 10\n", f"num_runs: {NUM_RUNS}\n"))
+    for pattern, values in FEWER.items():
+        for path in (folder / "configs").glob(pattern):
+            text = path.read_text()
+            for name, (shipped, number) in values.items():
+                assert f"{name}: {shipped}" in text
+                text = text.replace(f"{name}: {shipped}", f"{name}: {number}")
+            path.write_text(text)
     program = [sys.executable, "-c", ON_CONFIGS, str(folder / "configs")]
     done = run_ccsr("demo", "--out", str(out), program=program)
     assert done.returncode == 0, done.stdout + done.stderr

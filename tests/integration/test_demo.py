@@ -17,7 +17,7 @@ from evaluation import g_std, l_std, psnr_y, ssim_y
 from infra.imaging.images import decode_image, read_image
 from infra.shards.manifest import Manifest
 from pipelines.sets.verify import verify
-from tests.integration.conftest import NUM_RUNS, REPOSITORY, run_ccsr
+from tests.integration.conftest import NUM_RUNS, NUM_STEPS, NUM_UPDATES, REPOSITORY, run_ccsr
 from training.config import SamplingConfig
 from training.models import load_model
 from training.models.library import AutoencoderKL, UNet2DConditionModel
@@ -56,12 +56,12 @@ def test_shards_are_webdataset_tars_of_degraded_pairs(demo):
     assert listed[:3] == [f"{samples[0]['__key__']}.{name}" for name in ("hr.png", "lr.png", "json")]
 
 
-@pytest.mark.parametrize(("stage", "num_updates"), [("uniform", 24), ("stage1", 24), ("stage2", 24)])
-def test_checkpoints_and_models(demo, stage, num_updates):
+@pytest.mark.parametrize("stage", ["uniform", "stage1", "stage2"])
+def test_checkpoints_and_models(demo, stage):
     places = complete_checkpoints(str(demo.out / stage))
     states = [load_checkpoint(place) for place in places]
-    assert [state.facts["num_updates"] for state in states] == [num_updates // 2, num_updates]
-    assert states[-1].facts["position"] == num_updates * 8
+    assert [state.facts["num_updates"] for state in states] == [NUM_UPDATES // 2, NUM_UPDATES]
+    assert states[-1].facts["position"] == NUM_UPDATES * 8
     first, last = (state.tensors["weights"] for state in states)
     assert first.keys() == last.keys()
     assert any((first[name] != last[name]).any() for name in first)
@@ -119,7 +119,7 @@ def test_one_run_can_be_made_again_alone(demo):
     seed = json.loads((folder / "run.json").read_text())["seed"]
     lr = read_image(str(folder / "images" / "lr" / f"{KEYS[1]}.png"))
     model = load_model(demo.out / "stage2" / "model")
-    (image,) = restore_runs(model, lr, (128, 128), SamplingConfig(num_steps=45), seed=seed, key=KEYS[1], runs=[2])
+    (image,) = restore_runs(model, lr, (128, 128), SamplingConfig(num_steps=NUM_STEPS), seed=seed, key=KEYS[1], runs=[2])
     stored = read_image(str(folder / "images" / "ccsr" / "02" / f"{KEYS[1]}.png")).astype(int)
     assert np.abs(image.astype(int) - stored).max() <= 1  # another batch size may round a value the other way
     other = read_image(str(folder / "images" / "ccsr" / "01" / f"{KEYS[1]}.png")).astype(int)
@@ -138,7 +138,7 @@ def test_mlflow_holds_parameters_metrics_tables_and_pictures(demo):
     assert all(run.info.status == "FINISHED" for run in runs.values())
     train = runs["train", "1", None]
     losses = client.get_metric_history(train.info.run_id, "loss/loss")
-    assert [point.step for point in losses] == [8 * update for update in range(1, 25)]
+    assert [point.step for point in losses] == [8 * update for update in range(1, NUM_UPDATES + 1)]
     first = client.get_metric_history(train.info.run_id, "loss/l_diff")[0].value
     assert first < 0.5  # random weights have 1: training began at the base
     assert {"loss/l_t", "loss/l_tmax", "optimizer/gradient_norm", "speed/data_wait_share"} <= set(train.data.metrics)
