@@ -114,8 +114,9 @@ def converted(tmp_path_factory: pytest.TempPathFactory, v1_state: dict[str, Tens
 def test_v1_networks_arrive_exactly(converted: CcsrModel, networks: tuple[UNet2DConditionModel, nn.Module]) -> None:
     unet, controlnet = networks
     assert converted.config == ModelConfig(preset="custom", family="v1")
+    found = converted.unet.state_dict()
     for key, value in unet.state_dict().items():
-        assert torch.equal(converted.unet.state_dict()[key], value), key
+        assert torch.equal(found[key], value), key
     found = converted.controlnet.state_dict()
     for key, value in controlnet.state_dict().items():
         if key not in ("conv_in.bias", "controlnet_cond_embedding.bias"):
@@ -352,12 +353,14 @@ def test_v2_directories_arrive_exactly(
     convert_v2(control, vae, base, tmp_path / "model")
     model = load_model(tmp_path / "model")
     assert model.config.family == "v2"
-    for key, value in networks[1].state_dict().items():
-        assert torch.equal(model.controlnet.state_dict()[key], value), key
-    for key, value in load_file(vae / WEIGHTS).items():
-        assert torch.equal(model.vae.state_dict()[key], value), key
-    for key, value in networks[0].state_dict().items():
-        assert torch.equal(model.unet.state_dict()[key], value), key
+    parts = (
+        (model.controlnet, networks[1].state_dict()),
+        (model.vae, load_file(vae / WEIGHTS)),
+        (model.unet, networks[0].state_dict()),
+    )
+    for network, expected in parts:
+        found = network.state_dict()
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
     assert set(model.prompts) == {"", V2_PROMPT, V2_NEGATIVE_PROMPT}
     assert not torch.equal(model.prompts[V2_PROMPT], model.prompt)
 

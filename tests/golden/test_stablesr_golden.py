@@ -304,4 +304,5 @@ def test_the_directory_says_what_it_is(converted: StableSrModel, tmp_path: Path)
     }
     again = load_model(tmp_path / "model")
     for part, network in converted.networks.items():
-        assert all(torch.equal(v, again.networks[part].state_dict()[k]) for k, v in network.state_dict().items())
+        found = again.networks[part].state_dict()
+        assert all(torch.equal(value, found[key]) for key, value in network.state_dict().items())

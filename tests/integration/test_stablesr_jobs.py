@@ -83,7 +83,8 @@ def test_the_whole_journey_beside_ccsr(tmp_path: Path) -> None:
     stage1 = train_config(shards("plain"), tmp_path / "stage1", init_from=base, **common)
     first = run_train(stage1)
     started, adapted = load_model(base), load_model(first)
-    assert all(torch.equal(value, adapted.unet.state_dict()[name]) for name, value in started.unet.state_dict().items())
+    found = adapted.unet.state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in started.unet.state_dict().items())
     assert not torch.equal(adapted.adapter.encoder.conv_in.weight, started.adapter.encoder.conv_in.weight)
 
     sampled = shards("sampled", latents={"model": first, "sampled_steps": 3})
