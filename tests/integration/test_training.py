@@ -206,15 +206,15 @@ def two(one: tuple[list[float], Path], data: str, tmp_path_factory: pytest.TempP
     two.plan_resave("stage2-on-two", short)
     for discriminator, changes in STAGE2.items():
         two.plan(discriminator, data, STAGE2_UPDATES[discriminator], stage=2, **changes)
-    two.plan("unequal", data, 2, {"seed_by_rank": 1}, stage=2, runtime={"checkpoint_every": 1})
-    two.plan("poisoned", data, 6, {"poison": 15}, runtime={"checkpoint_every": 1})
-    two.plan("bad-gradient", data, 3, {"bad_gradient": 1}, runtime={"checkpoint_every": 1})
+    two.plan("unequal", data, 2, SMALL | {"seed_by_rank": 1}, stage=2, runtime={"checkpoint_every": 1})
+    two.plan("poisoned", data, 6, SMALL | {"poison": 15}, runtime={"checkpoint_every": 1})
+    two.plan("bad-gradient", data, 3, SMALL | {"bad_gradient": 1}, runtime={"checkpoint_every": 1})
     damaged = shutil.copytree(data, folder / "damaged-set")
     entry = Manifest.load(data).entries[7]
     with open(damaged / entry.shard, "r+b") as tar:
         tar.seek(entry.offset_bytes + 512)
         tar.write(bytes(64))
-    two.plan("damaged", str(damaged), 6)
+    two.plan("damaged", str(damaged), 6, SMALL)
     two.plan("after", data, 1)
     for how in COMBINATIONS:
         two.plan_resumed(data, *how)
