@@ -334,7 +334,7 @@ def test_a_damaged_sample_ends_both_ranks_and_the_group_is_still_sound(two, one)
 
 @pytest.mark.parametrize(
     ("how", "world_size"),
-    [  # bf16 on a CPU takes six times as long
+    [  # bf16 on two workers; in one process in the long run
         pytest.param(
             how, size, marks=[pytest.mark.slow] if (how[0], size) == ("bf16", 1) else [], id=named("", how)[1:]
         )
