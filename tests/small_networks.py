@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from training.models import Lpips
 from training.models.judges.vit import VisionTransformer
@@ -48,6 +47,8 @@ def seeded_lpips() -> Lpips:
 def save_text_tower(folder: Path) -> None:
     """text_encoder/ and tokenizer/ as of Stable Diffusion 2, 16 wide, of 7 tokens, for letters; its weights are drawn
     from torch's generator."""
+    from transformers import CLIPTextConfig, CLIPTextModel  # two seconds, which few of this module's users need
+
     config = CLIPTextConfig(
         vocab_size=300,
         hidden_size=16,

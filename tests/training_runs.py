@@ -3,6 +3,7 @@
 As a program: `python -m tests.training_runs SPEC RANK`, SPEC being a JSON file that `run_workers` writes.
 """
 
+import gc
 import itertools
 import json
 import os
@@ -259,6 +260,7 @@ def main(spec_file: str, rank: int) -> None:
     from training.run.step import stages as steps
 
     critics.load_dino, steps.load_lpips = small_dino, seeded_lpips
+    gc.set_threshold(100_000)  # by default torch's own objects are searched every few runs
     spec = json.loads(Path(spec_file).read_text())
     join_group(rank, spec["world_size"], spec["port"])
     for run in spec["runs"]:

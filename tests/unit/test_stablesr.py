@@ -123,7 +123,7 @@ def stage(number: int, *, checkpointing: bool = False) -> Stage:
         "data": ["data"],
         "num_updates": 1,
     }
-    values |= {"crop_px": 64, "global_batch_size": 2, "model": {"family": "stablesr"}}
+    values |= {"crop_px": 32, "global_batch_size": 2, "model": {"family": "stablesr"}}
     loss = {"perceptual": "none", "adaptive": False, "discriminator_start_update": 1}
     values |= {"num_steps": 3, "decoder_loss": loss} if number == 2 else {}
     values |= {"runtime": {"micro_batch_size": 2, "activation_checkpointing": checkpointing}}
@@ -137,7 +137,7 @@ def stage(number: int, *, checkpointing: bool = False) -> Stage:
 
 
 def batch() -> Batch:
-    images = draw(2, 64, 64, 3).sigmoid().permute(0, 3, 1, 2)  # the layout that the ingest gives
+    images = draw(2, 32, 32, 3).sigmoid().permute(0, 3, 1, 2)  # the layout that the ingest gives
     return Batch(["a", "b"], [0, 1], images, images.flip(-1))
 
 

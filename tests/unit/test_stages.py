@@ -1,5 +1,6 @@
 """Stage 2's module: which loss terms are on at an update, and both discriminators with their randomness."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import training.run.step.critics
 import training.run.step.stages
 from infra import noise_for
 from infra.config import parse_config
-from tests.small_networks import seeded_lpips, small_dino
+from tests.small_networks import seeded_lpips, small_dino, smaller_tiny
 from training.config import ModelConfig, SamplingConfig, TrainConfig
 from training.data.batches import Batch
 from training.models import CcsrModel, PatchDiscriminator, build_model
@@ -31,9 +32,11 @@ V2 = {
 
 
 @pytest.fixture(autouse=True)
-def small_frozen_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_networks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(training.run.step.critics, "load_dino", small_dino)
     monkeypatch.setattr(training.run.step.stages, "load_lpips", seeded_lpips)
+    with smaller_tiny():
+        yield
 
 
 def stage(loss: dict[str, Any], family: str = "v2") -> DecoderStage:
@@ -44,7 +47,7 @@ def stage(loss: dict[str, Any], family: str = "v2") -> DecoderStage:
         "stage": 2,
         "data": ["data"],
         "model": {"preset": "tiny", "family": family},
-        "crop_px": 64,
+        "crop_px": 32,
         "num_steps": 1 if family == "v2" else 6,
         "global_batch_size": 4,
         "num_updates": 1,
@@ -57,7 +60,7 @@ def stage(loss: dict[str, Any], family: str = "v2") -> DecoderStage:
 
 
 def batch() -> Batch:
-    images = noise_for(0, [("a",), ("b",)], "cpu", torch.float32)((2, 3, 64, 64)).sigmoid()
+    images = noise_for(0, [("a",), ("b",)], "cpu", torch.float32)((2, 3, 32, 32)).sigmoid()
     return Batch(["a", "b"], [0, 1], images, images.flip(-1))
 
 
@@ -129,8 +132,10 @@ def test_activation_checkpointing_computes_more_for_the_same_gradients(number: i
             "data": ["data"],
             "num_updates": 1,
         }
-        values |= {"crop_px": 64, "global_batch_size": 2}
-        values |= {"num_steps": 6, "decoder_loss": {"perceptual": "none"}} if number == 2 else {}
+        values |= {"crop_px": 32, "global_batch_size": 2}
+        values |= (
+            {"num_steps": 6, "decoder_loss": {"perceptual": "none", "discriminator_width": 4}} if number == 2 else {}
+        )
         values |= {"runtime": {"micro_batch_size": 2, "activation_checkpointing": on}}
         config = parse_config(values, TrainConfig, where="test")
         model = build_model(config.model, seed=3)

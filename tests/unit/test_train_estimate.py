@@ -1,5 +1,6 @@
 """`ccsr estimate` of a training config: counted without weights what a real step counts, and arithmetic by hand."""
 
+import functools
 import inspect
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,16 @@ def config(stage: int = 1, **changes: Any) -> TrainConfig:
     return TrainConfig.model_validate({**values, **changes, "runtime": runtime})
 
 
+def counted(settings: TrainConfig) -> StepCost:
+    """`step_cost`, once for equal settings."""
+    return _counted(settings.model_dump_json())
+
+
+@functools.cache
+def _counted(settings: str) -> StepCost:
+    return step_cost(TrainConfig.model_validate_json(settings))
+
+
 ONESTEP = {"model": {"family": "onestep"}, "decoder_loss": {"divide_by_batch": False}, "vsd": {}}
 
 
@@ -63,7 +74,7 @@ def test_the_count_is_that_of_a_real_step(stage: int, changes: dict[str, Any]) -
             judges = list(critic.trained.parameters())
             critic.loss().backward()
         loss.backward()
-    cost = step_cost(settings)
+    cost = counted(settings)
     assert cost.flops_per_sample * 4 == counter.get_total_flops() > 0
     assert cost.num_trained == sum(weight.numel() for weight in trained)
     assert all(weight.grad is not None for weight in judges)
@@ -72,9 +83,10 @@ def test_the_count_is_that_of_a_real_step(stage: int, changes: dict[str, Any]) -
     assert torch.get_default_dtype() == torch.float32
 
 
-def test_the_critic_is_part_of_what_a_gpu_holds() -> None:
+def test_the_critic_is_part_of_what_a_gpu_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.run.cost.requirements.step_cost", counted)
     settings = config(2)
-    cost, (one,) = step_cost(settings), estimate_training(settings, Assumed(), [])
+    cost, (one,) = counted(settings), estimate_training(settings, Assumed(), [])
     assert one.gpu_bytes["critic"] == cost.critic_bytes > 0
     assert sum(one.gpu_bytes.values()) / 2**30 == pytest.approx(fit_table(settings, cost).rows[0][1].value)
 
@@ -101,7 +113,7 @@ def test_the_count_of_a_restoration_is_that_of_a_real_one(
 
 
 def test_precision_and_checkpointing_show_in_the_memory() -> None:
-    plain, half = step_cost(config()), step_cost(config(precision="bf16"))
+    plain, half = counted(config()), step_cost(config(precision="bf16"))
     assert half.flops_per_sample == plain.flops_per_sample
     assert 0.4 < half.activation_bytes / plain.activation_bytes < 0.7
     again = step_cost(config(runtime={"activation_checkpointing": True}))
