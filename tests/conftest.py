@@ -38,6 +38,7 @@ S3_SETTINGS = {
 def pytest_collection_finish() -> None:
     """The garbage collector need not go through all imported modules again and again: 8 % of the tests' time."""
     gc.freeze()
+    gc.set_threshold(100_000, 20, 20)
 
 
 @pytest.fixture(scope="session")

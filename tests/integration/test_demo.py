@@ -119,7 +119,9 @@ def test_one_run_can_be_made_again_alone(demo):
     seed = json.loads((folder / "run.json").read_text())["seed"]
     lr = read_image(str(folder / "images" / "lr" / f"{KEYS[1]}.png"))
     model = load_model(demo.out / "stage2" / "model")
-    (image,) = restore_runs(model, lr, (128, 128), SamplingConfig(num_steps=NUM_STEPS), seed=seed, key=KEYS[1], runs=[2])
+    (image,) = restore_runs(
+        model, lr, (128, 128), SamplingConfig(num_steps=NUM_STEPS), seed=seed, key=KEYS[1], runs=[2]
+    )
     stored = read_image(str(folder / "images" / "ccsr" / "02" / f"{KEYS[1]}.png")).astype(int)
     assert np.abs(image.astype(int) - stored).max() <= 1  # another batch size may round a value the other way
     other = read_image(str(folder / "images" / "ccsr" / "01" / f"{KEYS[1]}.png")).astype(int)

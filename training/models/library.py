@@ -7,9 +7,10 @@ transformers and bitsandbytes ourselves, and torch its compiler at the first opt
 
 from collections.abc import Callable
 from typing import Any
-from unittest.mock import patch
 
-from infra.process.imports import without
+import torch
+
+from infra.process.imports import replaced, without
 
 
 def _unmarked(fn: Callable | None = None, **_: Any) -> Any:
@@ -18,7 +19,7 @@ def _unmarked(fn: Callable | None = None, **_: Any) -> Any:
 
 
 with (
-    patch("torch.compiler.disable", _unmarked),
+    replaced(torch.compiler, "disable", _unmarked),
     without("bitsandbytes", "boto3", "peft", "scipy", "torch._dynamo", "transformers", importing="diffusers"),
 ):
     from diffusers import (
