@@ -293,7 +293,7 @@ def server(port: int, received: list[int], hold: threading.Event, answers: Itera
             pass
 
     made = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-    threading.Thread(target=made.serve_forever, daemon=True).start()
+    threading.Thread(target=made.serve_forever, args=(0.01,), daemon=True).start()
     return made
 
 
@@ -411,7 +411,7 @@ def test_a_server_that_is_no_mlflow_is_quoted_and_a_path_prefix_advised(port: in
             pass
 
     proxy = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    threading.Thread(target=proxy.serve_forever, args=(0.01,), daemon=True).start()
     try:
         with pytest.raises(ClusterError, match=r"MLflow refused the request .*Nothing under this path") as caught:
             check_tracking(TrackingConfig(uri=f"http://127.0.0.1:{port}"))
