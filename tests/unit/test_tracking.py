@@ -243,8 +243,9 @@ def test_all_parameters_are_logged_and_a_cut_one_is_said(
 
 
 def test_what_mlflow_refuses_is_dropped_and_holds_up_nothing(
-    store: TrackingConfig, caplog: pytest.LogCaptureFixture
+    store: TrackingConfig, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(background, "SECONDS_BETWEEN_LAST_TRIES", 0.05)
     with track(store, run("7" * 64)) as tracker:
         sender = BackgroundTracker(tracker, seconds_between_tries=0.01)
         for step in range(40):

@@ -261,8 +261,9 @@ def write_model(
     **others: Any,
 ) -> None:
     """Write a model directory of parts that must fit each other; `source`: the place that errors name."""
-    shared = {key: tensor for key, tensor in unet.state_dict().items() if key in adapter.state_dict()}
-    check_keys(shared, {key: adapter.state_dict()[key] for key in shared}, source)
+    adapted = adapter.state_dict()
+    shared = {key: tensor for key, tensor in unet.state_dict().items() if key in adapted}
+    check_keys(shared, {key: adapted[key] for key in shared}, source)
     widths = {
         "the VAE's latents": (vae.config.latent_channels, unet.config.in_channels),
         "the prompt's embedding": (prompts[""].shape[-1], unet.config.cross_attention_dim),
