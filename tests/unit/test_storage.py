@@ -302,6 +302,7 @@ def test_file_and_folder_are_synced_around_publishing(
     source, target = tmp_path / "source", tmp_path / "out" / "x"
     source.write_bytes(b"x")
     synced: list[tuple[bool, bool]] = []
+
     def fsync(descriptor: int) -> None:
         synced.append((stat.S_ISDIR(os.fstat(descriptor).st_mode), target.exists()))
         posix.fsync(descriptor)  # the real one, which the tests' `os` has not
