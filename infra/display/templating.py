@@ -3,6 +3,7 @@
 import math
 import shlex
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,17 @@ def render(template: Path, **values: Any) -> str:
     KIND says how each value is written: "html" escapes it, "yaml" writes a YAML value on one line, "sbatch" a shell
     word, "md" one line for a table. `| safe` marks the few that are already such text.
     """
+    return _environment(template.parent, template.name.split(".")[-2]).get_template(template.name).render(values)
+
+
+@cache  # it keeps the compiled templates
+def _environment(folder: Path, kind: str) -> Any:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    kind = template.name.split(".")[-2]
     quote = _QUOTES.get(kind, lambda value: value)
     environment = Environment(
-        loader=FileSystemLoader(template.parent),
+        loader=FileSystemLoader(folder),
         undefined=StrictUndefined,
         autoescape=kind == "html",
         finalize=lambda value: value if isinstance(value, (Markup, StrictUndefined)) else quote(value),
@@ -30,7 +35,7 @@ def render(template: Path, **values: Any) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["yaml_lines"] = lambda texts: Markup(_yaml_lines(texts))
-    return environment.get_template(template.name).render(values)
+    return environment
 
 
 class _OneLine(yaml.SafeDumper):

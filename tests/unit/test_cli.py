@@ -351,6 +351,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 
 
 @pytest.mark.usefixtures("here")
@@ -378,13 +379,15 @@ def test_a_dry_run_says_what_where_and_how_much_is_there_and_writes_nothing(
     assert "0 of 2 updates" in shown
     assert "1 CPUs of the cluster head:6379" in shown
     assert "a minute for the networks alone, assuming CPUs as fast as this one, 1 thread a process" in shown
+    assert list_files(str(tmp_path)) == before
+    save_checkpoint(str(tmp_path / "out"), TrainingState({"position": 4, "num_updates": 1}, {"weights": {}}), keep=2)
+    before = list_files(str(tmp_path))
     on_gpus = ["runtime.device=cuda", "runtime.num_workers=2", "runtime.micro_batch_size=2"]
     shown = squeezed(ccsr("train", "--dry-run", config, *RANDOM, *(word for s in on_gpus for word in ("--set", s))))
+    assert "1 of 2 updates" in shown
     assert "2 GPUs of this machine" in shown
     assert "a minute for the networks alone, assuming H100 at 40% of its peak" in shown
     assert list_files(str(tmp_path)) == before
-    save_checkpoint(str(tmp_path / "out"), TrainingState({"position": 4, "num_updates": 1}, {"weights": {}}), keep=2)
-    assert "1 of 2 updates" in squeezed(ccsr("train", "--dry-run", config, *RANDOM))
 
     config = write(EVALUATE)
     before = list_files(str(tmp_path))

@@ -78,8 +78,10 @@ def test_a_run_of_mlflow_by_its_id(tmp_path: Path) -> None:
         find_model(f"runs:/{'0' * 32}", tracking)
 
 
-def test_restore_takes_what_a_config_takes_as_init_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+def test_restore_takes_what_a_config_takes_as_init_from(
+    database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", database)
     save_model(build_model(ModelConfig(), seed=0), tmp_path / "run" / "model")
     with track(TrackingConfig(), {"fingerprint": "e" * 64, "job": "train", "config": {"stage": 1}}) as tracker:
         tracker.tag(**{MODEL_TAG: str(tmp_path / "run" / "model")})

@@ -16,6 +16,7 @@ from pipelines.cli.main import app
 from pipelines.cli.needs import needs_of
 from training.config import TrainConfig
 
+CCSR = typer.main.get_command(app)
 SOURCE = {"kind": "folder", "name": "a", "path": "photos"}
 CONFIGS: dict[str, dict[str, Any]] = {
     "shard": {
@@ -105,10 +106,10 @@ def test_the_settings_of_the_environment_are_locations(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(("job", "field"), [(job, field) for job, fields in FIELDS.items() for field in fields])
 def test_every_field_refuses_what_is_none(job: str, field: str, text: str, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(apply_overrides(CONFIGS[job], [f"{field}={text!r}"])))
-    result = CliRunner().invoke(app, ["config", "show", "-c", str(tmp_path / "run.yaml")])
-    assert isinstance(result.exception, ConfigError)
-    assert field in result.exception.where
-    assert "location" in result.exception.what or "URI" in result.exception.what
+    with pytest.raises(ConfigError) as refused:
+        CCSR(["config", "show", "-c", str(tmp_path / "run.yaml")], standalone_mode=False)
+    assert field in refused.value.where
+    assert "location" in refused.value.what or "URI" in refused.value.what
 
 
 COMMANDS = [
@@ -152,8 +153,8 @@ def test_every_argument_refuses_what_is_none_and_writes_nothing(
     command: str, bad: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(app, command.replace("BAD", bad).split())
-    assert isinstance(result.exception, ConfigError), result
+    with pytest.raises(ConfigError):
+        CCSR(command.replace("BAD", bad).split(), standalone_mode=False)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -165,9 +166,6 @@ def test_a_config_is_read_from_s3_and_home(s3: str, tmp_path: Path, monkeypatch:
         write_bytes(place, yaml.safe_dump(CONFIGS["train"]).encode())
     for place in (f"{s3}/run.yaml".replace("s3:", "S3:"), "~/run.yaml", f"file://{tmp_path}/run.yaml"):
         assert load_config(location(place), TrainConfig).num_updates == 3
-
-
-CCSR = typer.main.get_command(app)
 
 
 def test_a_job_is_submitted_with_the_location_that_is_meant(tmp_path: Path) -> None:

@@ -79,10 +79,14 @@ def test_manifests_fit_kuberays_schema(name: str) -> None:
         assert [error.validator for error in checker.iter_errors(document)] == ["additionalProperties"]
 
 
+_schema = cache(kubernetes_validate.utils.schema_contents)  # parsed once, not for each object
+
+
 @pytest.mark.parametrize(
     ("name", "version"), [("all", OLDEST_KUBERNETES), *((name, NEWEST_KUBERNETES) for name in CONFIGS)]
 )
-def test_objects_and_pods_fit_kubernetes_schema(name: str, version: str) -> None:
+def test_objects_and_pods_fit_kubernetes_schema(name: str, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kubernetes_validate.utils, "schema_contents", _schema)
     found = documents(example(**CONFIGS[name]))
     own = ("ray.io", "monitoring.coreos.com", "kustomize")
     objects = [document for document in found.values() if not document["apiVersion"].startswith(own)]

@@ -24,8 +24,8 @@ from training.run.monitoring.validation import Validation
 
 
 @pytest.fixture(params=["server", "database"])
-def finished(tmp_path: Path, store: TrackingConfig, request: pytest.FixtureRequest) -> TrainConfig:
-    return finished_run(tmp_path, store.uri if request.param == "server" else f"sqlite:///{tmp_path}/mlflow.db")
+def finished(tmp_path: Path, store: TrackingConfig, database: str, request: pytest.FixtureRequest) -> TrainConfig:
+    return finished_run(tmp_path, store.uri if request.param == "server" else database)
 
 
 def test_the_most_stable_model_is_found_and_the_best_registered_once(finished: TrainConfig) -> None:

@@ -50,7 +50,8 @@ def test_weights_are_a_function_of_the_seed_and_leave_the_callers_generator_alon
     before = torch.get_rng_state()
     one, same, other = (build_model(ModelConfig(), seed) for seed in (3, 3, 4))
     assert torch.equal(torch.get_rng_state(), before)
-    assert all(torch.equal(value, states(same)[key]) for key, value in states(one).items())
+    again = states(same)
+    assert all(torch.equal(value, again[key]) for key, value in states(one).items())
     assert not torch.equal(one.unet.conv_in.weight, other.unet.conv_in.weight)
 
 
@@ -173,8 +174,9 @@ def test_directory_round_trip_is_exact_and_replaces(model: CcsrModel, tmp_path: 
     finally:
         del model.prompts["words"]
     assert found.config == model.config
-    assert states(found).keys() == states(model).keys()
-    assert all(torch.equal(value, states(model)[key]) for key, value in states(found).items())
+    read, saved = states(found), states(model)
+    assert read.keys() == saved.keys()
+    assert all(torch.equal(value, saved[key]) for key, value in read.items())
     assert all(parameter.requires_grad for parameter in found.controlnet.parameters())
     assert not found.unet.training
     assert os.listdir(place.parent) == ["model"]

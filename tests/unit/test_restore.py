@@ -23,6 +23,7 @@ from pipelines.cli.main import app
 from pipelines.cli.needs import needs_of
 from pipelines.restore import RestoreConfig, RestoreRuntime, resolved
 from pipelines.restore import restore as run_restore
+from tests.small_networks import smaller_tiny
 from training.config import ModelConfig, SamplingConfig
 from training.models import CcsrModel, build_model, save_model
 from training.restore import seeded_runs
@@ -37,7 +38,8 @@ FAST = SamplingConfig(num_steps=4)
 @pytest.fixture(scope="module", params=["v1", "v2"])
 def model(request: pytest.FixtureRequest) -> CcsrModel:
     """A tiny model whose ControlNet has an effect: no weight of it is zero."""
-    model = build_model(ModelConfig(family=request.param), seed=3)
+    with smaller_tiny():
+        model = build_model(ModelConfig(family=request.param), seed=3)
     generator = torch.Generator().manual_seed(4)
     for parameter in model.controlnet.parameters():
         parameter.data += torch.randn(parameter.shape, generator=generator) * 0.05

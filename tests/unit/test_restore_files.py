@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from infra.files.publish import upload_folder, write_bytes
 from infra.files.storage import list_files, read_bytes
 from infra.imaging.images import encode_png, read_image
 from pipelines.restore import RestoreConfig, restore
+from tests.small_networks import smaller_tiny
 from training.config import ModelConfig, SamplingConfig
 from training.models import build_model, save_model
 
@@ -37,10 +39,17 @@ NAMES = [
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+def smaller(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("model")
-    save_model(build_model(ModelConfig(family="v2"), 1), folder)
+    with smaller_tiny():
+        save_model(build_model(ModelConfig(family="v2"), 1), folder)
     return str(folder)
+
+
+@pytest.fixture
+def model(smaller: str) -> Iterator[str]:
+    with smaller_tiny():
+        yield smaller
 
 
 def save(place: Path, seed: int = 0) -> None:

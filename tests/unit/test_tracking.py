@@ -243,8 +243,9 @@ def test_all_parameters_are_logged_and_a_cut_one_is_said(
 
 
 def test_what_mlflow_refuses_is_dropped_and_holds_up_nothing(
-    store: TrackingConfig, caplog: pytest.LogCaptureFixture
+    store: TrackingConfig, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(background, "SECONDS_BETWEEN_LAST_TRIES", 0.05)
     with track(store, run("7" * 64)) as tracker:
         sender = BackgroundTracker(tracker, seconds_between_tries=0.01)
         for step in range(40):
@@ -293,7 +294,7 @@ def server(port: int, received: list[int], hold: threading.Event, answers: Itera
             pass
 
     made = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-    threading.Thread(target=made.serve_forever, daemon=True).start()
+    threading.Thread(target=made.serve_forever, args=(0.01,), daemon=True).start()
     return made
 
 
@@ -411,7 +412,7 @@ def test_a_server_that_is_no_mlflow_is_quoted_and_a_path_prefix_advised(port: in
             pass
 
     proxy = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    threading.Thread(target=proxy.serve_forever, args=(0.01,), daemon=True).start()
     try:
         with pytest.raises(ClusterError, match=r"MLflow refused the request .*Nothing under this path") as caught:
             check_tracking(TrackingConfig(uri=f"http://127.0.0.1:{port}"))

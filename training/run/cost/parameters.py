@@ -58,19 +58,17 @@ def v1_parts() -> list[Part]:
     return [Part("v1 only: condition encoder, a copy of the VAE's", encoder), Part("v1 only: text tower", _text())]
 
 
-def critic_parts(width: int = 64) -> dict[str, list[Part]]:
-    """The parts of each discriminator, `width` the PatchGAN's; no model directory holds them."""
+def critic_parts(kind: str, width: int = 64) -> list[Part]:
+    """The parts of a discriminator, "dino" or "patch", which is `width` wide; no model directory holds them."""
     with torch.device("meta"):
-        patch = PatchDiscriminator(width)
+        if kind == "patch":
+            return [Part("PatchGAN", count(PatchDiscriminator(width)), 2)]
         projected = ProjectedDiscriminator(build_vit("dino"), build_vit("dinov2"))
-    return {
-        "patch": [Part("PatchGAN", count(patch), 2)],
-        "dino": [
-            Part("discriminator's heads", count(projected.heads), 2),
-            Part("DINO ViT-S/16 below them", count(projected.dino)),
-            Part("DINOv2 ViT-S/14, their condition", count(projected.dinov2)),
-        ],
-    }
+    return [
+        Part("discriminator's heads", count(projected.heads), 2),
+        Part("DINO ViT-S/16 below them", count(projected.dino)),
+        Part("DINOv2 ViT-S/14, their condition", count(projected.dinov2)),
+    ]
 
 
 def regulariser_part(preset: str) -> Part:
@@ -90,7 +88,7 @@ def networks_table(config: TrainConfig) -> Table:
     table.add("a model directory", _total(parts), "")
     table.add(f"trained by this config (stage {config.stage})", _total(p for p in parts if p.stage == stage), "")
     if config.learns_images:
-        critics = critic_parts(config.decoder_loss.discriminator_width)[config.decoder_loss.discriminator]
+        critics = critic_parts(config.decoder_loss.discriminator, config.decoder_loss.discriminator_width)
         for part in critics if config.vsd is None else [regulariser_part(config.model.preset)]:
             table.add(part.name, part.parameters, "yes" if part.stage else "")
     return table
@@ -100,16 +98,16 @@ def model_tables(preset: str) -> list[Table]:
     """The parameters of CCSR's networks and of the discriminators."""
     parts, published = parameter_table(preset), v1_parts() if preset == "sd21" else []
     table = Table(("part", "parameters", "trained in"), f"{preset}: networks")
-    critics = Table(table.columns, "discriminators")
     stages = {1: "stages 0, 1", 2: "stage 2", None: ""}
     for part in parts + published:
         table.add(part.name, part.parameters, stages[part.stage])
-    for version, kind in (("v1", "patch"), ("v2", "dino")):
-        for part in critic_parts()[kind]:
-            critics.add(f"{version}: {part.name}", part.parameters, stages[part.stage])
     table.add("a model directory", _total(parts), "")
     if not published:
         return [table]
+    critics = Table(table.columns, "discriminators")
+    for version, kind in (("v1", "patch"), ("v2", "dino")):
+        for part in critic_parts(kind):
+            critics.add(f"{version}: {part.name}", part.parameters, stages[part.stage])
     table.add(f"CCSR v1 as published (paper: {PAPER_MILLIONS} M)", _total(parts + published), "")
     return [table, critics]
 
