@@ -32,7 +32,7 @@ def run_ccsr(
     )
 
 
-NUM_RUNS, NUM_STEPS, NUM_UPDATES = 3, 15, 12
+NUM_RUNS, NUM_STEPS, NUM_UPDATES = 3, 6, 6
 FEWER = {
     "evaluate.yaml": {"num_runs": (10, NUM_RUNS), "num_steps": (45, NUM_STEPS)},
     "train_*.yaml": {"num_updates": (24, NUM_UPDATES), "checkpoint_every": (12, NUM_UPDATES // 2)},
@@ -66,7 +66,16 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> DemoRun:
                 assert f"{name}: {shipped}" in text
                 text = text.replace(f"{name}: {shipped}", f"{name}: {number}")
             path.write_text(text)
-    program = [sys.executable, "-c", ON_CONFIGS, str(folder / "configs")]
+    return run_demo(out, [sys.executable, "-c", ON_CONFIGS, str(folder / "configs")])
+
+
+@pytest.fixture(scope="session")
+def shipped_demo(tmp_path_factory: pytest.TempPathFactory) -> DemoRun:
+    """`ccsr demo` as a user has it, which takes minutes."""
+    return run_demo(tmp_path_factory.mktemp("shipped") / "out", [CCSR])
+
+
+def run_demo(out: Path, program: Sequence[str]) -> DemoRun:
     done = run_ccsr("demo", "--out", str(out), program=program)
     assert done.returncode == 0, done.stdout + done.stderr
     return DemoRun(out, done.stdout)

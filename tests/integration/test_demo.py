@@ -209,20 +209,21 @@ def test_each_step_runs_alone_with_its_yaml(demo, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("table", "stages"), [(4, ["uniform", "stage1", "stage2"]), (5, ["stage2"] * 5)])
-def test_the_papers_ablations_on_the_demos_models(demo, table, stages):
+def test_the_papers_ablations_on_the_demos_models(shipped_demo, table, stages):
     """Four photographs leave most orderings open. Each has its interval; L-STD's means have Table 4's order."""
+    out = shipped_demo.out
     path = REPOSITORY / "configs" / "paper" / f"table{table}.yaml"
     overrides = [
-        f"output={demo.out}/table{table}",
-        f"data=[{demo.out}/shards/heldout]",
-        f"tracking.uri=sqlite:///{demo.out}/mlflow.db",
+        f"output={out}/table{table}",
+        f"data=[{out}/shards/heldout]",
+        f"tracking.uri=sqlite:///{out}/mlflow.db",
         "num_runs=10",
         "runtime.num_actors=2",
-        *(f"methods.{index}.model={demo.out}/{stage}/model" for index, stage in enumerate(stages)),
+        *(f"methods.{index}.model={out}/{stage}/model" for index, stage in enumerate(stages)),
     ]
     done = run_ccsr("evaluate", "-c", str(path), *(word for value in overrides for word in ("--set", value)))
     assert done.returncode == 0, done.stderr
-    orderings = json.loads((demo.out / f"table{table}" / "orderings.json").read_text())
+    orderings = json.loads((out / f"table{table}" / "orderings.json").read_text())
     tested = [ordering for ordering in orderings if ordering["verdict"] != "not tested"]
     assert {"psnr_y", "g_std_psnr_y", "l_std"} == {ordering["metric"] for ordering in tested}
     assert all(ordering["low"] <= ordering["mean"] <= ordering["high"] for ordering in tested)

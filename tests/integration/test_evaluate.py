@@ -31,7 +31,7 @@ KEYS = ("astro", "bird", "cat")
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(migrated: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pair folders of three pictures of unlike sizes, an LR folder, and two untrained models."""
     place = tmp_path_factory.mktemp("evaluate")
     for name in ("hr", "lr"):
@@ -45,6 +45,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (place / "lr" / f"{key}.png").write_bytes(encode_png(lr))
     for family, seed in (("v1", 0), ("v2", 1)):
         save_model(build_model(ModelConfig(family=family), seed), place / "training" / family)
+    shutil.copy(migrated, place)
     return place
 
 

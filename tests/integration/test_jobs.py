@@ -89,7 +89,7 @@ def test_an_unreadable_photo_is_set_aside_and_said(tmp_path):
 
 
 @pytest.mark.usefixtures("without_ray")
-def test_evaluation_goes_on_where_it_stopped(tmp_path):
+def test_evaluation_goes_on_where_it_stopped(tmp_path, database):
     data = run_shard(shard_config(photos(tmp_path / "photos", 3), tmp_path / "data")).uri
     save_model(build_model(ModelConfig(family="v2"), 0), tmp_path / "model")
     values = {
@@ -101,7 +101,7 @@ def test_evaluation_goes_on_where_it_stopped(tmp_path):
             {"kind": "bicubic"},
             {"kind": "model", "name": "v2", "model": str(tmp_path / "model"), "sampling": {"num_steps": 1}},
         ],
-        "tracking": {"uri": f"sqlite:///{tmp_path}/mlflow.db"},
+        "tracking": {"uri": database},
     }
     config = parse_config(values, EvaluateConfig, where="test")
     first = run_evaluate(config)
@@ -117,7 +117,7 @@ def test_evaluation_goes_on_where_it_stopped(tmp_path):
 
 
 @pytest.mark.usefixtures("without_ray")
-def test_a_model_of_another_kind_is_refused_before_anything_starts(tmp_path):
+def test_a_model_of_another_kind_is_refused_before_anything_starts(tmp_path, database):
     data = run_shard(shard_config(photos(tmp_path / "photos", 1), tmp_path / "data")).uri
     save_model(build_model(ModelConfig(family="v2"), 0), tmp_path / "model")
     values = {
@@ -130,7 +130,7 @@ def test_a_model_of_another_kind_is_refused_before_anything_starts(tmp_path):
         "crop_px": 64,
         "global_batch_size": 4,
         "num_updates": 1,
-        "tracking": {"uri": f"sqlite:///{tmp_path}/mlflow.db"},
+        "tracking": {"uri": database},
     }
     with pytest.raises(ModelError, match="the config asks for"):
         run_train(parse_config(values, TrainConfig, where="test"))

@@ -377,7 +377,9 @@ def test_a_shard_that_changed_is_told(tmp_path: Path) -> None:
         reader.maker(place._replace(entry=replace(place.entry, key="other")))
 
 
-def test_a_dataset_that_changed_since_the_run_began_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dataset_that_changed_since_the_run_began_is_refused(
+    tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(training.run.driver, "fit", lambda *_: None)
     monkeypatch.setattr(training.run.driver, "export_run", lambda *_: None)
     monkeypatch.setattr(training.run.driver, "ray_cluster", lambda *_, **__: nullcontext())
@@ -391,7 +393,7 @@ def test_a_dataset_that_changed_since_the_run_began_is_refused(tmp_path: Path, m
             data=[str(tmp_path / name)],
             output=str(tmp_path / "out"),
             model={"preset": "tiny", "family": "v1"},
-            tracking={"uri": f"sqlite:///{tmp_path}/mlflow.db"},
+            tracking={"uri": database},
         )
         for name in ("one", "moved", "other")
     }

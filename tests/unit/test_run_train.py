@@ -87,9 +87,11 @@ def test_a_finished_run_whose_last_checkpoint_is_damaged_resumes_from_the_one_be
 
 
 @pytest.mark.parametrize(("fault", "status"), [("damaged", "FAILED"), ("sigterm", "FINISHED")])
-def test_a_run_ends_with_its_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, status: str) -> None:
+def test_a_run_ends_with_its_model(
+    tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch, fault: str, status: str
+) -> None:
     """All updates are done: SIGTERM while the model is written ends nothing, one that cannot be written fails."""
-    tracking = {"uri": f"sqlite:///{tmp_path}/mlflow.db"}
+    tracking = {"uri": database}
     config = train_config(noise_shards(tmp_path / "set", 4), tmp_path / "run", num_updates=3, tracking=tracking)
     save_checkpoint(config.output, TrainingState({"position": 12, "num_updates": 3}, {"weights": {}}), keep=2)
     if fault == "sigterm":
@@ -141,8 +143,8 @@ def test_the_commit_is_that_of_the_code_or_unknown(tmp_path: Path, monkeypatch: 
     assert told(ours) == "abc-dirty"
 
 
-def test_a_checkpoint_to_continue_from_is_named_by_its_run_and_position(tmp_path: Path) -> None:
-    data, tracking = noise_shards(tmp_path / "set", 4), TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db")
+def test_a_checkpoint_to_continue_from_is_named_by_its_run_and_position(tmp_path: Path, database: str) -> None:
+    data, tracking = noise_shards(tmp_path / "set", 4), TrackingConfig(uri=database)
     before = train_config(data, tmp_path / "before", num_updates=3)
     facts = {"config": result_part(before), "init_from": model_id(None), "fingerprint": "f" * 64}
     with pytest.raises(ModelError, match="no complete checkpoint") as missing:
