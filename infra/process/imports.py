@@ -1,10 +1,8 @@
-"""Imports of large libraries without what they load and we do not need."""
+"""Imports of large libraries without the optional packages that they load only because these are installed."""
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
-from typing import Any
 
 
 @contextmanager
@@ -24,14 +22,3 @@ def without(*packages: str, importing: str) -> Iterator[None]:
         for name in packages:
             sys.modules.pop(name, None)
         sys.modules.update(loaded)
-
-
-@contextmanager
-def replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
-    """Inside the block, for all threads, `module.name` is `value`."""
-    found = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, found)

@@ -1,6 +1,7 @@
 """Fixtures of the integration tests: one demo run as a user would start it, and one Ray for everything else."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -63,8 +64,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> DemoRun:
         for path in (folder / "configs").glob(pattern):
             text = path.read_text()
             for name, (shipped, number) in values.items():
-                assert f"{name}: {shipped}" in text
-                text = text.replace(f"{name}: {shipped}", f"{name}: {number}")
+                text, found = re.subn(rf"\b{name}: {shipped}\b", f"{name}: {number}", text)
+                assert found, f"{path.name} has no {name}: {shipped}"
             path.write_text(text)
     return run_demo(out, [sys.executable, "-c", ON_CONFIGS, str(folder / "configs")])
 

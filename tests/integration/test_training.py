@@ -82,7 +82,7 @@ def combination(
     precision: str, zero_stage: int, stage: int, kind: str = "adamw", schedule: str = "cosine"
 ) -> dict[str, Any]:
     """With `smaller_tiny`, an average, a schedule and two groups of parameters."""
-    runtime = {"zero_stage": zero_stage, "micro_batch_size": 1}  # a checkpoint at the end alone
+    runtime = {"zero_stage": zero_stage, "micro_batch_size": 1, "checkpoint_every": 1}
     changes = {"precision": precision, "stage": stage, "global_batch_size": 2, "ema": {"decay": 0.75, "warmup": False}}
     rate = {"learning_rate": 1e-4 if stage == 2 else 1e-3, "schedule": {"kind": schedule, **SCHEDULES[schedule]}}
     changes |= {"optimizer": {"kind": kind, "no_decay": True, **rate}}
@@ -268,6 +268,11 @@ def assert_near(losses: list[float], expected: list[float]) -> None:
 def test_two_workers_train_as_one(one, two):
     assert len(one[0]) == LONG
     assert_near(two.losses("zero1"), one[0][:FEW])
+
+
+def test_workers_print_no_memory_tables_of_deepspeeds(two):
+    """Each comes with a garbage collection."""
+    assert "Virtual Memory" not in (two.folder / "worker-0.log").read_text()
 
 
 @pytest.mark.slow
@@ -505,9 +510,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_with_the_updates_keys(
     process_group, small, data, tmp_path, monkeypatch, precision, zero_stage
 ):
     monkeypatch.setattr("training.run.worker.build_stage", with_bad_gradient(1))
-    changes = combination(precision, zero_stage, 1)
-    changes["runtime"] |= {"checkpoint_every": 1}
-    config = train_config(data, tmp_path, num_updates=3, **changes)
+    config = train_config(data, tmp_path, num_updates=3, **combination(precision, zero_stage, 1))
     with pytest.raises(ModelError, match="not finite at update 1: gradient_norm") as caught:
         train_here(config)
     assert caught.value.where.count("noise-") == 2
@@ -654,7 +657,6 @@ def test_the_average_is_what_is_validated_and_exported(
 
     monkeypatch.setattr("training.run.monitoring.validation.restore_runs", restored)
     changes = combination(precision, zero_stage, 1) | {"validation": {"data": [data], "every": 1, "num_images": 1}}
-    changes["runtime"] |= {"checkpoint_every": 1}
     plain = train_config(data, tmp_path / "plain", num_updates=2, **changes | {"ema": None})
     config = train_config(data, tmp_path / "run", num_updates=2, **changes)
     config = config.model_copy(update={"runtime": config.runtime.model_copy(update={"export_raw": True})})

@@ -48,11 +48,13 @@ def test_the_result_is_the_average_that_was_validated(tmp_path):
 
 
 def train_half(others, out):
-    """The last process of two, or with no `others` the first: every second row of what one process alone sees."""
+    """Train as rank 1 of two, or as rank 0 if `others` is None, on every second row of what one process alone sees."""
     group = {"rank": int(others is not None), "world_size": 2, "timeout": timedelta(seconds=120)}
     dist.init_process_group("gloo", init_method=f"file://{out}/store", **group)
-    trained_on(lambda update: [2 * update + rank()], out)
-    dist.destroy_process_group()
+    try:
+        trained_on(lambda update: [2 * update + rank()], out)
+    finally:
+        dist.destroy_process_group()
 
 
 def trained_on(rows_of, out):
@@ -71,7 +73,9 @@ def test_two_processes_train_as_one_with_both_batches(tmp_path):
     (two := tmp_path / "two").mkdir()
     trained_on(lambda update: [2 * update, 2 * update + 1], one)
     second = torch.multiprocessing.spawn(train_half, (two,), nprocs=1, join=False)
-    train_half(None, two)
-    assert second.join()
+    try:
+        train_half(None, two)
+    finally:
+        assert second.join(), "it raises what rank 1 raised"
     assert [line["first"] for line in logged(two)] == pytest.approx([line["first"] for line in logged(one)], abs=1e-5)
     assert [line["update"] for line in logged(two)] == [0, 2, 4, 6]  # rank 0 alone writes

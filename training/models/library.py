@@ -1,27 +1,12 @@
-"""What we use of diffusers, imported without the optional packages and the compiler that it would load with it.
+"""What we use of diffusers, imported without the optional packages that it would load with it.
 
-They would cost each process 3.4 of 8.5 CPU seconds, the compiler 1.2 of the rest (two cores, 2026-11-30 and 12-01), and
-no class used here needs them. For good in a process, diffusers then believes that they are absent; we import peft,
-transformers and bitsandbytes ourselves, and torch its compiler at the first optimiser or compiled block.
+They would cost each process 3.4 of 8.5 CPU seconds (two cores, 2026-11-30), and no class used here needs them. For good
+in a process, diffusers then believes that they are absent; we import peft, transformers and bitsandbytes ourselves.
 """
 
-from collections.abc import Callable
-from typing import Any
+from infra.process.imports import without
 
-import torch
-
-from infra.process.imports import replaced, without
-
-
-def _unmarked(fn: Callable | None = None, **_: Any) -> Any:
-    """In place of torch.compiler.disable, which loads the compiler to mark functions that nothing here compiles."""
-    return fn or _unmarked
-
-
-with (
-    replaced(torch.compiler, "disable", _unmarked),
-    without("bitsandbytes", "boto3", "peft", "scipy", "torch._dynamo", "transformers", importing="diffusers"),
-):
+with without("bitsandbytes", "boto3", "peft", "scipy", "transformers", importing="diffusers"):
     from diffusers import (
         AutoencoderKL,
         ConfigMixin,
