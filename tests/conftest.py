@@ -38,9 +38,8 @@ S3_SETTINGS = {
 
 
 def pytest_collection_finish() -> None:
-    """Exclude imported modules from garbage collection, and collect less often."""
+    """Exclude imported modules from garbage collection."""
     gc.freeze()
-    gc.set_threshold(100_000, 20, 20)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,5 +1,6 @@
 """The Ray cluster that a job runs on: the one it is pointed at, or one in this process's machine."""
 
+import gc
 import logging
 import os
 import signal
@@ -150,6 +151,7 @@ def ray_cluster(config: RayConfig, *, num_gpus: int = 0) -> Iterator[None]:
 
     if ray.is_initialized():
         os.environ.pop(ONE_MACHINE, None)
+        gc.collect()  # actors of a job that failed here hold their CPUs as long as cycles of Ray Data's name them
         _check_gpus_there(num_gpus)
         yield
         return

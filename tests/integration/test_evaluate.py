@@ -1,12 +1,15 @@
 """The evaluation job on other methods' outputs, folders and the paper's tables; what it logs; what changes nothing."""
 
+import gc
 import json
 import shutil
+import time
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+import ray
 from mlflow.tracking import MlflowClient
 
 from evaluation.compare import compare
@@ -22,6 +25,7 @@ from infra.imaging.images import encode_png, read_image
 from infra.imaging.pictures import resized
 from infra.mlflow.server import TrackingConfig
 from infra.mlflow.tracking import track
+from infra.process.ray_runtime import RayConfig, ray_cluster
 from tests.integration.conftest import REPOSITORY
 from training.config import ModelConfig
 from training.models import build_model, save_model
@@ -191,8 +195,17 @@ def test_an_error_in_a_worker_reaches_the_user_and_what_is_done_stays(place: Pat
         model = {"kind": "model", "name": "v2", "model": f"{place}/training/v2", "sampling": {"num_steps": num_steps}}
         return config(place, f"steps{num_steps}", methods=[{"kind": "bicubic"}, model])
 
-    with pytest.raises(ConfigError, match="2 steps leave no timestep between t_max and t_min"):
-        run_evaluate(with_steps(2))
+    gc.disable()
+    try:
+        with pytest.raises(ConfigError, match="2 steps leave no timestep between t_max and t_min"):
+            run_evaluate(with_steps(2))
+        with ray_cluster(RayConfig()):  # the next job in this process finds all CPUs free
+            deadline = time.monotonic() + 30
+            while ray.available_resources().get("CPU") != 2:
+                assert time.monotonic() < deadline, ray.available_resources()
+                time.sleep(0.2)
+    finally:
+        gc.enable()
     assert {path.name for path in (place / "steps2" / "records" / "bicubic").iterdir()} >= {"astro.json"}
 
 
