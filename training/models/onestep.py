@@ -67,9 +67,8 @@ class OneStepAdapter(ModelMixin, ConfigMixin):
         conv_in: bool = True,
     ) -> None:
         super().__init__()
-        self._unused = {part: self._wrapped(part) for part in targets}  # for the first `around` of each
-        for part, network in self._unused.items():
-            for name, layer in network.named_modules():
+        for part in targets:
+            for name, layer in self._wrapped(part).named_modules():
                 first = part == "unet" and conv_in and name == "conv_in.base_layer"
                 if first or (".lora_" in name and isinstance(layer, nn.Linear | nn.Conv2d)):
                     _place(self, f"{part}.{name}", layer)
@@ -98,7 +97,7 @@ class OneStepAdapter(ModelMixin, ConfigMixin):
 
         All weights are shared: it costs no memory, and learns and moves with both.
         """
-        found = self._unused.pop(part, None) or self._wrapped(part)
+        found = self._wrapped(part)
         for name, layer in network.named_modules():
             if any(True for _ in layer.parameters(recurse=False)):
                 wrapped = hasattr(found.get_submodule(name), "base_layer")
